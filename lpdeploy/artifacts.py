@@ -1,0 +1,243 @@
+"""Files and folders that stages hand over: written whole or not at all, hashed, and recorded.
+
+Standard library only. Every writer here makes a temporary sibling and renames it, so a run
+that is killed leaves no half-written artifact under its final name.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+_LIBRARIES = ("lpdeploy", "torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime")
+_BLOCK_BYTES = 1 << 22
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the sibling that ``path`` is written to before it gets its name."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; rename it to ``path`` on success, remove it on any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to ``path`` on success, remove it on any failure.
+
+    Raises:
+        ArtifactError: ``path`` exists and ``overwrite`` is false.
+    """
+    if path.exists() and not overwrite:
+        raise ArtifactError(
+            f"'{path}' exists already. Use --overwrite to replace it, or another --output."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary = temporary_path(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    # A folder cannot be renamed over a full one: the old one steps aside first, and is still
+    # whole under its other name if the process dies between the two renames.
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        path.rename(aside)
+    temporary.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete temporary siblings of ``path`` that killed processes left behind."""
+    for pattern in (f".{path.name}.tmp-*", f".{path.name}.old-*"):
+        for leftover in path.parent.glob(pattern):
+            if not _is_alive(int(leftover.name.rsplit("-", 1)[1])):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def save_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path, *, fix: str) -> Any:
+    """Read JSON.
+
+    Args:
+        path: The file.
+        fix: Sentence that tells the user what to do where the file is missing or broken.
+
+    Raises:
+        ArtifactError: It is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"No {path.name} in '{path.parent}'. {fix}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"'{path}' is not valid JSON ({error}). {fix}") from error
+
+
+def compute_sha256(path: Path, *, patterns: tuple[str, ...] = ("*.safetensors", "*.json")) -> str:
+    """Hash a file, or the files of a folder that match ``patterns`` (names and contents).
+
+    A folder's ``lpdeploy.json`` is left out: it records hashes itself.
+    """
+    if path.is_file():
+        return _hash_file(path)
+    total = hashlib.sha256()
+    names = {file for pattern in patterns for file in path.glob(pattern)}
+    for file in sorted(names):
+        if file.name != "lpdeploy.json":
+            total.update(f"{file.name} {_hash_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries that shape a result."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what a figure needs beside it: hardware, system, versions, date and command."""
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "gpu": gpu,
+        "system": platform.platform(),
+        "versions": list_versions(),
+        "date": now(),
+        "command": " ".join(["lpdeploy", *sys.argv[1:]]),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    """Return the current UTC time, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def measure_peak_bytes() -> int:
+    """Return the peak memory so far: of the CUDA device where one is in use, else of the process.
+
+    The process figure is its largest resident set (the libraries included) since it started.
+    """
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class Stage:
+    """What a running stage adds to its manifest entry: ``inputs`` and ``outputs`` with hashes."""
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def record_stage(folder: Path, name: str, options: Mapping[str, Any]) -> Iterator[Stage]:
+    """Time a stage and, when it succeeds, write its entry into ``folder/manifest.json``."""
+    stage = Stage()
+    start = time.perf_counter()
+    yield stage
+    stage.seconds = round(time.perf_counter() - start, 3)
+    stage.peak_bytes = measure_peak_bytes()
+    path = folder / MANIFEST
+    stages = load_json(path, fix="Delete it.")["stages"] if path.is_file() else {}
+    stages[name] = {
+        "options": dict(options),
+        "inputs": stage.inputs,
+        "outputs": stage.outputs,
+        "seconds": stage.seconds,
+        "peak_bytes": stage.peak_bytes,
+        "versions": list_versions(),
+        "finished": now(),
+    }
+    save_json(path, {"stages": stages})
+
+
+def load_stage(folder: Path, name: str) -> dict[str, Any]:
+    """Return the manifest entry of a finished stage, or an empty dict where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    return load_json(path, fix="Run the stage again.").get("stages", {}).get(name, {})
+
+
+def check_unchanged(path: Path, expected: str | None, *, fix: str) -> None:
+    """Refuse an input whose hash is no longer the recorded one.
+
+    Raises:
+        ArtifactError: ``path`` has changed since ``expected`` was recorded.
+    """
+    if expected is not None and compute_sha256(path) != expected:
+        raise ArtifactError(f"'{path}' has changed since it was recorded. {fix}")

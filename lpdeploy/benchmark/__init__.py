@@ -1,0 +1,1 @@
+"""How fast a model is, and the page that shows it."""

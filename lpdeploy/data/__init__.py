@@ -1,0 +1,1 @@
+"""Text and instruction data: from a hub name or a local file to batches of tokens."""

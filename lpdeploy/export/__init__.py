@@ -1,0 +1,1 @@
+"""From a dense checkpoint to what an inference engine loads."""

@@ -1,0 +1,112 @@
+"""LoRA on a model through peft: attaching it, reaching its tensors, saving it, expanding it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models.groups import LINEARS
+
+ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The LoRA update of one Linear: ``scaling * lora_b @ lora_a``.
+
+    Attributes:
+        lora_a: Shape (rank, in).
+        lora_b: Shape (out, rank).
+        scaling: ``alpha / rank``.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> Any:
+    """Wrap a causal LM in a peft model with LoRA on all seven projections of every layer.
+
+    Returns:
+        The ``PeftModel``; only LoRA weights (float32) are trainable.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(LINEARS),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def get_lora_weights(linear: nn.Module) -> LoraWeights:
+    """Return the live LoRA tensors of one wrapped Linear."""
+    return LoraWeights(
+        lora_a=linear.lora_A[ADAPTER].weight,  # type: ignore[union-attr,index]
+        lora_b=linear.lora_B[ADAPTER].weight,  # type: ignore[union-attr,index]
+        scaling=linear.scaling[ADAPTER],  # type: ignore[union-attr,index]
+    )
+
+
+def get_base_linear(linear: nn.Module) -> nn.Linear:
+    """Return the frozen Linear inside a LoRA wrapper, or the Linear itself."""
+    return getattr(linear, "base_layer", linear)  # type: ignore[return-value]
+
+
+def load_adapter(folder: Path) -> dict[str, LoraWeights]:
+    """Read a peft adapter as plain tensors.
+
+    Returns:
+        Module name in the base model (``model.layers.0.mlp.up_proj``) -> its LoRA weights.
+
+    Raises:
+        ArtifactError: The folder holds no readable LoRA adapter.
+    """
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArtifactError(f"'{folder}' is no readable LoRA adapter: {reason}.") from error
+    scaling = config.lora_alpha / config.r
+    names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
+    return {
+        name.removeprefix(_PREFIX): LoraWeights(
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scaling
+        )
+        for name in names
+    }
+
+
+def load_unmerged(model: Any, adapter: Path) -> Any:
+    """Put a saved adapter on ``model`` without merging it.
+
+    Returns:
+        The ``PeftModel``, in eval mode.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def apply_lora_weights(model: nn.Module, weights: Mapping[str, LoraWeights]) -> None:
+    """Copy LoRA tensors into the wrapped Linears of ``model`` (the base model inside peft)."""
+    with torch.no_grad():
+        for name, source in weights.items():
+            target = get_lora_weights(model.get_submodule(name))
+            target.lora_a.copy_(source.lora_a)
+            target.lora_b.copy_(source.lora_b)

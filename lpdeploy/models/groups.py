@@ -1,0 +1,93 @@
+"""The groups of a LLaMA-family decoder: what must be removed together."""
+
+from typing import Any
+
+from lpdeploy.plan import GroupSpec, Slice
+
+SUPPORTED_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""transformers ``model_type`` -> class. All name their projections alike, which is what counts."""
+
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION_LINEARS + FFN_LINEARS
+
+
+def get_head_dim(config: Any) -> int:
+    """Return ``head_dim``; Qwen2's config has none unless a pruned checkpoint states it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def list_group_specs(config: Any) -> tuple[GroupSpec, ...]:
+    """List the groups of every layer, heads before channels.
+
+    A head group is one KV head with the ``n_rep`` query heads that read it, so that grouped-query
+    attention stays grouped; a LLaMA-1 head is the case ``n_rep = 1``. Biases of q, k and v follow
+    their rows. Qwen3's per-head norms have one weight for all heads and need no cut.
+
+    Args:
+        config: A transformers config of a supported model type, unpruned (uniform widths).
+
+    Returns:
+        ``layers.N.heads`` with ``num_key_value_heads`` groups and ``layers.N.channels`` with
+        ``intermediate_size`` groups, for each of ``num_hidden_layers`` layers.
+
+    Source:
+        LoRAPrune, arXiv:2305.18403, Appendix A and Figure 5.
+    """
+    specs: list[GroupSpec] = []
+    for layer in range(config.num_hidden_layers):
+        specs += [_heads(config, layer), _channels(config, layer)]
+    return tuple(specs)
+
+
+def _heads(config: Any, layer: int) -> GroupSpec:
+    head_dim = get_head_dim(config)
+    query_rows = config.num_attention_heads // config.num_key_value_heads * head_dim
+    prefix = f"model.layers.{layer}.self_attn"
+    return GroupSpec(
+        name=f"layers.{layer}.heads",
+        num_groups=config.num_key_value_heads,
+        slices=(
+            Slice(f"{prefix}.q_proj", dim=0, block=query_rows),
+            Slice(f"{prefix}.k_proj", dim=0, block=head_dim),
+            Slice(f"{prefix}.v_proj", dim=0, block=head_dim),
+            Slice(f"{prefix}.o_proj", dim=1, block=query_rows),
+        ),
+    )
+
+
+def _channels(config: Any, layer: int) -> GroupSpec:
+    prefix = f"model.layers.{layer}.mlp"
+    return GroupSpec(
+        name=f"layers.{layer}.channels",
+        num_groups=config.intermediate_size,
+        slices=(
+            Slice(f"{prefix}.gate_proj", dim=0, block=1),
+            Slice(f"{prefix}.up_proj", dim=0, block=1),
+            Slice(f"{prefix}.down_proj", dim=1, block=1),
+        ),
+    )
+
+
+def count_group_parameters(spec: GroupSpec, config: Any) -> int:
+    """Return the weights and biases that one group of ``spec`` owns."""
+    total = 0
+    for piece in spec.slices:
+        total += piece.block * config.hidden_size
+        total += piece.block * (piece.dim == 0 and has_bias(config, piece.module))
+    return total
+
+
+def has_bias(config: Any, module: str) -> bool:
+    """Tell whether the projection named ``module`` has a bias in this model type."""
+    name = module.rsplit(".", 1)[1]
+    if name in FFN_LINEARS:
+        return bool(getattr(config, "mlp_bias", False))
+    if config.model_type.endswith("qwen2"):
+        return name != "o_proj"
+    return bool(getattr(config, "attention_bias", False))

@@ -1,0 +1,201 @@
+"""Loading a checkpoint, from a folder or the hub, with a clear word where it cannot be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models.groups import SUPPORTED_MODEL_TYPES
+
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PER_LAYER_PREFIX = "lpdeploy_"
+
+
+def resolve_model(model: str) -> Path:
+    """Return the folder of a model: itself if local, else its snapshot from the hub.
+
+    Raises:
+        ArtifactError: It is no folder with a ``config.json``, its weights are only pickled, or
+            the hub has no such model or is out of reach.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = _download(model)
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"'{model}' is no Hugging Face model: it has no config.json. "
+            "Give a folder that 'save_pretrained' wrote, or a hub name."
+        )
+    if not list_weight_files(folder):
+        _refuse_without_safetensors(model, folder)
+    return folder
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArtifactError(
+            f"'{model}' is neither a folder nor a model the hub gives ({reason}). "
+            "Check the name, the network and 'hf auth login', or give a local folder."
+        ) from error
+
+
+def _refuse_without_safetensors(model: str, folder: Path) -> None:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) or any(folder.glob("*.pt")):
+        raise ArtifactError(
+            f"'{model}' holds only pickled weights, which can run code when loaded. "
+            "Convert it once with save_pretrained, which writes safetensors, and use the result."
+        )
+    raise ArtifactError(
+        f"'{model}' has a config.json but no *.safetensors weights. Give a complete checkpoint."
+    )
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint, in the order of their names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in names)
+    return [file for file in [folder / "model.safetensors"] if file.is_file()]
+
+
+def load_config(folder: Path) -> Any:
+    """Load the config of a supported model, stock or of per-layer widths.
+
+    Raises:
+        ArtifactError: The model type is not supported, or the config is not valid.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"'{folder / 'config.json'}' is not valid JSON ({error}).") from error
+    model_type = str(raw.get("model_type"))
+    if model_type.removeprefix(PER_LAYER_PREFIX) not in SUPPORTED_MODEL_TYPES:
+        known = ", ".join(SUPPORTED_MODEL_TYPES.values())
+        named = (raw.get("architectures") or [model_type])[0]
+        raise ArtifactError(f"'{folder}' is a {named}, which lpdeploy does not know. Use {known}.")
+    config_class, _ = get_model_classes(model_type)
+    try:
+        return config_class.from_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"The config of '{folder}' is not valid: {error}") from error
+
+
+def get_model_classes(model_type: str) -> tuple[Any, Any]:
+    """Return the (config class, model class) of a supported model type."""
+    import transformers
+
+    from lpdeploy.models import modeling_per_layer
+
+    base = model_type.removeprefix(PER_LAYER_PREFIX)
+    stem = SUPPORTED_MODEL_TYPES[base].removesuffix("ForCausalLM")
+    if model_type.startswith(PER_LAYER_PREFIX):
+        stem, module = f"PerLayer{stem}", modeling_per_layer
+    else:
+        module = transformers  # type: ignore[assignment]
+    return getattr(module, f"{stem}Config"), getattr(module, f"{stem}ForCausalLM")
+
+
+def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Load a checkpoint for inference, whole and on one device.
+
+    Args:
+        folder: What ``resolve_model`` returned.
+        dtype: ``auto`` (that of the checkpoint), ``fp32``, ``fp16`` or ``bf16``.
+        device: ``cpu``, ``cuda``, ``cuda:1``.
+
+    Returns:
+        A transformers causal LM in eval mode.
+
+    Raises:
+        ArtifactError: A weight is missing, of another shape, or its file is damaged.
+    """
+    config = load_config(folder)
+    _, model_class = get_model_classes(config.model_type)
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=_DTYPES.get(dtype, "auto"),
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArtifactError(
+            f"The weights of '{folder}' cannot be loaded: {reason}. Copy the checkpoint anew."
+        ) from error
+    # transformers fills what is missing with random values and only logs it.
+    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if wrong:
+        raise ArtifactError(
+            f"'{folder}' lacks {len(wrong)} weights of its architecture, first {wrong[0]}. "
+            "Give a complete checkpoint."
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path, config: Any) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ArtifactError: There is none, or it has more tokens than the model embeds.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in files):
+        raise ArtifactError(f"'{folder}' has no tokenizer. Copy its tokenizer files beside it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"The tokenizer of '{folder}' cannot be loaded: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ArtifactError(
+            f"The tokenizer of '{folder}' has {len(tokenizer)} tokens, its model embeds only "
+            f"{config.vocab_size}. Use the tokenizer the model was trained with."
+        )
+    return tokenizer
+
+
+def resolve_dtype(dtype: str, config: Any, *, device: str) -> str:
+    """Turn ``auto`` into a precision to compute in.
+
+    A half-precision checkpoint runs in bf16 on a GPU that has it and in fp32 on a CPU, whose half
+    kernels are slow and incomplete; fp16 is never chosen by itself, since it overflows in training.
+
+    Returns:
+        ``fp32``, ``fp16`` or ``bf16``.
+    """
+    if dtype != "auto":
+        return dtype
+    half = config.dtype in (torch.float16, torch.bfloat16)
+    if half and device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return "bf16"
+    return "fp32"
+
+
+def resolve_device(device: str) -> str:
+    """Turn ``auto`` into ``cuda`` or ``cpu``, and refuse a device that is not there.
+
+    Raises:
+        ArtifactError: CUDA is asked for and torch finds none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ArtifactError(
+            f"--device {device}: torch {torch.__version__} finds no CUDA device. "
+            "Use --device cpu, or install a CUDA build of torch."
+        )
+    return device

@@ -1,0 +1,1 @@
+"""One way to run a model on any engine, to generate with it, and to prove two equal."""
