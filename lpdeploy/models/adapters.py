@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError
-from lpdeploy.models.groups import LINEARS
+from lpdeploy.models.groups import LINEARS, expand_index
+from lpdeploy.plan import PruningPlan
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -110,3 +111,28 @@ def apply_lora_weights(model: nn.Module, weights: Mapping[str, LoraWeights]) -> 
             target = get_lora_weights(model.get_submodule(name))
             target.lora_a.copy_(source.lora_a)
             target.lora_b.copy_(source.lora_b)
+
+
+def expand_lora(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> dict[str, LoraWeights]:
+    """Give the adapter of a pruned model the shapes of its base; what was removed is zero.
+
+    Args:
+        weights: Adapter of the pruned model.
+        plan: What was removed from it.
+
+    Returns:
+        Adapter of the base, that computes the same where the removed groups are masked.
+    """
+    expanded = {}
+    for spec in plan.specs:
+        for piece in spec.slices:
+            source = weights[piece.module]
+            index = expand_index(torch.tensor(plan.kept[spec.name]), piece.block)
+            full = spec.num_groups * piece.block
+            lora_a, lora_b = source.lora_a, source.lora_b
+            if piece.dim == 0:
+                lora_b = lora_b.new_zeros(full, lora_b.shape[1]).index_copy(0, index, lora_b)
+            else:
+                lora_a = lora_a.new_zeros(lora_a.shape[0], full).index_copy(1, index, lora_a)
+            expanded[piece.module] = LoraWeights(lora_a, lora_b, source.scaling)
+    return expanded

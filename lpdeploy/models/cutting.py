@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lpdeploy.models.adapters import get_base_linear
+from lpdeploy.models.groups import expand_index
 from lpdeploy.plan import GroupSpec, Slice
 
 
@@ -26,12 +27,6 @@ class CutParameter:
     new: nn.Parameter
     dim: int
     index: Tensor
-
-
-def expand_index(kept: Tensor, block: int) -> Tensor:
-    """Turn kept groups into kept rows or columns: (G,) -> (G * block,)."""
-    offsets = torch.arange(block, device=kept.device)
-    return (kept.unsqueeze(1) * block + offsets).flatten()  # (G, block) -> (G * block,)
 
 
 def apply_cut(
@@ -76,9 +71,7 @@ def _cut_linear(linear: nn.Module, piece: Slice, kept: Tensor) -> list[CutParame
 
 def _cut_parameter(module: nn.Module, name: str, dim: int, index: Tensor) -> CutParameter:
     old = getattr(module, name)
-    new = nn.Parameter(
-        old.index_select(dim, index).contiguous(), requires_grad=old.requires_grad
-    )
+    new = nn.Parameter(old.index_select(dim, index).contiguous(), requires_grad=old.requires_grad)
     setattr(module, name, new)
     return CutParameter(old=old, new=new, dim=dim, index=index)
 

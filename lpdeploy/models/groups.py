@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lpdeploy.plan import GroupSpec, Slice
 
 SUPPORTED_MODEL_TYPES = {
@@ -91,3 +94,9 @@ def has_bias(config: Any, module: str) -> bool:
     if config.model_type.endswith("qwen2"):
         return name != "o_proj"
     return bool(getattr(config, "attention_bias", False))
+
+
+def expand_index(kept: Tensor, block: int) -> Tensor:
+    """Turn kept groups into kept rows or columns: (G,) -> (G * block,)."""
+    offsets = torch.arange(block, device=kept.device)
+    return (kept.unsqueeze(1) * block + offsets).flatten()  # (G, block) -> (G * block,)

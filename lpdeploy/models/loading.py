@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.groups import SUPPORTED_MODEL_TYPES
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}
+"""torch dtype -> name of the precision."""
+
 PER_LAYER_PREFIX = "lpdeploy_"
 
 
@@ -37,7 +41,7 @@ def resolve_model(model: str) -> Path:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
@@ -120,6 +124,9 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
     Raises:
         ArtifactError: A weight is missing, of another shape, or its file is damaged.
     """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # a bar of ours or none
     config = load_config(folder)
     _, model_class = get_model_classes(config.model_type)
     try:
@@ -199,3 +206,8 @@ def resolve_device(device: str) -> str:
             "Use --device cpu, or install a CUDA build of torch."
         )
     return device
+
+
+def compute_model_sha256(folder: Path) -> str:
+    """Hash what a model computes with: its safetensors files and its config."""
+    return compute_sha256(folder, patterns=("*.safetensors", "config.json"))

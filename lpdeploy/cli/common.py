@@ -1,0 +1,80 @@
+"""What all commands share: --json, --recipe, --debug, and how a result is printed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lpdeploy.recipe import load_recipe
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+DEBUG = "lpdeploy.debug"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+RUN = click.Path(path_type=Path, file_okay=False, exists=True)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
+    """Add --json and --debug to a command, and --recipe where it has options worth keeping."""
+
+    def decorate(function: _Function) -> _Function:
+        function = click.option(
+            "--debug",
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_set_debug,
+            help="Show the traceback of an error.",
+        )(function)
+        if recipe:
+            function = click.option(
+                "--recipe",
+                type=click.Path(path_type=Path, dir_okay=False, exists=True),
+                expose_value=False,
+                is_eager=True,
+                callback=_apply_recipe,
+                help="YAML file with options; the command line wins over it.",
+            )(function)
+        return click.option(
+            "--json", "as_json", is_flag=True, help="End stdout with one JSON document."
+        )(function)
+
+    return decorate
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    ctx.meta[DEBUG] = value
+
+
+def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) -> None:
+    if value is None:
+        return
+    known = [p.name for p in ctx.command.params if p.name and p is not own]
+    command = " ".join(ctx.command_path.split()[1:])
+    options = load_recipe(value, command, known=known)
+    ctx.default_map = {**(ctx.default_map or {}), **options}
+
+
+def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a result to stdout: for people, then, with --json, for scripts on the last line."""
+    click.echo(text)
+    if as_json:
+        click.echo(json.dumps(data))
+
+
+def log(message: str) -> None:
+    """Tell the user something on stderr, where it does not disturb the result."""
+    click.echo(message, err=True)
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people: 23.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,67 @@
+"""The `lpdeploy` group: commands in pipeline order, and errors as one sentence."""
+
+import importlib
+import os
+from typing import Any
+
+import click
+
+from lpdeploy import __version__
+from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG
+from lpdeploy.errors import LpdeployError, RecipeError
+
+# Pipeline order, which is also the order of `lpdeploy --help`.
+_COMMANDS = (
+    "prune",
+    "compact",
+    "export",
+    "verify",
+    "bench",
+    "eval",
+    "report",
+    "doctor",
+    "demo",
+)
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        return importlib.import_module(f"lpdeploy.cli.{cmd_name}").command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
+        _quieten_libraries()
+        try:
+            return super().invoke(ctx)
+        except RecipeError as error:
+            raise click.UsageError(str(error)) from error
+        except (LpdeployError, OSError) as error:
+            if ctx.meta.get(DEBUG):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+def _quieten_libraries() -> None:
+    # Before anything imports them. The user can still set these in the environment.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A waiting OpenMP thread that spins takes a core from whatever else runs; on a busy machine
+    # decoding fell to a sixth of its speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)
+@click.version_option(__version__, prog_name="lpdeploy")
+def main() -> None:
+    """Make a LLaMA-family model smaller, and ship it.
+
+    Prune heads and FFN channels while fine-tuning with LoRA, merge and compact, export, and prove
+    at each step that the result computes the same.
+    """

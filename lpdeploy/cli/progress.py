@@ -1,0 +1,60 @@
+"""Progress bars on stderr; none where stderr is no terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lpdeploy.cli.common import format_bytes
+
+
+def _build_progress(*columns: str) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        *[TextColumn(column) for column in columns],
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Any], None]]:
+    """Yield a callback for ``StepInfo``: loss, ratio, tokens/s and memory as it trains."""
+    progress = _build_progress(
+        "loss {task.fields[loss]:.3f}",
+        "removed {task.fields[ratio]:.1%}",
+        "{task.fields[tokens_per_s]:,.0f} tokens/s",
+        "{task.fields[memory]}",
+    )
+    with progress:
+        task = progress.add_task(
+            "prune", total=None, loss=float("nan"), ratio=0.0, tokens_per_s=0.0, memory=""
+        )
+
+        def show(info: Any) -> None:
+            progress.update(
+                task,
+                total=info.steps,
+                completed=info.step,
+                loss=info.loss,
+                ratio=info.ratio,
+                tokens_per_s=info.tokens_per_s,
+                memory=format_bytes(info.peak_bytes),
+            )
+
+        yield show
+
+
+@contextmanager
+def counting_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback ``(done, total)``."""
+    progress = _build_progress()
+    with progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,116 @@
+"""`lpdeploy prune`: Algorithm 1 on a model and data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpdeploy.cli.common import FOLDER, format_bytes, log, print_result, shared_options
+from lpdeploy.pruning.options import PruneOptions
+
+_DEFAULT = PruneOptions()
+_SHARE = click.FloatRange(0, 1, max_open=True)
+_COUNT = click.IntRange(min=1)
+_LAYERS = click.IntRange(min=0)
+
+
+@click.command("prune")
+@click.argument("model")
+@click.option("--data", required=True, metavar="SOURCE", help="File, folder or hub name.")
+@click.option("--output", required=True, type=FOLDER, metavar="RUN", help="Folder of the run.")
+@click.option("--ratio", type=_SHARE, default=_DEFAULT.ratio, help="Share of groups to remove.")
+@click.option("--criterion", type=click.Choice(["lora"]), default=_DEFAULT.criterion)
+@click.option("--schedule", type=click.Choice(["joint"]), default="joint")
+@click.option("--epochs", type=_COUNT, default=_DEFAULT.epochs, help="Passes over the data.")
+@click.option("--steps", type=_COUNT, help="Optimizer steps, instead of epochs.")
+@click.option("--batch-size", type=_COUNT, default=_DEFAULT.batch_size)
+@click.option("--micro-batch-size", type=_COUNT, default=_DEFAULT.micro_batch_size)
+@click.option("--seq-len", type=click.IntRange(min=2), default=_DEFAULT.seq_len)
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=_DEFAULT.lr)
+@click.option("--lr-warmup", type=_SHARE, default=_DEFAULT.lr_warmup, help="Share of the steps.")
+@click.option(
+    "--max-grad-norm", type=click.FloatRange(0, min_open=True), default=_DEFAULT.max_grad_norm
+)
+@click.option("--lora-rank", type=_COUNT, default=_DEFAULT.lora_rank)
+@click.option("--lora-alpha", type=click.FloatRange(0, min_open=True), default=_DEFAULT.lora_alpha)
+@click.option("--lora-dropout", type=_SHARE, default=_DEFAULT.lora_dropout)
+@click.option("--ema-decay", type=_SHARE, default=_DEFAULT.ema_decay, help="lambda of Eq. 11.")
+@click.option(
+    "--prune-every", type=_COUNT, default=_DEFAULT.prune_every, help="Steps between events."
+)
+@click.option("--warmup", type=_SHARE, default=_DEFAULT.warmup, help="Steps before the first.")
+@click.option("--cooldown", type=_SHARE, default=_DEFAULT.cooldown, help="Steps after the last.")
+@click.option(
+    "--scope",
+    type=click.Choice(["layer", "global"]),
+    default=_DEFAULT.scope,
+    help="Same widths in every layer (a stock checkpoint), or per-layer widths.",
+)
+@click.option("--protect-first", type=_LAYERS, default=0, help="Layers left whole at the input.")
+@click.option("--protect-last", type=_LAYERS, default=0, help="Layers left whole at the output.")
+@click.option("--round-to", type=_COUNT, default=_DEFAULT.round_to, help="Channels: multiples.")
+@click.option(
+    "--round-heads-to", type=_COUNT, default=_DEFAULT.round_heads_to, help="KV heads: multiples."
+)
+@click.option(
+    "--removal",
+    type=click.Choice(["cut", "mask"]),
+    default=_DEFAULT.removal,
+    help="Cut groups out at each event, or mask them until the end.",
+)
+@click.option("--train-on-prompt", is_flag=True, help="Learn the prompts of instructions too.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--checkpoint-every", type=_LAYERS, default=_DEFAULT.checkpoint_every)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default=_DEFAULT.dtype,
+    help="auto: bf16 for a half-precision checkpoint on a GPU, else fp32.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=_DEFAULT.device)
+@click.option("--seed", type=int, default=_DEFAULT.seed)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in RUN.")
+@shared_options()
+def command(
+    *,
+    model: str,
+    data: str,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    schedule: str,  # noqa: ARG001 - one choice so far
+    **values: Any,
+) -> None:
+    """Prune MODEL while it fine-tunes with LoRA, and write a run."""
+    try:
+        options = PruneOptions(**values)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+    from lpdeploy.cli.progress import training_progress
+    from lpdeploy.pruning.run import prune
+
+    with training_progress() as on_step:
+        result = prune(
+            model,
+            output,
+            data=data,
+            options=options,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=on_step,
+        )
+    log(f"Next: lpdeploy compact {output}")
+    print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
+
+
+def _describe(result: Any) -> str:
+    achieved = result.achieved
+    return (
+        f"{result.run}: {achieved['heads']:.1%} of the heads, {achieved['channels']:.1%} of the "
+        f"channels and {achieved['parameters']:.1%} of the parameters removed in {result.steps} "
+        f"steps, {result.seconds:.0f} s, {format_bytes(result.peak_bytes)}; loss {result.loss:.3f}"
+    )

@@ -1,0 +1,239 @@
+"""A corpus as rows of tokens, the rows of each step, and rows as tensors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpdeploy.data.sources import Corpus, Example
+from lpdeploy.errors import DataError
+
+IGNORED = -100
+_EXAMPLES_A_CALL = 1000
+
+Progress = Callable[[int, int], None]
+"""Is told how many are done, and of how many."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """Rows of tokens in one flat array: 4 bytes a token, and no Python object a row.
+
+    Attributes:
+        tokens: All rows one after another, shape (N,).
+        offsets: Row i is ``tokens[offsets[i]:offsets[i + 1]]``, shape (rows + 1,).
+        prompt_lengths: Leading tokens of each row that are not trained on, shape (rows,).
+        num_dropped: Examples that gave no row because their prompts alone fill ``seq_len``.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int32]
+    num_dropped: int = 0
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.prompt_lengths)
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Stack rows, padded on the right to the longest.
+
+        Args:
+            indices: B rows; at least one.
+
+        Returns:
+            ``input_ids`` (0 at padding), ``labels`` (not shifted; -100 at padding and at prompts)
+            and ``attention_mask``, each shape (B, T), int64.
+
+        Raises:
+            ValueError: ``indices`` is empty.
+        """
+        if not indices:
+            raise ValueError("indices must name at least one row")
+        rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        shape = (len(rows), max(len(row) for row in rows))
+        input_ids = torch.zeros(shape, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            ids, prompt = torch.from_numpy(row.astype(np.int64)), int(self.prompt_lengths[index])
+            input_ids[place, : len(row)] = ids
+            attention_mask[place, : len(row)] = 1
+            labels[place, prompt : len(row)] = ids[prompt:]
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def build_token_dataset(
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    train_on_prompt: bool = False,
+    on_progress: Progress | None = None,
+) -> TokenDataset:
+    """Tokenise a corpus into rows to train on.
+
+    Plain text is packed: documents, each with its bos and eos, are joined and cut into rows of
+    exactly ``seq_len``; what is left over is dropped. An instruction pair is a row of its own:
+    bos, prompt, response, eos, truncated at ``seq_len``.
+
+    Args:
+        corpus: Plain text or instruction pairs.
+        tokenizer: A transformers tokenizer. bos and eos are added where it has them, whatever it
+            does by itself.
+        seq_len: Tokens a row has at most; at least 2.
+        train_on_prompt: Whether prompts have labels, too.
+        on_progress: Is told (examples tokenised, all examples).
+
+    Raises:
+        ValueError: ``seq_len`` is below 2.
+        DataError: There is less text than one row, or no response begins within ``seq_len``.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}; a row needs 2 tokens to predict one")
+    if corpus.is_instruction:
+        return _build_pairs(
+            corpus,
+            tokenizer,
+            seq_len=seq_len,
+            train_on_prompt=train_on_prompt,
+            on_progress=on_progress,
+        )
+    tokens = build_token_stream(corpus, tokenizer, on_progress=on_progress)
+    rows = len(tokens) // seq_len
+    if rows == 0:
+        raise DataError(
+            f"'{corpus.source}' holds {len(tokens)} tokens, but one row of --seq-len {seq_len} "
+            f"needs {seq_len}. Give more text, or a smaller --seq-len."
+        )
+    return TokenDataset(
+        tokens=tokens[: rows * seq_len],
+        offsets=np.arange(rows + 1, dtype=np.int64) * seq_len,
+        prompt_lengths=np.zeros(rows, dtype=np.int32),
+    )
+
+
+def build_token_stream(
+    corpus: Corpus, tokenizer: Any, *, on_progress: Progress | None = None
+) -> NDArray[np.int32]:
+    """Join all documents of a corpus, each as bos, tokens, eos; of a pair, prompt and response.
+
+    Returns:
+        Shape (N,).
+    """
+    bos, eos = _get_ends(tokenizer)
+    pieces: list[NDArray[np.int32]] = []
+    for examples in _iterate_chunks(corpus.examples, on_progress):
+        encoded = _encode([example.prompt + example.text for example in examples], tokenizer)
+        pieces.append(np.concatenate([part for ids in encoded for part in (bos, ids, eos)]))
+    return np.concatenate(pieces)
+
+
+def list_batch(num_rows: int, *, step: int, batch_size: int, seed: int) -> list[int]:
+    """List the rows of one optimizer step.
+
+    Rows come in a new random order each epoch, and a batch may reach into the next epoch, so that
+    every batch is full. Nothing but the arguments decides, so a resumed run sees the same data.
+
+    Args:
+        num_rows: Rows of the data set; may be fewer than ``batch_size``.
+        step: Optimizer step, counted from 0.
+        batch_size: Rows a step takes.
+        seed: Not negative.
+
+    Raises:
+        ValueError: ``num_rows`` or ``batch_size`` is below 1, or ``step`` or ``seed`` below 0.
+    """
+    if num_rows < 1 or batch_size < 1 or step < 0 or seed < 0:
+        raise ValueError(
+            f"num_rows {num_rows} and batch_size {batch_size} must be at least 1, "
+            f"step {step} and seed {seed} at least 0"
+        )
+    first = step * batch_size
+    places = [divmod(place, num_rows) for place in range(first, first + batch_size)]
+    return [int(_permute(num_rows, seed=seed, epoch=epoch)[place]) for epoch, place in places]
+
+
+# Two: a batch that crosses into the next epoch needs both, and shuffling millions of rows anew
+# each step would cost as much as a small model's step.
+@lru_cache(maxsize=2)
+def _permute(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def _build_pairs(
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    train_on_prompt: bool,
+    on_progress: Progress | None,
+) -> TokenDataset:
+    bos, eos = _get_ends(tokenizer)
+    pieces: list[NDArray[np.int32]] = []
+    lengths: list[int] = []
+    prompt_lengths: list[int] = []
+    for examples in _iterate_chunks(corpus.examples, on_progress):
+        rows = []
+        prompts = _encode([example.prompt for example in examples], tokenizer)
+        pairs = _encode([example.prompt + example.text for example in examples], tokenizer)
+        for prompt, pair in zip(prompts, pairs, strict=True):
+            num_prompt = len(bos) + _count_common(prompt, pair)
+            if num_prompt < min(len(bos) + len(pair), seq_len):
+                rows.append(np.concatenate([bos, pair, eos])[:seq_len])
+                prompt_lengths.append(0 if train_on_prompt else num_prompt)
+        lengths += [len(row) for row in rows]
+        pieces += [np.concatenate(rows)] if rows else []
+    if not lengths:
+        raise DataError(
+            f"No response of '{corpus.source}' begins within --seq-len {seq_len}: its prompts are "
+            "longer. Use a larger --seq-len."
+        )
+    return TokenDataset(
+        tokens=np.concatenate(pieces),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
+        num_dropped=len(corpus.examples) - len(lengths),
+    )
+
+
+def _count_common(prompt: NDArray[np.int32], pair: NDArray[np.int32]) -> int:
+    # The pair is encoded as one text, since some tokenizers put a space before whatever they are
+    # given. A token that spans the border then differs from the prompt's own and is trained on.
+    length = min(len(prompt), len(pair))
+    different = np.flatnonzero(prompt[:length] != pair[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _iterate_chunks(
+    examples: list[Example], on_progress: Progress | None
+) -> Iterator[list[Example]]:
+    for start in range(0, len(examples), _EXAMPLES_A_CALL):
+        chunk = examples[start : start + _EXAMPLES_A_CALL]
+        yield chunk
+        if on_progress is not None:
+            on_progress(start + len(chunk), len(examples))
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[NDArray[np.int32]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # else it warns of texts above the model's length, which are cut later
+    )
+    return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+
+def _get_ends(tokenizer: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    bos, eos = (
+        np.array([] if token is None else [token], dtype=np.int32)
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    return bos, eos

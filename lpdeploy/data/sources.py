@@ -1,0 +1,328 @@
+"""Text and instruction pairs, read from a local file or folder or from the Hugging Face hub."""
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lpdeploy.errors import DataError
+
+_SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FIELDS = ("text", "instruction", "input", "response", "output")
+
+# The headings are those that most instruction-tuned checkpoints and chat front ends know.
+_PROMPT = "A task is given below. Answer it.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+_PROMPT_WITH_INPUT = (
+    "A task is given below, with the input that it is about. Answer it.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document, or one instruction pair.
+
+    Attributes:
+        prompt: The formatted prompt of an instruction pair; empty for plain text.
+        text: The document, or the response.
+    """
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What one source holds; either all plain text or all instruction pairs.
+
+    Attributes:
+        source: The name or path it was loaded from.
+        examples: None of them is empty.
+    """
+
+    source: str
+    examples: list[Example]
+
+    @property
+    def is_instruction(self) -> bool:
+        """Whether the examples are instruction pairs rather than plain documents."""
+        return any(example.prompt for example in self.examples)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """How a data set of the hub is read.
+
+    Attributes:
+        repository: ``owner/name``; parquet or JSON files, since datasets runs no scripts.
+        options: Further arguments of ``datasets.load_dataset``.
+        column: The column of plain text; where it is None, the row tells (see ``parse_row``).
+        separator: Joins all rows into one document; None where a row is a document.
+        test_split: What the split ``test`` is called there; None where there is nothing to
+            evaluate on.
+        max_rows: Rows to read of a split that is too large to read whole.
+    """
+
+    repository: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    column: str | None = None
+    separator: str | None = None
+    test_split: str | None = "test"
+    max_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+# WikiText-2 and PTB are joined as GPTQ (and after it the paper, Section 4.1) joins them. PTB is a
+# script data set, which datasets 4 and later refuse: its parquet copy lies on the hub's own
+# conversion branch. C4 is hundreds of GB: the first shard, as GPTQ reads it, and of that the 20k
+# documents of the paper to train on and the 1,100 of GPTQ to evaluate on.
+HUB_SOURCES: dict[str, HubSource] = {
+    "wikitext2": HubSource(
+        "Salesforce/wikitext",
+        options={"name": "wikitext-2-raw-v1"},
+        column="text",
+        separator="\n\n",
+    ),
+    "ptb": HubSource(
+        "ptb-text-only/ptb_text_only",
+        options={
+            "revision": "refs/convert/parquet",
+            "data_files": {
+                split: f"penn_treebank/{split}/*.parquet"
+                for split in ("train", "validation", "test")
+            },
+        },
+        column="sentence",
+        separator=" ",
+    ),
+    "c4": HubSource(
+        "allenai/c4",
+        options={
+            "data_files": {
+                "train": "en/c4-train.00000-of-01024.json.gz",
+                "validation": "en/c4-validation.00000-of-00008.json.gz",
+            },
+            "streaming": True,
+        },
+        column="text",
+        test_split="validation",
+        max_rows={"train": 20_000, "validation": 1_100},
+    ),
+    "lamini": HubSource("MBZUAI/LaMini-instruction", test_split=None),
+    "alpaca": HubSource("yahma/alpaca-cleaned", test_split=None),
+}
+
+
+def load_corpus(source: str, *, split: str = "train") -> Corpus:
+    """Read all documents or instruction pairs of a source.
+
+    Args:
+        source: A local file (``.txt`` or other plain text with documents separated by a line
+            ``<|endoftext|>``, ``.jsonl``, ``.json``, ``.parquet``), a folder of such files, a
+            short name of ``HUB_SOURCES``, or a hub name ``owner/name``. Names may end in
+            ``:split``, which wins over ``split``. What exists locally wins over the hub.
+        split: ``train``, ``test`` (for a short name: the split to evaluate on), or another split
+            of the hub's data set. A local source has no splits and is read whole.
+
+    Returns:
+        The corpus, without empty documents and empty responses.
+
+    Raises:
+        DataError: The source is unknown, unreadable or out of reach, a row lacks its fields, plain
+            text and instruction pairs are mixed, or nothing is left.
+    """
+    path = Path(source)
+    found = _load_local(path) if path.exists() else _load_hub(source, split)
+    corpus = Corpus(source, [example for example in found if example.text.strip()])
+    if not corpus.examples:
+        raise DataError(
+            f"'{source}' holds no text: it has no rows, or all are empty. Give another source."
+        )
+    if corpus.is_instruction and not all(example.prompt for example in corpus.examples):
+        raise DataError(
+            f"'{source}' mixes plain text and instruction pairs. Put them in two sources."
+        )
+    return corpus
+
+
+def parse_row(row: Any, where: str) -> Example:
+    """Turn one row into an example.
+
+    Instruction pairs are looked for first: some data sets carry a formatted ``text`` beside them.
+
+    Args:
+        row: ``instruction``, optionally ``input``, and ``response`` or ``output``; or ``text``.
+            A null is an empty text.
+        where: File and line, for the error.
+
+    Raises:
+        DataError: The row is no object, lacks these fields, or has other things than text in them.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a {type(row).__name__}. Give an object with named fields.")
+    answer = next((name for name in ("response", "output") if name in row), None)
+    if "instruction" in row and answer:
+        instruction, given = _get_text(row, "instruction", where), _get_text(row, "input", where)
+        template = _PROMPT_WITH_INPUT if given else _PROMPT
+        prompt = template.format(instruction=instruction, input=given)
+        return Example(prompt, _get_text(row, answer, where))
+    if "text" in row:
+        return Example("", _get_text(row, "text", where))
+    raise DataError(
+        f"{where} has the fields {', '.join(map(str, row)) or '(none)'}. Rename them to 'text', or "
+        "to 'instruction' (and 'input') with 'response' or 'output'."
+    )
+
+
+def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: '{name}' is a {type(value).__name__}. Make it a string.")
+    return value
+
+
+def _load_local(path: Path) -> Iterator[Example]:
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
+    known = ", ".join(_READERS)
+    if not files:
+        raise DataError(f"The folder '{path}' holds no data file. Put {known} files in it.")
+    for file in files:
+        reader = _READERS.get(file.suffix.lower())
+        if reader is None:
+            raise DataError(
+                f"'{file}' has the suffix '{file.suffix}', which is not read. Use {known}."
+            )
+        yield from reader(file)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 ({error}). Convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read ({error}). Check the file.") from error
+
+
+def _read_documents(path: Path) -> Iterator[Example]:
+    for document in _SEPARATOR_LINE.split(_read_text(path)):
+        # The newlines beside a separator, and the one that ends a file, belong to no document.
+        yield Example("", document.removeprefix("\n").removesuffix("\n"))
+
+
+def _read_json(path: Path) -> Iterator[Example]:
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        for number, row in enumerate(_parse_json(text, path), start=1):
+            yield parse_row(row, f"'{path}', row {number},")
+        return
+    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            row = _parse_json(line, path, line=number)
+            yield parse_row(row, f"'{path}', line {number},")
+
+
+def _parse_json(text: str, path: Path, *, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"'{path}', line {line + error.lineno - 1}, is not valid JSON ({error.msg}). "
+            "Write one object a line, or one list of objects."
+        ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[Example]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            # Only what is used: other columns may be large. All of them where none is known, so
+            # that the error can name them.
+            columns = [name for name in file.schema_arrow.names if name in _FIELDS]
+            for batch in file.iter_batches(batch_size=1000, columns=columns or None):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield parse_row(row, f"'{path}', row {number},")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"'{path}' is no readable parquet file ({_get_reason(error)}). Copy it anew."
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Example]]] = {
+    ".txt": _read_documents,
+    ".text": _read_documents,
+    ".raw": _read_documents,
+    ".tokens": _read_documents,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def _load_hub(source: str, split: str) -> Iterator[Example]:
+    name, _, given = source.partition(":")
+    hub = HUB_SOURCES.get(name)
+    if hub is None:
+        if not _HUB_NAME.fullmatch(name) or Path(name).suffix.lower() in _READERS:
+            _refuse_unknown(source)
+        hub = HubSource(name)
+    wanted = given or (hub.test_split if split == "test" else split)
+    if wanted is None:
+        raise DataError(
+            f"'{name}' has no split to evaluate on. Use '{name}:train', or a local file of text "
+            "that was not trained on."
+        )
+    rows = _iterate_hub(hub, wanted, source=source)
+    if hub.separator is not None:
+        return iter([Example("", hub.separator.join(row.text for row in rows))])
+    return rows
+
+
+def _iterate_hub(hub: HubSource, split: str, *, source: str) -> Iterator[Example]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever the hub uses
+
+    try:
+        rows = datasets.load_dataset(hub.repository, split=split, **hub.options)
+        for number, row in enumerate(itertools.islice(rows, hub.max_rows.get(split)), start=1):
+            renamed = {"text": row.get(hub.column)} if hub.column in row else row
+            yield parse_row(renamed, f"'{source}', row {number},")
+    except ConnectionError as error:
+        raise DataError(
+            f"The hub is out of reach for '{source}' ({_get_reason(error)}). Check the network, or "
+            "give a local file or folder."
+        ) from error
+    except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
+        raise DataError(
+            f"'{source}' is no file or folder here, and the hub does not give it "
+            f"({_get_reason(error)}). Check the name, the split and 'hf auth login'."
+        ) from error
+
+
+def _refuse_unknown(source: str) -> NoReturn:
+    parent = Path(source).parent
+    neighbours = [str(path) for path in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(source, [*HUB_SOURCES, *neighbours])
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise DataError(
+        f"No file, folder or data set is called '{source}'.{hint} Give a path, one of "
+        f"{', '.join(HUB_SOURCES)}, or a hub name owner/name."
+    )
+
+
+def _get_reason(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

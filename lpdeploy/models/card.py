@@ -1,0 +1,112 @@
+"""The model card beside a pruned checkpoint: what it is, and how to load it."""
+
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.plan import PruningPlan
+
+_CARD = """\
+---
+base_model: {base}
+library_name: transformers
+tags:
+- lpdeploy
+- pruned
+---
+
+# {name}
+
+{base}, with {heads:.0%} of its attention heads and {channels:.0%} of its FFN channels removed by
+[LoRAPrune](https://arxiv.org/abs/2305.18403). {merging} The licence is that of the base model.
+
+| | before | after |
+|---|---|---|
+| parameters | {parameters_before:,} | {parameters_after:,} |
+| bytes of weights | {bytes_before:,} | {bytes_after:,} |
+| query heads | {heads_before} | {heads_after} |
+| KV heads | {kv_before} | {kv_after} |
+| FFN channels | {channels_before} | {channels_after} |
+
+## Loading
+
+```python
+{loading}
+```
+
+{servers}
+"""
+
+_STOCK = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+
+_OWN_CODE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# The widths differ between layers, which needs the modelling file in this folder.
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+
+_ADAPTER = """
+
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
+
+
+def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: bool) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        plan: What was removed.
+        config: Config of the unpruned model.
+        result: The ``CompactResult``.
+        merged: Whether LoRA is in the weights, or an adapter beside them.
+    """
+    stock = not result.architecture.startswith("PerLayer")
+    loading = (_STOCK if stock else _OWN_CODE) + ("" if merged else _ADAPTER)
+    local = Path(plan.base_model).is_dir()
+    base = Path(plan.base_model).name if local else plan.base_model
+    return _CARD.format(
+        base=base,
+        name=f"{base}, {plan.ratio:.0%} pruned",
+        heads=plan.achieved["heads"],
+        channels=plan.achieved["channels"],
+        merging="LoRA is merged into the weights."
+        if merged
+        else "LoRA stands beside it, unmerged.",
+        parameters_before=result.parameters["before"],
+        parameters_after=result.parameters["after"],
+        bytes_before=result.bytes["before"],
+        bytes_after=result.bytes["after"],
+        heads_before=config.num_attention_heads,
+        heads_after=_describe(result.heads),
+        kv_before=config.num_key_value_heads,
+        kv_after=_describe(result.kv_heads),
+        channels_before=config.intermediate_size,
+        channels_after=_describe(result.channels),
+        loading=loading.format(folder=result.model),
+        servers=_describe_servers(result.architecture, stock=stock),
+    )
+
+
+def _describe(widths: list[int]) -> str:
+    if len(set(widths)) == 1:
+        return str(widths[0])
+    return f"{min(widths)} to {max(widths)}, layer by layer: {', '.join(map(str, widths))}"
+
+
+def _describe_servers(architecture: str, *, stock: bool) -> str:
+    if stock:
+        return (
+            f"It is a stock `{architecture}`: what loads that class loads this model. Tensor "
+            "parallelism needs a number of heads that the number of ranks divides."
+        )
+    return (
+        "No stock server loads this checkpoint: vLLM, SGLang, TensorRT-LLM, ONNX Runtime GenAI "
+        "and llama.cpp expect the same widths in every layer. transformers loads it with the "
+        "modelling file, and `lpdeploy export --engine onnx` makes a graph that ONNX Runtime "
+        "runs. Prune with `--scope layer` and no protected layers for a stock checkpoint."
+    )

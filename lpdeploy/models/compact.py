@@ -1,0 +1,201 @@
+"""The compact stage: from base, plan and adapter to a dense checkpoint that others load."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import (
+    atomic_folder,
+    check_unchanged,
+    compute_sha256,
+    load_stage,
+    record_stage,
+)
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models import modeling_per_layer
+from lpdeploy.models.adapters import LoraWeights, load_adapter
+from lpdeploy.models.card import build_model_card
+from lpdeploy.models.checkpoint import carry_files, save_shards, stream_pruned_tensors
+from lpdeploy.models.groups import list_group_specs
+from lpdeploy.models.loading import (
+    PER_LAYER_PREFIX,
+    compute_model_sha256,
+    list_weight_files,
+    load_config,
+    resolve_model,
+)
+from lpdeploy.models.shapes import (
+    LayerWidths,
+    build_pruned_config,
+    compute_widths,
+    count_parameters,
+)
+from lpdeploy.plan import PruningPlan, load_plan
+
+RECORD = "lpdeploy.json"
+
+
+@dataclass(frozen=True)
+class CompactResult:
+    """What ``compact`` wrote, as its JSON says it.
+
+    Attributes:
+        model: The folder.
+        architecture: Class that loads it.
+        parameters: ``before`` and ``after`` (of the model; an adapter beside it not counted).
+        bytes: Of the weights, ``before`` and ``after``.
+        heads: Query heads of each layer.
+        kv_heads: Key/value heads of each layer.
+        channels: FFN channels of each layer.
+        seconds: Of the whole stage.
+        peak_bytes: Peak memory of the process.
+    """
+
+    model: str
+    architecture: str
+    parameters: Mapping[str, int]
+    bytes: Mapping[str, int]
+    heads: list[int]
+    kv_heads: list[int]
+    channels: list[int]
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def compact(
+    run: Path,
+    *,
+    output: Path | None = None,
+    keep_adapter: bool = False,
+    max_shard_bytes: int = 1 << 30,
+    overwrite: bool = False,
+) -> CompactResult:
+    """Write the dense pruned model of a run.
+
+    Args:
+        run: What ``prune`` wrote.
+        output: Where to; ``run/model``, or ``run/unmerged`` with ``keep_adapter``.
+        keep_adapter: Leave LoRA unmerged: the pruned base, and a stock PEFT adapter in its
+            folder ``adapter``.
+        max_shard_bytes: Size of a weight file; also what bounds memory.
+        overwrite: Replace what is there.
+
+    Raises:
+        ArtifactError: The run is incomplete, its base or adapter has changed, or the output
+            exists.
+    """
+    plan = load_plan(run)
+    target = output or run / ("unmerged" if keep_adapter else "model")
+    base = find_base(plan)
+    adapter = load_run_adapter(run)
+    config = load_config(base)
+    widths = compute_widths(config, plan.specs, plan.kept)
+    pruned = build_pruned_config(config, widths)
+    stage_name = "compact --keep-adapter" if keep_adapter else "compact"
+    options = {"output": str(target), "max_shard_bytes": max_shard_bytes}
+    with record_stage(run, stage_name, options) as stage:
+        with atomic_folder(target, overwrite=overwrite) as folder:
+            tensors = stream_pruned_tensors(base, plan, {} if keep_adapter else adapter)
+            parameters, size = save_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
+            pruned.save_pretrained(folder)
+            carry_files(base, folder)
+            if pruned.model_type.startswith(PER_LAYER_PREFIX):
+                shutil.copyfile(modeling_per_layer.__file__, folder / "modeling_per_layer.py")
+            if keep_adapter:
+                _copy_adapter(run, folder, base=target)
+            result = CompactResult(
+                model=str(target),
+                architecture=pruned.architectures[0],
+                parameters={"before": count_parameters(config), "after": parameters},
+                bytes={"before": _measure_weights(base), "after": size},
+                heads=[w.heads for w in widths],
+                kv_heads=[w.kv_heads for w in widths],
+                channels=[w.channels for w in widths],
+            )
+            _save_record(folder, plan, result)
+            card = build_model_card(plan, config, result, merged=not keep_adapter)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        stage.inputs = {"base": plan.base_sha256, "adapter": compute_sha256(run / "adapter")}
+        stage.outputs = {target.name: compute_model_sha256(target)}
+    return CompactResult(
+        **{**vars(result), "seconds": stage.seconds, "peak_bytes": stage.peak_bytes}
+    )
+
+
+def find_base(plan: PruningPlan) -> Path:
+    """Return the folder of a plan's base model, checked to be the one that was pruned.
+
+    Raises:
+        ArtifactError: It is gone, has changed, or has other groups than the plan.
+    """
+    base = resolve_model(plan.base_model)
+    if compute_model_sha256(base) != plan.base_sha256:
+        raise ArtifactError(
+            f"The base model '{plan.base_model}' is not the one that was pruned: its hash "
+            "differs. Restore it, or prune again."
+        )
+    if list_group_specs(load_config(base)) != plan.specs:
+        raise ArtifactError(
+            f"plan.json lists other groups than '{plan.base_model}' has. Prune again."
+        )
+    return base
+
+
+def load_run_adapter(run: Path) -> dict[str, LoraWeights]:
+    """Read a run's adapter, checked against the hash that ``prune`` recorded."""
+    expected = load_stage(run, "prune").get("outputs", {}).get("adapter")
+    check_unchanged(run / "adapter", expected, fix="Prune again, or restore the folder.")
+    return load_adapter(run / "adapter")
+
+
+def load_record(model: Path) -> dict[str, Any]:
+    """Return what ``compact`` recorded beside a model; empty for a model it did not write."""
+    path = model / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _copy_adapter(run: Path, folder: Path, *, base: Path) -> None:
+    shutil.copytree(run / "adapter", folder / "adapter")
+    path = folder / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(base)  # its shapes are those of the pruned base
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure_weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in list_weight_files(folder))
+
+
+def _save_record(folder: Path, plan: PruningPlan, result: CompactResult) -> None:
+    record = {
+        "schema_version": plan.schema_version,
+        "base_model": plan.base_model,
+        "base_sha256": plan.base_sha256,
+        "ratio": plan.ratio,
+        "achieved": dict(plan.achieved),
+        "merged": not (folder / "adapter").is_dir(),
+        "architecture": result.architecture,
+        "parameters": dict(result.parameters),
+        "bytes": dict(result.bytes),
+        "heads": result.heads,
+        "kv_heads": result.kv_heads,
+        "channels": result.channels,
+        "sha256": compute_model_sha256(folder),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_widths(widths: list[LayerWidths]) -> str:
+    """Say the widths in words: one phrase where all layers are alike, else the ranges."""
+    if len(set(widths)) == 1:
+        one = widths[0]
+        return f"{one.heads} heads ({one.kv_heads} KV) and {one.channels} channels in every layer"
+    heads = [w.heads for w in widths]
+    channels = [w.channels for w in widths]
+    return (
+        f"{min(heads)} to {max(heads)} heads and {min(channels)} to {max(channels)} channels, "
+        "layer by layer"
+    )

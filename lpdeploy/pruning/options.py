@@ -1,0 +1,89 @@
+"""Everything that shapes a pruning run."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Options of ``lpdeploy prune``, with the paper's values as defaults (section 4.1).
+
+    Attributes:
+        ratio: Share of groups (heads, FFN channels) to remove, in [0, 1).
+        criterion: ``lora`` (Eq. 10).
+        epochs: Passes over the data; ignored where ``steps`` is given.
+        steps: Optimizer steps.
+        batch_size: Sequences an optimizer step.
+        micro_batch_size: Sequences a forward pass; divides ``batch_size``.
+        seq_len: Tokens a sequence.
+        lr: Peak learning rate of AdamW.
+        lr_warmup: Share of the steps over which the rate rises to ``lr``.
+        max_grad_norm: Gradients are clipped to this norm.
+        lora_rank: Rank of LoRA.
+        lora_alpha: LoRA's alpha; scaling = alpha / rank.
+        lora_dropout: Dropout on LoRA's input.
+        ema_decay: lambda of Eq. 11, in [0, 1).
+        prune_every: Steps between pruning events.
+        warmup: Share of the steps before the first event.
+        cooldown: Share of the steps after the last event.
+        scope: ``layer`` (the same widths everywhere) or ``global``.
+        protect_first: Layers left whole at the input.
+        protect_last: Layers left whole at the output.
+        round_to: Kept channels are multiples of this.
+        round_heads_to: Kept KV heads are multiples of this.
+        removal: ``cut`` groups out at each event, or ``mask`` them until the end.
+        train_on_prompt: Also learn the prompts of instruction data.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        checkpoint_every: Steps between checkpoints; 0 for none.
+        dtype: ``auto``, ``fp32`` or ``bf16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seed: Of LoRA's start, the data order and dropout.
+    """
+
+    ratio: float = 0.5
+    criterion: str = "lora"
+    epochs: int = 2
+    steps: int | None = None
+    batch_size: int = 128
+    micro_batch_size: int = 4
+    seq_len: int = 512
+    lr: float = 1e-4
+    lr_warmup: float = 0.03
+    max_grad_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    ema_decay: float = 0.9
+    prune_every: int = 10
+    warmup: float = 0.1
+    cooldown: float = 0.1
+    scope: str = "layer"
+    protect_first: int = 0
+    protect_last: int = 0
+    round_to: int = 32
+    round_heads_to: int = 1
+    removal: str = "cut"
+    train_on_prompt: bool = False
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 50
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(
+                f"ratio {self.ratio} is outside [0, 1): it is the share of groups to remove, "
+                "0.5 for half of them"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro-batch size {self.micro_batch_size} does not divide batch size "
+                f"{self.batch_size}; choose a divisor"
+            )
+        if self.warmup + self.cooldown >= 1:
+            raise ValueError(
+                f"warmup {self.warmup} and cooldown {self.cooldown} leave no steps for pruning; "
+                "their sum must be below 1"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps {self.steps} is below 1")

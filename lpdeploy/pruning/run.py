@@ -1,0 +1,339 @@
+"""The prune stage: from a model and a data source to a run folder."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from lpdeploy.artifacts import (
+    MANIFEST,
+    Stage,
+    atomic_file,
+    atomic_folder,
+    compute_sha256,
+    record_stage,
+    save_json,
+)
+from lpdeploy.data.batches import TokenDataset, build_token_dataset
+from lpdeploy.data.sources import load_corpus
+from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError
+from lpdeploy.models.adapters import attach_lora
+from lpdeploy.models.cutting import apply_cut
+from lpdeploy.models.groups import list_group_specs
+from lpdeploy.models.loading import (
+    PER_LAYER_PREFIX,
+    compute_model_sha256,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+)
+from lpdeploy.models.shapes import compute_achieved
+from lpdeploy.plan import GroupSpec, PruningPlan
+from lpdeploy.pruning.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    apply_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.training import StepInfo, Training, count_steps, run_steps
+
+LOG = "log.jsonl"
+_OWN_FILES = ("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, "recipe.yaml",
+              "checkpoint", "model", "unmerged", "onnx", "verify.json", "eval.json",
+              "bench.json", "report.html")  # fmt: skip
+_LOSS_WINDOW = 10
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What ``prune`` did, as its JSON says it.
+
+    Attributes:
+        run: The folder it wrote.
+        ratio: Share of groups asked to be removed.
+        achieved: Share removed, of groups, heads, channels and parameters.
+        steps: Optimizer steps.
+        seconds: Of the whole stage.
+        peak_bytes: Peak memory of the device or the process.
+        loss: Mean of the last steps' losses, in nats a token.
+    """
+
+    run: str
+    ratio: float
+    achieved: Mapping[str, float]
+    steps: int
+    seconds: float
+    peak_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A base model on disk, checked, and what it is to be pruned with."""
+
+    name: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    specs: tuple[GroupSpec, ...]
+    prunable: tuple[GroupSpec, ...]
+
+
+def prune(
+    model: str,
+    output: Path,
+    *,
+    data: str,
+    options: PruneOptions,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: Callable[[StepInfo], None] = lambda _: None,
+) -> PruneResult:
+    """Prune a model while it fine-tunes with LoRA (Algorithm 1), and write a run folder.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        output: The run folder: plan.json, adapter/, importance.safetensors, log.jsonl,
+            manifest.json, recipe.yaml, and checkpoint/ while running.
+        data: Data source (file, folder or hub name).
+        options: How to prune.
+        resume: Go on from the checkpoint in ``output``.
+        overwrite: Replace a run that is already there.
+        on_step: Called after every optimizer step.
+
+    Raises:
+        LpdeployError: Model, data or output cannot be used, or a loss is not finite.
+    """
+    source = _load_source(model, options)
+    _claim_output(output, resume=resume, overwrite=overwrite)
+    record = {"model": model, "data": data, **dataclasses.asdict(options)}
+    with record_stage(output, "prune", record) as stage:
+        dataset = _load_dataset(source, data, options)
+        stage.inputs = {"base": compute_model_sha256(source.folder), "data": _hash_tokens(dataset)}
+        checkpoint = (
+            load_checkpoint(output, options=options, inputs=stage.inputs) if resume else None
+        )
+        training = _build_training(source, dataset, options, checkpoint)
+        _save_recipe(output, record)
+        losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
+        plan = _build_plan(source, training.state, options, stage.inputs["base"])
+        _save_run(output, training, plan, stage)
+    return PruneResult(
+        run=str(output),
+        ratio=options.ratio,
+        achieved=plan.achieved,
+        steps=training.steps,
+        seconds=stage.seconds,
+        peak_bytes=stage.peak_bytes,
+        loss=sum(losses) / len(losses),
+    )
+
+
+def _load_source(model: str, options: PruneOptions) -> _Source:
+    folder = resolve_model(model)
+    config = load_config(folder)
+    if config.model_type.startswith(PER_LAYER_PREFIX):
+        raise ArtifactError(
+            f"'{model}' was pruned to per-layer widths already. Prune its base model instead."
+        )
+    if options.seq_len > config.max_position_embeddings:
+        raise LpdeployError(
+            f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
+            f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
+        )
+    specs = list_group_specs(config)
+    last = config.num_hidden_layers - options.protect_last
+    prunable = tuple(s for s in specs if options.protect_first <= s.layer < last)
+    if not prunable:
+        raise LpdeployError(
+            f"--protect-first {options.protect_first} and --protect-last {options.protect_last} "
+            f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
+        )
+    return _Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
+
+
+def _claim_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    present = [name for name in _OWN_FILES if (output / name).exists()]
+    if present and not (resume or overwrite):
+        raise ArtifactError(
+            f"'{output}' already holds a run ({', '.join(present)}). Use --resume to go on from "
+            "its checkpoint, --overwrite to replace it, or another --output."
+        )
+    if resume and "plan.json" in present:
+        raise ArtifactError(
+            f"Nothing to resume: the run in '{output}' is complete. "
+            f"Go on with 'lpdeploy compact {output}'."
+        )
+    if not resume:
+        for name in present:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _load_dataset(source: _Source, data: str, options: PruneOptions) -> TokenDataset:
+    return build_token_dataset(
+        load_corpus(data),
+        source.tokenizer,
+        seq_len=options.seq_len,
+        train_on_prompt=options.train_on_prompt,
+    )
+
+
+def _hash_tokens(dataset: TokenDataset) -> str:
+    digest = hashlib.sha256()
+    for array in (dataset.tokens, dataset.offsets, dataset.prompt_lengths):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _build_training(
+    source: _Source, dataset: TokenDataset, options: PruneOptions, checkpoint: Checkpoint | None
+) -> Training:
+    from accelerate import Accelerator
+
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, source.config, device=device)
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if dtype == "bf16" else "no"
+    )
+    if accelerator.num_processes > 1:
+        raise LpdeployError("Pruning runs in one process only. Start it without several ranks.")
+    model = load_model(source.folder, dtype=dtype)
+    kept = {} if checkpoint is None else checkpoint.select("kept")
+    if options.removal == "cut":
+        apply_cut(model, source.prunable, kept)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wrapped = attach_lora(
+        model,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        seed=options.seed,
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = source.name
+    wrapped = wrapped.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
+    )
+    prepared, optimizer = accelerator.prepare(wrapped, optimizer)
+    state = PruningState(
+        model=model, specs=source.prunable, removal=options.removal, kept=dict(kept)
+    )
+    training = Training(
+        model=prepared,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        dataset=dataset,
+        state=state,
+        options=options,
+        steps=count_steps(options, len(dataset)),
+    )
+    if checkpoint is not None:
+        apply_checkpoint(checkpoint, training)
+    return training
+
+
+def _run(
+    output: Path,
+    training: Training,
+    checkpoint: Checkpoint | None,
+    *,
+    stage: Stage,
+    on_step: Callable[[StepInfo], None],
+) -> list[float]:
+    """Run the steps, log each, save checkpoints; return the last losses."""
+    done = 0 if checkpoint is None else checkpoint.step
+    _trim_log(output, done)
+    losses: list[float] = []
+    options = training.options
+    try:
+        for info in run_steps(training, start=done):
+            done = info.step
+            losses = [*losses, info.loss][-_LOSS_WINDOW:]
+            _append_log(output, info)
+            on_step(info)
+            every = options.checkpoint_every
+            if every and done % every == 0 and done < training.steps:
+                _save_checkpoint(output, training, done, stage)
+    except NonFiniteError as error:
+        _save_checkpoint(output, training, done, stage)
+        raise NonFiniteError(
+            f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. "
+            f"Lower --lr (it was {options.lr:g}) and go on with --resume."
+        ) from error
+    return losses
+
+
+def _save_checkpoint(output: Path, training: Training, step: int, stage: Stage) -> None:
+    save_checkpoint(
+        output, step=step, training=training, options=training.options, inputs=stage.inputs
+    )
+
+
+def _append_log(output: Path, info: StepInfo) -> None:
+    # One write to a file opened for appending: a kill leaves whole lines only.
+    line = json.dumps(dataclasses.asdict(info)) + "\n"
+    handle = os.open(output / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def _trim_log(output: Path, done: int) -> None:
+    """Drop the log's lines of steps that a resumed run does again."""
+    path = output / LOG
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        with atomic_file(path) as temporary:
+            kept = [line for line in lines if json.loads(line)["step"] <= done]
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _save_recipe(output: Path, record: Mapping[str, Any]) -> None:
+    with atomic_file(output / "recipe.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
+
+
+def _build_plan(
+    source: _Source, state: PruningState, options: PruneOptions, sha256: str
+) -> PruningPlan:
+    kept = state.list_kept(source.specs)
+    return PruningPlan(
+        base_model=str(source.folder.resolve()) if Path(source.name).is_dir() else source.name,
+        base_sha256=sha256,
+        ratio=options.ratio,
+        specs=source.specs,
+        kept=kept,
+        achieved=compute_achieved(source.config, source.specs, kept),
+    )
+
+
+def _save_run(output: Path, training: Training, plan: PruningPlan, stage: Stage) -> None:
+    """Write the results; plan.json comes last, so that a run with a plan is complete."""
+    training.state.cut_masked()
+    with atomic_folder(output / "adapter", overwrite=True) as temporary:
+        # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
+        training.model.save_pretrained(str(temporary), save_embedding_layers=False)
+    with atomic_file(output / "importance.safetensors") as path:
+        save_file(training.state.last_seen, path)
+    stage.outputs = {"adapter": compute_sha256(output / "adapter")}
+    save_json(output / "plan.json", plan.to_json())
+    shutil.rmtree(output / "checkpoint", ignore_errors=True)

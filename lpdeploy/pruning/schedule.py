@@ -1,0 +1,58 @@
+"""When groups go and how many, and the learning rate: pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A cubic ratio schedule with warm-up and cool-down.
+
+    Pruning events fall on multiples of ``every`` from the end of the warm-up to the start of the
+    cool-down. The paper says "every few iterations" (10 by default, Table 8) and leaves the ratio
+    open; the cubic curve (many groups early, few late) and both pauses are as in the authors'
+    experiments. The last event lands on ``ratio`` exactly, however the steps divide.
+
+    Attributes:
+        ratio: Share of groups to remove in the end, in [0, 1).
+        steps: Optimizer steps of the whole run.
+        every: Steps between two pruning events.
+        warmup: Share of the steps before the first event.
+        cooldown: Share of the steps after the last event.
+    """
+
+    ratio: float
+    steps: int
+    every: int = 10
+    warmup: float = 0.1
+    cooldown: float = 0.1
+
+    def list_events(self) -> list[int]:
+        """Return the 1-based steps after which groups are removed; at least one."""
+        first = max(1, math.ceil(self.warmup * self.steps))
+        last = max(first, math.floor((1 - self.cooldown) * self.steps))
+        events = [step for step in range(self.every, last + 1, self.every) if step >= first]
+        return events or [min(last, self.steps)]
+
+    def compute_ratio(self, step: int) -> float:
+        """Return the share of groups that is gone after 1-based step ``step``.
+
+        With p the place of ``step`` among the events, from 1/n at the first to 1 at the last:
+        ``ratio * (1 - (1 - p) ** 3)``.
+        """
+        events = self.list_events()
+        done = sum(event <= step for event in events)
+        progress = done / len(events)
+        return self.ratio * (1 - (1 - progress) ** 3)
+
+
+def compute_learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int) -> float:
+    """Return the rate of 1-based step ``step``: linear warm-up, then a cosine down to zero.
+
+    Source:
+        LoRAPrune, arXiv:2305.18403, section 4.1 (cosine decay); the warm-up is ours.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,110 @@
+"""Which groups stay: counts that hardware and servers want, and the most important of each."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lpdeploy.plan import GroupSpec
+
+
+def round_kept(num_groups: int, ratio: float, *, multiple: int) -> int:
+    """Return how many of ``num_groups`` stay when ``ratio`` of them go.
+
+    The nearest multiple, the larger of two that are equally near, at least one multiple and at
+    most all. Ratio 0 keeps all, also where ``num_groups`` is no multiple.
+    """
+    exact = (1 - ratio) * num_groups
+    # The small term keeps 0.2 * 10 groups from falling below its tie through binary fractions.
+    rounded = math.floor(exact / multiple + 0.5 + 1e-9) * multiple
+    if ratio == 0:
+        return num_groups
+    return min(num_groups, max(multiple, rounded))
+
+
+def select_per_layer(
+    importance: Mapping[str, Tensor],
+    specs: Sequence[GroupSpec],
+    *,
+    ratio: float,
+    multiples: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Keep the most important groups, the same share in every layer (Eq. 12).
+
+    The threshold p of Eq. 12 is the score of the best group that goes; equal scores are settled
+    by position (the earlier stays), so a selection is always exact and reproducible.
+
+    Args:
+        importance: Scores of the groups that are still there, shape (alive,).
+        specs: Specs to select from; ``num_groups`` counts the unpruned layer.
+        ratio: Share of the unpruned groups that is gone afterwards.
+        multiples: Rounding of the kept count, by kind (``heads``, ``channels``).
+
+    Returns:
+        Kept positions among those still there, ascending, int64. No regrowth: a spec that has
+        fewer groups already keeps all of them.
+    """
+    kept = {}
+    for spec in specs:
+        count = round_kept(spec.num_groups, ratio, multiple=multiples[spec.kind])
+        kept[spec.name] = _keep_best(importance[spec.name], count)
+    return kept
+
+
+def select_globally(
+    importance: Mapping[str, Tensor],
+    specs: Sequence[GroupSpec],
+    *,
+    ratio: float,
+    multiples: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Keep the most important groups over all layers, heads and channels each on their own.
+
+    Groups leave in chunks of the rounding multiple, the chunk of least mean importance first, so
+    every width stays a multiple, every layer keeps at least one chunk, and the total is within
+    one chunk of the target.
+
+    Args and returns as in ``select_per_layer``.
+    """
+    kept = {}
+    for kind in sorted({spec.kind for spec in specs}):
+        family = [spec for spec in specs if spec.kind == kind]
+        kept |= _select_family(importance, family, ratio=ratio, multiple=multiples[kind])
+    return kept
+
+
+def _select_family(
+    importance: Mapping[str, Tensor], specs: Sequence[GroupSpec], *, ratio: float, multiple: int
+) -> dict[str, Tensor]:
+    total = sum(spec.num_groups for spec in specs)
+    target = round_kept(total, ratio, multiple=multiple)
+    counts = {spec.name: len(importance[spec.name]) for spec in specs}
+    chunks = sorted(
+        chunk for spec in specs for chunk in _list_chunks(spec.name, importance, multiple=multiple)
+    )
+    for _, name, size in chunks:
+        # Chunks of one layer ascend in importance, so they are met in the order they may leave.
+        if sum(counts.values()) - size < target:
+            break
+        counts[name] -= size
+    return {name: _keep_best(importance[name], count) for name, count in counts.items()}
+
+
+def _list_chunks(
+    name: str, importance: Mapping[str, Tensor], *, multiple: int
+) -> list[tuple[float, str, int]]:
+    """List (mean importance, name, size) of the chunks that may leave, least important first."""
+    ascending = importance[name].sort().values
+    first = len(ascending) % multiple  # what is over the last multiple leaves first
+    bounds = [0, *range(first or multiple, len(ascending) - multiple + 1, multiple)]
+    return [
+        (ascending[start:end].mean().item(), name, end - start)
+        for start, end in itertools.pairwise(bounds)
+    ]
+
+
+def _keep_best(importance: Tensor, count: int) -> Tensor:
+    order = importance.sort(descending=True, stable=True).indices
+    return torch.sort(order[:count]).values

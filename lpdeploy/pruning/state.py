@@ -1,0 +1,107 @@
+"""The groups that are still there, how important they are, and their removal."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lpdeploy.models.cutting import CutParameter, apply_cut, apply_masks
+from lpdeploy.plan import GroupSpec, Kept
+from lpdeploy.pruning.importance import (
+    Importance,
+    apply_moving_average,
+    compute_importance,
+)
+from lpdeploy.pruning.selection import select_globally, select_per_layer
+
+SELECTIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "layer": select_per_layer,
+    "global": select_globally,
+}
+
+
+@dataclass
+class PruningState:
+    """What pruning remembers from step to step.
+
+    Attributes:
+        model: The causal LM inside peft.
+        specs: The groups that may be removed (none of protected layers).
+        removal: ``cut`` or ``mask``.
+        kept: Original indices of the groups still there, int64, shape (alive,).
+        average: Moving average of their importance (Eq. 11), shape (alive,).
+        last_seen: Importance of every group when it was last scored, shape (G,).
+    """
+
+    model: Any
+    specs: tuple[GroupSpec, ...]
+    removal: str
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    average: Importance = field(default_factory=dict)
+    last_seen: Importance = field(default_factory=dict)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for spec in self.specs:
+            self.kept.setdefault(spec.name, torch.arange(spec.num_groups))
+            self.last_seen.setdefault(spec.name, torch.zeros(spec.num_groups))
+        if self.removal == "mask":
+            self._apply_masks()
+
+    def update_average(self, *, decay: float) -> None:
+        """Score the live groups from LoRA's gradients and fold them into the average."""
+        scores = compute_importance(self.model, self.specs)
+        if self.removal == "mask":  # a masked model still has the groups that are gone
+            scores = {name: s[self.kept[name].to(s.device)] for name, s in scores.items()}
+        apply_moving_average(self.average, scores, decay=decay)
+
+    def remove_groups(
+        self, ratio: float, *, scope: str, multiples: Mapping[str, int]
+    ) -> list[CutParameter]:
+        """Remove the least important groups until ``ratio`` of the unpruned ones are gone.
+
+        Returns:
+            Trainable parameters that were replaced by smaller ones; none when masking.
+        """
+        average = {name: scores.cpu() for name, scores in self.average.items()}
+        for name, scores in average.items():
+            self.last_seen[name][self.kept[name]] = scores
+        stay = SELECTIONS[scope](average, self.specs, ratio=ratio, multiples=multiples)
+        stay = {name: s for name, s in stay.items() if len(s) < len(self.kept[name])}
+        for name, positions in stay.items():
+            self.kept[name] = self.kept[name][positions]
+            scores = self.average[name]
+            self.average[name] = scores[positions.to(scores.device)]
+        if self.removal == "mask":
+            self._apply_masks()
+            return []
+        return apply_cut(self.model, self.specs, stay)
+
+    def cut_masked(self) -> None:
+        """Cut what is only masked so far, at the end of a run that masks."""
+        if self.removal == "mask":
+            self._remove_masks()
+            apply_cut(self.model, self.specs, self.kept)
+
+    def list_kept(self, specs: tuple[GroupSpec, ...]) -> Kept:
+        """Return kept indices as plain lists; specs that may not be pruned keep all."""
+        return {
+            spec.name: self.kept.get(spec.name, torch.arange(spec.num_groups)).tolist()
+            for spec in specs
+        }
+
+    def _apply_masks(self) -> None:
+        self._remove_masks()
+        masks = {}
+        for spec in self.specs:
+            masks[spec.name] = torch.zeros(spec.num_groups, dtype=torch.bool)
+            masks[spec.name][self.kept[spec.name]] = True
+        self._handles = apply_masks(self.model, self.specs, masks)
+
+    def _remove_masks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,220 @@
+"""Algorithm 1: fine-tune with LoRA, score at each step, remove at each event."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpdeploy.artifacts import measure_peak_bytes
+from lpdeploy.data.batches import TokenDataset, list_batch
+from lpdeploy.errors import NonFiniteError
+from lpdeploy.models.cutting import apply_cut_to_optimizer
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.schedule import Schedule, compute_learning_rate
+from lpdeploy.pruning.state import PruningState
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step did.
+
+    Attributes:
+        step: 1-based.
+        steps: Of the whole run.
+        loss: Mean cross-entropy of the batch in nats, before the step.
+        ratio: Share of groups that the schedule says are gone after the step.
+        lr: Learning rate of the step.
+        tokens_per_s: Tokens of the batch (padding included) over the step's time.
+        seconds: Time of the step.
+        scoring_seconds: Part of it that scoring took.
+        peak_bytes: Peak memory so far, of the device or the process.
+        removed: Whether groups were removed after the step.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    ratio: float
+    lr: float
+    tokens_per_s: float
+    seconds: float
+    scoring_seconds: float
+    peak_bytes: int
+    removed: bool
+
+
+@dataclass
+class Training:
+    """A model in training and everything a step needs.
+
+    Attributes:
+        model: The PeftModel, prepared by accelerate.
+        optimizer: AdamW over LoRA's parameters, prepared by accelerate.
+        accelerator: Device, precision and backward.
+        dataset: Tokens.
+        state: Live groups and their importance.
+        options: What the user asked for.
+        steps: Optimizer steps of the whole run.
+    """
+
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    dataset: TokenDataset
+    state: PruningState
+    options: PruneOptions
+    steps: int
+
+    @property
+    def schedule(self) -> Schedule:
+        """The pruning schedule of this run."""
+        options = self.options
+        return Schedule(
+            ratio=options.ratio,
+            steps=self.steps,
+            every=options.prune_every,
+            warmup=options.warmup,
+            cooldown=options.cooldown,
+        )
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """LoRA's parameters, as the optimizer holds them now."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def count_steps(options: PruneOptions, num_rows: int) -> int:
+    """Return the optimizer steps of a run: ``steps``, or ``epochs`` over the rows."""
+    if options.steps is not None:
+        return options.steps
+    return options.epochs * math.ceil(num_rows / options.batch_size)
+
+
+def run_steps(training: Training, *, start: int = 0) -> Iterator[StepInfo]:
+    """Run Algorithm 1 from 1-based step ``start + 1`` to the end.
+
+    Yields:
+        One ``StepInfo`` after each step; model, optimizer and state may be saved there.
+
+    Raises:
+        NonFiniteError: Loss or gradient is NaN or infinite. The weights are still those after
+            the previous step.
+    """
+    training.model.train()
+    for step in range(start + 1, training.steps + 1):
+        yield _run_step(training, step)
+
+
+def _run_step(training: Training, step: int) -> StepInfo:
+    options, schedule = training.options, training.schedule
+    events = schedule.list_events()
+    # Seeding by the step makes dropout the same in a run that was resumed as in one that was not.
+    torch.manual_seed(options.seed * 1_000_003 + step)
+    start = time.perf_counter()
+    lr = compute_learning_rate(
+        step,
+        steps=training.steps,
+        peak=options.lr,
+        warmup_steps=round(options.lr_warmup * training.steps),
+    )
+    loss, tokens = _accumulate_gradients(training, step)
+    norm = _check_finite(training, step, loss=loss)
+    scoring = _time(lambda: _score(training)) if step <= events[-1] else 0.0
+    _apply_step(training, lr=lr, norm=norm)
+    if removed := step in events:
+        _remove(training, schedule.compute_ratio(step))
+    seconds = time.perf_counter() - start
+    return StepInfo(
+        step=step,
+        steps=training.steps,
+        loss=loss,
+        ratio=schedule.compute_ratio(step),
+        lr=lr,
+        tokens_per_s=tokens / seconds,
+        seconds=seconds,
+        scoring_seconds=scoring,
+        peak_bytes=measure_peak_bytes(),
+        removed=removed,
+    )
+
+
+def _accumulate_gradients(training: Training, step: int) -> tuple[float, int]:
+    """Run forward and backward over a batch; return its mean loss a token, and its tokens."""
+    options = training.options
+    rows = list_batch(
+        len(training.dataset), step=step - 1, batch_size=options.batch_size, seed=options.seed
+    )
+    size = options.micro_batch_size
+    micros = [training.dataset.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    # Dividing by the targets of the whole batch makes the gradient independent of how it is
+    # split into micro-batches of unequal lengths.
+    targets = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in micros)
+    total = torch.zeros((), device=training.accelerator.device)
+    for micro in micros:
+        loss = _compute_loss(training, micro, targets=targets)
+        training.accelerator.backward(loss)
+        total += loss.detach()
+    return total.item(), sum(micro["input_ids"].numel() for micro in micros)
+
+
+def _compute_loss(training: Training, micro: dict[str, Tensor], *, targets: int) -> Tensor:
+    # Padding stands on the right, where causal attention never looks from a real token, so no
+    # attention mask is needed and the fast causal kernel is used.
+    device = training.accelerator.device
+    output = training.model(
+        input_ids=micro["input_ids"].to(device),
+        labels=micro["labels"].to(device),
+        num_items_in_batch=torch.tensor(targets, device=device),
+        use_cache=False,
+    )
+    return output.loss
+
+
+def _score(training: Training) -> None:
+    training.state.update_average(decay=training.options.ema_decay)
+
+
+def _check_finite(training: Training, step: int, *, loss: float) -> Tensor:
+    """Return the gradient's norm; refuse a NaN before it reaches the average or the weights."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in training.trainable])
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"The loss became {loss} at step {step}.")
+    if not math.isfinite(norm.item()):
+        raise NonFiniteError(f"The gradient became {norm.item()} at step {step}.")
+    return norm
+
+
+def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
+    # Scores were taken from the gradients as they are; only the update is clipped.
+    limit = training.options.max_grad_norm
+    torch.nn.utils.clip_grads_with_norm_(training.trainable, limit, norm)
+    for group in training.optimizer.param_groups:
+        group["lr"] = lr
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+
+
+def _remove(training: Training, ratio: float) -> None:
+    options = training.options
+    replaced = training.state.remove_groups(
+        ratio,
+        scope=options.scope,
+        multiples={"heads": options.round_heads_to, "channels": options.round_to},
+    )
+    apply_cut_to_optimizer(_unwrap(training.optimizer), replaced)
+
+
+def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _time(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

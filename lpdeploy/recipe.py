@@ -1,0 +1,45 @@
+"""Recipes: YAML files that hold the options of commands."""
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpdeploy.errors import RecipeError
+
+
+def load_recipe(path: Path, command: str, *, known: Collection[str]) -> dict[str, Any]:
+    """Read the options of one command from a recipe.
+
+    Args:
+        path: YAML file with one top-level key a command.
+        command: Whose options to read, ``prune`` say.
+        known: Names of its options, with underscores.
+
+    Returns:
+        Option name -> value; empty where the recipe does not speak of the command.
+
+    Raises:
+        RecipeError: The file is no YAML mapping, or names an unknown option.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"Recipe '{path}' cannot be read: {reason}.") from error
+    if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
+        raise RecipeError(
+            f"Recipe '{path}' must map commands to options, for example 'prune: {{ratio: 0.5}}'."
+        )
+    options = data.get(command, {})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise RecipeError(
+            f"Recipe '{path}' gives '{command}' an unknown option '{unknown[0]}'.{hint} "
+            f"It knows {', '.join(sorted(known))}."
+        )
+    return options

@@ -1,0 +1,53 @@
+import math
+
+import pytest
+
+from lpdeploy.pruning.schedule import Schedule, compute_learning_rate
+from tests import reference
+
+
+@pytest.mark.parametrize("steps", [100, 200, 217, 600])
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0.1, 0.1), (0.05, 0.5), (0.0, 0.0)])
+def test_matches_the_table_of_the_reference(steps, warmup, cooldown):
+    schedule = Schedule(ratio=0.5, steps=steps, every=10, warmup=warmup, cooldown=cooldown)
+    table = reference.schedule(0.5, steps, 10, warmup, cooldown)
+    assert schedule.list_events() == list(table)
+    for step, ratio in table.items():
+        assert schedule.compute_ratio(step) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9, 10, 11, 50, 1000])
+def test_last_event_lands_on_the_target_exactly(steps):
+    schedule = Schedule(ratio=0.37, steps=steps)
+    events = schedule.list_events()
+    assert 1 <= events[0] <= events[-1] <= steps
+    assert schedule.compute_ratio(events[-1]) == 0.37
+    assert schedule.compute_ratio(steps) == 0.37
+
+
+def test_ratio_never_falls_and_starts_at_zero():
+    schedule = Schedule(ratio=0.5, steps=200)
+    ratios = [schedule.compute_ratio(step) for step in range(201)]
+    assert ratios[0] == 0
+    assert ratios == sorted(ratios)
+
+
+def test_cubic_takes_most_groups_early():
+    schedule = Schedule(ratio=0.5, steps=200)
+    events = schedule.list_events()
+    assert schedule.compute_ratio(events[len(events) // 2]) > 0.4
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    rates = [
+        compute_learning_rate(step, steps=100, peak=1.0, warmup_steps=10) for step in range(1, 101)
+    ]
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_learning_rate_without_warm_up_starts_at_the_peak():
+    assert compute_learning_rate(1, steps=10, peak=0.3, warmup_steps=0) == 0.3

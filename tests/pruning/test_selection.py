@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from lpdeploy.plan import GroupSpec
+from lpdeploy.pruning.selection import round_kept, select_globally, select_per_layer
+from tests import reference
+
+MULTIPLES = {"heads": 1, "channels": 4}
+
+
+def make_specs(layers=3, heads=8, channels=32):
+    return [
+        GroupSpec(f"layers.{layer}.{kind}", count, ())
+        for layer in range(layers)
+        for kind, count in (("heads", heads), ("channels", channels))
+    ]
+
+
+def random_importance(specs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {spec.name: torch.rand(spec.num_groups, generator=generator) for spec in specs}
+
+
+@pytest.mark.parametrize("total", [1, 4, 8, 26, 172, 704, 11008])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("multiple", [1, 4, 32])
+def test_kept_counts_match_the_loop(total, ratio, multiple):
+    count = round_kept(total, ratio, multiple=multiple)
+    assert count == reference.kept_count(total, ratio, multiple)
+    assert 1 <= count <= total
+
+
+def test_the_counts_that_users_ask_for():
+    assert round_kept(8, 0.5, multiple=1) == 4
+    assert round_kept(8, 0.2, multiple=1) == 6
+    assert round_kept(704, 0.5, multiple=32) == 352
+    assert round_kept(11008, 0.2, multiple=32) == 8800
+    assert round_kept(172, 0.5, multiple=2) == 86
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.9])
+def test_per_layer_selection_matches_the_loop(ratio):
+    specs = make_specs()
+    importance = random_importance(specs)
+    kept = select_per_layer(importance, specs, ratio=ratio, multiples=MULTIPLES)
+    for spec in specs:
+        keep = reference.kept_count(spec.num_groups, ratio, MULTIPLES[spec.kind])
+        assert kept[spec.name].tolist() == reference.select(importance[spec.name].tolist(), keep)
+
+
+def test_equal_scores_keep_the_earlier_groups():
+    specs = [GroupSpec("layers.0.heads", 6, ())]
+    importance = {"layers.0.heads": torch.zeros(6)}
+    kept = select_per_layer(importance, specs, ratio=0.5, multiples=MULTIPLES)
+    assert kept["layers.0.heads"].tolist() == [0, 1, 2]
+
+
+def test_what_is_gone_never_comes_back():
+    specs = [GroupSpec("layers.0.heads", 8, ())]
+    importance = {"layers.0.heads": torch.rand(3)}  # five of eight are gone already
+    kept = select_per_layer(importance, specs, ratio=0.5, multiples=MULTIPLES)
+    assert kept["layers.0.heads"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.9])
+def test_global_selection_keeps_its_promises(ratio):
+    specs = make_specs(layers=5, channels=30)  # 30 is no multiple of 4
+    importance = random_importance(specs)
+    kept = select_globally(importance, specs, ratio=ratio, multiples=MULTIPLES)
+    for kind, multiple in MULTIPLES.items():
+        family = [spec for spec in specs if spec.kind == kind]
+        counts = [len(kept[spec.name]) for spec in family]
+        total = sum(spec.num_groups for spec in family)
+        assert abs(sum(counts) - (1 - ratio) * total) <= 1.5 * multiple
+        assert all(count >= min(multiple, 1) for count in counts)
+        assert all(count % multiple == 0 or count == 30 for count in counts)
+
+
+def test_global_selection_takes_from_the_least_important_layer():
+    specs = make_specs(layers=2)
+    importance = random_importance(specs)
+    importance["layers.1.heads"] += 10
+    kept = select_globally(importance, specs, ratio=0.4, multiples=MULTIPLES)
+    assert len(kept["layers.1.heads"]) == 8
+    assert len(kept["layers.0.heads"]) == 2
+    best = importance["layers.0.heads"].topk(2).indices.sort().values
+    assert kept["layers.0.heads"].tolist() == best.tolist()
+
+
+def test_global_selection_leaves_a_chunk_in_every_layer():
+    specs = make_specs(layers=2)
+    importance = random_importance(specs)
+    importance["layers.1.channels"] += 10
+    kept = select_globally(importance, specs, ratio=0.9, multiples=MULTIPLES)
+    assert len(kept["layers.0.channels"]) == 4

@@ -1,0 +1,96 @@
+"""Set up, demonstrate and test lpdeploy from a checkout: `python3 tools/dev.py demo|test|setup`.
+
+Standard library only. Makes `.venv` beside the checkout's files, installs the exact versions of
+`constraints.txt`, and does nothing twice that has not changed.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+STAMP = VENV / "lpdeploy-setup"
+CONSTRAINTS = ROOT / "constraints.txt"
+EXTRAS = "cpu,dev"
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+    """Run a command in the checkout; end with its exit code where it fails."""
+    words = [str(word) for word in command]
+    print("+", " ".join(words), flush=True)
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def read_stamp() -> str:
+    """Return what the present environment was made from."""
+    return STAMP.read_text(encoding="utf-8") if STAMP.is_file() else ""
+
+
+def compute_stamp() -> str:
+    """Hash what an environment is made from."""
+    files = [ROOT / "pyproject.toml", CONSTRAINTS]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def setup() -> None:
+    """Make `.venv` and install lpdeploy in it, unless that is done."""
+    if read_stamp() == compute_stamp():
+        return
+    if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
+        venv.create(VENV, with_pip=True)
+    pip = [BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # torch first and by its exact version: a range would let another package choose its build.
+    torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch="))
+    run(*pip, torch)
+    run(*pip, "-c", CONSTRAINTS, "-e", f".[{EXTRAS}]")
+    STAMP.write_text(compute_stamp(), encoding="utf-8")
+
+
+def demo(arguments: list[str]) -> None:
+    """Run `lpdeploy demo`."""
+    setup()
+    output = [] if "--output" in arguments else ["--output", "demo-run", "--overwrite"]
+    run(BIN / "lpdeploy", "demo", *output, *arguments)
+
+
+def test(arguments: list[str]) -> None:
+    """Run lint, formatting, types and tests; extra arguments go to pytest."""
+    setup()
+    run(BIN / "ruff", "check", ".")
+    run(BIN / "ruff", "format", "--check", ".")
+    run(BIN / "mypy")
+    # One thread a worker: two workers with two threads each would fight over two cores.
+    workers = str(max(1, min(8, os.cpu_count() or 1)))
+    run(BIN / "python", "-m", "pytest", "-n", workers, *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("command", choices=["setup", "demo", "test"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to demo or pytest")
+    options = parser.parse_args()
+    if options.command == "setup":
+        setup()
+    elif options.command == "demo":
+        demo(options.arguments)
+    else:
+        test(options.arguments)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the paragraphs of the module's docstring."""
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036 - the system's python3 may be older
+        sys.exit("lpdeploy needs Python 3.10 or newer; run this file with such a python3.")
+    main()
