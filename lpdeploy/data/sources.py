@@ -76,10 +76,10 @@ class HubSource:
     max_rows: Mapping[str, int] = field(default_factory=dict)
 
 
-# WikiText-2 and PTB are joined as GPTQ (and after it the paper, Section 4.1) joins them. PTB is a
-# script data set, which datasets 4 and later refuse: its parquet copy lies on the hub's own
-# conversion branch. C4 is hundreds of GB: the first shard, as GPTQ reads it, and of that the 20k
-# documents of the paper to train on and the 1,100 of GPTQ to evaluate on.
+# WikiText-2 and PTB are joined as GPTQ and SparseGPT join them, whom the paper follows (Section
+# 4.1). PTB is a script data set, which datasets 4 and later refuse: its parquet copy lies on the
+# hub's own conversion branch. C4 is hundreds of GB: only the first shard is read, as they do, and
+# of it the paper's 20k documents to train on and their 1,100 to evaluate on.
 HUB_SOURCES: dict[str, HubSource] = {
     "wikitext2": HubSource(
         "Salesforce/wikitext",

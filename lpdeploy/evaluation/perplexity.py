@@ -66,9 +66,9 @@ def compute_perplexity(
         NonFiniteError: The loss is NaN or infinite.
 
     Source:
-        LoRAPrune, arXiv:2305.18403, Section 4.1 and Table 2, after GPTQ, arXiv:2210.17323. There,
-        the text has one bos and no eos: the same for a text of one document, as WikiText-2 and PTB
-        are here.
+        LoRAPrune, arXiv:2305.18403, Section 4.1 and Table 2, which follows SparseGPT,
+        arXiv:2301.00774. There, the whole text has one bos and no eos: the same, but for the last
+        token, where the text is one document, as WikiText-2 and PTB of the hub are here.
     """
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; a segment needs 2 tokens to predict one")

@@ -1,0 +1,40 @@
+"""`lpdeploy doctor`: what this machine and environment can do."""
+
+import importlib.util
+
+import click
+
+from lpdeploy.cli.common import print_result, shared_options
+
+# Module -> (extra that installs it, what it is for).
+_OPTIONAL = {
+    "onnxruntime": ("cpu", "running exported ONNX models"),
+}
+
+
+@click.command("doctor")
+@shared_options(recipe=False)
+def command(*, as_json: bool) -> None:
+    """Say which devices and libraries are here, and how to get what is missing."""
+    import torch
+
+    from lpdeploy.artifacts import describe_machine
+
+    machine = describe_machine()
+    missing = {
+        name: f"pip install 'lpdeploy[{extra}]'"
+        for name, (extra, _) in _OPTIONAL.items()
+        if importlib.util.find_spec(name) is None
+    }
+    machine["cuda"] = torch.cuda.is_available()
+    lines = [
+        f"cpu      {machine['cpu']}, {machine['cores']} cores",
+        f"gpu      {machine['gpu'] or 'none that torch can use'}",
+        f"system   {machine['system']}",
+        *[f"{name:12} {version}" for name, version in machine["versions"].items()],
+        *[
+            f"{name:12} missing; for {_OPTIONAL[name][1]}: {command}"
+            for name, command in missing.items()
+        ],
+    ]
+    print_result({"machine": machine, "missing": missing}, "\n".join(lines), as_json=as_json)

@@ -1,0 +1,54 @@
+"""`lpdeploy export`: the graph of a model for an inference engine."""
+
+from pathlib import Path
+
+import click
+
+from lpdeploy.cli.common import FOLDER, format_bytes, print_result, shared_options
+
+
+@click.command("export")
+@click.argument("target", metavar="RUN|MODEL")
+@click.option("--engine", type=click.Choice(["onnx"]), required=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32")
+@click.option("--output", type=FOLDER, help="[default: RUN/onnx, RUN/onnx-unmerged or MODEL/onnx]")
+@click.option("--max-batch", type=click.IntRange(min=1), default=8)
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=2), help="[default: 2048, or the model's positions]"
+)
+@click.option("--opset", type=int, help="[default: what suits the engine]")
+@click.option("--unmerged", is_flag=True, help="Export RUN/unmerged, LoRA as separate products.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@shared_options()
+def command(  # noqa: PLR0913 - one parameter an option
+    *,
+    target: str,
+    engine: str,
+    precision: str,
+    output: Path | None,
+    max_batch: int,
+    max_seq_len: int | None,
+    opset: int | None,
+    unmerged: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export a RUN or a MODEL folder: KV cache in and out, dynamic batch, sequence and past."""
+    from lpdeploy.export.stage import export
+
+    result = export(
+        target,
+        engine=engine,
+        output=output,
+        unmerged=unmerged,
+        precision=precision,
+        opset=opset,
+        max_batch=max_batch,
+        max_seq_len=max_seq_len,
+        overwrite=overwrite,
+    )
+    text = (
+        f"{result['output']}: {result['engine']} {result['precision']}, opset {result['opset']}, "
+        f"{format_bytes(result['bytes'])}, {result['seconds']:.1f} s"
+    )
+    print_result(result, text, as_json=as_json)

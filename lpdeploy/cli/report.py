@@ -1,0 +1,21 @@
+"""`lpdeploy report`: one page about a run."""
+
+from pathlib import Path
+
+import click
+
+from lpdeploy.cli.common import RUN, print_result, shared_options
+
+
+@click.command("report")
+@click.argument("run", type=RUN)
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), help="[default: RUN/report.html]"
+)
+@shared_options(recipe=False)
+def command(*, run: Path, output: Path | None, as_json: bool) -> None:
+    """Write an HTML page with what RUN's stages found."""
+    from lpdeploy.benchmark.report import save_report
+
+    path = save_report(run, output=output)
+    print_result({"report": str(path)}, f"{path}", as_json=as_json)

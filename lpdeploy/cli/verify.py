@@ -1,0 +1,41 @@
+"""`lpdeploy verify`: every stage computes the same."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from lpdeploy.cli.common import RUN, print_result, shared_options
+from lpdeploy.errors import ParityError
+
+
+@click.command("verify")
+@click.argument("target", type=RUN, metavar="RUN|MODEL")
+@click.option("--engine", type=click.Choice(["torch", "onnx"]), default="onnx")
+@click.option("--atol", type=click.FloatRange(0), help="Tolerance for every pair.")
+@shared_options()
+def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:
+    """Compare full logits of all stages of a RUN, or of a MODEL and its export.
+
+    Prefill and cached decoding, left padding, batch > 1. Exits 1 where a pair differs by more
+    than its tolerance. With --engine torch, exported graphs are left out.
+    """
+    from lpdeploy.runtime.verify import verify
+
+    pairs = verify(target, engine=engine, atol=atol)
+    lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10}"]
+    lines += [
+        f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "
+        f"{'ok' if p.ok else 'DIFFERENT'}"
+        for p in pairs
+    ]
+    wrong = [pair for pair in pairs if not pair.ok]
+    data = {"ok": not wrong, "pairs": [asdict(pair) for pair in pairs]}
+    print_result(data, "\n".join(lines), as_json=as_json)
+    if wrong:
+        worst = wrong[0]
+        raise ParityError(
+            f"{worst.a} and {worst.b} differ by {worst.max_abs_diff:.2e}, more than "
+            f"{worst.tolerance:.2e}. Make the later of the two again; if that does not help, "
+            "please report it."
+        )

@@ -1,0 +1,149 @@
+"""The demo: the whole line on the model that the package carries, in one folder."""
+
+import shutil
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import remove_leftovers, save_json
+from lpdeploy.benchmark.report import SAMPLES, save_report
+from lpdeploy.benchmark.stage import bench_latency
+from lpdeploy.errors import ArtifactError, ParityError
+from lpdeploy.evaluation.evaluate import evaluate
+from lpdeploy.export.stage import export
+from lpdeploy.models.compact import compact
+from lpdeploy.models.loading import load_tokenizer
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.run import prune
+from lpdeploy.runtime.generation import generate
+from lpdeploy.runtime.torch_runner import load_torch_runner
+from lpdeploy.runtime.verify import verify
+
+RATIOS = (0.2, 0.5)
+_SEQ_LEN = 256
+_BENCH_TOKENS = 448
+_NEW_TOKENS = 110
+_PROMPT = "once upon a time"
+
+Log = Callable[[str], None]
+
+
+def run_demo(output: Path, *, overwrite: bool = False, log: Log = lambda _: None) -> dict[str, Any]:
+    """Prune by 20 and 50 %, compact, export, verify, evaluate, time, write, and report.
+
+    Args:
+        output: Folder for everything; ``index.html`` in it is the page.
+        overwrite: Replace what is there.
+        log: Is told each step as it begins.
+
+    Returns:
+        ``page``, ``seconds``, ``perplexity``, the rows of the benchmark, and a ``summary``.
+
+    Raises:
+        ArtifactError: ``output`` exists and ``overwrite`` is false.
+        ParityError: Two stages differ.
+    """
+    _claim(output, overwrite=overwrite)
+    start = time.perf_counter()
+    assets = Path(str(resources.files("lpdeploy.demo"))) / "assets"
+    base = assets / "model"
+    runs = {ratio: output / f"pruned-{ratio * 100:.0f}" for ratio in RATIOS}
+    for ratio, run in runs.items():
+        log(f"{ratio:.0%}: prune and fine-tune, compact, export")
+        _build(base, assets / "train.txt", run, ratio)
+    half = runs[RATIOS[-1]]
+    log("verify every stage")
+    _check(half)
+    log("evaluate")
+    measured = evaluate(
+        str(half), [str(assets / "valid.txt")], seq_len=_SEQ_LEN, with_base=True, device="cpu"
+    )
+    log("time dense and pruned, merged and unmerged")
+    bench, _ = bench_latency(
+        [str(run) for run in runs.values()],
+        workload={"tokens": _BENCH_TOKENS, "repeats": 30},
+        device="cpu",
+        output=half,
+        log=log,
+    )
+    log("write a few lines")
+    save_json(half / SAMPLES, [_write_lines("dense", base), _write_lines("pruned", half / "model")])
+    page = save_report(half, output=output / "index.html")
+    seconds = round(time.perf_counter() - start, 1)
+    return {
+        "page": str(page),
+        "seconds": seconds,
+        "perplexity": _list_perplexities(measured),
+        "rows": bench["rows"],
+        "summary": _summarise(page, measured, bench, seconds),
+    }
+
+
+def _claim(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise ArtifactError(
+                f"'{output}' is not empty. Use --overwrite to replace the demo in it, "
+                "or another --output."
+            )
+        for ratio in RATIOS:  # nothing else in the folder is ours to delete
+            shutil.rmtree(output / f"pruned-{ratio * 100:.0f}", ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output / "index.html")
+
+
+def _build(base: Path, data: Path, run: Path, ratio: float) -> None:
+    options = PruneOptions(
+        ratio=ratio,
+        steps=80,
+        batch_size=8,
+        micro_batch_size=8,
+        seq_len=_SEQ_LEN,
+        lr=2e-3,
+        prune_every=4,
+        cooldown=0.4,
+        device="cpu",
+    )
+    prune(str(base), run, data=str(data), options=options)
+    for keep_adapter in (False, True):
+        compact(run, keep_adapter=keep_adapter)
+        export(str(run), unmerged=keep_adapter)
+
+
+def _check(run: Path) -> None:
+    wrong = [pair for pair in verify(run) if not pair.ok]
+    if wrong:
+        raise ParityError(f"{wrong[0].a} and {wrong[0].b} differ by {wrong[0].max_abs_diff:.1e}.")
+
+
+def _write_lines(name: str, model: Path) -> dict[str, str]:
+    runner = load_torch_runner(model)
+    tokenizer = load_tokenizer(model, runner.config)
+    prompt = tokenizer(_PROMPT)["input_ids"]
+    written = generate(
+        runner, [prompt], max_new_tokens=_NEW_TOKENS, eos_ids={tokenizer.eos_token_id}
+    )[0]
+    return {"model": name, "text": tokenizer.decode(prompt + written, skip_special_tokens=True)}
+
+
+def _list_perplexities(measured: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: next(iter(part["perplexity"].values()))["perplexity"]
+        for name, part in (("dense", measured["base"]), ("pruned", measured))
+    }
+
+
+def _summarise(page: Path, measured: dict[str, Any], bench: dict[str, Any], seconds: float) -> str:
+    perplexity = _list_perplexities(measured)
+    equal = "every stage computes the same"
+    lines = [
+        f"perplexity {perplexity['dense']:.2f} dense, {perplexity['pruned']:.2f} pruned; {equal}"
+    ]
+    lines += [
+        f"{row['engine']:6} {row['ratio']:4.0%} {'merged' if row['merged'] else 'unmerged':9}"
+        f"{row['median_ms']:8.2f} ms {row['relative'] - 1:+7.1%}"
+        for row in bench["rows"]
+    ]
+    return "\n".join([*lines, f"{seconds:.0f} s; open {page}"])

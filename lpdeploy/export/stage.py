@@ -1,0 +1,61 @@
+"""The export stage: which folder of a run or model goes to which engine, and its record."""
+
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import compute_sha256, record_stage
+from lpdeploy.errors import ArtifactError
+from lpdeploy.export.onnx import export_onnx
+from lpdeploy.models.loading import compute_model_sha256, resolve_model
+
+
+def export(
+    target: str,
+    *,
+    engine: str = "onnx",
+    output: Path | None = None,
+    unmerged: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export a run's compacted model, or a model folder.
+
+    Args:
+        target: Run, model folder or hub name.
+        engine: ``onnx``.
+        output: Folder; by default ``onnx`` (``onnx-unmerged``) in the run or model folder.
+        unmerged: Export a run's ``unmerged`` model, with LoRA as separate products.
+        options: Of ``export_onnx``.
+
+    Returns:
+        The io contract, and ``output``, ``bytes`` and ``seconds``.
+
+    Raises:
+        ArtifactError: The run has no such model, or ``output`` exists.
+    """
+    run = Path(target)
+    is_run = (run / "plan.json").is_file()
+    if unmerged and not is_run:
+        raise ArtifactError(f"--unmerged needs a run; '{target}' has no plan.json.")
+    model = _find_model(run, unmerged=unmerged) if is_run else resolve_model(target)
+    folder = output or (run if is_run else model) / ("onnx-unmerged" if unmerged else "onnx")
+    record = {"target": target, "engine": engine, "unmerged": unmerged, **options}
+    with record_stage(run if is_run else model, f"export {folder.name}", record) as stage:
+        contract = export_onnx(
+            model, folder, adapter=model / "adapter" if unmerged else None, **options
+        )
+        stage.inputs = {model.name: compute_model_sha256(model)}
+        stage.outputs = {folder.name: compute_sha256(folder / "model.onnx")}
+    return {
+        **contract,
+        "output": str(folder),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "seconds": stage.seconds,
+    }
+
+
+def _find_model(run: Path, *, unmerged: bool) -> Path:
+    folder = run / ("unmerged" if unmerged else "model")
+    if not folder.is_dir():
+        command = f"lpdeploy compact {run}" + (" --keep-adapter" if unmerged else "")
+        raise ArtifactError(f"No {folder.name} in '{run}'. Run '{command}' first.")
+    return folder

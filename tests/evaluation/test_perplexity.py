@@ -1,0 +1,246 @@
+"""Perplexity against plain loops over single positions, and the figure of the real model."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lpdeploy.data.sources import Corpus, Example, load_corpus
+from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
+from lpdeploy.evaluation import perplexity as module
+from lpdeploy.evaluation.perplexity import compute_perplexity
+from lpdeploy.models.loading import load_model, load_tokenizer
+from lpdeploy.runtime.runner import Output
+
+SHARED = Path(__file__).parents[3] / "shared"
+MODEL = SHARED / "models" / "tinystories-llama-6M"
+VALID = SHARED / "data" / "tinystories" / "valid.txt"
+real = pytest.mark.skipif(
+    not (MODEL.is_dir() and VALID.is_file()), reason=f"no real model and data: {SHARED} is absent"
+)
+
+DOCUMENTS = ["the cat sat on the mat", "what did the dog say?", "café"]
+BOS, EOS = 0, 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+class TableRunner:
+    """Logits from a random table and all tokens so far, so that context and its lack show."""
+
+    name = "torch"
+    precision = "fp32"
+    vocab_size = 258
+    max_positions = 64
+
+    def __init__(self, scale=1.0):
+        generator = torch.Generator().manual_seed(0)
+        self.table = scale * torch.randn(258, 258, generator=generator)
+        self.shapes = []
+
+    def forward(self, input_ids, *, attention_mask, past=None):  # noqa: ARG002
+        assert attention_mask.shape == input_ids.shape
+        assert attention_mask.all()
+        self.shapes.append(tuple(input_ids.shape))
+        counts = torch.arange(1, input_ids.shape[1] + 1).view(1, -1, 1)
+        return Output(self.table[input_ids].cumsum(dim=1) / counts.sqrt(), None)
+
+
+def corpus(documents=DOCUMENTS):
+    return Corpus("some.txt", [Example("", text) for text in documents])
+
+
+def expected_loss(runner, segments):
+    """Sum over single positions, each from its own forward pass over what stands before it."""
+    total = 0.0
+    for segment in segments:
+        for place in range(1, len(segment)):
+            before = torch.tensor([segment[:place]])
+            logits = runner.forward(before, attention_mask=torch.ones_like(before)).logits
+            scores = [float(score) for score in logits[0, -1]]
+            top = max(scores)
+            log_sum = top + math.log(sum(math.exp(score - top) for score in scores))
+            total += log_sum - scores[segment[place]]
+    return total
+
+
+def flat(documents, tokenizer):
+    stream = []
+    for text in documents:
+        stream += [BOS, *tokenizer.encode(text, add_special_tokens=False), EOS]
+    return stream
+
+
+class TestAgainstALoop:
+    @pytest.mark.parametrize("batch_size", [1, 2, 100])
+    def test_segments(self, tokenizer, batch_size):
+        stream = flat(DOCUMENTS, tokenizer)
+        assert len(stream) % 10 != 0  # something is left over
+        segments = [stream[i : i + 10] for i in range(0, len(stream) - 9, 10)]
+        found = compute_perplexity(
+            TableRunner(), corpus(), tokenizer, seq_len=10, batch_size=batch_size
+        )
+        mean = expected_loss(TableRunner(), segments) / (9 * len(segments))
+        num_bytes = sum(len(text.encode("utf-8")) for text in DOCUMENTS)
+        # fp32 sums of some 50 losses of about 6.
+        assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+        assert found.bits_per_byte == pytest.approx(
+            mean / math.log(2) * len(stream) / num_bytes, rel=1e-5
+        )
+        assert found.tokens == 9 * len(segments)
+
+    def test_chunks_of_positions(self, tokenizer, monkeypatch):
+        whole = compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=10)
+        monkeypatch.setattr(module, "_POSITIONS_AT_ONCE", 7)
+        pieces = compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=10)
+        assert pieces.perplexity == pytest.approx(whole.perplexity, rel=1e-6)  # order of the sum
+
+    def test_only_segment_may_be_incomplete(self, tokenizer):
+        stream = flat(["the cat"], tokenizer)
+        found = compute_perplexity(TableRunner(), corpus(["the cat"]), tokenizer, seq_len=64)
+        mean = expected_loss(TableRunner(), [stream]) / (len(stream) - 1)
+        assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+        assert found.tokens == len(stream) - 1
+
+    def test_instruction_pairs_count_as_documents(self, tokenizer):
+        pairs = Corpus("pairs.jsonl", [Example("say cat: ", "cat"), Example("say dog: ", "dog")])
+        whole = corpus(["say cat: cat", "say dog: dog"])
+        assert compute_perplexity(TableRunner(), pairs, tokenizer, seq_len=8) == compute_perplexity(
+            TableRunner(), whole, tokenizer, seq_len=8
+        )
+
+    def test_uniform_model(self, tokenizer):
+        """A model that knows nothing has the vocabulary as perplexity, and 8 bits a byte or so."""
+        found = compute_perplexity(TableRunner(scale=0.0), corpus(), tokenizer, seq_len=10)
+        assert found.perplexity == pytest.approx(258, rel=1e-5)
+        num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
+        # One token a byte, and a bos and an eos for each document.
+        expected = math.log2(258) * (num_bytes + 2 * len(DOCUMENTS)) / num_bytes
+        assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
+
+
+class TestWork:
+    def test_batches_and_progress(self, tokenizer):
+        runner, told = TableRunner(), []
+        compute_perplexity(
+            runner,
+            corpus(),
+            tokenizer,
+            seq_len=10,
+            batch_size=2,
+            on_progress=lambda *now: told.append(now),
+        )
+        assert runner.shapes == [(2, 10), (2, 10), (1, 10)]
+        assert told == [(2, 5), (4, 5), (5, 5)]
+
+    def test_half_precision_logits_are_scored_in_fp32(self, tokenizer):
+        class HalfRunner(TableRunner):
+            widen = False
+
+            def forward(self, input_ids, *, attention_mask, past=None):  # noqa: ARG002
+                logits = super().forward(input_ids, attention_mask=attention_mask).logits.half()
+                return Output(logits.float() if self.widen else logits, None)
+
+        half, wide = HalfRunner(), HalfRunner()
+        wide.widen = True
+        # The same to the last bit: only where the widening happens differs.
+        assert compute_perplexity(half, corpus(), tokenizer, seq_len=10) == compute_perplexity(
+            wide, corpus(), tokenizer, seq_len=10
+        )
+
+
+class TestErrors:
+    def test_too_few_positions(self, tokenizer):
+        with pytest.raises(
+            LpdeployError, match=r"The model has 64 positions; use --seq-len 64 or less\."
+        ):
+            compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=65)
+
+    def test_seq_len_of_one(self, tokenizer):
+        with pytest.raises(ValueError, match="seq_len is 1; a segment needs 2 tokens"):
+            compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=1)
+
+    def test_one_token(self):
+        backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+        bare = PreTrainedTokenizerFast(tokenizer_object=backend)
+        with pytest.raises(
+            DataError, match=r"'some\.txt' holds 1 token, which leaves none to predict\. Give more"
+        ):
+            compute_perplexity(TableRunner(), corpus(["a"]), bare, seq_len=8)
+
+    @pytest.mark.parametrize("scale", [math.nan, math.inf])
+    def test_not_a_number(self, tokenizer, scale):
+        with pytest.raises(
+            NonFiniteError,
+            match=r"The loss of the fp32 model on torch is nan at segment 2 of 5\. Evaluate in "
+            r"fp32, or check that the weights are whole\.",
+        ):
+            compute_perplexity(TableRunner(scale), corpus(), tokenizer, seq_len=10, batch_size=2)
+
+    def test_finite_loss_of_no_finite_perplexity(self, tokenizer):
+        with pytest.raises(NonFiniteError, match=r"model on torch is \d{4,} a token\. Evaluate in"):
+            compute_perplexity(TableRunner(scale=1e4), corpus(), tokenizer, seq_len=10)
+
+
+class ModelRunner:
+    """The least a Runner needs over a transformers model."""
+
+    name = "torch"
+    precision = "fp32"
+
+    def __init__(self, model):
+        self.model = model
+        self.vocab_size = model.config.vocab_size
+        self.max_positions = model.config.max_position_embeddings
+
+    def forward(self, input_ids, *, attention_mask, past=None):  # noqa: ARG002
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return Output(output.logits, None)
+
+
+@real
+@pytest.mark.real
+class TestRealModel:
+    @pytest.fixture(scope="class")
+    def loaded(self):
+        model = load_model(MODEL)
+        return model, load_tokenizer(MODEL, model.config)
+
+    def test_slice_against_a_direct_computation(self, loaded):
+        model, tokenizer = loaded
+        few = Corpus("slice", load_corpus(str(VALID)).examples[:6])
+        stream = []
+        for text in VALID.read_text(encoding="utf-8").split("\n<|endoftext|>\n")[:6]:
+            stream += [1, *tokenizer.encode(text, add_special_tokens=False), 2]
+        losses = []
+        for start in range(0, len(stream) - 127, 128):
+            segment = torch.tensor([stream[start : start + 128]])
+            with torch.no_grad():
+                logits = model(segment, use_cache=False).logits[0].double()
+            for place in range(127):
+                row = logits[place]
+                losses.append(float(row.logsumexp(dim=0) - row[segment[0, place + 1]]))
+        found = compute_perplexity(ModelRunner(model), few, tokenizer, seq_len=128)
+        assert found.tokens == len(losses)
+        # fp32 in the log-softmax and its sum, and matmuls of another batch size.
+        assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+    def test_published_figure(self, loaded):
+        model, tokenizer = loaded
+        found = compute_perplexity(
+            ModelRunner(model), load_corpus(str(VALID)), tokenizer, seq_len=256
+        )
+        # ../shared/README.md says 15.76; fp32 differs between machines in the sixth digit.
+        assert found.perplexity == pytest.approx(15.76306, abs=1e-4)
+        assert found.tokens == 202 * 255
+        assert 1.0 < found.bits_per_byte < 1.2

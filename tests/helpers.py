@@ -1,0 +1,116 @@
+"""Tiny random models with a tokenizer, made in place, so that no test downloads anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lpdeploy.models.adapters import attach_lora, get_lora_weights
+from lpdeploy.models.groups import list_group_specs
+from lpdeploy.models.loading import get_model_classes
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+VOCAB = 64
+WORDS = [f"w{index}" for index in range(VOCAB - 3)]
+
+
+def make_tokenizer(folder):
+    """Save a word-level tokenizer: <unk> 0, <s> 1, </s> 2, then w0, w1, ..."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_tiny_model(folder, *, model_type="llama", heads=4, kv_heads=None, seed=0, **config):
+    """Save a random model of two layers, hidden 32, head_dim 8, FFN 48, with its tokenizer.
+
+    Weights are ten times larger than an untrained model's, so that logits are far from zero and
+    every head and channel changes them.
+    """
+    config_class, model_class = get_model_classes(model_type)
+    values = {
+        "vocab_size": VOCAB + 8,  # as in real models, some rows more than the tokenizer has
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+        **config,
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**values))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts biases at zero, which hides bugs
+                parameter.normal_(std=0.2)
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_lora_model(folder, *, rank=4, dropout=0.0, **config):
+    """Return a peft model with LoRA on everything and a non-zero lora_b."""
+    make_tiny_model(folder, **config)
+    _, model_class = get_model_classes(config.get("model_type", "llama"))
+    model = model_class.from_pretrained(folder)
+    wrapped = attach_lora(model, rank=rank, alpha=2 * rank, dropout=dropout, seed=1)
+    fill_lora(model)
+    return wrapped
+
+
+def fill_lora(model):
+    """Give every lora_b random values: the zero that peft starts from hides bugs."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for spec in list_group_specs(model.config):
+            for piece in spec.slices:
+                lora_b = get_lora_weights(model.get_submodule(piece.module)).lora_b
+                lora_b.copy_(0.1 * torch.randn(lora_b.shape, generator=generator))
+
+
+def make_adapter(model_folder, folder, *, rank=4):
+    """Save a peft adapter with a non-zero lora_b for the uniform model in ``model_folder``."""
+    model_type = json.loads((Path(model_folder) / "config.json").read_text())["model_type"]
+    _, model_class = get_model_classes(model_type)
+    model = model_class.from_pretrained(model_folder)
+    wrapped = attach_lora(model, rank=rank, alpha=2 * rank, dropout=0.0, seed=1)
+    fill_lora(model)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    return Path(folder)
+
+
+def make_text(path, *, documents=40, words=60, seed=0):
+    """Save documents of words that follow one another by a rule with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(documents):
+        word = int(torch.randint(len(WORDS), (1,), generator=generator))
+        text = []
+        for _ in range(words):
+            text.append(WORDS[word])
+            jump = int(torch.randint(3, (1,), generator=generator))
+            word = (3 * word + jump) % len(WORDS)
+        lines.append(" ".join(text))
+    Path(path).write_text("\n<|endoftext|>\n".join(lines), encoding="utf-8")
+    return Path(path)
+
+
+def need_shared():
+    """Skip, with a reason, where the real models and data are not beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real models and data in {SHARED}")
+    return SHARED

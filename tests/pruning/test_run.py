@@ -1,0 +1,211 @@
+"""The prune stage: its files, what it refuses, and going on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lpdeploy.artifacts import compute_sha256
+from lpdeploy.errors import ArtifactError, DataError, LpdeployError, NonFiniteError
+from lpdeploy.plan import load_plan
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.run import prune
+from tests.helpers import make_text, make_tiny_model
+
+OPTIONS = {
+    "ratio": 0.5, "steps": 8, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
+    "lr": 1e-2, "prune_every": 2, "round_to": 4, "checkpoint_every": 3, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_text(tmp_path / "text.txt")
+
+
+def run(base, output, data, *, options=None, **arguments):
+    chosen = PruneOptions(**{**OPTIONS, **(options or {})})
+    return prune(str(base), output, data=str(data), options=chosen, **arguments)
+
+
+def test_a_run_holds_what_it_promises(base, data, tmp_path):
+    result = run(base, tmp_path / "run", data)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == [
+        "adapter", "importance.safetensors", "log.jsonl", "manifest.json", "plan.json",
+        "recipe.yaml",
+    ]  # fmt: skip
+    plan = load_plan(tmp_path / "run")
+    assert {name: len(kept) for name, kept in plan.kept.items()} == {
+        "layers.0.heads": 1, "layers.0.channels": 24, "layers.1.heads": 1, "layers.1.channels": 24,
+    }  # fmt: skip
+    assert result.achieved["groups"] == plan.achieved["groups"] == 0.5
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 9))
+    scores = load_file(tmp_path / "run" / "importance.safetensors")
+    assert scores["layers.0.channels"].shape == (48,)
+    assert (scores["layers.0.channels"] > 0).all()
+
+
+def test_what_stays_is_more_important_than_what_went_last(base, data, tmp_path):
+    run(base, tmp_path / "run", data, options={"steps": 2, "prune_every": 1, "warmup": 0.0})
+    plan = load_plan(tmp_path / "run")
+    scores = load_file(tmp_path / "run" / "importance.safetensors")["layers.0.channels"]
+    kept = plan.kept["layers.0.channels"]
+    gone = [index for index in range(48) if index not in kept]
+    assert scores[kept].min() >= scores[gone].max()
+
+
+def test_protected_layers_stay_whole(base, data, tmp_path):
+    run(base, tmp_path / "run", data, options={"protect_first": 1})
+    kept = load_plan(tmp_path / "run").kept
+    assert len(kept["layers.0.channels"]) == 48
+    assert len(kept["layers.1.channels"]) == 24
+
+
+def test_masking_and_cutting_give_the_same_plan(base, data, tmp_path):
+    run(base, tmp_path / "cut", data, options={"lora_dropout": 0.0})
+    run(base, tmp_path / "mask", data, options={"lora_dropout": 0.0, "removal": "mask"})
+    assert load_plan(tmp_path / "cut").kept == load_plan(tmp_path / "mask").kept
+    cut = load_file(tmp_path / "cut" / "adapter" / "adapter_model.safetensors")
+    mask = load_file(tmp_path / "mask" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in cut.items():  # float32 sums in another order, amplified by AdamW
+        torch.testing.assert_close(mask[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run(base, data, tmp_path):
+    run(base, tmp_path / "a", data)
+    run(base, tmp_path / "b", data)
+    assert compute_sha256(tmp_path / "a" / "adapter") == compute_sha256(tmp_path / "b" / "adapter")
+
+
+class Stop(Exception):
+    """What a test interrupts a run with."""
+
+
+def stop_after(step):
+    def on_step(info):
+        if info.step == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.parametrize("removal", ["cut", "mask"])
+def test_a_resumed_run_ends_as_if_never_stopped(base, data, tmp_path, step, removal):
+    options = {"removal": removal}
+    run(base, tmp_path / "whole", data, options=options)
+    with pytest.raises(Stop):
+        run(base, tmp_path / "run", data, options=options, on_step=stop_after(step))
+    run(base, tmp_path / "run", data, options=options, resume=True)
+    for name in ("adapter/adapter_model.safetensors", "importance.safetensors", "plan.json"):
+        expected = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == expected
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 9))
+
+
+def test_a_killed_run_leaves_only_whole_files(base, data, tmp_path):
+    """Kill at several moments; each time every file under a final name can be read whole."""
+    command = [
+        sys.executable, "-m", "lpdeploy", "prune", str(base), "--data", str(data),
+        "--output", str(tmp_path / "run"), "--steps", "400", "--batch-size", "4",
+        "--micro-batch-size", "4", "--seq-len", "24", "--checkpoint-every", "1",
+        "--round-to", "4", "--device", "cpu",
+    ]  # fmt: skip
+    log = tmp_path / "run" / "log.jsonl"
+    for steps in (1, 4):
+        extra = ["--resume"] if log.exists() else []
+        process = subprocess.Popen([*command, *extra], stderr=subprocess.DEVNULL)
+        wanted = steps + (len(log.read_text().splitlines()) if extra else 0)
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= wanted):
+            assert process.poll() is None, "the run ended by itself"
+            assert time.monotonic() < deadline, "the run did not get there"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        for line in log.read_text().splitlines():
+            json.loads(line)
+        load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
+        assert not (tmp_path / "run" / "plan.json").exists()
+        assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_nan_keeps_the_last_good_state(base, data, tmp_path):
+    with pytest.raises(NonFiniteError, match="at step .* is kept in .*state.safetensors") as error:
+        # This rate moves the weights so far that the loss overflows.
+        run(base, tmp_path / "run", data, options={"lr": 1e30, "lr_warmup": 0.0})
+    assert "go on with --resume" in str(error.value)
+    state = load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_an_existing_run_is_not_overwritten_unasked(base, data, tmp_path):
+    run(base, tmp_path / "run", data)
+    before = (tmp_path / "run" / "plan.json").read_bytes()
+    with pytest.raises(ArtifactError, match="already holds a run .* --overwrite"):
+        run(base, tmp_path / "run", data)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run(base, tmp_path / "run", data, overwrite=True, options={"seed": 1})
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "plan.json").read_bytes() != before
+
+
+def test_resume_says_what_is_wrong(base, data, tmp_path):
+    with pytest.raises(ArtifactError, match="Nothing to resume: .* holds no checkpoint"):
+        run(base, tmp_path / "run", data, resume=True)
+    with pytest.raises(Stop):
+        run(base, tmp_path / "run", data, on_step=stop_after(5), overwrite=True)
+    with pytest.raises(ArtifactError, match="another option: ratio was 0.5 and is 0.25 now"):
+        run(base, tmp_path / "run", data, resume=True, options={"ratio": 0.25})
+    other = make_tiny_model(tmp_path / "other", heads=4, kv_heads=2, seed=5)
+    with pytest.raises(ArtifactError, match="another input: base was"):
+        run(other, tmp_path / "run", data, resume=True)
+    checkpoint = tmp_path / "run" / "checkpoint" / "state.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        run(base, tmp_path / "run", data, resume=True)
+    run(base, tmp_path / "done", data)
+    with pytest.raises(ArtifactError, match="the run in .* is complete"):
+        run(base, tmp_path / "done", data, resume=True)
+
+
+def test_a_sequence_longer_than_the_model_is_refused(base, data, tmp_path):
+    with pytest.raises(LpdeployError, match="--seq-len 500 is longer than the 128 positions"):
+        run(base, tmp_path / "run", data, options={"seq_len": 500})
+    assert not (tmp_path / "run").exists()
+
+
+def test_protecting_every_layer_is_refused(base, data, tmp_path):
+    with pytest.raises(LpdeployError, match="leave none of the 2 layers to prune"):
+        run(base, tmp_path / "run", data, options={"protect_first": 1, "protect_last": 1})
+
+
+def test_data_without_a_row_is_refused(base, tmp_path):
+    (tmp_path / "short.txt").write_text("w1 w2")
+    with pytest.raises(DataError, match="one row of --seq-len 24"):
+        run(base, tmp_path / "run", tmp_path / "short.txt")
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_per_layer_model_is_refused(base, data, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "lpdeploy_llama", "layer_widths": [[2, 48], [1, 48]]}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="pruned to per-layer widths already"):
+        run(base, tmp_path / "run", data)

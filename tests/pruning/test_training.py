@@ -1,0 +1,160 @@
+"""Algorithm 1 end to end on a tiny model: cutting equals masking, and the target is met."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lpdeploy.data.batches import build_token_dataset
+from lpdeploy.data.sources import load_corpus
+from lpdeploy.errors import NonFiniteError
+from lpdeploy.models.groups import expand_index, list_group_specs
+from lpdeploy.models.loading import load_tokenizer
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.training import Training, count_steps, run_steps
+from tests.helpers import make_lora_model, make_text
+
+
+def make_training(tmp_path, *, model=None, **options):
+    defaults = {
+        "ratio": 0.5, "steps": 12, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
+        "lr": 1e-2, "prune_every": 2, "round_to": 4, "lora_dropout": 0.0,
+    }  # fmt: skip
+    chosen = PruneOptions(**{**defaults, **options})
+    folder = tmp_path / f"model-{chosen.removal}-{chosen.scope}"
+    wrapped = make_lora_model(folder, dropout=chosen.lora_dropout, **(model or {}))
+    causal_lm = wrapped.get_base_model()
+    tokenizer = load_tokenizer(folder, causal_lm.config)
+    corpus = load_corpus(str(make_text(tmp_path / "text.txt")))
+    optimizer = torch.optim.AdamW(
+        [p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+    )
+    return Training(
+        model=wrapped,
+        optimizer=optimizer,
+        accelerator=Accelerator(cpu=True),
+        dataset=build_token_dataset(corpus, tokenizer, seq_len=chosen.seq_len),
+        state=PruningState(
+            model=causal_lm,
+            specs=list_group_specs(causal_lm.config),
+            removal=chosen.removal,
+        ),
+        options=chosen,
+        steps=chosen.steps,
+    )
+
+
+def named_lora(training):
+    named = training.state.model.named_parameters()
+    return {name: p.detach() for name, p in named if p.requires_grad}
+
+
+MODELS = [
+    {"heads": 4},
+    {"heads": 4, "kv_heads": 2},
+    {"model_type": "qwen2", "heads": 4, "kv_heads": 2},
+    {"model_type": "qwen3", "heads": 4, "kv_heads": 2},
+    {"model_type": "mistral", "heads": 4},
+]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.get("model_type", "llama"))
+def test_cutting_trains_the_same_weights_as_masking(tmp_path, model, scope):
+    cut = make_training(tmp_path, model=model, removal="cut", scope=scope)
+    mask = make_training(tmp_path, model=model, removal="mask", scope=scope)
+    losses = [
+        (a.loss, b.loss) for a, b in zip(run_steps(cut), run_steps(mask), strict=True)
+    ]
+    assert cut.state.kept.keys() == mask.state.kept.keys()
+    for name, kept in cut.state.kept.items():
+        assert kept.tolist() == mask.state.kept[name].tolist()
+    # Same sums in another order, through 12 steps of AdamW, whose division by the root of a small
+    # second moment amplifies float32 noise.
+    for cut_loss, mask_loss in losses:
+        assert cut_loss == pytest.approx(mask_loss, rel=1e-4)
+    small, full = named_lora(cut), named_lora(mask)
+    for spec in cut.state.specs:
+        for piece in spec.slices:
+            index = expand_index(cut.state.kept[spec.name], piece.block)
+            for factor, dim in (("lora_A", 1), ("lora_B", 0)):
+                name = f"{piece.module}.{factor}.default.weight"
+                expected = full[name].index_select(dim, index) if dim == piece.dim else full[name]
+                torch.testing.assert_close(small[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_target_is_met_and_widths_shrink(tmp_path):
+    training = make_training(tmp_path, ratio=0.5)
+    infos = list(run_steps(training))
+    assert infos[-1].ratio == 0.5
+    assert sum(info.removed for info in infos) == len(training.schedule.list_events())
+    attention = training.state.model.model.layers[0].self_attn
+    mlp = training.state.model.model.layers[0].mlp
+    assert attention.q_proj.base_layer.weight.shape == (16, 32)
+    assert attention.o_proj.lora_A["default"].weight.shape == (4, 16)
+    assert mlp.down_proj.base_layer.weight.shape == (32, 24)
+    assert mlp.up_proj.lora_B["default"].weight.shape == (24, 4)
+    assert mlp.gate_proj.base_layer.out_features == mlp.gate_proj.out_features == 24
+
+
+def test_optimizer_moments_are_cut_with_their_parameters(tmp_path):
+    training = make_training(tmp_path)
+    list(run_steps(training))
+    trained = {id(p) for p in training.trainable}
+    assert trained == {id(p) for p in named_lora_parameters(training)}
+    for parameter in training.trainable:
+        assert training.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+
+
+def named_lora_parameters(training):
+    return [p for p in training.state.model.parameters() if p.requires_grad]
+
+
+def test_ratio_zero_removes_nothing(tmp_path):
+    training = make_training(tmp_path, ratio=0.0)
+    list(run_steps(training))
+    for spec in training.state.specs:
+        assert len(training.state.kept[spec.name]) == spec.num_groups
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(tmp_path):
+    one = make_training(tmp_path, micro_batch_size=4, ratio=0.0, steps=3)
+    two = make_training(tmp_path, micro_batch_size=1, ratio=0.0, steps=3)
+    list(run_steps(one))
+    list(run_steps(two))
+    for name, parameter in named_lora(one).items():
+        torch.testing.assert_close(parameter, named_lora(two)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_training_learns(tmp_path):
+    infos = list(run_steps(make_training(tmp_path, steps=60, ratio=0.2, lr=3e-2)))
+    losses = [info.loss for info in infos]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.5  # nats a token
+
+
+def test_a_nan_stops_before_it_reaches_weights_or_scores(tmp_path):
+    training = make_training(tmp_path)
+    steps = run_steps(training)
+    next(steps)
+    before = {name: p.clone() for name, p in named_lora(training).items()}
+    scores = {name: s.clone() for name, s in training.state.average.items()}
+    training.state.model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="loss became nan at step 2"):
+        next(steps)
+    for name, parameter in named_lora(training).items():
+        assert torch.equal(parameter, before[name])
+    for name, score in training.state.average.items():
+        assert torch.equal(score, scores[name])
+
+
+def test_an_infinite_gradient_stops_too(tmp_path):
+    training = make_training(tmp_path)
+    parameter = training.trainable[0]
+    parameter.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteError, match="gradient became .* at step 1"):
+        next(run_steps(training))
+
+
+def test_steps_are_counted_from_epochs_unless_given():
+    assert count_steps(PruneOptions(epochs=2, batch_size=8, micro_batch_size=4), 20) == 6
+    assert count_steps(PruneOptions(steps=5), 20) == 5
