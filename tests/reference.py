@@ -9,7 +9,7 @@ from collections.abc import Sequence
 Matrix = Sequence[Sequence[float]]
 
 
-def weight_importance(  # noqa: PLR0913
+def weight_importance(
     weight: Matrix, a: Matrix, b: Matrix, grad_a: Matrix, grad_b: Matrix, scaling: float
 ) -> list[list[float]]:
     """Eq. 10 for every weight of one layer: W (out, in), A (rank, in), B (out, rank)."""
@@ -44,7 +44,9 @@ def moving_average(history: Sequence[Sequence[float]], decay: float) -> list[flo
     """Eq. 11 over the scores of all steps, starting from zero (Algorithm 1)."""
     average = [0.0] * len(history[0])
     for scores in history:
-        average = [decay * old + (1 - decay) * new for old, new in zip(average, scores, strict=True)]
+        average = [
+            decay * old + (1 - decay) * new for old, new in zip(average, scores, strict=True)
+        ]
     return average
 
 
@@ -72,12 +74,12 @@ def kept_count(total: int, ratio: float, multiple: int) -> int:
     return min(best, total)
 
 
-def schedule(ratio: float, steps: int, every: int, warmup: float, cooldown: float) -> dict[int, float]:
-    """The cubic schedule as a table: 1-based step of each event -> share of groups gone after it."""
-    events = []
-    for step in range(1, steps + 1):
-        if step % every == 0 and warmup * steps <= step <= steps - cooldown * steps:
-            events.append(step)
+def schedule(
+    ratio: float, steps: int, every: int, warmup: float, cooldown: float
+) -> dict[int, float]:
+    """The cubic schedule as a table: 1-based step of each event -> share gone after it."""
+    first, last = warmup * steps, steps - cooldown * steps
+    events = [s for s in range(1, steps + 1) if s % every == 0 and first <= s <= last]
     table = {}
     for number, step in enumerate(events, start=1):
         left = 1 - number / len(events)

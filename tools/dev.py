@@ -67,6 +67,7 @@ def test(arguments: list[str]) -> None:
     run(BIN / "ruff", "check", ".")
     run(BIN / "ruff", "format", "--check", ".")
     run(BIN / "mypy")
+    run(BIN / "python", "tools/update_docs.py", "--check")
     # One thread a worker: two workers with two threads each would fight over two cores.
     workers = str(max(1, min(8, os.cpu_count() or 1)))
     run(BIN / "python", "-m", "pytest", "-n", workers, *arguments, env={"OMP_NUM_THREADS": "1"})

@@ -17,7 +17,7 @@ def command() -> None:
 
 @command.command("latency")
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
-@click.option("--engine", "engines", default="torch,onnx", help="torch, onnx, or both.")
+@click.option("--engine", default="torch,onnx", help="torch, onnx, or both.")
 @click.option("--merged", "form", flag_value="merged", help="Only models with LoRA merged.")
 @click.option("--unmerged", "form", flag_value="unmerged", help="Only models with LoRA apart.")
 @click.option("--both", "form", flag_value="both", default="both", help="The two of them.")
@@ -31,7 +31,7 @@ def command() -> None:
 def latency(  # noqa: PLR0913 - one parameter an option
     *,
     targets: tuple[str, ...],
-    engines: str,
+    engine: str,
     form: str,
     tokens: int,
     decode: int,
@@ -52,7 +52,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
     with counting_progress("bench") as on_progress:
         result, folder = bench_latency(
             targets,
-            engines=_parse_engines(engines),
+            engines=_parse_engines(engine),
             forms=_FORMS[form],
             workload={"tokens": tokens, "decode": decode, "batch": batch, "repeats": repeats},
             device=device,

@@ -12,7 +12,6 @@ from lpdeploy.cli.common import print_result, shared_options
 @click.argument("model", metavar="RUN|MODEL")
 @click.option(
     "--perplexity",
-    "sources",
     multiple=True,
     required=True,
     metavar="SOURCE",
@@ -26,7 +25,7 @@ from lpdeploy.cli.common import print_result, shared_options
 def command(
     *,
     model: str,
-    sources: tuple[str, ...],
+    perplexity: tuple[str, ...],
     seq_len: int,
     engine: str,
     with_base: bool,
@@ -40,7 +39,7 @@ def command(
     with counting_progress("eval") as progress:
         result = evaluate(
             model,
-            sources,
+            perplexity,
             seq_len=seq_len,
             engine=engine,
             with_base=with_base,

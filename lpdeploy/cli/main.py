@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import warnings
 from typing import Any
 
 import click
@@ -55,6 +56,8 @@ def _quieten_libraries() -> None:
     # A waiting OpenMP thread that spins takes a core from whatever else runs; on a busy machine
     # decoding fell to a sixth of its speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What libraries announce to each other's authors; --debug and -W show it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)

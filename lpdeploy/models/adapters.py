@@ -52,18 +52,18 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
     return get_peft_model(model, config)
 
 
-def get_lora_weights(linear: nn.Module) -> LoraWeights:
+def get_lora_weights(linear: Any) -> LoraWeights:
     """Return the live LoRA tensors of one wrapped Linear."""
     return LoraWeights(
-        lora_a=linear.lora_A[ADAPTER].weight,  # type: ignore[union-attr,index]
-        lora_b=linear.lora_B[ADAPTER].weight,  # type: ignore[union-attr,index]
-        scaling=linear.scaling[ADAPTER],  # type: ignore[union-attr,index]
+        lora_a=linear.lora_A[ADAPTER].weight,
+        lora_b=linear.lora_B[ADAPTER].weight,
+        scaling=linear.scaling[ADAPTER],
     )
 
 
-def get_base_linear(linear: nn.Module) -> nn.Linear:
+def get_base_linear(linear: Any) -> nn.Linear:
     """Return the frozen Linear inside a LoRA wrapper, or the Linear itself."""
-    return getattr(linear, "base_layer", linear)  # type: ignore[return-value]
+    return getattr(linear, "base_layer", linear)
 
 
 def load_adapter(folder: Path) -> dict[str, LoraWeights]:
@@ -77,6 +77,8 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
     """
     from peft import LoraConfig
 
+    if not (folder / "adapter_config.json").is_file():  # peft would look for it on the hub
+        raise ArtifactError(f"No adapter_config.json in '{folder}'. Prune again.")
     try:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -91,6 +93,32 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
         )
         for name in names
     }
+
+
+def check_adapter(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> None:
+    """Check that an adapter has the layers and the widths that a plan leaves.
+
+    Raises:
+        ArtifactError: It has not: merged, it would leave layers as they were.
+    """
+    widths = {
+        piece.module: (piece.dim, len(plan.kept[spec.name]) * piece.block)
+        for spec in plan.specs
+        for piece in spec.slices
+    }
+    odd = sorted(widths.keys() ^ weights.keys())
+    if odd:
+        raise ArtifactError(
+            f"Plan and adapter are of different runs: only one of them has {odd[0]}. Prune again."
+        )
+    for module, (dim, width) in widths.items():
+        lora = weights[module]
+        has = lora.lora_a.shape[1] if dim else lora.lora_b.shape[0]
+        if has != width:
+            raise ArtifactError(
+                f"Plan and adapter are of different runs: the plan leaves {width} "
+                f"{'columns' if dim else 'rows'} of {module}, the adapter has {has}. Prune again."
+            )
 
 
 def load_unmerged(model: Any, adapter: Path) -> Any:

@@ -45,9 +45,9 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 _OWN_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# The widths differ between layers, which needs the modelling file in this folder.
+# No stock class has these widths: the modelling file in this folder does.
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)"""
 
 _ADAPTER = """
 

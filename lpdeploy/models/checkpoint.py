@@ -111,17 +111,14 @@ def _merge(weight: Tensor, lora: LoraWeights, *, name: str) -> Tensor:
 
 def save_shards(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], *, max_shard_bytes: int
-) -> tuple[int, int]:
+) -> None:
     """Write tensors as safetensors in shards of bounded size, with an index where there are many.
 
-    Only one shard is in memory at a time.
-
-    Returns:
-        (parameters, bytes) written.
+    Only one shard, and the first tensor of the next, are in memory at a time.
     """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
-    parameters = written = pending_bytes = 0
+    written = pending_bytes = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if pending and pending_bytes + size > max_shard_bytes:
@@ -129,11 +126,9 @@ def save_shards(
             pending, pending_bytes = {}, 0
         pending[name] = tensor.contiguous()
         pending_bytes += size
-        parameters += tensor.numel()
         written += size
     shards.append(_save_shard(folder, pending, number=len(shards) + 1))
     _name_shards(folder, shards, total_size=written)
-    return parameters, written
 
 
 def _save_shard(folder: Path, tensors: dict[str, Tensor], *, number: int) -> list[str]:
@@ -146,7 +141,7 @@ def _name_shards(folder: Path, shards: list[list[str]], *, total_size: int) -> N
     if len(shards) == 1:
         (folder / "shard-1").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)

@@ -16,7 +16,7 @@ from lpdeploy.artifacts import (
 )
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models import modeling_per_layer
-from lpdeploy.models.adapters import LoraWeights, load_adapter
+from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
 from lpdeploy.models.checkpoint import carry_files, save_shards, stream_pruned_tensors
 from lpdeploy.models.groups import list_group_specs
@@ -91,6 +91,7 @@ def compact(
     target = output or run / ("unmerged" if keep_adapter else "model")
     base = find_base(plan)
     adapter = load_run_adapter(run)
+    check_adapter(adapter, plan)
     config = load_config(base)
     widths = compute_widths(config, plan.specs, plan.kept)
     pruned = build_pruned_config(config, widths)
@@ -99,7 +100,7 @@ def compact(
     with record_stage(run, stage_name, options) as stage:
         with atomic_folder(target, overwrite=overwrite) as folder:
             tensors = stream_pruned_tensors(base, plan, {} if keep_adapter else adapter)
-            parameters, size = save_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
+            save_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
             pruned.save_pretrained(folder)
             carry_files(base, folder)
             if pruned.model_type.startswith(PER_LAYER_PREFIX):
@@ -109,8 +110,8 @@ def compact(
             result = CompactResult(
                 model=str(target),
                 architecture=pruned.architectures[0],
-                parameters={"before": count_parameters(config), "after": parameters},
-                bytes={"before": _measure_weights(base), "after": size},
+                parameters={"before": count_parameters(config), "after": count_parameters(pruned)},
+                bytes={"before": _measure_weights(base), "after": _measure_weights(folder)},
                 heads=[w.heads for w in widths],
                 kv_heads=[w.kv_heads for w in widths],
                 channels=[w.channels for w in widths],

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def apply_cut(
     return replaced
 
 
-def _cut_linear(linear: nn.Module, piece: Slice, kept: Tensor) -> list[CutParameter]:
+def _cut_linear(linear: Any, piece: Slice, kept: Tensor) -> list[CutParameter]:
     base = get_base_linear(linear)
     index = expand_index(kept.to(base.weight.device), piece.block)
     replaced = [_cut_parameter(base, "weight", piece.dim, index)]

@@ -1,13 +1,13 @@
 """Loading a checkpoint, from a folder or the hub, with a clear word where it cannot be."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from lpdeploy.artifacts import compute_sha256
+from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.groups import SUPPORTED_MODEL_TYPES
 
@@ -65,12 +65,20 @@ def _refuse_without_safetensors(model: str, folder: Path) -> None:
 
 
 def list_weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint, in the order of their names."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(folder / name for name in names)
-    return [file for file in [folder / "model.safetensors"] if file.is_file()]
+    """List the safetensors files of a checkpoint, in the order of their names.
+
+    Where both a whole file and an index are there, the whole file counts, as in transformers.
+
+    Raises:
+        ArtifactError: Its index cannot be read.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    weight_map = load_json(index, fix="Copy the checkpoint anew.").get("weight_map", {})
+    return sorted({folder / name for name in weight_map.values()})
 
 
 def load_config(folder: Path) -> Any:
@@ -79,10 +87,9 @@ def load_config(folder: Path) -> Any:
     Raises:
         ArtifactError: The model type is not supported, or the config is not valid.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"'{folder / 'config.json'}' is not valid JSON ({error}).") from error
+    raw = load_json(folder / "config.json", fix="Copy the checkpoint anew.")
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"'{folder / 'config.json'}' is no config. Copy the checkpoint anew.")
     model_type = str(raw.get("model_type"))
     if model_type.removeprefix(PER_LAYER_PREFIX) not in SUPPORTED_MODEL_TYPES:
         known = ", ".join(SUPPORTED_MODEL_TYPES.values())
@@ -90,9 +97,18 @@ def load_config(folder: Path) -> Any:
         raise ArtifactError(f"'{folder}' is a {named}, which lpdeploy does not know. Use {known}.")
     config_class, _ = get_model_classes(model_type)
     try:
-        return config_class.from_pretrained(folder)
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"The config of '{folder}' is not valid: {error}") from error
+        config = config_class.from_pretrained(folder)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"The config of '{folder}' is not valid: {reason} Correct its config.json."
+        ) from error
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ArtifactError(
+            f"The config of '{folder}' is not valid: {config.num_attention_heads} query heads do "
+            f"not divide over {config.num_key_value_heads} KV heads. Correct its config.json."
+        )
+    return config
 
 
 def get_model_classes(model_type: str) -> tuple[Any, Any]:
@@ -106,7 +122,7 @@ def get_model_classes(model_type: str) -> tuple[Any, Any]:
     if model_type.startswith(PER_LAYER_PREFIX):
         stem, module = f"PerLayer{stem}", modeling_per_layer
     else:
-        module = transformers  # type: ignore[assignment]
+        module = transformers
     return getattr(module, f"{stem}Config"), getattr(module, f"{stem}ForCausalLM")
 
 
@@ -123,8 +139,12 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
 
     Raises:
         ArtifactError: A weight is missing, of another shape, or its file is damaged.
+        ValueError: ``dtype`` is none of those.
     """
     import transformers
+
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(_DTYPES)}")
 
     transformers.utils.logging.disable_progress_bar()  # a bar of ours or none
     config = load_config(folder)
@@ -136,6 +156,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
             dtype=_DTYPES.get(dtype, "auto"),
             output_loading_info=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -143,11 +164,11 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
             f"The weights of '{folder}' cannot be loaded: {reason}. Copy the checkpoint anew."
         ) from error
     # transformers fills what is missing with random values and only logs it.
-    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if wrong:
         raise ArtifactError(
-            f"'{folder}' lacks {len(wrong)} weights of its architecture, first {wrong[0]}. "
-            "Give a complete checkpoint."
+            f"'{folder}' lacks {len(wrong)} weights of its architecture, or has them in another "
+            f"shape, first {wrong[0]}. Give a complete checkpoint."
         )
     return model.to(device).eval()
 
@@ -164,7 +185,9 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
     if not any((folder / name).is_file() for name in files):
         raise ArtifactError(f"'{folder}' has no tokenizer. Copy its tokenizer files beside it.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Without the config, a folder of per-layer widths makes transformers ask on the terminal
+        # whether to run the modelling file beside it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"The tokenizer of '{folder}' cannot be loaded: {error}") from error
     if len(tokenizer) > config.vocab_size:

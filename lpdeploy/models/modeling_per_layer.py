@@ -22,7 +22,7 @@ from transformers import (
 )
 
 
-def resize_layers(model: nn.Module, layer_widths: list[list[int]]) -> None:
+def resize_layers(model: Any, layer_widths: list[list[int]]) -> None:
     """Give each decoder layer new Linears of its own widths (values are loaded afterwards)."""
     for layer, (kv_heads, channels) in zip(model.model.layers, layer_widths, strict=True):
         attention, mlp = layer.self_attn, layer.mlp

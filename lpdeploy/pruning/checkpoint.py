@@ -63,7 +63,7 @@ def save_checkpoint(
 ) -> None:
     """Write ``run/checkpoint/state.safetensors``, whole or not at all."""
     state: PruningState = training.state
-    tensors = {f"lora.{name}": p for name, p in _named_trainable(state.model).items()}
+    tensors: dict[str, Tensor] = {f"lora.{name}": p for name, p in _named_trainable(state.model).items()}
     optimizer = training.optimizer
     for name, parameter in _named_trainable(state.model).items():
         for key, value in optimizer.state[parameter].items():

@@ -21,6 +21,7 @@ from lpdeploy.artifacts import (
     atomic_folder,
     compute_sha256,
     record_stage,
+    remove_leftovers,
     save_json,
 )
 from lpdeploy.data.batches import TokenDataset, build_token_dataset
@@ -53,9 +54,12 @@ from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import StepInfo, Training, count_steps, run_steps
 
 LOG = "log.jsonl"
-_OWN_FILES = ("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, "recipe.yaml",
-              "checkpoint", "model", "unmerged", "onnx", "verify.json", "eval.json",
-              "bench.json", "report.html")  # fmt: skip
+# What lpdeploy's stages write into a run, and so what --overwrite may delete.
+_OWN_FILES = (
+    *("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, "recipe.yaml"),
+    *("checkpoint", "model", "unmerged", "onnx", "onnx-unmerged", "verify.json", "eval.json"),
+    *("bench.json", "bench.svg", "samples.json", "report.html"),
+)
 _LOSS_WINDOW = 10
 
 
@@ -120,7 +124,7 @@ def prune(
         LpdeployError: Model, data or output cannot be used, or a loss is not finite.
     """
     source = _load_source(model, options)
-    _claim_output(output, resume=resume, overwrite=overwrite)
+    _check_output(output, resume=resume, overwrite=overwrite)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     with record_stage(output, "prune", record) as stage:
         dataset = _load_dataset(source, data, options)
@@ -129,6 +133,8 @@ def prune(
             load_checkpoint(output, options=options, inputs=stage.inputs) if resume else None
         )
         training = _build_training(source, dataset, options, checkpoint)
+        if not resume:
+            _clear_output(output)  # only now: bad input must not cost the run that is there
         _save_recipe(output, record)
         losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
         plan = _build_plan(source, training.state, options, stage.inputs["base"])
@@ -167,7 +173,7 @@ def _load_source(model: str, options: PruneOptions) -> _Source:
     return _Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
 
 
-def _claim_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     present = [name for name in _OWN_FILES if (output / name).exists()]
     if present and not (resume or overwrite):
         raise ArtifactError(
@@ -179,11 +185,18 @@ def _claim_output(output: Path, *, resume: bool, overwrite: bool) -> None:
             f"Nothing to resume: the run in '{output}' is complete. "
             f"Go on with 'lpdeploy compact {output}'."
         )
-    if not resume:
-        for name in present:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _clear_output(output: Path) -> None:
+    """Delete what lpdeploy wrote to a run before, and nothing else."""
     output.mkdir(parents=True, exist_ok=True)
+    for name in _OWN_FILES:
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        remove_leftovers(path)
 
 
 def _load_dataset(source: _Source, data: str, options: PruneOptions) -> TokenDataset:

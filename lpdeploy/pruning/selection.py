@@ -68,7 +68,7 @@ def select_globally(
 
     Args and returns as in ``select_per_layer``.
     """
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for kind in sorted({spec.kind for spec in specs}):
         family = [spec for spec in specs if spec.kind == kind]
         kept |= _select_family(importance, family, ratio=ratio, multiple=multiples[kind])

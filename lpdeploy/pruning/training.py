@@ -180,7 +180,7 @@ def _score(training: Training) -> None:
 
 def _check_finite(training: Training, step: int, *, loss: float) -> Tensor:
     """Return the gradient's norm; refuse a NaN before it reaches the average or the weights."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in training.trainable])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in training.trainable if p.grad is not None])
     if not math.isfinite(loss):
         raise NonFiniteError(f"The loss became {loss} at step {step}.")
     if not math.isfinite(norm.item()):

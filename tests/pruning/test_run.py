@@ -90,14 +90,14 @@ def test_the_same_seed_gives_the_same_run(base, data, tmp_path):
     assert compute_sha256(tmp_path / "a" / "adapter") == compute_sha256(tmp_path / "b" / "adapter")
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """What a test interrupts a run with."""
 
 
 def stop_after(step):
     def on_step(info):
         if info.step == step:
-            raise Stop
+            raise StoppedError
 
     return on_step
 
@@ -107,7 +107,7 @@ def stop_after(step):
 def test_a_resumed_run_ends_as_if_never_stopped(base, data, tmp_path, step, removal):
     options = {"removal": removal}
     run(base, tmp_path / "whole", data, options=options)
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         run(base, tmp_path / "run", data, options=options, on_step=stop_after(step))
     run(base, tmp_path / "run", data, options=options, resume=True)
     for name in ("adapter/adapter_model.safetensors", "importance.safetensors", "plan.json"):
@@ -126,7 +126,7 @@ def test_a_killed_run_leaves_only_whole_files(base, data, tmp_path):
         "--round-to", "4", "--device", "cpu",
     ]  # fmt: skip
     log = tmp_path / "run" / "log.jsonl"
-    for steps in (1, 4):
+    for steps in (2, 4):  # a checkpoint follows the line of its step
         extra = ["--resume"] if log.exists() else []
         process = subprocess.Popen([*command, *extra], stderr=subprocess.DEVNULL)
         wanted = steps + (len(log.read_text().splitlines()) if extra else 0)
@@ -169,7 +169,7 @@ def test_an_existing_run_is_not_overwritten_unasked(base, data, tmp_path):
 def test_resume_says_what_is_wrong(base, data, tmp_path):
     with pytest.raises(ArtifactError, match="Nothing to resume: .* holds no checkpoint"):
         run(base, tmp_path / "run", data, resume=True)
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         run(base, tmp_path / "run", data, on_step=stop_after(5), overwrite=True)
     with pytest.raises(ArtifactError, match="another option: ratio was 0.5 and is 0.25 now"):
         run(base, tmp_path / "run", data, resume=True, options={"ratio": 0.25})
@@ -200,7 +200,15 @@ def test_data_without_a_row_is_refused(base, tmp_path):
     (tmp_path / "short.txt").write_text("w1 w2")
     with pytest.raises(DataError, match="one row of --seq-len 24"):
         run(base, tmp_path / "run", tmp_path / "short.txt")
-    assert not list((tmp_path / "run").glob("*"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_does_not_cost_the_run_that_is_there(base, data, tmp_path):
+    run(base, tmp_path / "run", data)
+    (tmp_path / "short.txt").write_text("w1 w2")
+    with pytest.raises(DataError):
+        run(base, tmp_path / "run", tmp_path / "short.txt", overwrite=True)
+    assert load_plan(tmp_path / "run").ratio == 0.5
 
 
 def test_a_per_layer_model_is_refused(base, data, tmp_path):

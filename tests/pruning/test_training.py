@@ -63,9 +63,7 @@ MODELS = [
 def test_cutting_trains_the_same_weights_as_masking(tmp_path, model, scope):
     cut = make_training(tmp_path, model=model, removal="cut", scope=scope)
     mask = make_training(tmp_path, model=model, removal="mask", scope=scope)
-    losses = [
-        (a.loss, b.loss) for a, b in zip(run_steps(cut), run_steps(mask), strict=True)
-    ]
+    losses = [(a.loss, b.loss) for a, b in zip(run_steps(cut), run_steps(mask), strict=True)]
     assert cut.state.kept.keys() == mask.state.kept.keys()
     for name, kept in cut.state.kept.items():
         assert kept.tolist() == mask.state.kept[name].tolist()

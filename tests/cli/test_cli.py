@@ -1,0 +1,209 @@
+"""The command line as users and scripts meet it: results, recipes, errors, exit codes."""
+
+import json
+import re
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from lpdeploy.cli.main import main
+from tests.helpers import make_text, make_tiny_model
+
+COMMANDS = ["prune", "compact", "export", "verify", "bench", "eval", "report", "doctor", "demo"]
+SMALL = [
+    "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
+    "--prune-every", "1", "--round-to", "4", "--device", "cpu",
+]  # fmt: skip
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_text(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def run(base, data, tmp_path):
+    result = invoke("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL)
+    assert result.exit_code == 0, result.output
+    return tmp_path / "run"
+
+
+def last_json(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check_refused(result, sentence, *, code=1):
+    assert result.exit_code == code, result.output
+    assert re.search(sentence, " ".join(result.stderr.split())), result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_help_lists_the_commands_in_pipeline_order():
+    result = invoke("-h")
+    listed = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line]
+    assert listed == COMMANDS
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "bench latency"])
+def test_every_command_has_help(command):
+    result = invoke(*command.split(), "-h")
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_prune_and_compact_print_the_json_of_the_contract(base, data, tmp_path):
+    pruned = last_json(
+        invoke("prune", base, "--data", data, "--output", tmp_path / "run", "--json", *SMALL)
+    )
+    assert pruned["run"] == str(tmp_path / "run")
+    assert pruned["ratio"] == 0.5
+    assert pruned["achieved"]["groups"] == 0.5
+    assert 0 < pruned["achieved"]["parameters"] < 0.5
+    assert pruned["steps"] == 4
+    assert {"seconds", "peak_bytes", "loss"} <= pruned.keys()
+    compacted = last_json(invoke("compact", tmp_path / "run", "--json"))
+    assert compacted["model"] == str(tmp_path / "run" / "model")
+    assert compacted["architecture"] == "LlamaForCausalLM"
+    assert compacted["parameters"]["after"] < compacted["parameters"]["before"]
+    assert compacted["heads"] == [2, 2]
+    assert compacted["kv_heads"] == [1, 1]
+    assert compacted["channels"] == [24, 24]
+
+
+def test_progress_and_hints_stay_off_stdout(base, data, tmp_path):
+    result = invoke("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL)
+    assert len(result.stdout.splitlines()) == 1
+    assert f"Next: lpdeploy compact {tmp_path / 'run'}" in result.stderr
+
+
+def test_eval_and_verify_print_the_json_of_the_contract(run, data):
+    invoke("compact", run)
+    words = ("eval", run, "--perplexity", data, "--seq-len", "16", "--with-base", "--json")
+    evaluated = last_json(invoke(*words))
+    measured = evaluated["perplexity"][str(data)]
+    assert measured["perplexity"] > 1
+    assert {"bits_per_byte", "tokens"} <= measured.keys()
+    assert evaluated["base"]["perplexity"][str(data)]["tokens"] == measured["tokens"]
+    assert json.loads((run / "eval.json").read_text()) == evaluated
+    verified = last_json(invoke("verify", run, "--engine", "torch", "--json"))
+    assert verified["ok"] is True
+    assert [(p["a"], p["b"]) for p in verified["pairs"]] == [
+        ("masked/torch", "cut/torch"),
+        ("cut/torch", "compact/torch"),
+    ]
+    assert {"max_abs_diff", "tolerance", "ok"} <= verified["pairs"][0].keys()
+
+
+def test_verify_exits_1_where_a_pair_differs(run):
+    invoke("compact", run)
+    result = invoke("verify", run, "--engine", "torch", "--atol", "0", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["ok"] is False
+    assert re.search("differ by .*, more than", result.stderr)
+
+
+def test_the_command_line_wins_over_the_recipe(base, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"prune": {"model": str(base), "data": str(data), "ratio": 0.25, "seed": 3,
+                                  "steps": 2, "batch_size": 2, "micro_batch_size": 2,
+                                  "seq_len": 16, "round_to": 4}})
+    )  # fmt: skip
+    output = tmp_path / "run"
+    result = last_json(
+        invoke("prune", base, "--recipe", recipe, "--output", output, "--ratio", "0.5", "--json")
+    )
+    assert result["ratio"] == 0.5
+    resolved = yaml.safe_load((output / "recipe.yaml").read_text())["prune"]
+    assert resolved["seed"] == 3
+    assert resolved["ratio"] == 0.5
+
+
+def test_a_runs_own_recipe_repeats_it(run, base, data, tmp_path):
+    words = ("--recipe", run / "recipe.yaml", "--output", tmp_path / "again")
+    result = invoke("prune", base, *words)
+    assert result.exit_code == 0, result.output
+    first = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "adapter" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_an_unknown_recipe_key_is_wrong_usage(base, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("prune: {ration: 0.5}")
+    words = ("--data", data, "--output", tmp_path / "run")
+    result = invoke("prune", base, "--recipe", recipe, *words)
+    check_refused(result, "unknown option 'ration'. Did you mean 'ratio'", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--ratio", "1.0"], "1.0 is not in the range 0<=x<1"),
+        (["--ratio", "-0.1"], "-0.1 is not in the range 0<=x<1"),
+        (["--batch-size", "10", "--micro-batch-size", "4"], "4 does not divide batch size 10"),
+        (["--criterion", "guess"], "'guess' is not"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_wrong_usage_exits_2(base, data, tmp_path, words, sentence):
+    output = tmp_path / "run"
+    result = invoke("prune", base, "--data", data, "--output", output, *words)
+    check_refused(result, sentence, code=2)
+    assert not output.exists()
+
+
+def test_bad_input_to_prune_exits_1_with_a_sentence(base, data, tmp_path):
+    def prune(model, source=data, *words):
+        output = tmp_path / "out"
+        return invoke("prune", model, "--data", source, "--output", output, *SMALL, *words)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check_refused(prune(empty), "is no Hugging Face model: it has no config.json")
+    (empty / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHead"]}')
+    check_refused(prune(empty), "no \\*.safetensors weights")
+    (empty / "pytorch_model.bin").write_bytes(b"x")
+    check_refused(prune(empty), "only pickled weights")
+    (empty / "model.safetensors").write_bytes(b"x")
+    check_refused(prune(empty), "is a GPT2LMHead, .* Use LlamaForCausalLM, MistralForCausalLM")
+    check_refused(prune(base, tmp_path / "nothing.txt"), "nothing.txt")
+    check_refused(prune(base, data, "--seq-len", "999"), "longer than the 128 positions")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten_unasked(run, base, data):
+    result = invoke("prune", base, "--data", data, "--output", run, *SMALL)
+    check_refused(result, "already holds a run .* --overwrite")
+    check_refused(invoke("compact", run.parent), "No plan.json in .* Run 'lpdeploy prune")
+    check_refused(invoke("verify", run), "No model in .* Run 'lpdeploy compact")
+    assert invoke("compact", run).exit_code == 0
+    check_refused(invoke("compact", run), "exists already. Use --overwrite")
+    assert invoke("compact", run, "--overwrite").exit_code == 0
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = invoke("compact", tmp_path, "--debug")
+    assert result.exit_code == 1
+    assert result.exception is not None
+    assert type(result.exception).__name__ == "ArtifactError"
+
+
+def test_bench_needs_a_known_engine(run):
+    check_refused(invoke("bench", "latency", run, "--engine", "trt"), "choose torch, onnx", code=2)
+
+
+def test_doctor_names_versions():
+    result = last_json(invoke("doctor", "--json"))
+    assert result["machine"]["versions"]["torch"]
+    assert result["machine"]["cuda"] in {True, False}

@@ -1,0 +1,148 @@
+"""Write what documents take from elsewhere: docs/cli.md from the commands, tables from JSON.
+
+`python tools/update_docs.py` writes; with `--check` it changes nothing and fails where a document
+is not what it would write. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpdeploy.cli.main import main as root
+
+ROOT = Path(__file__).resolve().parent.parent
+CLI = ROOT / "docs" / "cli.md"
+DOCUMENTS = [ROOT / "README.md"]
+_CLI_INTRODUCTION = """\
+# Commands
+
+Made by `tools/update_docs.py` from the commands themselves. A recipe is YAML with one top-level key
+a command (`prune`, `bench latency`) and option names with underscores below it; the command line
+wins over it.
+"""
+_TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render_cli() -> str:
+    """Return the reference of all commands as Markdown."""
+    parts = [_CLI_INTRODUCTION]
+    settings = {**root.context_settings, "terminal_width": 100, "max_content_width": 100}
+    with click.Context(root, info_name="lpdeploy", **settings) as context:
+        for name, command in walk_commands(root, context):
+            own = click.Context(command, info_name=name.split(" ", 1)[1], parent=context)
+            parts.append(f"## {name}\n\n```\n{command.get_help(own)}\n```\n")
+    return "\n".join(parts)
+
+
+def walk_commands(
+    group: click.Group, context: click.Context, prefix: str = "lpdeploy"
+) -> Iterator[tuple[str, click.Command]]:
+    """Yield (full name, command) of all leaves, in their order."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from walk_commands(command, context, f"{prefix} {name}")
+        elif command is not None:
+            yield f"{prefix} {name}", command
+
+
+def render_quality(data: dict[str, Any]) -> str:
+    """Return what pruning did to size and perplexity."""
+    lines = [
+        "| pruned | parameters | MB | perplexity | bits per byte | prune, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    first = data["runs"][0]
+    sizes, base = first["compact"], first["base_perplexity"]
+    lines.append(
+        f"| 0 % | {sizes['parameters']['before']:,} | {sizes['bytes']['before'] / 1e6:.1f} "
+        f"| {base['perplexity']:.2f} | {base['bits_per_byte']:.3f} | |"
+    )
+    for run in data["runs"]:
+        sizes, score = run["compact"], run["perplexity"]
+        lines.append(
+            f"| {run['ratio']:.0%} | {sizes['parameters']['after']:,} "
+            f"| {sizes['bytes']['after'] / 1e6:.1f} | {score['perplexity']:.2f} "
+            f"| {score['bits_per_byte']:.3f} | {run['seconds']:.0f} |"
+        )
+    return "\n".join([*lines, "", describe(data)])
+
+
+def render_latency(data: dict[str, Any]) -> str:
+    """Return the paper's Table 3 as measured here."""
+    lines = [
+        "| engine | pruned | unmerged, ms | merged, ms | merged against dense |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [row for row in data["latency"] if row["phase"] == "prefill"]
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        for ratio in sorted({row["ratio"] for row in rows}):
+            pair = {
+                row["merged"]: row
+                for row in rows
+                if row["engine"] == engine and row["ratio"] == ratio
+            }
+            lines.append(
+                f"| {engine} {pair[True]['precision']} | {ratio:.0%} | {show(pair[False])} "
+                f"| {show(pair[True])} | {pair[True]['relative'] - 1:+.1%} |"
+            )
+    about = (
+        f"Prefill of {rows[0]['tokens']} tokens, batch {rows[0]['batch']}, median of "
+        f"{rows[0]['repeats']} interleaved trials (p10 to p90)."
+    )
+    return "\n".join([*lines, "", about, describe(data)])
+
+
+def show(row: dict[str, Any]) -> str:
+    """Write a median with its spread."""
+    return f"{row['median_ms']:.2f} ({row['p10_ms']:.2f} to {row['p90_ms']:.2f})"
+
+
+def describe(data: dict[str, Any]) -> str:
+    """Say on what, with what and when something was measured."""
+    machine = data["machine"]
+    versions = ", ".join(
+        f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "onnxruntime")
+    )
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
+        f"{machine['date'][:10]}: `{data['command']}`"
+    )
+
+
+RENDERERS = {"quality": render_quality, "latency": render_latency}
+
+
+def fill_tables(text: str) -> str:
+    """Replace what stands between the markers of a document."""
+
+    def fill(match: re.Match[str]) -> str:
+        data = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
+        return f"{match[1]}{RENDERERS[match[2]](data)}\n{match[4]}"
+
+    return _TABLE.sub(fill, text)
+
+
+def main() -> None:
+    """Write the documents, or check them."""
+    wanted = {CLI: render_cli()}
+    wanted |= {path: fill_tables(path.read_text(encoding="utf-8")) for path in DOCUMENTS}
+    stale = [
+        path
+        for path, text in wanted.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv[1:]:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"Stale: {names}. Run 'python tools/update_docs.py'." if stale else 0)
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
