@@ -1,6 +1,9 @@
 """Tiny random models with a tokenizer, made in place, so that no test downloads anything."""
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lpdeploy.export.onnx import export_onnx
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
 from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import get_model_classes
@@ -15,6 +19,9 @@ from lpdeploy.models.loading import get_model_classes
 SHARED = Path(__file__).parent.parent.parent / "shared"
 VOCAB = 64
 WORDS = [f"w{index}" for index in range(VOCAB - 3)]
+
+# At this size a second thread does not help; on busy cores its spinning costs ten times the work.
+torch.set_num_threads(1)
 
 
 def make_tokenizer(folder):
@@ -114,3 +121,87 @@ def need_shared():
     if not SHARED.is_dir():
         pytest.skip(f"no real models and data in {SHARED}")
     return SHARED
+
+
+# Every shape and precision that an export must carry, in few exports: one takes seconds.
+# name -> (model, options of export_onnx)
+EXPORTS = {
+    # Per-layer widths, grouped heads (three query heads a KV head) and tied embeddings large
+    # enough that the exporter does not fold them into a transposed copy.
+    "per-layer": (
+        {
+            "model_type": "lpdeploy_mistral",
+            "heads": 12,
+            "kv_heads": 4,
+            "layer_widths": [[3, 40], [1, 24]],
+            "vocab_size": 300,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    # Three heads at hidden 32, which only Mistral's config allows, a window shorter than the
+    # prompt, and operators of an older set.
+    "odd-heads": (
+        {"model_type": "mistral", "heads": 3, "sliding_window": 6, "num_hidden_layers": 1},
+        {"opset": 18},
+    ),
+    # Biases, and LoRA beside the weights (``make_export`` adds the adapter).
+    "unmerged": ({"model_type": "qwen2", "kv_heads": 2, "num_hidden_layers": 1}, {}),
+    # Norms on queries and keys, in half precision.
+    "fp16": (
+        {"model_type": "qwen3", "kv_heads": 2, "num_hidden_layers": 1},
+        {"precision": "fp16"},
+    ),
+}
+_FOLDER = tempfile.TemporaryDirectory(prefix="lpdeploy-tests-")
+
+
+@functools.cache
+def make_export(name):
+    """Export a tiny model once for all tests: (model folder, adapter or None, ONNX folder)."""
+    config, options = EXPORTS[name]
+    root = Path(_FOLDER.name) / name
+    model = make_tiny_model(root / "model", **config)
+    adapter = make_adapter(model, root / "adapter") if name == "unmerged" else None
+    export_onnx(model, root / "onnx", adapter=adapter, **options)
+    return model, adapter, root / "onnx"
+
+
+def copy_export(name, folder):
+    """Copy an export, to damage it."""
+    shutil.copytree(make_export(name)[2], folder)
+    return folder
+
+
+def make_batch(lengths, *, vocab_size, seed=0):
+    """Random left-padded rows: (input_ids, attention_mask), both (B, longest)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : max(lengths) - length] = 0
+    return ids, mask
+
+
+def compute_reference(model, ids, mask):
+    """Logits of transformers in one pass without a cache, positions counted by hand."""
+    positions = torch.zeros_like(ids)
+    for row in range(len(ids)):
+        padding = int((mask[row] == 0).sum())
+        positions[row, padding:] = torch.arange(ids.shape[1] - padding)
+    with torch.no_grad():
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.logits.float()
+
+
+def run_with_cache(runner, ids, mask, *, chunks):
+    """Logits of a runner that is fed ``chunks`` tokens at a time, at tokens, not at padding."""
+    past, start, logits = None, 0, []
+    for length in chunks:
+        stop = start + length
+        output = runner.forward(ids[:, start:stop], attention_mask=mask[:, :stop], past=past)
+        assert output.logits.dtype == torch.float32
+        logits.append(output.logits)
+        past, start = output.past, stop
+    assert start == ids.shape[1]
+    return torch.cat(logits, dim=1)[mask.bool()]

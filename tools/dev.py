@@ -92,6 +92,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):  # noqa: UP036 - the system's python3 may be older
-        sys.exit("lpdeploy needs Python 3.10 or newer; run this file with such a python3.")
+    if sys.version_info < (3, 11):  # noqa: UP036 - the system's python3 may be older
+        sys.exit("lpdeploy needs Python 3.11 or newer; run this file with such a python3.")
     main()

@@ -97,7 +97,9 @@ def load_variants(
     return [
         _load(checkpoint, engine=engine, device=device, scratch=scratch, log=log)
         for engine in engines
-        for checkpoint in checkpoints.values()
+        for checkpoint in sorted(
+            checkpoints.values(), key=lambda c: (c.ratio, c.adapter is not None)
+        )
     ]
 
 

@@ -20,14 +20,33 @@ _LAYERS = click.IntRange(min=0)
 @click.option("--data", required=True, metavar="SOURCE", help="File, folder or hub name.")
 @click.option("--output", required=True, type=FOLDER, metavar="RUN", help="Folder of the run.")
 @click.option("--ratio", type=_SHARE, default=_DEFAULT.ratio, help="Share of groups to remove.")
-@click.option("--criterion", type=click.Choice(["lora"]), default=_DEFAULT.criterion)
-@click.option("--schedule", type=click.Choice(["joint"]), default="joint")
+@click.option(
+    "--criterion",
+    type=click.Choice(["lora"]),
+    default=_DEFAULT.criterion,
+    help="How groups are scored: from LoRA's gradients (Eq. 10).",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["joint"]),
+    default="joint",
+    help="Prune and fine-tune together.",
+)
 @click.option("--epochs", type=_COUNT, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--steps", type=_COUNT, help="Optimizer steps, instead of epochs.")
-@click.option("--batch-size", type=_COUNT, default=_DEFAULT.batch_size)
-@click.option("--micro-batch-size", type=_COUNT, default=_DEFAULT.micro_batch_size)
-@click.option("--seq-len", type=click.IntRange(min=2), default=_DEFAULT.seq_len)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=_DEFAULT.lr)
+@click.option("--batch-size", type=_COUNT, default=_DEFAULT.batch_size, help="Sequences a step.")
+@click.option(
+    "--micro-batch-size",
+    type=_COUNT,
+    default=_DEFAULT.micro_batch_size,
+    help="Sequences a forward pass; divides the batch size.",
+)
+@click.option(
+    "--seq-len", type=click.IntRange(min=2), default=_DEFAULT.seq_len, help="Tokens a sequence."
+)
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=_DEFAULT.lr, help="Peak rate."
+)
 @click.option("--lr-warmup", type=_SHARE, default=_DEFAULT.lr_warmup, help="Share of the steps.")
 @click.option(
     "--max-grad-norm", type=click.FloatRange(0, min_open=True), default=_DEFAULT.max_grad_norm
@@ -61,7 +80,12 @@ _LAYERS = click.IntRange(min=0)
 )
 @click.option("--train-on-prompt", is_flag=True, help="Learn the prompts of instructions too.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
-@click.option("--checkpoint-every", type=_LAYERS, default=_DEFAULT.checkpoint_every)
+@click.option(
+    "--checkpoint-every",
+    type=_LAYERS,
+    default=_DEFAULT.checkpoint_every,
+    help="Steps between checkpoints; 0 for none.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "fp32", "bf16"]),

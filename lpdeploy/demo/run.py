@@ -30,12 +30,21 @@ _PROMPT = "once upon a time"
 Log = Callable[[str], None]
 
 
-def run_demo(output: Path, *, overwrite: bool = False, log: Log = lambda _: None) -> dict[str, Any]:
+def run_demo(
+    output: Path,
+    *,
+    overwrite: bool = False,
+    steps: int = 80,
+    repeats: int = 30,
+    log: Log = lambda _: None,
+) -> dict[str, Any]:
     """Prune by 20 and 50 %, compact, export, verify, evaluate, time, write, and report.
 
     Args:
         output: Folder for everything; ``index.html`` in it is the page.
         overwrite: Replace what is there.
+        steps: Optimizer steps of each pruning run.
+        repeats: Trials of each variant of the benchmark.
         log: Is told each step as it begins.
 
     Returns:
@@ -52,7 +61,7 @@ def run_demo(output: Path, *, overwrite: bool = False, log: Log = lambda _: None
     runs = {ratio: output / f"pruned-{ratio * 100:.0f}" for ratio in RATIOS}
     for ratio, run in runs.items():
         log(f"{ratio:.0%}: prune and fine-tune, compact, export")
-        _build(base, assets / "train.txt", run, ratio)
+        _build(base, assets / "train.txt", run, ratio=ratio, steps=steps)
     half = runs[RATIOS[-1]]
     log("verify every stage")
     _check(half)
@@ -63,7 +72,7 @@ def run_demo(output: Path, *, overwrite: bool = False, log: Log = lambda _: None
     log("time dense and pruned, merged and unmerged")
     bench, _ = bench_latency(
         [str(run) for run in runs.values()],
-        workload={"tokens": _BENCH_TOKENS, "repeats": 30},
+        workload={"tokens": _BENCH_TOKENS, "repeats": repeats},
         device="cpu",
         output=half,
         log=log,
@@ -94,10 +103,10 @@ def _claim(output: Path, *, overwrite: bool) -> None:
     remove_leftovers(output / "index.html")
 
 
-def _build(base: Path, data: Path, run: Path, ratio: float) -> None:
+def _build(base: Path, data: Path, run: Path, *, ratio: float, steps: int) -> None:
     options = PruneOptions(
         ratio=ratio,
-        steps=80,
+        steps=steps,
         batch_size=8,
         micro_batch_size=8,
         seq_len=_SEQ_LEN,

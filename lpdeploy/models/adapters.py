@@ -84,7 +84,9 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ArtifactError(f"'{folder}' is no readable LoRA adapter: {reason}.") from error
+        raise ArtifactError(
+            f"'{folder}' is no readable LoRA adapter: {reason}. Prune again."
+        ) from error
     scaling = config.lora_alpha / config.r
     names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
     return {

@@ -1,5 +1,6 @@
 """The model card beside a pruned checkpoint: what it is, and how to load it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from lpdeploy.plan import PruningPlan
 
 _CARD = """\
 ---
-base_model: {base}
+base_model: {quoted_base}
 library_name: transformers
 tags:
 - lpdeploy
@@ -71,6 +72,7 @@ def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: boo
     base = Path(plan.base_model).name if local else plan.base_model
     return _CARD.format(
         base=base,
+        quoted_base=json.dumps(base),  # YAML reads a JSON string; a bare colon would break it
         name=f"{base}, {plan.ratio:.0%} pruned",
         heads=plan.achieved["heads"],
         channels=plan.achieved["channels"],
@@ -88,7 +90,7 @@ def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: boo
         channels_before=config.intermediate_size,
         channels_after=_describe(result.channels),
         loading=loading.format(folder=result.model),
-        servers=_describe_servers(result.architecture, stock=stock),
+        servers=_describe_servers(config, result, stock=stock),
     )
 
 
@@ -98,15 +100,25 @@ def _describe(widths: list[int]) -> str:
     return f"{min(widths)} to {max(widths)}, layer by layer: {', '.join(map(str, widths))}"
 
 
-def _describe_servers(architecture: str, *, stock: bool) -> str:
+def _describe_servers(config: Any, result: Any, *, stock: bool) -> str:
     if stock:
         return (
-            f"It is a stock `{architecture}`: what loads that class loads this model. Tensor "
-            "parallelism needs a number of heads that the number of ranks divides."
+            f"It is a stock `{result.architecture}`: what loads that class loads this model. "
+            "Tensor parallelism needs a number of heads that the number of ranks divides."
         )
+    why = (
+        "vLLM, SGLang, TensorRT-LLM, ONNX Runtime GenAI and llama.cpp expect the same widths in "
+        "every layer"
+    )
+    fix = "Prune with `--scope layer` and no protected layers"
+    if len(set(zip(result.heads, result.channels, strict=True))) == 1:
+        why = (
+            f"its {result.heads[0]} heads do not divide its hidden size of {config.hidden_size}, "
+            "as `LlamaForCausalLM` asks, and `MistralForCausalLM` has no biases"
+        )
+        fix = "Prune to a number of heads that divides the hidden size"
     return (
-        "No stock server loads this checkpoint: vLLM, SGLang, TensorRT-LLM, ONNX Runtime GenAI "
-        "and llama.cpp expect the same widths in every layer. transformers loads it with the "
-        "modelling file, and `lpdeploy export --engine onnx` makes a graph that ONNX Runtime "
-        "runs. Prune with `--scope layer` and no protected layers for a stock checkpoint."
+        f"No stock server loads this checkpoint: {why}. transformers loads it with the modelling "
+        "file, and `lpdeploy export --engine onnx` makes a graph that ONNX Runtime runs. "
+        f"{fix} for a stock checkpoint."
     )

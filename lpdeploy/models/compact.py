@@ -85,13 +85,14 @@ def compact(
 
     Raises:
         ArtifactError: The run is incomplete, its base or adapter has changed, or the output
-            exists.
+            exists or holds one of them.
     """
     plan = load_plan(run)
     target = output or run / ("unmerged" if keep_adapter else "model")
     base = find_base(plan)
     adapter = load_run_adapter(run)
     check_adapter(adapter, plan)
+    _check_target(target, inputs=(run, base))
     config = load_config(base)
     widths = compute_widths(config, plan.specs, plan.kept)
     pruned = build_pruned_config(config, widths)
@@ -124,6 +125,12 @@ def compact(
     return CompactResult(
         **{**vars(result), "seconds": stage.seconds, "peak_bytes": stage.peak_bytes}
     )
+
+
+def _check_target(target: Path, *, inputs: tuple[Path, ...]) -> None:
+    """Refuse to put the model in the place of what it is made from."""
+    if any(path.resolve().is_relative_to(target.resolve()) for path in inputs):
+        raise ArtifactError(f"'{target}' holds what is compacted. Use another --output.")
 
 
 def find_base(plan: PruningPlan) -> Path:

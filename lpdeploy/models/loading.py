@@ -189,7 +189,10 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
         # whether to run the modelling file beside it.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"The tokenizer of '{folder}' cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"The tokenizer of '{folder}' cannot be loaded: {reason}. Copy its files anew."
+        ) from error
     if len(tokenizer) > config.vocab_size:
         raise ArtifactError(
             f"The tokenizer of '{folder}' has {len(tokenizer)} tokens, its model embeds only "

@@ -63,10 +63,10 @@ def save_checkpoint(
 ) -> None:
     """Write ``run/checkpoint/state.safetensors``, whole or not at all."""
     state: PruningState = training.state
-    tensors: dict[str, Tensor] = {f"lora.{name}": p for name, p in _named_trainable(state.model).items()}
-    optimizer = training.optimizer
+    tensors: dict[str, Tensor] = {}
     for name, parameter in _named_trainable(state.model).items():
-        for key, value in optimizer.state[parameter].items():
+        tensors[f"lora.{name}"] = parameter
+        for key, value in training.optimizer.state[parameter].items():
             tensors[f"moments.{name}.{key}"] = value
     for kind, values in _list_scores(state).items():
         tensors |= {f"{kind}.{name}": value for name, value in values.items()}

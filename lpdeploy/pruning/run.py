@@ -124,7 +124,7 @@ def prune(
         LpdeployError: Model, data or output cannot be used, or a loss is not finite.
     """
     source = _load_source(model, options)
-    _check_output(output, resume=resume, overwrite=overwrite)
+    _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     with record_stage(output, "prune", record) as stage:
         dataset = _load_dataset(source, data, options)
@@ -173,7 +173,9 @@ def _load_source(model: str, options: PruneOptions) -> _Source:
     return _Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
 
 
-def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) -> None:
+    if base.resolve().is_relative_to(output.resolve()):
+        raise ArtifactError(f"'{output}' holds the model to be pruned. Use another --output.")
     present = [name for name in _OWN_FILES if (output / name).exists()]
     if present and not (resume or overwrite):
         raise ArtifactError(

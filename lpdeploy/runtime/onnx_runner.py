@@ -17,6 +17,7 @@ from lpdeploy.runtime.runner import Output, compute_position_ids
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
+_CONTRACT_VERSION = 1
 _FIX = "Export the model again with 'lpdeploy export'."
 
 
@@ -130,6 +131,12 @@ def _load_contract(folder: Path) -> dict[str, Any]:
     contract = load_json(folder / "io.json", fix=_FIX)
     if not isinstance(contract, dict) or contract.get("engine") != "onnx":
         raise ArtifactError(f"'{folder / 'io.json'}' describes no ONNX export. {_FIX}")
+    version = contract.get("schema_version")
+    if version != _CONTRACT_VERSION:
+        raise ArtifactError(
+            f"'{folder / 'io.json'}' has schema version {version!r}; this lpdeploy reads "
+            f"{_CONTRACT_VERSION}. {_FIX}"
+        )
     for name, recorded in contract["files"].items():
         path = folder / name
         if not path.is_file():
