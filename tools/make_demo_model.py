@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -279,7 +279,7 @@ def _write_readme(path: Path, evaluation: Evaluation, **figures: float) -> None:
     text = README.format(
         perplexity=evaluation.perplexity,
         tokens=evaluation.tokens,
-        date=datetime.now(tz=timezone.utc).date().isoformat(),
+        date=datetime.now(tz=UTC).date().isoformat(),
         torch=torch.__version__,
         transformers=transformers.__version__,
         threads=torch.get_num_threads(),

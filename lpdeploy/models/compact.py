@@ -25,10 +25,10 @@ from lpdeploy.models.loading import (
     compute_model_sha256,
     list_weight_files,
     load_config,
+    load_tokenizer,
     resolve_model,
 )
 from lpdeploy.models.shapes import (
-    LayerWidths,
     build_pruned_config,
     compute_widths,
     count_parameters,
@@ -103,7 +103,7 @@ def compact(
             tensors = stream_pruned_tensors(base, plan, {} if keep_adapter else adapter)
             save_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
             pruned.save_pretrained(folder)
-            carry_files(base, folder)
+            _carry_tokenizer(base, folder, before=config, after=pruned)
             if pruned.model_type.startswith(PER_LAYER_PREFIX):
                 shutil.copyfile(modeling_per_layer.__file__, folder / "modeling_per_layer.py")
             if keep_adapter:
@@ -125,6 +125,17 @@ def compact(
     return CompactResult(
         **{**vars(result), "seconds": stage.seconds, "peak_bytes": stage.peak_bytes}
     )
+
+
+def _carry_tokenizer(base: Path, folder: Path, *, before: Any, after: Any) -> None:
+    carry_files(base, folder)
+    if (before.model_type, after.model_type) != ("llama", "mistral"):
+        return
+    # transformers chooses a tokenizer's class by the model type beside it, and that of LLaMA-1 and
+    # 2 differs from Mistral's at spaces. Saved as it was loaded, it encodes as the base's does.
+    tokenizer = load_tokenizer(base, before)
+    if type(tokenizer) is not type(load_tokenizer(folder, after)):
+        tokenizer.save_pretrained(folder)
 
 
 def _check_target(target: Path, *, inputs: tuple[Path, ...]) -> None:
@@ -194,16 +205,3 @@ def _save_record(folder: Path, plan: PruningPlan, result: CompactResult) -> None
         "sha256": compute_model_sha256(folder),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def describe_widths(widths: list[LayerWidths]) -> str:
-    """Say the widths in words: one phrase where all layers are alike, else the ranges."""
-    if len(set(widths)) == 1:
-        one = widths[0]
-        return f"{one.heads} heads ({one.kv_heads} KV) and {one.channels} channels in every layer"
-    heads = [w.heads for w in widths]
-    channels = [w.channels for w in widths]
-    return (
-        f"{min(heads)} to {max(heads)} heads and {min(channels)} to {max(channels)} channels, "
-        "layer by layer"
-    )

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from lpdeploy.models.compact import describe_widths
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import get_model_classes, load_config, load_model
@@ -155,12 +154,3 @@ def test_nothing_is_achieved_where_all_is_kept(bases, family):
     config = load_config(bases(family))
     achieved = compute_achieved(config, list_group_specs(config), keep_all(bases(family)))
     assert set(achieved.values()) == {0.0}
-
-
-def test_widths_are_said_in_words():
-    assert describe_widths([LayerWidths(6, 3, 20)] * 2) == (
-        "6 heads (3 KV) and 20 channels in every layer"
-    )
-    assert describe_widths([LayerWidths(6, 3, 20), LayerWidths(2, 1, 31)]) == (
-        "2 to 6 heads and 20 to 31 channels, layer by layer"
-    )
