@@ -45,7 +45,7 @@ story grammar in `tools/`: no text, weights or code of others went in. Licence: 
 
 | file | what it is |
 |---|---|
-| `model/` | Hugging Face folder: LlamaForCausalLM, float32, byte-level BPE tokenizer |
+| `story-llama-1M/` | Hugging Face folder: LlamaForCausalLM, float32, byte-level BPE tokenizer |
 | `train.txt` | {train_stories} stories to fine-tune on, a line `{separator}` between two |
 | `valid.txt` | {valid_stories} held-out stories in the same form; the model never saw them |
 
@@ -91,7 +91,7 @@ def main(output: Path, steps: int, seed: int) -> None:
     torch.set_num_threads(2)
     train, valid = _write_texts(output, seed=seed)
     tokenizer = build_tokenizer(Random(f"{seed}/tokenizer"))
-    tokenizer.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "story-llama-1M")
     torch.manual_seed(seed)
     model = build_model()
     start = time.perf_counter()
@@ -100,9 +100,9 @@ def main(output: Path, steps: int, seed: int) -> None:
     seconds = time.perf_counter() - start
     evaluation = compute_perplexity(model, tokenizer, valid)
     click.echo(f"held-out perplexity {evaluation.perplexity:.3f}", err=True)
-    model.save_pretrained(output / "model")
+    model.save_pretrained(output / "story-llama-1M")
     # The weights are written for their owner alone; a packaged file must be readable by all.
-    (output / "model" / "model.safetensors").chmod(0o644)
+    (output / "story-llama-1M" / "model.safetensors").chmod(0o644)
     _write_readme(
         output / "README.md",
         evaluation,

@@ -30,7 +30,9 @@ def test_the_page_of_a_bare_run_shows_its_training(run):
 def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
     pair = {"a": "x", "b": "y", "max_abs_diff": 1e-6, "tolerance": 1e-4, "ok": False}
     save_json(run / "verify.json", {"ok": False, "pairs": [pair]})
-    save_json(run / "samples.json", [{"model": "dense", "text": "<script>once</script>"}])
+    save_json(
+        run / "samples.json", [{"model": "dense", "opening": "o", "text": "<script>once</script>"}]
+    )
     score = {"perplexity": 19.5, "bits_per_byte": 1.0, "tokens": 3}
     save_json(run / "eval.json", {"perplexity": {"v": score}})
     page = save_report(run, output=run / "other.html").read_text()
