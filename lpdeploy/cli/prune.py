@@ -93,7 +93,7 @@ _LAYERS = click.IntRange(min=0)
     help="auto: bf16 for a half-precision checkpoint on a GPU, else fp32.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=_DEFAULT.device)
-@click.option("--seed", type=int, default=_DEFAULT.seed)
+@click.option("--seed", type=click.IntRange(min=0), default=_DEFAULT.seed)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in RUN.")
 @shared_options()
