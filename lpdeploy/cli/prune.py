@@ -126,6 +126,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             on_step=on_step,
+            log=log,
         )
     log(f"Next: lpdeploy compact {output}")
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)

@@ -61,20 +61,17 @@ def evaluate(
     device = resolve_device(device)
     model = _find_model(target, is_run=is_run)
     exported = (run if is_run else model) / "onnx"
+    runner = _load_runner(model, exported, engine=engine, device=device)
     result: dict[str, Any] = {
         "model": target,
         "engine": engine,
+        "precision": runner.precision,
         "seq_len": seq_len,
-        "perplexity": _measure(
-            _load_runner(model, exported, engine=engine, device=device),
-            model,
-            sources,
-            seq_len=seq_len,
-            on_progress=on_progress,
-        ),
+        "perplexity": _measure(runner, model, sources, seq_len=seq_len, on_progress=on_progress),
     }
     if with_base:
         base = find_base(load_plan(run))
+        del runner  # one model in memory at a time
         runner = _load_runner(base, base / "onnx", engine="torch", device=device)
         measured = _measure(runner, base, sources, seq_len=seq_len, on_progress=on_progress)
         result["base"] = {"perplexity": measured}

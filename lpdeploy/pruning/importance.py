@@ -11,8 +11,8 @@ from lpdeploy.plan import GroupSpec
 Importance = dict[str, Tensor]
 """Spec name -> importance of its groups, shape (G,), float32."""
 
-# Two float32 buffers of this size are all that scoring needs beside the model. Large enough that
-# kernel launches cost nothing, small enough to stay in a CPU's cache between the passes over it.
+# A few float32 buffers of this size (1 MB) are all that scoring needs beside the model. Large
+# enough that kernel launches cost nothing, small enough to stay in a CPU's cache between passes.
 _BLOCK_ELEMENTS = 1 << 18
 
 

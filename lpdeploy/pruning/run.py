@@ -32,6 +32,7 @@ from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import (
     PER_LAYER_PREFIX,
+    PRECISIONS,
     compute_model_sha256,
     load_config,
     load_model,
@@ -50,6 +51,7 @@ from lpdeploy.pruning.checkpoint import (
     save_checkpoint,
 )
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import StepInfo, Training, count_steps, run_steps
 
@@ -98,7 +100,7 @@ class _Source:
     prunable: tuple[GroupSpec, ...]
 
 
-def prune(
+def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
     model: str,
     output: Path,
     *,
@@ -107,6 +109,7 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callable[[StepInfo], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> PruneResult:
     """Prune a model while it fine-tunes with LoRA (Algorithm 1), and write a run folder.
 
@@ -119,6 +122,7 @@ def prune(
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
         on_step: Called after every optimizer step.
+        log: Is told what is about to run, before the first step.
 
     Raises:
         LpdeployError: Model, data or output cannot be used, or a loss is not finite.
@@ -133,6 +137,7 @@ def prune(
             load_checkpoint(output, options=options, inputs=stage.inputs) if resume else None
         )
         training = _build_training(source, dataset, options, checkpoint)
+        log(_describe_start(source, training))
         if not resume:
             _clear_output(output)  # only now: bad input must not cost the run that is there
         _save_recipe(output, record)
@@ -263,6 +268,26 @@ def _build_training(
     if checkpoint is not None:
         apply_checkpoint(checkpoint, training)
     return training
+
+
+def _describe_start(source: _Source, training: Training) -> str:
+    """Say where and in which precision it runs, on how much, and what will be left."""
+    options, dataset = training.options, training.dataset
+    stored = PRECISIONS.get(source.config.dtype, "fp32")
+    used = PRECISIONS[next(training.model.parameters()).dtype]
+    rounding = {"heads": options.round_heads_to, "channels": options.round_to}
+    kept = ", ".join(
+        f"{round_kept(spec.num_groups, options.ratio, multiple=rounding[spec.kind])} of "
+        f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
+        for spec in source.prunable[:2]
+    )
+    dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
+    return (
+        f"{training.accelerator.device}, {used} (checkpoint {stored}); {len(dataset)} rows of at "
+        f"most {options.seq_len} tokens{dropped}; {training.steps} steps, "
+        f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
+        + (" on average" if options.scope == "global" else "")
+    )
 
 
 def _run(

@@ -84,6 +84,8 @@ def test_prune_and_compact_print_the_json_of_the_contract(base, data, tmp_path):
 def test_progress_and_hints_stay_off_stdout(base, data, tmp_path):
     result = invoke("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL)
     assert len(result.stdout.splitlines()) == 1
+    assert "cpu, fp32 (checkpoint fp32)" in result.stderr
+    assert "a layer keeps 1 of 2 KV heads, 24 of 48 channels" in result.stderr
     assert f"Next: lpdeploy compact {tmp_path / 'run'}" in result.stderr
 
 
