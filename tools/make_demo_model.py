@@ -59,9 +59,9 @@ story grammar in `tools/`: no text, weights or code of others went in. Licence: 
 
 Perplexity: each document is put between `<s>` and `</s>`, all are joined and cut in segments of
 {segment} tokens (the shorter rest is dropped), and in each segment every token but the first is
-predicted. It is low because a grammar leaves little to guess: what remains is mostly what no
-reader could know, such as the next name or colour. The text is lower case, and the tokenizer
-turns a prompt into lower case.
+predicted. It is low because a grammar leaves little to guess. So short a training teaches the model
+the sentences, but not yet to look back: a name or a colour that returns in a story is still a
+guess. The text is lower case, and the tokenizer turns a prompt into lower case.
 """
 
 

@@ -54,23 +54,28 @@ def walk_commands(
 def render_quality(data: dict[str, Any]) -> str:
     """Return what pruning did to size and perplexity."""
     lines = [
-        "| pruned | parameters | MB | perplexity | bits per byte | prune, s |",
-        "|---|---|---|---|---|---|",
+        "| pruned | parameters | MB | perplexity | bits per byte |",
+        "|---|---|---|---|---|",
     ]
     first = data["runs"][0]
     sizes, base = first["compact"], first["base_perplexity"]
     lines.append(
         f"| 0 % | {sizes['parameters']['before']:,} | {sizes['bytes']['before'] / 1e6:.1f} "
-        f"| {base['perplexity']:.2f} | {base['bits_per_byte']:.3f} | |"
+        f"| {base['perplexity']:.2f} | {base['bits_per_byte']:.3f} |"
     )
     for run in data["runs"]:
         sizes, score = run["compact"], run["perplexity"]
         lines.append(
             f"| {run['ratio']:.0%} | {sizes['parameters']['after']:,} "
             f"| {sizes['bytes']['after'] / 1e6:.1f} | {score['perplexity']:.2f} "
-            f"| {score['bits_per_byte']:.3f} | {run['seconds']:.0f} |"
+            f"| {score['bits_per_byte']:.3f} |"
         )
-    return "\n".join([*lines, "", describe(data)])
+    training = data["runs"][-1]["training"]
+    scoring = (
+        f"Scoring took {training['scoring_share']:.1%} of a step of "
+        f"{training['tokens_per_step']:,} tokens (median)."
+    )
+    return "\n".join([*lines, "", scoring, describe(data)])
 
 
 def render_latency(data: dict[str, Any]) -> str:

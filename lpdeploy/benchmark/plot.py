@@ -23,7 +23,7 @@ def draw_latency(bench: Mapping[str, Any]) -> str:
     for panel, engine in zip(panels, engines, strict=True):
         _draw_engine(panel, [row for row in rows if row["engine"] == engine])
         panel.set_title(engine, loc="left", color=_INK)
-    panels[0].set_ylabel(f"prefill of {rows[0]['tokens']} tokens, ms")
+    panels[0].set_ylabel(f"prefill of {rows[0]['tokens']} tokens, ms", labelpad=10)
     panels[-1].legend(frameon=False, loc="upper right")
     return _to_svg(figure)
 
