@@ -49,11 +49,19 @@ _LAYERS = click.IntRange(min=0)
 )
 @click.option("--lr-warmup", type=_SHARE, default=_DEFAULT.lr_warmup, help="Share of the steps.")
 @click.option(
-    "--max-grad-norm", type=click.FloatRange(0, min_open=True), default=_DEFAULT.max_grad_norm
+    "--max-grad-norm",
+    type=click.FloatRange(0, min_open=True),
+    default=_DEFAULT.max_grad_norm,
+    help="Clip gradients to this norm.",
 )
-@click.option("--lora-rank", type=_COUNT, default=_DEFAULT.lora_rank)
-@click.option("--lora-alpha", type=click.FloatRange(0, min_open=True), default=_DEFAULT.lora_alpha)
-@click.option("--lora-dropout", type=_SHARE, default=_DEFAULT.lora_dropout)
+@click.option("--lora-rank", type=_COUNT, default=_DEFAULT.lora_rank, help="Rank of A and B.")
+@click.option(
+    "--lora-alpha",
+    type=click.FloatRange(0, min_open=True),
+    default=_DEFAULT.lora_alpha,
+    help="LoRA adds alpha / rank times B A.",
+)
+@click.option("--lora-dropout", type=_SHARE, default=_DEFAULT.lora_dropout, help="On LoRA's input.")
 @click.option("--ema-decay", type=_SHARE, default=_DEFAULT.ema_decay, help="lambda of Eq. 11.")
 @click.option(
     "--prune-every", type=_COUNT, default=_DEFAULT.prune_every, help="Steps between events."
@@ -92,8 +100,18 @@ _LAYERS = click.IntRange(min=0)
     default=_DEFAULT.dtype,
     help="auto: bf16 for a half-precision checkpoint on a GPU, else fp32.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default=_DEFAULT.device)
-@click.option("--seed", type=click.IntRange(min=0), default=_DEFAULT.seed)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default=_DEFAULT.device,
+    help="auto: cuda where torch has one.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=_DEFAULT.seed,
+    help="Of LoRA's start, the data order and dropout.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in RUN.")
 @shared_options()
