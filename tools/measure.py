@@ -118,10 +118,10 @@ def build_document(
     values.pop("output")
     rows = [{key: value for key, value in row.items() if key != "model"} for row in bench["rows"]]
     machine = {k: v for k, v in bench["machine"].items() if k != "command"}
-    command = "python tools/measure.py " + " ".join(
-        [str(values["model"])]
-        + [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if k != "model"]
-    )
+    words = ["python tools/measure.py", values.pop("model")]
+    for key, value in values.items():
+        words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    command = " ".join(map(str, words))
     return {
         "machine": machine,
         "command": command,

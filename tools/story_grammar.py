@@ -46,7 +46,7 @@ def generate_story(rng: Random) -> str:
         rng: Source of every choice; the same state gives the same story.
 
     Returns:
-        One line of lower-case ASCII text of about 550 to 1,050 characters, no newline.
+        One line of lower-case ASCII text of about 540 to 940 characters, no newline.
     """
     plot = rng.choice(PLOTS)
     slots = _draw_slots(rng)
@@ -66,7 +66,7 @@ def _weave(rng: Random, plot: Sequence[Beat]) -> list[Beat]:
 
 
 def _draw_slots(rng: Random) -> dict[str, str]:
-    """Draw the words of one story; words of one kind never occur twice in it."""
+    """Draw the words of one story."""
     slots = {
         **_draw_people(rng),
         **_draw_things(rng),

@@ -66,7 +66,7 @@ def render_quality(data: dict[str, Any]) -> str:
     for run in data["runs"]:
         sizes, score = run["compact"], run["perplexity"]
         lines.append(
-            f"| {run['ratio']:.0%} | {sizes['parameters']['after']:,} "
+            f"| {run['ratio'] * 100:.0f} % | {sizes['parameters']['after']:,} "
             f"| {sizes['bytes']['after'] / 1e6:.1f} | {score['perplexity']:.2f} "
             f"| {score['bits_per_byte']:.3f} |"
         )
