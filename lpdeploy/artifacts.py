@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +23,8 @@ from typing import Any
 from lpdeploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+# One of these lies in every folder that may be replaced: a checkpoint, an export, an adapter.
+_OWN_MARKS = ("lpdeploy.json", "io.json", "adapter_config.json")
 _LIBRARIES = ("lpdeploy", "torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime")
 _BLOCK_BYTES = 1 << 22
 
@@ -49,12 +51,10 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder; rename it to ``path`` on success, remove it on any failure.
 
     Raises:
-        ArtifactError: ``path`` exists and ``overwrite`` is false.
+        ArtifactError: ``path`` exists and ``overwrite`` is false, or it holds what lpdeploy did
+            not write.
     """
-    if path.exists() and not overwrite:
-        raise ArtifactError(
-            f"'{path}' exists already. Use --overwrite to replace it, or another --output."
-        )
+    _check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary = temporary_path(path)
@@ -64,6 +64,30 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ArtifactError(
+            f"'{path}' exists already. Use --overwrite to replace it, or another --output."
+        )
+    if any(path.iterdir()) and not any((path / name).is_file() for name in _OWN_MARKS):
+        raise ArtifactError(
+            f"'{path}' holds files that lpdeploy did not write, so --overwrite does not replace "
+            "it. Use another --output."
+        )
+
+
+def check_apart(target: Path, *, inputs: Iterable[Path]) -> None:
+    """Refuse to put a folder in the place of what it is made from.
+
+    Raises:
+        ArtifactError: ``target`` is, or holds, one of ``inputs``.
+    """
+    if any(path.resolve().is_relative_to(target.resolve()) for path in inputs):
+        raise ArtifactError(f"'{target}' holds what it would be made from. Use another --output.")
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:

@@ -54,11 +54,22 @@ def test_a_folder_is_never_overwritten_unasked(tmp_path):
 
 def test_overwriting_replaces_the_whole_folder(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").write_text("x")
+    for name in ("old", "lpdeploy.json"):
+        (tmp_path / "model" / name).write_text("x")
     with atomic_folder(tmp_path / "model", overwrite=True) as temporary:
         (temporary / "new").write_text("x")
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with (
+        pytest.raises(ArtifactError, match="holds files that lpdeploy did not write"),
+        atomic_folder(tmp_path, overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_stay(tmp_path):

@@ -46,6 +46,7 @@ def setup() -> None:
         return
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
         venv.create(VENV, with_pip=True)
+    print(f"installing {EXTRAS} into {VENV}; this takes some minutes", flush=True)
     pip = [BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # torch first and by its exact version: a range would let another package choose its build.
     torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch="))
@@ -57,7 +58,11 @@ def setup() -> None:
 def demo(arguments: list[str]) -> None:
     """Run `lpdeploy demo`."""
     setup()
-    output = [] if "--output" in arguments else ["--output", "demo-run", "--overwrite"]
+    output = (
+        []
+        if any(a.startswith("--output") for a in arguments)
+        else ["--output", "demo-run", "--overwrite"]
+    )
     run(BIN / "lpdeploy", "demo", *output, *arguments)
 
 

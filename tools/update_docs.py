@@ -70,12 +70,7 @@ def render_quality(data: dict[str, Any]) -> str:
             f"| {sizes['bytes']['after'] / 1e6:.1f} | {score['perplexity']:.2f} "
             f"| {score['bits_per_byte']:.3f} |"
         )
-    training = data["runs"][-1]["training"]
-    scoring = (
-        f"Scoring took {training['scoring_share']:.1%} of a step of "
-        f"{training['tokens_per_step']:,} tokens (median)."
-    )
-    return "\n".join([*lines, "", scoring, describe(data)])
+    return "\n".join([*lines, "", describe(data)])
 
 
 def render_latency(data: dict[str, Any]) -> str:

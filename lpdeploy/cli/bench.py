@@ -1,5 +1,6 @@
 """`lpdeploy bench`: how fast models are."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def latency(  # noqa: PLR0913 - one parameter an option
     A RUN stands for its pruned model and its base. All variants are interleaved in one process;
     % is against the merged dense model on the same engine.
     """
+    # Before torch is imported. A waiting OpenMP thread that spins takes a core from the engine that
+    # is timed next. Not for training: there, waking the threads at each operation costs more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lpdeploy.benchmark.stage import bench_latency
     from lpdeploy.cli.progress import counting_progress
 

@@ -53,9 +53,6 @@ def _quieten_libraries() -> None:
     # Before anything imports them. The user can still set these in the environment.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A waiting OpenMP thread that spins takes a core from whatever else runs; on a busy machine
-    # decoding fell to a sixth of its speed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What libraries announce to each other's authors; --debug and -W show it.
     warnings.filterwarnings("ignore", category=FutureWarning)
 

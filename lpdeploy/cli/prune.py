@@ -66,8 +66,18 @@ _LAYERS = click.IntRange(min=0)
 @click.option(
     "--prune-every", type=_COUNT, default=_DEFAULT.prune_every, help="Steps between events."
 )
-@click.option("--warmup", type=_SHARE, default=_DEFAULT.warmup, help="Steps before the first.")
-@click.option("--cooldown", type=_SHARE, default=_DEFAULT.cooldown, help="Steps after the last.")
+@click.option(
+    "--warmup",
+    type=_SHARE,
+    default=_DEFAULT.warmup,
+    help="Share of the steps before the first event.",
+)
+@click.option(
+    "--cooldown",
+    type=_SHARE,
+    default=_DEFAULT.cooldown,
+    help="Share of the steps after the last event.",
+)
 @click.option(
     "--scope",
     type=click.Choice(["layer", "global"]),
@@ -146,8 +156,8 @@ def command(
             on_step=on_step,
             log=log,
         )
-    log(f"Next: lpdeploy compact {output}")
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
+    log(f"Next: lpdeploy compact {output}")
 
 
 def _describe(result: Any) -> str:

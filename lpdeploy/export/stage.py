@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import compute_sha256, record_stage
+from lpdeploy.artifacts import check_apart, compute_sha256, record_stage
 from lpdeploy.errors import ArtifactError
 from lpdeploy.export.onnx import export_onnx
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
@@ -38,6 +38,7 @@ def export(
         raise ArtifactError(f"--unmerged needs a run; '{target}' has no plan.json.")
     model = _find_model(run, unmerged=unmerged) if is_run else resolve_model(target)
     folder = output or (run if is_run else model) / ("onnx-unmerged" if unmerged else "onnx")
+    check_apart(folder, inputs=(run, model) if is_run else (model,))
     record = {"target": target, "engine": engine, "unmerged": unmerged, **options}
     with record_stage(run if is_run else model, f"export {folder.name}", record) as stage:
         contract = export_onnx(

@@ -9,6 +9,7 @@ from typing import Any
 
 from lpdeploy.artifacts import (
     atomic_folder,
+    check_apart,
     check_unchanged,
     compute_sha256,
     load_stage,
@@ -92,7 +93,7 @@ def compact(
     base = find_base(plan)
     adapter = load_run_adapter(run)
     check_adapter(adapter, plan)
-    _check_target(target, inputs=(run, base))
+    check_apart(target, inputs=(run, base))
     config = load_config(base)
     widths = compute_widths(config, plan.specs, plan.kept)
     pruned = build_pruned_config(config, widths)
@@ -136,12 +137,6 @@ def _carry_tokenizer(base: Path, folder: Path, *, before: Any, after: Any) -> No
     tokenizer = load_tokenizer(base, before)
     if type(tokenizer) is not type(load_tokenizer(folder, after)):
         tokenizer.save_pretrained(folder)
-
-
-def _check_target(target: Path, *, inputs: tuple[Path, ...]) -> None:
-    """Refuse to put the model in the place of what it is made from."""
-    if any(path.resolve().is_relative_to(target.resolve()) for path in inputs):
-        raise ArtifactError(f"'{target}' holds what is compacted. Use another --output.")
 
 
 def find_base(plan: PruningPlan) -> Path:

@@ -77,8 +77,8 @@ class PruneOptions:
             )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"micro-batch size {self.micro_batch_size} does not divide batch size "
-                f"{self.batch_size}; choose a divisor"
+                f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size "
+                f"{self.batch_size}; choose a divisor of it"
             )
         if self.warmup + self.cooldown >= 1:
             raise ValueError(

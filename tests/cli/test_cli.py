@@ -153,7 +153,7 @@ def test_an_unknown_recipe_key_is_wrong_usage(base, data, tmp_path):
     [
         (["--ratio", "1.0"], "1.0 is not in the range 0<=x<1"),
         (["--ratio", "-0.1"], "-0.1 is not in the range 0<=x<1"),
-        (["--batch-size", "10", "--micro-batch-size", "4"], "4 does not divide batch size 10"),
+        (["--batch-size", "10", "--micro-batch-size", "4"], "4 does not divide --batch-size 10"),
         (["--criterion", "guess"], "'guess' is not"),
         (["--seed", "-1"], "-1 is not in the range x>=0"),
         (["--no-such-option"], "No such option"),

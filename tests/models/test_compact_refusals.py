@@ -158,8 +158,12 @@ def test_a_failed_overwrite_leaves_what_was_there(base, run):
 def test_neither_run_nor_base_is_overwritten(base, run, what):
     """Or the inputs would be gone, and the output could not be made again."""
     before = compute_sha256(run / "adapter"), compute_model_sha256(base)
-    with pytest.raises(ArtifactError, match=r"holds what is compacted. Use another --output"):
+    with pytest.raises(
+        ArtifactError, match=r"holds what it would be made from. Use another --output"
+    ):
         compact(run, output={"run": run, "base": base}[what], overwrite=True)
-    with pytest.raises(ArtifactError, match=r"holds what is compacted. Use another --output"):
+    with pytest.raises(
+        ArtifactError, match=r"holds what it would be made from. Use another --output"
+    ):
         compact(run, output=run.parent, overwrite=True)  # both lie in it
     assert (compute_sha256(run / "adapter"), compute_model_sha256(base)) == before

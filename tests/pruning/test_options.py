@@ -8,7 +8,7 @@ from lpdeploy.pruning.options import PruneOptions
     [
         ({"ratio": 1.0}, r"ratio 1.0 is outside \[0, 1\)"),
         ({"ratio": -0.1}, r"ratio -0.1 is outside \[0, 1\)"),
-        ({"batch_size": 10, "micro_batch_size": 4}, "4 does not divide batch size 10"),
+        ({"batch_size": 10, "micro_batch_size": 4}, "4 does not divide --batch-size 10"),
         ({"warmup": 0.6, "cooldown": 0.4}, "leave no steps for pruning"),
         ({"steps": 0}, "steps 0 is below 1"),
     ],
