@@ -15,7 +15,6 @@ from lpdeploy.models.loading import (
     list_weight_files,
     load_config,
     load_model,
-    resolve_dtype,
     resolve_model,
 )
 from lpdeploy.models.shapes import count_parameters
@@ -185,10 +184,7 @@ def _load_runner(
     log: Callable[[str], None],
 ) -> Runner:
     if engine == "torch":
-        dtype = resolve_dtype("auto", load_config(checkpoint.folder), device=device)
-        return load_torch_runner(
-            checkpoint.folder, dtype=dtype, device=device, adapter=checkpoint.adapter
-        )
+        return load_torch_runner(checkpoint.folder, device=device, adapter=checkpoint.adapter)
     folder = checkpoint.exported
     if folder is None:
         folder = scratch / f"onnx-{len(list(scratch.iterdir()))}"

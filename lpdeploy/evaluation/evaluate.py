@@ -14,7 +14,6 @@ from lpdeploy.models.loading import (
     load_config,
     load_tokenizer,
     resolve_device,
-    resolve_dtype,
     resolve_model,
 )
 from lpdeploy.plan import load_plan
@@ -92,8 +91,7 @@ def _find_model(target: str, *, is_run: bool) -> Path:
 def _load_runner(model: Path, exported: Path, *, engine: str, device: str) -> Runner:
     if engine == "onnx":
         return load_onnx_runner(exported, device=device)
-    dtype = resolve_dtype("auto", load_config(model), device=device)
-    return load_torch_runner(model, dtype=dtype, device=device)
+    return load_torch_runner(model, device=device)
 
 
 def _measure(
