@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import FOLDER, format_bytes, log, print_result, shared_options
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.options import CRITERIA, SCHEDULES, PruneOptions
 
 _DEFAULT = PruneOptions()
 _SHARE = click.FloatRange(0, 1, max_open=True)
@@ -22,15 +22,31 @@ _LAYERS = click.IntRange(min=0)
 @click.option("--ratio", type=_SHARE, default=_DEFAULT.ratio, help="Share of groups to remove.")
 @click.option(
     "--criterion",
-    type=click.Choice(["lora"]),
+    type=click.Choice(CRITERIA),
     default=_DEFAULT.criterion,
-    help="How groups are scored: from LoRA's gradients (Eq. 10).",
+    help="How groups are scored: from LoRA's gradients (Eq. 10), the Fisher information of a gate "
+    "on each group, the true gradients (Eq. 3), the weights, weights times features, at random.",
+)
+@click.option(
+    "--score-form",
+    type=click.Choice(["squared", "absolute"]),
+    default=_DEFAULT.score_form,
+    help="What is summed over a group.",
+)
+@click.option("--normalize", is_flag=True, help="Divide each Linear's scores by their L2 norm.")
+@click.option(
+    "--offload-gradients", is_flag=True, help="Keep gradients of --criterion gradient on the CPU."
 )
 @click.option(
     "--schedule",
-    type=click.Choice(["joint"]),
-    default="joint",
-    help="Prune and fine-tune together.",
+    type=click.Choice(SCHEDULES),
+    default=_DEFAULT.schedule,
+    help="Prune and fine-tune together; prune once, then fine-tune; or prune only.",
+)
+@click.option(
+    "--calibration-samples",
+    type=_LAYERS,
+    help="Rows scored before the first step. [default: 128 where groups go before it, else 0]",
 )
 @click.option("--epochs", type=_COUNT, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--steps", type=_COUNT, help="Optimizer steps, instead of epochs.")
@@ -133,7 +149,6 @@ def command(
     resume: bool,
     overwrite: bool,
     as_json: bool,
-    schedule: str,  # noqa: ARG001 - one choice so far
     **values: Any,
 ) -> None:
     """Prune MODEL while it fine-tunes with LoRA, and write a run."""

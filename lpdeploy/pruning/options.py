@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+CRITERIA = ("lora", "gate", "gradient", "magnitude", "wanda", "random")
+SCHEDULES = ("joint", "separate", "one-shot")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
@@ -9,7 +12,14 @@ class PruneOptions:
 
     Attributes:
         ratio: Share of groups (heads, FFN channels) to remove, in [0, 1).
-        criterion: ``lora`` (Eq. 10).
+        criterion: How groups are scored, one of ``CRITERIA``.
+        score_form: ``squared`` (the paper) or ``absolute``: what is summed over a group.
+        normalize: Divide the scores of each Linear by their L2 norm before summing.
+        offload_gradients: Keep the gradients of ``gradient`` in CPU memory.
+        schedule: ``joint`` (Algorithm 1), ``separate`` (prune once, then fine-tune) or
+            ``one-shot`` (no fine-tuning), one of ``SCHEDULES``.
+        calibration_samples: Rows that are scored before the first step, without training on
+            them; None for 128 where groups go before the first step, and 0 in ``joint``.
         epochs: Passes over the data; ignored where ``steps`` is given.
         steps: Optimizer steps.
         batch_size: Sequences an optimizer step.
@@ -41,6 +51,11 @@ class PruneOptions:
 
     ratio: float = 0.5
     criterion: str = "lora"
+    score_form: str = "squared"
+    normalize: bool = False
+    offload_gradients: bool = False
+    schedule: str = "joint"
+    calibration_samples: int | None = None
     epochs: int = 2
     steps: int | None = None
     batch_size: int = 128
@@ -85,5 +100,17 @@ class PruneOptions:
                 f"warmup {self.warmup} and cooldown {self.cooldown} leave no steps for pruning; "
                 "their sum must be below 1"
             )
+        if self.schedule != "joint" and self.calibration_samples == 0:
+            raise ValueError(
+                f"--schedule {self.schedule} prunes before the first step, by the scores of "
+                "--calibration-samples rows, which cannot be 0; leave it out for 128"
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps} is below 1")
+
+    @property
+    def num_calibration_rows(self) -> int:
+        """Rows scored before the first step."""
+        if self.calibration_samples is None:
+            return 0 if self.schedule == "joint" else 128
+        return self.calibration_samples

@@ -50,6 +50,7 @@ from lpdeploy.pruning.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
@@ -240,21 +241,17 @@ def _build_training(
         apply_cut(model, source.prunable, kept)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wrapped = attach_lora(
-        model,
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        dropout=options.lora_dropout,
-        seed=options.seed,
-    )
-    wrapped.peft_config["default"].base_model_name_or_path = source.name
-    wrapped = wrapped.to(accelerator.device)
+    wrapped = _attach_lora(model, source.name, options).to(accelerator.device)
     optimizer = torch.optim.AdamW(
         [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
     prepared, optimizer = accelerator.prepare(wrapped, optimizer)
     state = PruningState(
-        model=model, specs=source.prunable, removal=options.removal, kept=dict(kept)
+        model=model,
+        specs=source.prunable,
+        criterion=_build_criterion(model, source.prunable, options),
+        removal=options.removal,
+        kept=dict(kept),
     )
     training = Training(
         model=prepared,
@@ -268,6 +265,25 @@ def _build_training(
     if checkpoint is not None:
         apply_checkpoint(checkpoint, training)
     return training
+
+
+def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
+    wrapped = attach_lora(
+        model,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        seed=options.seed,
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    return wrapped
+
+
+def _build_criterion(model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions) -> Criterion:
+    form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
+    return build_criterion(
+        options.criterion, model, specs, form=form, offload_gradients=options.offload_gradients
+    )
 
 
 def _describe_start(source: _Source, training: Training) -> str:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """A cubic ratio schedule with warm-up and cool-down.
+    """Which steps remove groups, and how many are gone after each.
+
+    ``joint`` is a cubic ratio schedule with warm-up and cool-down.
 
     Pruning events fall on multiples of ``every`` from the end of the warm-up to the start of the
     cool-down. The paper says "every few iterations" (10 by default, Table 8) and leaves the ratio
     open; the cubic curve (many groups early, few late) and both pauses are as in the authors'
-    experiments. The last event lands on ``ratio`` exactly, however the steps divide.
+    experiments. The last event lands on ``ratio`` exactly, however the steps divide. In
+    ``separate`` and ``one-shot`` the only event comes before the first step (the paper's Table 7).
 
     Attributes:
         ratio: Share of groups to remove in the end, in [0, 1).
@@ -19,6 +22,7 @@ class Schedule:
         every: Steps between two pruning events.
         warmup: Share of the steps before the first event.
         cooldown: Share of the steps after the last event.
+        kind: ``joint``, ``separate`` or ``one-shot``.
     """
 
     ratio: float
@@ -26,9 +30,12 @@ class Schedule:
     every: int = 10
     warmup: float = 0.1
     cooldown: float = 0.1
+    kind: str = "joint"
 
     def list_events(self) -> list[int]:
-        """Return the 1-based steps after which groups are removed; at least one."""
+        """Return the 1-based steps after which groups are removed; 0 is before the first."""
+        if self.kind != "joint":
+            return [0]
         first = max(1, math.ceil(self.warmup * self.steps))
         last = max(first, math.floor((1 - self.cooldown) * self.steps))
         events = [step for step in range(self.every, last + 1, self.every) if step >= first]

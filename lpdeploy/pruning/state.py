@@ -10,11 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lpdeploy.models.cutting import CutParameter, apply_cut, apply_masks
 from lpdeploy.plan import GroupSpec, Kept
-from lpdeploy.pruning.importance import (
-    Importance,
-    apply_moving_average,
-    compute_importance,
-)
+from lpdeploy.pruning.criteria import Criterion
+from lpdeploy.pruning.importance import Importance, apply_moving_average
 from lpdeploy.pruning.selection import select_globally, select_per_layer
 
 SELECTIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -30,6 +27,7 @@ class PruningState:
     Attributes:
         model: The causal LM inside peft.
         specs: The groups that may be removed (none of protected layers).
+        criterion: Scores them.
         removal: ``cut`` or ``mask``.
         kept: Original indices of the groups still there, int64, shape (alive,).
         average: Moving average of their importance (Eq. 11), shape (alive,).
@@ -38,6 +36,7 @@ class PruningState:
 
     model: Any
     specs: tuple[GroupSpec, ...]
+    criterion: Criterion
     removal: str
     kept: dict[str, Tensor] = field(default_factory=dict)
     average: Importance = field(default_factory=dict)
@@ -52,8 +51,8 @@ class PruningState:
             self._apply_masks()
 
     def update_average(self, *, decay: float) -> None:
-        """Score the live groups from LoRA's gradients and fold them into the average."""
-        scores = compute_importance(self.model, self.specs)
+        """Score the live groups from the observed batch and fold them into the average."""
+        scores = self.criterion.compute_importance()
         if self.removal == "mask":  # a masked model still has the groups that are gone
             scores = {name: s[self.kept[name].to(s.device)] for name, s in scores.items()}
         apply_moving_average(self.average, scores, decay=decay)

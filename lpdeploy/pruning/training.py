@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ class StepInfo:
     """What one optimizer step did.
 
     Attributes:
-        step: 1-based.
+        step: 1-based; 0 is the calibration before the first.
         steps: Of the whole run.
         loss: Mean cross-entropy of the batch in nats, before the step.
         ratio: Share of groups that the schedule says are gone after the step.
@@ -79,6 +81,7 @@ class Training:
             every=options.prune_every,
             warmup=options.warmup,
             cooldown=options.cooldown,
+            kind=options.schedule,
         )
 
     @property
@@ -89,6 +92,8 @@ class Training:
 
 def count_steps(options: PruneOptions, num_rows: int) -> int:
     """Return the optimizer steps of a run: ``steps``, or ``epochs`` over the rows."""
+    if options.schedule == "one-shot":
+        return 0
     if options.steps is not None:
         return options.steps
     return options.epochs * math.ceil(num_rows / options.batch_size)
@@ -105,15 +110,58 @@ def run_steps(training: Training, *, start: int = 0) -> Iterator[StepInfo]:
             the previous step.
     """
     training.model.train()
+    if start == 0 and training.options.num_calibration_rows:
+        yield _calibrate(training)
     for step in range(start + 1, training.steps + 1):
         yield _run_step(training, step)
+
+
+def _calibrate(training: Training) -> StepInfo:
+    """Score rows without training on them; where the schedule prunes at once, prune."""
+    options, schedule = training.options, training.schedule
+    _seed(options, 0)
+    start = time.perf_counter()
+    rows = list_batch(
+        len(training.dataset),
+        step=0,
+        batch_size=options.num_calibration_rows,
+        seed=options.seed,
+    )
+    losses: list[float] = []
+    tokens, scoring = 0, 0.0
+    for start_row in range(0, len(rows), options.batch_size):
+        with training.state.criterion.observe():
+            loss, count = _accumulate_gradients(
+                training, rows[start_row : start_row + options.batch_size]
+            )
+        _check_finite(training, 0, loss=loss)
+        # The plain mean over the batches, whatever the moving average forgets later.
+        decay = len(losses) / (len(losses) + 1)
+        scoring += _time(partial(training.state.update_average, decay=decay))
+        training.optimizer.zero_grad()
+        losses.append(loss)
+        tokens += count
+    if removed := 0 in schedule.list_events():
+        _remove(training, schedule.compute_ratio(0))
+    seconds = time.perf_counter() - start
+    return StepInfo(
+        step=0,
+        steps=training.steps,
+        loss=sum(losses) / len(losses),
+        ratio=schedule.compute_ratio(0),
+        lr=0.0,
+        tokens_per_s=tokens / seconds,
+        seconds=seconds,
+        scoring_seconds=scoring,
+        peak_bytes=measure_peak_bytes(),
+        removed=removed,
+    )
 
 
 def _run_step(training: Training, step: int) -> StepInfo:
     options, schedule = training.options, training.schedule
     events = schedule.list_events()
-    # Seeding by the step makes dropout the same in a run that was resumed as in one that was not.
-    torch.manual_seed(options.seed * 1_000_003 + step)
+    _seed(options, step)
     start = time.perf_counter()
     lr = compute_learning_rate(
         step,
@@ -121,9 +169,16 @@ def _run_step(training: Training, step: int) -> StepInfo:
         peak=options.lr,
         warmup_steps=round(options.lr_warmup * training.steps),
     )
-    loss, tokens = _accumulate_gradients(training, step)
+    rows = list_batch(
+        len(training.dataset), step=step - 1, batch_size=options.batch_size, seed=options.seed
+    )
+    scored = step <= events[-1]
+    with training.state.criterion.observe() if scored else nullcontext():
+        loss, tokens = _accumulate_gradients(training, rows)
     norm = _check_finite(training, step, loss=loss)
-    scoring = _time(lambda: _score(training)) if step <= events[-1] else 0.0
+    scoring = (
+        _time(partial(training.state.update_average, decay=options.ema_decay)) if scored else 0.0
+    )
     _apply_step(training, lr=lr, norm=norm)
     if removed := step in events:
         _remove(training, schedule.compute_ratio(step))
@@ -142,13 +197,14 @@ def _run_step(training: Training, step: int) -> StepInfo:
     )
 
 
-def _accumulate_gradients(training: Training, step: int) -> tuple[float, int]:
+def _seed(options: PruneOptions, step: int) -> None:
+    # Seeding by the step makes dropout the same in a run that was resumed as in one that was not.
+    torch.manual_seed(options.seed * 1_000_003 + step)
+
+
+def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[float, int]:
     """Run forward and backward over a batch; return its mean loss a token, and its tokens."""
-    options = training.options
-    rows = list_batch(
-        len(training.dataset), step=step - 1, batch_size=options.batch_size, seed=options.seed
-    )
-    size = options.micro_batch_size
+    size = training.options.micro_batch_size
     micros = [training.dataset.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
     # Dividing by the targets of the whole batch makes the gradient independent of how it is
     # split into micro-batches of unequal lengths.
@@ -165,6 +221,7 @@ def _compute_loss(training: Training, micro: dict[str, Tensor], *, targets: int)
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
     device = training.accelerator.device
+    training.state.criterion.attention_mask = micro["attention_mask"]
     output = training.model(
         input_ids=micro["input_ids"].to(device),
         labels=micro["labels"].to(device),
@@ -172,10 +229,6 @@ def _compute_loss(training: Training, micro: dict[str, Tensor], *, targets: int)
         use_cache=False,
     )
     return output.loss
-
-
-def _score(training: Training) -> None:
-    training.state.update_average(decay=training.options.ema_decay)
 
 
 def _check_finite(training: Training, step: int, *, loss: float) -> Tensor:

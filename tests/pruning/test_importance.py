@@ -2,16 +2,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpdeploy.models.adapters import get_base_linear, get_lora_weights
-from lpdeploy.models.groups import list_group_specs
+from lpdeploy.models.adapters import LoraWeights
 from lpdeploy.pruning import importance
-from lpdeploy.pruning.importance import (
-    apply_moving_average,
-    compute_importance,
-    compute_lora_importance,
-)
+from lpdeploy.pruning.importance import apply_moving_average, compute_lora_importance
 from tests import reference
-from tests.helpers import make_lora_model
 
 # Both sides are float32 sums of squares in another order; the loops run in float64.
 RTOL = 1e-4
@@ -23,10 +17,14 @@ def random_layer(out=12, columns=8, rank=3, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+def score(weight, a, b, grad_a, grad_b, *, scaling=1.0, **how):
+    return compute_lora_importance(weight, LoraWeights(a, b, scaling), grad_a, grad_b, **how)
+
+
 @pytest.mark.parametrize(("dim", "block"), [(0, 1), (0, 4), (1, 1), (1, 2)])
 def test_matches_the_loops_of_the_paper(dim, block):
     tensors = random_layer()
-    scores = compute_lora_importance(*tensors, scaling=2.0, dim=dim, block=block)
+    scores = score(*tensors, scaling=2.0, dim=dim, block=block)
     every = reference.weight_importance(*[t.double().tolist() for t in tensors], 2.0)
     expected = torch.tensor(reference.group_importance(every, dim, block))
     torch.testing.assert_close(scores, expected, rtol=RTOL, atol=0, check_dtype=False)
@@ -35,9 +33,9 @@ def test_matches_the_loops_of_the_paper(dim, block):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_row_blocks_do_not_change_the_scores(dim, monkeypatch):
     tensors = random_layer(out=64, columns=32)
-    whole = compute_lora_importance(*tensors, scaling=1.0, dim=dim, block=4)
+    whole = score(*tensors, scaling=1.0, dim=dim, block=4)
     monkeypatch.setattr(importance, "_BLOCK_ELEMENTS", 5 * 32)  # 5 does not divide 64
-    blocked = compute_lora_importance(*tensors, scaling=1.0, dim=dim, block=4)
+    blocked = score(*tensors, scaling=1.0, dim=dim, block=4)
     torch.testing.assert_close(blocked, whole, rtol=1e-5, atol=0)  # order of float32 sums
 
 
@@ -60,7 +58,7 @@ def test_no_temporary_is_larger_than_a_block(dim, monkeypatch):
     tensors = [t.half() for t in random_layer(out=256, columns=128)]  # half: a cast would show
     largest = LargestTensor()
     with largest:
-        compute_lora_importance(*tensors, scaling=1.0, dim=dim, block=1)
+        score(*tensors, scaling=1.0, dim=dim, block=1)
     # The LoRA factors, (256, 2 * 3), are the only other thing; the weight has 32,768 elements.
     assert largest.numel <= max(1024, 256 * 6)
 
@@ -68,43 +66,12 @@ def test_no_temporary_is_larger_than_a_block(dim, monkeypatch):
 def test_refuses_factors_of_another_layer():
     weight, a, b, grad_a, grad_b = random_layer()
     with pytest.raises(ValueError, match="do not fit a weight of shape"):
-        compute_lora_importance(weight, a, b[:5], grad_a, grad_b, scaling=1.0, dim=0, block=1)
+        score(weight, a, b[:5], grad_a, grad_b, dim=0, block=1)
 
 
 def test_refuses_a_block_that_does_not_divide():
     with pytest.raises(ValueError, match="groups of 5 do not divide a dimension of 12"):
-        compute_lora_importance(*random_layer(), scaling=1.0, dim=0, block=5)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_spec_sums_over_all_its_linears(kv_heads, tmp_path):
-    model = make_lora_model(tmp_path, kv_heads=kv_heads)
-    causal_lm = model.get_base_model()
-    ids = torch.arange(24).view(2, 12) % 50
-    model(input_ids=ids, labels=ids).loss.backward()
-    specs = list_group_specs(causal_lm.config)
-    scores = compute_importance(causal_lm, specs)
-    for spec in (specs[0], specs[3]):
-        expected = torch.zeros(spec.num_groups, dtype=torch.float64)
-        for piece in spec.slices:
-            linear = causal_lm.get_submodule(piece.module)
-            lora = get_lora_weights(linear)
-            parts = [get_base_linear(linear).weight, lora.lora_a, lora.lora_b]
-            parts += [lora.lora_a.grad, lora.lora_b.grad]
-            every = reference.weight_importance(
-                *[p.detach().double().tolist() for p in parts], lora.scaling
-            )
-            groups = reference.group_importance(every, piece.dim, piece.block)
-            expected += torch.tensor(groups, dtype=torch.float64)
-        torch.testing.assert_close(
-            scores[spec.name], expected, rtol=RTOL, atol=0, check_dtype=False
-        )
-
-
-def test_needs_gradients(tmp_path):
-    causal_lm = make_lora_model(tmp_path).get_base_model()
-    with pytest.raises(ValueError, match="call backward first"):
-        compute_importance(causal_lm, list_group_specs(causal_lm.config))
+        score(*random_layer(), scaling=1.0, dim=0, block=5)
 
 
 def test_moving_average_matches_the_loop():
@@ -119,8 +86,6 @@ def test_moving_average_matches_the_loop():
 def test_permuting_heads_permutes_their_importance():
     weight, a, b, grad_a, grad_b = random_layer()
     rows = torch.arange(12).view(3, 4)[[2, 0, 1]].flatten()  # three heads of four rows
-    plain = compute_lora_importance(weight, a, b, grad_a, grad_b, scaling=1.0, dim=0, block=4)
-    moved = compute_lora_importance(
-        weight[rows], a, b[rows], grad_a, grad_b[rows], scaling=1.0, dim=0, block=4
-    )
+    plain = score(weight, a, b, grad_a, grad_b, dim=0, block=4)
+    moved = score(weight[rows], a, b[rows], grad_a, grad_b[rows], dim=0, block=4)
     torch.testing.assert_close(moved, plain[[2, 0, 1]])

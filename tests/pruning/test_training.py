@@ -9,6 +9,7 @@ from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
+from lpdeploy.pruning.criteria import build_criterion
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps, run_steps
@@ -24,6 +25,7 @@ def make_training(tmp_path, *, model=None, **options):
     folder = tmp_path / f"model-{chosen.removal}-{chosen.scope}"
     wrapped = make_lora_model(folder, dropout=chosen.lora_dropout, **(model or {}))
     causal_lm = wrapped.get_base_model()
+    specs = list_group_specs(causal_lm.config)
     tokenizer = load_tokenizer(folder, causal_lm.config)
     corpus = load_corpus(str(make_text(tmp_path / "text.txt")))
     optimizer = torch.optim.AdamW(
@@ -36,7 +38,8 @@ def make_training(tmp_path, *, model=None, **options):
         dataset=build_token_dataset(corpus, tokenizer, seq_len=chosen.seq_len),
         state=PruningState(
             model=causal_lm,
-            specs=list_group_specs(causal_lm.config),
+            specs=specs,
+            criterion=build_criterion(chosen.criterion, causal_lm, specs),
             removal=chosen.removal,
         ),
         options=chosen,

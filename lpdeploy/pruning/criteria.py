@@ -1,0 +1,354 @@
+"""The criteria: what each watches during a batch, and the importance it makes of it.
+
+All are used in the same way: forward and backward passes run inside ``observe()``, then
+``compute_importance()`` scores the groups and forgets the batch. Nothing else of a run depends on
+the criterion.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lpdeploy.models.adapters import LoraWeights, get_base_linear, get_lora_weights
+from lpdeploy.plan import GroupSpec, Slice
+from lpdeploy.pruning.importance import (
+    Importance,
+    Rows,
+    compute_gradient_importance,
+    compute_lora_importance,
+    compute_weight_importance,
+)
+from lpdeploy.pruning.options import CRITERIA
+
+
+class Criterion(Protocol):
+    """Scores the groups that are still in a live model.
+
+    Attributes:
+        attention_mask: Which tokens of the pass that comes next are real, shape (B, T); set
+            before each forward pass. Gradients are zero at padding, but features are not.
+    """
+
+    attention_mask: Tensor | None
+
+    def observe(self) -> AbstractContextManager[None]:
+        """Watch the forward and backward passes of one batch, in as many parts as it has."""
+
+    def compute_importance(self) -> Importance:
+        """Score every group from the batch that was observed, and forget it.
+
+        Returns:
+            Importance of each spec, shape (groups still there,), float32.
+        """
+
+
+@dataclass(frozen=True)
+class ScoreForm:
+    """How the numbers of single weights become one of a group.
+
+    Attributes:
+        absolute: Sum absolute values instead of squares.
+        normalize: Divide the scores of each Linear by their L2 norm before they are added to
+            those of the other Linears of a group.
+    """
+
+    absolute: bool = False
+    normalize: bool = False
+
+
+@dataclass
+class _Fields:
+    """What all criteria are given: a model, its groups, and how scores are summed."""
+
+    model: nn.Module
+    specs: tuple[GroupSpec, ...]
+    form: ScoreForm = field(default_factory=ScoreForm)
+    attention_mask: Tensor | None = None
+
+
+class LoraCriterion(_Fields):
+    """Eq. 10: LoRA's weights and gradients, which training has anyway."""
+
+    def observe(self) -> AbstractContextManager[None]:
+        """Watch nothing: the gradients stay in place until the optimizer's next step."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def compute_importance(self) -> Importance:
+        """Score from the gradients of A and B, before the optimizer's step."""
+        return _score_linears(self, self._score)
+
+    def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
+        if lora.lora_a.grad is None or lora.lora_b.grad is None:
+            raise ValueError(f"{piece.module} has no LoRA gradients; call backward first")
+        return compute_lora_importance(
+            get_rows(linear),
+            lora,
+            lora.lora_a.grad,
+            lora.lora_b.grad,
+            dim=piece.dim,
+            block=piece.block,
+            absolute=self.form.absolute,
+        )
+
+
+@dataclass
+class GradientCriterion(_Fields):
+    """Eq. 3: gradients of the frozen weights, accumulated over the batch (LLM-Pruner).
+
+    Attributes:
+        offload: Keep the accumulated gradients in CPU memory.
+    """
+
+    offload: bool = False
+    _gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Let autograd compute the gradients of the weights, too."""
+        handles = []
+        for piece in _list_slices(self.specs):
+            weight = get_base_linear(self.model.get_submodule(piece.module)).weight
+            weight.requires_grad = True
+            hook = self._make_hook(piece.module)
+            handles.append((weight, weight.register_post_accumulate_grad_hook(hook)))
+        try:
+            yield
+        finally:
+            for weight, handle in handles:
+                handle.remove()
+                weight.requires_grad = False
+
+    def _make_hook(self, module: str) -> Any:
+        def take(weight: Tensor) -> None:
+            # Taken at once, so that with off-loading one layer's gradient is on the device at
+            # a time.
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            gradient = gradient.cpu() if self.offload else gradient
+            if module in self._gradients:
+                self._gradients[module] += gradient
+            else:
+                self._gradients[module] = gradient
+
+        return take
+
+    @torch.no_grad()
+    def compute_importance(self) -> Importance:
+        """Score from the gradients, freeing each as it is used."""
+        return _score_linears(self, self._score)
+
+    def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
+        return compute_gradient_importance(
+            get_rows(linear),
+            lora,
+            self._gradients.pop(piece.module),
+            dim=piece.dim,
+            block=piece.block,
+            absolute=self.form.absolute,
+        )
+
+
+class MagnitudeCriterion(_Fields):
+    """The size of the weights, LoRA's update included."""
+
+    def observe(self) -> AbstractContextManager[None]:
+        """Watch nothing."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def compute_importance(self) -> Importance:
+        """Score from the weights as they are."""
+        return _score_linears(self, self._score)
+
+    def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
+        return compute_weight_importance(
+            get_rows(linear),
+            lora,
+            dim=piece.dim,
+            block=piece.block,
+            absolute=self.form.absolute,
+        )
+
+
+@dataclass
+class WandaCriterion(_Fields):
+    """The size of the weights times that of the features they multiply."""
+
+    _energies: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Add up the squares of each Linear's input features, token by token."""
+        handles = [
+            self.model.get_submodule(piece.module).register_forward_pre_hook(
+                self._make_hook(piece.module)
+            )
+            for piece in _list_slices(self.specs)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _make_hook(self, module: str) -> Any:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # Gradient checkpointing runs each layer twice; twice the sum ranks the same.
+            squares = args[0].detach().float().square()  # (B, T, in)
+            if self.attention_mask is not None:
+                squares.mul_(self.attention_mask.to(squares.device).unsqueeze(-1))
+            energy = squares.flatten(0, -2).sum(dim=0)  # (B, T, in) -> (in,)
+            if module in self._energies:
+                self._energies[module] += energy
+            else:
+                self._energies[module] = energy
+
+        return add
+
+    @torch.no_grad()
+    def compute_importance(self) -> Importance:
+        """Score from the weights and the norms of the batch."""
+        return _score_linears(self, self._score)
+
+    def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
+        return compute_weight_importance(
+            get_rows(linear),
+            lora,
+            self._energies.pop(piece.module).sqrt(),
+            dim=piece.dim,
+            block=piece.block,
+            absolute=self.form.absolute,
+        )
+
+
+@dataclass
+class GateCriterion(_Fields):
+    """What a gate of one before each group would feel: the exact first order of its removal.
+
+    With h the input of o_proj or down_proj, multiplying a group's part of h by a gate z = 1 gives
+    dL/dz = sum of h * dL/dh over the group and the tokens. Its square, per sample, summed over
+    the batch, is the empirical Fisher information of z: no gradient of a weight, no approximation
+    by LoRA, and only what the backward pass computes anyway.
+    """
+
+    _scores: Importance = field(default_factory=dict)
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Multiply the input of each output projection by its gradient as it appears."""
+        handles = [
+            self.model.get_submodule(piece.module).register_forward_pre_hook(
+                self._make_hook(spec.name, piece.block)
+            )
+            for spec in self.specs
+            for piece in spec.slices
+            if piece.dim == 1
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _make_hook(self, name: str, block: int) -> Any:
+        def watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hidden = args[0]
+            if hidden.requires_grad:  # not in the first, gradient-less pass of checkpointing
+                hidden.register_hook(lambda gradient: self._add(name, block, hidden, gradient))
+
+        return watch
+
+    def _add(self, name: str, block: int, hidden: Tensor, gradient: Tensor) -> None:
+        product = hidden.detach().float() * gradient.float()
+        gates = product.sum(dim=1).unflatten(1, (-1, block)).sum(dim=2)  # (B, T, G*block) -> (B, G)
+        score = gates.abs() if self.form.absolute else gates.square()
+        total = score.sum(dim=0)  # (B, G) -> (G,)
+        self._scores[name] = self._scores[name] + total if name in self._scores else total
+
+    def compute_importance(self) -> Importance:
+        """Return the sums over the batch."""
+        scores, self._scores = self._scores, {}
+        return scores
+
+
+class RandomCriterion(_Fields):
+    """No knowledge at all: what every other criterion has to beat."""
+
+    def observe(self) -> AbstractContextManager[None]:
+        """Watch nothing."""
+        return nullcontext()
+
+    def compute_importance(self) -> Importance:
+        """Draw scores, the same in a resumed run, since training seeds by the step."""
+        return {spec.name: torch.rand(_count_alive(self.model, spec)) for spec in self.specs}
+
+
+def build_criterion(
+    name: str,
+    model: nn.Module,
+    specs: tuple[GroupSpec, ...],
+    *,
+    form: ScoreForm | None = None,
+    offload_gradients: bool = False,
+) -> Criterion:
+    """Make the criterion that ``--criterion`` names.
+
+    Args:
+        name: One of ``CRITERIA``.
+        model: The causal LM inside peft.
+        specs: The groups to score.
+        form: How scores are summed; squares without normalisation if None.
+        offload_gradients: Keep the gradients of ``gradient`` in CPU memory.
+
+    Raises:
+        ValueError: There is no such criterion.
+    """
+    form = form or ScoreForm()
+    match name:
+        case "lora":
+            return LoraCriterion(model, specs, form)
+        case "gate":
+            return GateCriterion(model, specs, form)
+        case "gradient":
+            return GradientCriterion(model, specs, form, offload=offload_gradients)
+        case "magnitude":
+            return MagnitudeCriterion(model, specs, form)
+        case "wanda":
+            return WandaCriterion(model, specs, form)
+        case "random":
+            return RandomCriterion(model, specs, form)
+    raise ValueError(f"no criterion '{name}'; use one of {', '.join(CRITERIA)}")
+
+
+def _score_linears(
+    criterion: _Fields, score: Callable[[Slice, Any, LoraWeights], Tensor]
+) -> Importance:
+    """Add up the scores of each group's Linears (Eq. 4)."""
+    scores: Importance = {}
+    for spec in criterion.specs:
+        for piece in spec.slices:
+            linear = criterion.model.get_submodule(piece.module)
+            part = score(piece, linear, get_lora_weights(linear))
+            if criterion.form.normalize:
+                part = part / part.norm().clamp_min(torch.finfo(part.dtype).tiny)
+            scores[spec.name] = scores[spec.name] + part if spec.name in scores else part
+    return scores
+
+
+def get_rows(linear: Any) -> Rows:
+    """Return the frozen weight of a Linear, of which rows can be read."""
+    return get_base_linear(linear).weight
+
+
+def _list_slices(specs: tuple[GroupSpec, ...]) -> list[Slice]:
+    return [piece for spec in specs for piece in spec.slices]
+
+
+def _count_alive(model: nn.Module, spec: GroupSpec) -> int:
+    piece = spec.slices[0]
+    return get_rows(model.get_submodule(piece.module)).shape[piece.dim] // piece.block
