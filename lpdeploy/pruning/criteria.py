@@ -259,12 +259,15 @@ class GateCriterion(_Fields):
         def watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             hidden = args[0]
             if hidden.requires_grad:  # not in the first, gradient-less pass of checkpointing
-                hidden.register_hook(lambda gradient: self._add(name, block, hidden, gradient))
+                # Detached: a hook that held the tensor itself would be a cycle through the graph,
+                # and keep every activation alive until the garbage collector comes.
+                values = hidden.detach()
+                hidden.register_hook(lambda gradient: self._add(name, block, values, gradient))
 
         return watch
 
     def _add(self, name: str, block: int, hidden: Tensor, gradient: Tensor) -> None:
-        product = hidden.detach().float() * gradient.float()
+        product = hidden.float() * gradient.float()
         gates = product.sum(dim=1).unflatten(1, (-1, block)).sum(dim=2)  # (B, T, G*block) -> (B, G)
         score = gates.abs() if self.form.absolute else gates.square()
         total = score.sum(dim=0)  # (B, G) -> (G,)
