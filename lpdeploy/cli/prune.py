@@ -8,6 +8,7 @@ import click
 
 from lpdeploy.cli.common import FOLDER, format_bytes, log, print_result, shared_options
 from lpdeploy.pruning.options import CRITERIA, SCHEDULES, PruneOptions
+from lpdeploy.pruning.schedule import RAMPS
 
 _DEFAULT = PruneOptions()
 _SHARE = click.FloatRange(0, 1, max_open=True)
@@ -83,16 +84,20 @@ _LAYERS = click.IntRange(min=0)
     "--prune-every", type=_COUNT, default=_DEFAULT.prune_every, help="Steps between events."
 )
 @click.option(
+    "--ramp",
+    type=click.Choice(list(RAMPS)),
+    default=_DEFAULT.ramp,
+    help="How pruning is spread: mostly early, as the authors do, or evenly as in the paper.",
+)
+@click.option(
     "--warmup",
     type=_SHARE,
-    default=_DEFAULT.warmup,
-    help="Share of the steps before the first event.",
+    help="Share of the steps before the first event.  [default: by --ramp]",
 )
 @click.option(
     "--cooldown",
     type=_SHARE,
-    default=_DEFAULT.cooldown,
-    help="Share of the steps after the last event.",
+    help="Share of the steps after the last event.  [default: by --ramp]",
 )
 @click.option(
     "--scope",

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lpdeploy.pruning.schedule import RAMPS
+
 CRITERIA = ("lora", "gate", "gradient", "magnitude", "wanda", "random")
 SCHEDULES = ("joint", "separate", "one-shot")
 
@@ -33,8 +35,9 @@ class PruneOptions:
         lora_dropout: Dropout on LoRA's input.
         ema_decay: lambda of Eq. 11, in [0, 1).
         prune_every: Steps between pruning events.
-        warmup: Share of the steps before the first event.
-        cooldown: Share of the steps after the last event.
+        ramp: How pruning is spread over the steps, one of ``RAMPS``.
+        warmup: Share of the steps before the first event; None for that of the ramp.
+        cooldown: Share of the steps after the last event; None for that of the ramp.
         scope: ``layer`` (the same widths everywhere) or ``global``.
         protect_first: Layers left whole at the input.
         protect_last: Layers left whole at the output.
@@ -69,8 +72,9 @@ class PruneOptions:
     lora_dropout: float = 0.05
     ema_decay: float = 0.9
     prune_every: int = 10
-    warmup: float = 0.1
-    cooldown: float = 0.1
+    ramp: str = "early"
+    warmup: float | None = None
+    cooldown: float | None = None
     scope: str = "layer"
     protect_first: int = 0
     protect_last: int = 0
@@ -95,9 +99,10 @@ class PruneOptions:
                 f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size "
                 f"{self.batch_size}; choose a divisor of it"
             )
-        if self.warmup + self.cooldown >= 1:
+        warmup, cooldown = self.pauses
+        if warmup + cooldown >= 1:
             raise ValueError(
-                f"warmup {self.warmup} and cooldown {self.cooldown} leave no steps for pruning; "
+                f"warmup {warmup} and cooldown {cooldown} leave no steps for pruning; "
                 "their sum must be below 1"
             )
         if self.schedule != "joint" and self.calibration_samples == 0:
@@ -107,6 +112,15 @@ class PruneOptions:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps} is below 1")
+
+    @property
+    def pauses(self) -> tuple[float, float]:
+        """Shares of the steps before the first event and after the last."""
+        ramp = RAMPS[self.ramp]
+        return (
+            ramp.warmup if self.warmup is None else self.warmup,
+            ramp.cooldown if self.cooldown is None else self.cooldown,
+        )
 
     @property
     def num_calibration_rows(self) -> int:

@@ -5,15 +5,38 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """How pruning is spread over a run.
+
+    Attributes:
+        warmup: Share of the steps before the first event.
+        cooldown: Share of the steps after the last event.
+        power: 3 takes many groups early and few late; 1 takes as many at each event.
+    """
+
+    warmup: float
+    cooldown: float
+    power: int
+
+
+RAMPS = {
+    "early": Ramp(warmup=0.05, cooldown=0.7, power=3),
+    "authors": Ramp(warmup=0.1, cooldown=0.1, power=3),
+    "paper": Ramp(warmup=0.0, cooldown=0.0, power=1),
+}
+"""Name -> ramp. ``early`` leaves most of the steps to recover, ``authors`` is what the authors'
+experiments use, ``paper`` is Algorithm 1 taken by its word: a portion every few iterations."""
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Which steps remove groups, and how many are gone after each.
 
-    ``joint`` is a cubic ratio schedule with warm-up and cool-down.
+    ``joint`` raises the ratio event by event, between a warm-up and a cool-down.
 
     Pruning events fall on multiples of ``every`` from the end of the warm-up to the start of the
     cool-down. The paper says "every few iterations" (10 by default, Table 8) and leaves the ratio
-    open; the cubic curve (many groups early, few late) and both pauses are as in the authors'
-    experiments. The last event lands on ``ratio`` exactly, however the steps divide. In
+    open. The last event lands on ``ratio`` exactly, however the steps divide. In
     ``separate`` and ``one-shot`` the only event comes before the first step (the paper's Table 7).
 
     Attributes:
@@ -22,6 +45,7 @@ class Schedule:
         every: Steps between two pruning events.
         warmup: Share of the steps before the first event.
         cooldown: Share of the steps after the last event.
+        power: Exponent of the curve; see ``Ramp``.
         kind: ``joint``, ``separate`` or ``one-shot``.
     """
 
@@ -30,6 +54,7 @@ class Schedule:
     every: int = 10
     warmup: float = 0.1
     cooldown: float = 0.1
+    power: int = 3
     kind: str = "joint"
 
     def list_events(self) -> list[int]:
@@ -45,12 +70,12 @@ class Schedule:
         """Return the share of groups that is gone after 1-based step ``step``.
 
         With p the place of ``step`` among the events, from 1/n at the first to 1 at the last:
-        ``ratio * (1 - (1 - p) ** 3)``.
+        ``ratio * (1 - (1 - p) ** power)``.
         """
         events = self.list_events()
         done = sum(event <= step for event in events)
         progress = done / len(events)
-        return self.ratio * (1 - (1 - progress) ** 3)
+        return self.ratio * (1 - (1 - progress) ** self.power)
 
 
 def compute_learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int) -> float:

@@ -16,7 +16,7 @@ from lpdeploy.data.batches import TokenDataset, list_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.options import PruneOptions
-from lpdeploy.pruning.schedule import Schedule, compute_learning_rate
+from lpdeploy.pruning.schedule import RAMPS, Schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState
 
 
@@ -75,12 +75,14 @@ class Training:
     def schedule(self) -> Schedule:
         """The pruning schedule of this run."""
         options = self.options
+        warmup, cooldown = options.pauses
         return Schedule(
             ratio=options.ratio,
             steps=self.steps,
             every=options.prune_every,
-            warmup=options.warmup,
-            cooldown=options.cooldown,
+            warmup=warmup,
+            cooldown=cooldown,
+            power=RAMPS[options.ramp].power,
             kind=options.schedule,
         )
 
