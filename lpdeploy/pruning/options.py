@@ -31,6 +31,7 @@ class PruneOptions:
         round_to: Kept channels are multiples of this.
         round_heads_to: Kept KV heads are multiples of this.
         removal: ``cut`` groups out at each event, or ``mask`` them until the end.
+        load_in: Quantise the frozen base to ``8bit`` or ``4bit`` (masked only); None for neither.
         train_on_prompt: Also learn the prompts of instruction data.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         checkpoint_every: Steps between checkpoints; 0 for none.
@@ -62,6 +63,7 @@ class PruneOptions:
     round_to: int = 32
     round_heads_to: int = 1
     removal: str = "cut"
+    load_in: str | None = None
     train_on_prompt: bool = False
     gradient_checkpointing: bool = False
     checkpoint_every: int = 50
