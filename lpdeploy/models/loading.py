@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.groups import SUPPORTED_MODEL_TYPES
-from lpdeploy.models.quantized import apply_training_layout, build_quantization
+from lpdeploy.models.quantized import apply_training_layout, build_quantization, list_misshapen
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -172,7 +172,13 @@ def load_model(
             f"The weights of '{folder}' cannot be loaded: {reason}. Copy the checkpoint anew."
         ) from error
     # transformers fills what is missing with random values and only logs it.
-    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    wrong = sorted(
+        {
+            *info["missing_keys"],
+            *(name for name, *_ in info["mismatched_keys"]),
+            *(list_misshapen(model) if load_in else ()),
+        }
+    )
     if wrong:
         raise ArtifactError(
             f"'{folder}' lacks {len(wrong)} weights of its architecture, or has them in another "

@@ -16,8 +16,6 @@ LOAD_IN = ("8bit", "4bit")
 # It looks at the input only, column by column, and a group that was cut has none, so cutting stays
 # as exact as without it. Training on a CPU multiplies in floating point and never looks at it.
 _OUTLIER_THRESHOLD = 6.0
-# How bitsandbytes names its weights; by name, so that a plain model never imports it.
-_KINDS = {"Int8Params": "8bit", "Params4bit": "4bit"}
 
 
 def import_bitsandbytes() -> Any:
@@ -108,12 +106,30 @@ def apply_training_layout(model: nn.Module) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
+def list_misshapen(model: nn.Module) -> list[str]:
+    """List the quantised weights of another shape than their Linear's.
+
+    transformers compares the shapes of a checkpoint with the model's, but not of those it
+    quantises.
+    """
+    linears = [(n, m) for n, m in model.named_modules() if get_quantization(m)]
+    return [
+        f"{name}.weight"
+        for name, linear in linears
+        if get_weight_shape(linear) != (linear.out_features, linear.in_features)
+    ]
+
+
 def get_quantization(linear: Any) -> str | None:
     """Return ``8bit`` or ``4bit`` for a base Linear whose weight is quantised, else None."""
-    weight = getattr(linear, "weight", None)
-    if weight is None or weight.is_floating_point():  # not quantised yet, or on the fly
-        return None
-    return _KINDS.get(type(weight).__name__)
+    weight: Any = getattr(linear, "weight", None)
+    # By name, so that a plain model never imports bitsandbytes.
+    match type(weight).__name__:
+        case "Int8Params" if weight.dtype == torch.int8:
+            return "8bit"
+        case "Params4bit" if weight.quant_state is not None:
+            return "4bit"
+    return None
 
 
 def get_weight_shape(linear: Any) -> tuple[int, int]:
@@ -149,9 +165,8 @@ def read_weight_rows(linear: Any, rows: slice) -> Tensor:
     if kind is None:
         return linear.weight[start:stop].detach().float()
     if kind == "8bit":
-        scales = _get_row_scales(linear)[start:stop]
         return import_bitsandbytes().functional.int8_vectorwise_dequant(
-            linear.weight.data[start:stop], scales
+            linear.weight[start:stop], _get_row_scales(linear)[start:stop]
         )
     flat = _read_packed(linear.weight, start * columns, stop * columns)
     return flat.view(stop - start, columns)  # (rows * in,) -> (rows, in)
@@ -176,7 +191,8 @@ def _read_packed(weight: Any, start: int, stop: int) -> Tensor:
     functional = import_bitsandbytes().functional
     size = state.blocksize
     first, last = start // size, -(-stop // size)
-    packed = weight.data.view(-1).view(torch.uint8)[first * size // 2 : last * size // 2]
+    unit = 2 * weight.element_size()  # weights in an element of the storage; divides a block
+    packed = weight.view(-1)[first * size // unit : last * size // unit].view(torch.uint8)
     block = functional.QuantState(
         absmax=_read_scales(state, first, last),
         shape=torch.Size((2 * len(packed),)),
