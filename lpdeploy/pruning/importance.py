@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lpdeploy.models.adapters import get_base_linear, get_lora_weights
+from lpdeploy.models.quantized import get_weight_shape, read_weight_rows
 from lpdeploy.plan import GroupSpec
 
 Importance = dict[str, Tensor]
@@ -17,7 +18,7 @@ _BLOCK_ELEMENTS = 1 << 18
 
 
 def compute_lora_importance(  # noqa: PLR0913 - the seven quantities of Eq. 10, and the grouping
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     lora_a: Tensor,
     lora_b: Tensor,
     grad_a: Tensor,
@@ -34,7 +35,8 @@ def compute_lora_importance(  # noqa: PLR0913 - the seven quantities of Eq. 10, 
     gradient of the weight's size never exists.
 
     Args:
-        weight: Frozen weight W, shape (out, in), any floating dtype.
+        weight: Frozen weight W, shape (out, in), any floating dtype; or the base Linear that
+            holds it, quantised or not.
         lora_a: A, shape (rank, in).
         lora_b: B, shape (out, rank).
         grad_a: Gradient of the loss in A, shape (rank, in).
@@ -56,17 +58,18 @@ def compute_lora_importance(  # noqa: PLR0913 - the seven quantities of Eq. 10, 
         LoRAPrune, arXiv:2305.18403, Eq. 10 summed over a group by Eq. 4. The paper squares and
         sums without normalising a layer, and so do we.
     """
-    _check_shapes(weight, lora_a, lora_b, dim=dim, block=block)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else get_weight_shape(weight)
+    _check_shapes(shape, lora_a, lora_b, dim=dim, block=block)
     a, b = lora_a.detach().float(), lora_b.detach().float()
     grad_a, grad_b = grad_a.float(), grad_b.float()
     left = torch.cat([grad_b, b], dim=1)  # (out, 2R)
     right = torch.cat([a - grad_a, grad_a], dim=0)  # (2R, in)
-    out, columns = weight.shape
-    scores = weight.new_zeros(weight.shape[dim], dtype=torch.float32)
+    out, columns = shape
+    scores = a.new_zeros(shape[dim])
     step = max(1, _BLOCK_ELEMENTS // columns)
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
-        merged = torch.addmm(weight[rows].float(), b[rows], a, alpha=scaling)
+        merged = torch.addmm(_read_rows(weight, rows), b[rows], a, alpha=scaling)
         merged.mul_(left[rows] @ right).square_()
         if dim == 0:
             scores[rows] = merged.sum(dim=1)
@@ -75,16 +78,24 @@ def compute_lora_importance(  # noqa: PLR0913 - the seven quantities of Eq. 10, 
     return scores.view(-1, block).sum(dim=1)  # (G * block,) -> (G,)
 
 
-def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, dim: int, block: int) -> None:
-    out, columns = weight.shape
+def _read_rows(weight: Tensor | nn.Module, rows: slice) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight[rows].float()
+    return read_weight_rows(weight, rows)
+
+
+def _check_shapes(
+    shape: tuple[int, ...], lora_a: Tensor, lora_b: Tensor, *, dim: int, block: int
+) -> None:
+    out, columns = shape
     rank = lora_a.shape[0]
     if lora_a.shape != (rank, columns) or lora_b.shape != (out, rank):
         raise ValueError(
             f"LoRA factors {tuple(lora_a.shape)} and {tuple(lora_b.shape)} do not fit "
             f"a weight of shape {(out, columns)}"
         )
-    if weight.shape[dim] % block:
-        raise ValueError(f"groups of {block} do not divide a dimension of {weight.shape[dim]}")
+    if shape[dim] % block:
+        raise ValueError(f"groups of {block} do not divide a dimension of {shape[dim]}")
 
 
 @torch.no_grad()
@@ -106,7 +117,7 @@ def compute_importance(model: nn.Module, specs: Iterable[GroupSpec]) -> Importan
             if lora.lora_a.grad is None or lora.lora_b.grad is None:
                 raise ValueError(f"{piece.module} has no LoRA gradients; call backward first")
             part = compute_lora_importance(
-                get_base_linear(linear).weight,
+                get_base_linear(linear),
                 lora.lora_a,
                 lora.lora_b,
                 lora.lora_a.grad,
