@@ -25,7 +25,10 @@ from lpdeploy.errors import ArtifactError
 MANIFEST = "manifest.json"
 # One of these lies in every folder that may be replaced: a checkpoint, an export, an adapter.
 _OWN_MARKS = ("lpdeploy.json", "io.json", "adapter_config.json")
-_LIBRARIES = ("lpdeploy", "torch", "transformers", "peft", "accelerate", "onnx", "onnxruntime")
+_LIBRARIES = (
+    *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
+    *("onnx", "onnxruntime"),
+)
 _BLOCK_BYTES = 1 << 22
 
 

@@ -28,7 +28,11 @@ ALLOWED = {
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",
          "tensorrt", "numpy", "matplotlib", "rich"}  # fmt: skip
 # A library that changes its interface is met in one module.
-ONE_MODULE = {"onnxruntime": "runtime/onnx_runner.py", "torch.onnx": "export/onnx.py"}
+ONE_MODULE = {
+    "onnxruntime": "runtime/onnx_runner.py",
+    "torch.onnx": "export/onnx.py",
+    "bitsandbytes": "models/quantized.py",
+}
 
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -117,6 +117,11 @@ _LAYERS = click.IntRange(min=0)
     default=_DEFAULT.removal,
     help="Cut groups out at each event, or mask them until the end.",
 )
+@click.option(
+    "--load-in",
+    type=click.Choice(["8bit", "4bit"]),
+    help="Quantise the frozen base while pruning; 4bit is masked, not cut.",
+)
 @click.option("--train-on-prompt", is_flag=True, help="Learn the prompts of instructions too.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option(
@@ -157,6 +162,7 @@ def command(
     **values: Any,
 ) -> None:
     """Prune MODEL while it fine-tunes with LoRA, and write a run."""
+    _choose_removal(values)
     try:
         options = PruneOptions(**values)
     except ValueError as error:
@@ -178,6 +184,14 @@ def command(
         )
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
     log(f"Next: lpdeploy compact {output}")
+
+
+def _choose_removal(values: dict[str, Any]) -> None:
+    """Mask a 4-bit base, which cannot be cut, where the user did not say how to remove."""
+    source = click.get_current_context().get_parameter_source("removal")
+    if values["load_in"] == "4bit" and source is click.core.ParameterSource.DEFAULT:
+        values["removal"] = "mask"
+        log("--load-in 4bit: groups are masked until the end, since nf4 weights cannot be cut.")
 
 
 def _describe(result: Any) -> str:

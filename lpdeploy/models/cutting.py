@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.groups import expand_index
+from lpdeploy.models.quantized import cut_quantized, get_quantization
 from lpdeploy.plan import GroupSpec, Slice
 
 
@@ -42,6 +43,9 @@ def apply_cut(
 
     Returns:
         Every trainable parameter that was replaced, for ``apply_cut_to_optimizer``.
+
+    Raises:
+        ValueError: The weights are 4-bit, which can only be masked.
     """
     replaced: list[CutParameter] = []
     with torch.no_grad():
@@ -56,18 +60,50 @@ def apply_cut(
 def _cut_linear(linear: Any, piece: Slice, kept: Tensor) -> list[CutParameter]:
     base = get_base_linear(linear)
     index = expand_index(kept.to(base.weight.device), piece.block)
-    replaced = [_cut_parameter(base, "weight", piece.dim, index)]
+    replaced = []
+    if get_quantization(base):
+        cut_quantized(base, dim=piece.dim, index=index)
+    else:
+        replaced.append(_cut_parameter(base, "weight", piece.dim, index))
     if piece.dim == 0 and base.bias is not None:
         replaced.append(_cut_parameter(base, "bias", 0, index))
-    if hasattr(linear, "lora_A"):
-        # Rows of W are rows of B, columns of W are columns of A; the other factor is untouched.
-        factors = linear.lora_B if piece.dim == 0 else linear.lora_A
-        replaced += [_cut_parameter(f, "weight", piece.dim, index) for f in factors.values()]
-        for factor in factors.values():
-            _set_features(factor, piece.dim, len(index))
-        _set_features(linear, piece.dim, len(index))
     _set_features(base, piece.dim, len(index))
+    replaced += _cut_lora(linear, piece.dim, index)
     return [cut for cut in replaced if cut.new.requires_grad]
+
+
+def _cut_lora(linear: Any, dim: int, index: Tensor) -> list[CutParameter]:
+    if not hasattr(linear, "lora_A"):
+        return []
+    # Rows of W are rows of B, columns of W are columns of A; the other factor is untouched.
+    factors = linear.lora_B if dim == 0 else linear.lora_A
+    replaced = [_cut_parameter(f, "weight", dim, index) for f in factors.values()]
+    for factor in factors.values():
+        _set_features(factor, dim, len(index))
+    _set_features(linear, dim, len(index))
+    return replaced
+
+
+def apply_cut_to_adapter(
+    model: nn.Module, specs: Iterable[GroupSpec], kept: Mapping[str, Tensor]
+) -> None:
+    """Cut the LoRA factors alone, to save the adapter of a model that masks its groups.
+
+    The weights beneath keep their widths, 4-bit ones could not be cut, so the model does not run
+    any more.
+
+    Args:
+        model: The causal LM (not the peft wrapper around it).
+        specs: Groups to cut; only those named in ``kept`` are touched.
+        kept: Kept positions, int64, ascending, shape (G,).
+    """
+    with torch.no_grad():
+        for spec in specs:
+            for piece in spec.slices if spec.name in kept else ():
+                linear = model.get_submodule(piece.module)
+                device = get_base_linear(linear).weight.device
+                index = expand_index(kept[spec.name].to(device), piece.block)
+                _cut_lora(linear, piece.dim, index)
 
 
 def _cut_parameter(module: nn.Module, name: str, dim: int, index: Tensor) -> CutParameter:

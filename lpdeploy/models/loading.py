@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.groups import SUPPORTED_MODEL_TYPES
+from lpdeploy.models.quantized import apply_training_layout, build_quantization, list_misshapen
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,20 +127,25 @@ def get_model_classes(model_type: str) -> tuple[Any, Any]:
     return getattr(module, f"{stem}Config"), getattr(module, f"{stem}ForCausalLM")
 
 
-def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
+def load_model(
+    folder: Path, *, dtype: str = "auto", device: str = "cpu", load_in: str | None = None
+) -> Any:
     """Load a checkpoint for inference, whole and on one device.
 
     Args:
         folder: What ``resolve_model`` returned.
         dtype: ``auto`` (that of the checkpoint), ``fp32``, ``fp16`` or ``bf16``.
         device: ``cpu``, ``cuda``, ``cuda:1``.
+        load_in: ``8bit`` or ``4bit`` to quantise the projections of the layers as they are
+            read, so that they are never all there in full; None to leave them.
 
     Returns:
         A transformers causal LM in eval mode.
 
     Raises:
         ArtifactError: A weight is missing, of another shape, or its file is damaged.
-        ValueError: ``dtype`` is none of those.
+        MissingDependencyError: ``load_in`` is given and bitsandbytes is not installed.
+        ValueError: ``dtype`` or ``load_in`` is none of those.
     """
     import transformers
 
@@ -149,6 +155,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
     transformers.utils.logging.disable_progress_bar()  # a bar of ours or none
     config = load_config(folder)
     _, model_class = get_model_classes(config.model_type)
+    quantization = _build_quantization(load_in, config, dtype=dtype, device=device)
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -157,6 +164,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **quantization,
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -164,13 +172,39 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
             f"The weights of '{folder}' cannot be loaded: {reason}. Copy the checkpoint anew."
         ) from error
     # transformers fills what is missing with random values and only logs it.
-    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    wrong = sorted(
+        {
+            *info["missing_keys"],
+            *(name for name, *_ in info["mismatched_keys"]),
+            *(list_misshapen(model) if load_in else ()),
+        }
+    )
     if wrong:
         raise ArtifactError(
             f"'{folder}' lacks {len(wrong)} weights of its architecture, or has them in another "
             f"shape, first {wrong[0]}. Give a complete checkpoint."
         )
+    if load_in is not None:
+        apply_training_layout(model)
+        return model.eval()  # on its device already: weights are quantised there
     return model.to(device).eval()
+
+
+def _build_quantization(
+    load_in: str | None, config: Any, *, dtype: str, device: str
+) -> dict[str, Any]:
+    """Build the arguments of ``from_pretrained`` that quantise; none for a plain model."""
+    if load_in is None:
+        return {}
+    computed = _DTYPES.get(dtype, config.dtype or torch.float32)
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        # accelerate takes a quantised model only where the number of its device is told.
+        place = torch.device("cuda", torch.cuda.current_device())
+    return {
+        "quantization_config": build_quantization(load_in, dtype=computed),
+        "device_map": {"": place},
+    }
 
 
 def load_tokenizer(folder: Path, config: Any) -> Any:

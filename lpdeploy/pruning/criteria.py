@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lpdeploy.models.adapters import LoraWeights, get_base_linear, get_lora_weights
+from lpdeploy.models.quantized import get_rows
 from lpdeploy.plan import GroupSpec, Slice
 from lpdeploy.pruning.importance import (
     Importance,
-    Rows,
     compute_gradient_importance,
     compute_lora_importance,
     compute_weight_importance,
@@ -86,7 +86,7 @@ class LoraCriterion(_Fields):
         if lora.lora_a.grad is None or lora.lora_b.grad is None:
             raise ValueError(f"{piece.module} has no LoRA gradients; call backward first")
         return compute_lora_importance(
-            get_rows(linear),
+            get_rows(get_base_linear(linear)),
             lora,
             lora.lora_a.grad,
             lora.lora_b.grad,
@@ -144,7 +144,7 @@ class GradientCriterion(_Fields):
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         return compute_gradient_importance(
-            get_rows(linear),
+            get_rows(get_base_linear(linear)),
             lora,
             self._gradients.pop(piece.module),
             dim=piece.dim,
@@ -167,7 +167,7 @@ class MagnitudeCriterion(_Fields):
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         return compute_weight_importance(
-            get_rows(linear),
+            get_rows(get_base_linear(linear)),
             lora,
             dim=piece.dim,
             block=piece.block,
@@ -217,7 +217,7 @@ class WandaCriterion(_Fields):
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         return compute_weight_importance(
-            get_rows(linear),
+            get_rows(get_base_linear(linear)),
             lora,
             self._energies.pop(piece.module).sqrt(),
             dim=piece.dim,
@@ -343,15 +343,11 @@ def _score_linears(
     return scores
 
 
-def get_rows(linear: Any) -> Rows:
-    """Return the frozen weight of a Linear, of which rows can be read."""
-    return get_base_linear(linear).weight
-
-
 def _list_slices(specs: tuple[GroupSpec, ...]) -> list[Slice]:
     return [piece for spec in specs for piece in spec.slices]
 
 
 def _count_alive(model: nn.Module, spec: GroupSpec) -> int:
     piece = spec.slices[0]
-    return get_rows(model.get_submodule(piece.module)).shape[piece.dim] // piece.block
+    weight = get_rows(get_base_linear(model.get_submodule(piece.module)))
+    return weight.shape[piece.dim] // piece.block

@@ -44,6 +44,7 @@ class PruneOptions:
         round_to: Kept channels are multiples of this.
         round_heads_to: Kept KV heads are multiples of this.
         removal: ``cut`` groups out at each event, or ``mask`` them until the end.
+        load_in: Quantise the frozen base to ``8bit`` or ``4bit`` (masked only); None for neither.
         train_on_prompt: Also learn the prompts of instruction data.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         checkpoint_every: Steps between checkpoints; 0 for none.
@@ -81,6 +82,7 @@ class PruneOptions:
     round_to: int = 32
     round_heads_to: int = 1
     removal: str = "cut"
+    load_in: str | None = None
     train_on_prompt: bool = False
     gradient_checkpointing: bool = False
     checkpoint_every: int = 50
@@ -104,6 +106,12 @@ class PruneOptions:
             raise ValueError(
                 f"warmup {warmup} and cooldown {cooldown} leave no steps for pruning; "
                 "their sum must be below 1"
+            )
+        if self.criterion == "gradient" and self.load_in:
+            raise ValueError(
+                f"--criterion gradient needs the gradients of the frozen weights, and a base in "
+                f"{self.load_in} has none; use --criterion lora, which needs LoRA's only, or "
+                "leave --load-in out"
             )
         if self.schedule != "joint" and self.calibration_samples == 0:
             raise ValueError(

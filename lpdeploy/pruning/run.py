@@ -41,6 +41,7 @@ from lpdeploy.models.loading import (
     resolve_dtype,
     resolve_model,
 )
+from lpdeploy.models.quantized import check_load_in
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import GroupSpec, PruningPlan
 from lpdeploy.pruning.checkpoint import (
@@ -128,6 +129,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
     Raises:
         LpdeployError: Model, data or output cannot be used, or a loss is not finite.
     """
+    check_load_in(options.load_in, removal=options.removal)  # before anything is read
     source = _load_source(model, options)
     _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
@@ -162,6 +164,11 @@ def _load_source(model: str, options: PruneOptions) -> _Source:
     if config.model_type.startswith(PER_LAYER_PREFIX):
         raise ArtifactError(
             f"'{model}' was pruned to per-layer widths already. Prune its base model instead."
+        )
+    if getattr(config, "quantization_config", None):
+        raise ArtifactError(
+            f"'{model}' is quantised already, and what is merged in the end needs weights in full "
+            "precision. Prune the model it was made from, with --load-in to save memory."
         )
     if options.seq_len > config.max_position_embeddings:
         raise LpdeployError(
@@ -235,7 +242,9 @@ def _build_training(
     )
     if accelerator.num_processes > 1:
         raise LpdeployError("Pruning runs in one process only. Start it without several ranks.")
-    model = load_model(source.folder, dtype=dtype)
+    # A quantised base is made where it stays; any other is cut first, then moved.
+    place = str(accelerator.device) if options.load_in else "cpu"
+    model = load_model(source.folder, dtype=dtype, device=place, load_in=options.load_in)
     kept = {} if checkpoint is None else checkpoint.select("kept")
     if options.removal == "cut":
         apply_cut(model, source.prunable, kept)
@@ -290,6 +299,7 @@ def _describe_start(source: _Source, training: Training) -> str:
     """Say where and in which precision it runs, on how much, and what will be left."""
     options, dataset = training.options, training.dataset
     stored = PRECISIONS.get(source.config.dtype, "fp32")
+    base = f" over a base in {options.load_in}" if options.load_in else ""
     used = PRECISIONS[next(training.model.parameters()).dtype]
     rounding = {"heads": options.round_heads_to, "channels": options.round_to}
     kept = ", ".join(
@@ -299,8 +309,8 @@ def _describe_start(source: _Source, training: Training) -> str:
     )
     dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
     return (
-        f"{training.accelerator.device}, {used} (checkpoint {stored}); {len(dataset)} rows of at "
-        f"most {options.seq_len} tokens{dropped}; {training.steps} steps, "
+        f"{training.accelerator.device}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
+        f"of at most {options.seq_len} tokens{dropped}; {training.steps} steps, "
         f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
         + (" on average" if options.scope == "global" else "")
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lpdeploy.models.cutting import CutParameter, apply_cut, apply_masks
+from lpdeploy.models.cutting import CutParameter, apply_cut, apply_cut_to_adapter, apply_masks
 from lpdeploy.plan import GroupSpec, Kept
 from lpdeploy.pruning.criteria import Criterion
 from lpdeploy.pruning.importance import Importance, apply_moving_average
@@ -80,10 +80,10 @@ class PruningState:
         return apply_cut(self.model, self.specs, stay)
 
     def cut_masked(self) -> None:
-        """Cut what is only masked so far, at the end of a run that masks."""
+        """Cut the adapter of a run that masks, at its end; the model does not run any more."""
         if self.removal == "mask":
             self._remove_masks()
-            apply_cut(self.model, self.specs, self.kept)
+            apply_cut_to_adapter(self.model, self.specs, self.kept)
 
     def list_kept(self, specs: tuple[GroupSpec, ...]) -> Kept:
         """Return kept indices as plain lists; specs that may not be pruned keep all."""

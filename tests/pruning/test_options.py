@@ -16,3 +16,14 @@ from lpdeploy.pruning.options import PruneOptions
 def test_impossible_options_are_refused(values, sentence):
     with pytest.raises(ValueError, match=sentence):
         PruneOptions(**values)
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_gradients_of_a_quantised_base_are_refused(load_in):
+    with pytest.raises(ValueError, match=f"a base in {load_in} has none; use --criterion lora"):
+        PruneOptions(criterion="gradient", load_in=load_in)
+
+
+def test_a_ramp_gives_the_pauses_that_are_not_given():
+    assert PruneOptions(ramp="authors").pauses == (0.1, 0.1)
+    assert PruneOptions(ramp="paper", cooldown=0.2).pauses == (0.0, 0.2)

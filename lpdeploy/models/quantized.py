@@ -1,0 +1,282 @@
+"""A base quantised by bitsandbytes while it is pruned: loading it, reading it, cutting it."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpdeploy.errors import LpdeployError, MissingDependencyError
+
+LOAD_IN = ("8bit", "4bit")
+"""What ``load_in`` may be: LLM.int8() (int8 rows, one scale a row), or nf4 (blocks of 64)."""
+
+# Activations from this magnitude on are multiplied in floating point by the CUDA kernel, the value
+# of LLM.int8() (arXiv:2208.07339); without it models from about 7B on lose their outlier features.
+# It looks at the input only, column by column, and a group that was cut has none, so cutting stays
+# as exact as without it. Training on a CPU multiplies in floating point and never looks at it.
+_OUTLIER_THRESHOLD = 6.0
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise MissingDependencyError(
+            "bitsandbytes is not installed; --load-in needs it. "
+            "Install with: pip install 'lpdeploy[quant]'."
+        ) from None
+    return bitsandbytes
+
+
+def check_load_in(load_in: str | None, *, removal: str) -> None:
+    """Check that a run over a base in ``load_in`` can remove groups by ``removal``.
+
+    Raises:
+        LpdeployError: 4-bit weights are to be cut.
+        MissingDependencyError: bitsandbytes is not installed.
+        ValueError: ``load_in`` is none of ``LOAD_IN``, nor None.
+    """
+    if load_in is None:
+        return
+    _check_kind(load_in)
+    if load_in == "4bit" and removal == "cut":
+        raise LpdeployError(
+            "--load-in 4bit cannot go with --removal cut: nf4 weights share their scales across "
+            "rows, so no group can be cut out of them. Use --removal mask, or --load-in 8bit."
+        )
+    import_bitsandbytes()
+
+
+def _check_kind(load_in: str) -> None:
+    if load_in not in LOAD_IN:
+        raise ValueError(f"load_in is {load_in!r}; it must be {' or '.join(LOAD_IN)}")
+
+
+def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:
+    """Build what transformers quantises the Linears by while it loads them, one at a time.
+
+    Only the projections of the layers are quantised; embeddings and ``lm_head`` stay as they are.
+
+    Args:
+        load_in: ``8bit`` or ``4bit`` (nf4, with its scales quantised too).
+        dtype: What 4-bit weights are turned into to compute with.
+
+    Returns:
+        A ``BitsAndBytesConfig``.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+        ValueError: ``load_in`` is neither.
+    """
+    _check_kind(load_in)
+    import_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    skipped = ["lm_head"]
+    if load_in == "8bit":
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=_OUTLIER_THRESHOLD,
+            llm_int8_skip_modules=skipped,
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,  # the name is old; it counts for 4-bit too
+    )
+
+
+def apply_training_layout(model: nn.Module) -> None:
+    """Keep the weights of a quantised model as they are read, trained over and cut here."""
+    # On CPUs with AVX512-BF16, 4-bit layers repack their weights at the first forward in eval mode
+    # into a form whose scales are rounded, that has no gradient and that rows cannot be read from.
+    module: Any
+    for module in model.modules():
+        if get_quantization(module) == "4bit":
+            module.support_avx512bf16_for_cpu = False
+    # At each call it says that inputs are cast to fp16 before they become int8.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def list_misshapen(model: nn.Module) -> list[str]:
+    """List the quantised weights of another shape than their Linear's.
+
+    transformers compares the shapes of a checkpoint with the model's, but not of those it
+    quantises.
+    """
+    linears = [(n, m) for n, m in model.named_modules() if get_quantization(m)]
+    return [
+        f"{name}.weight"
+        for name, linear in linears
+        if get_weight_shape(linear) != (linear.out_features, linear.in_features)
+    ]
+
+
+def get_quantization(linear: Any) -> str | None:
+    """Return ``8bit`` or ``4bit`` for a base Linear whose weight is quantised, else None."""
+    weight: Any = getattr(linear, "weight", None)
+    # By name, so that a plain model never imports bitsandbytes.
+    match type(weight).__name__:
+        case "Int8Params" if weight.dtype == torch.int8:
+            return "8bit"
+        case "Params4bit" if weight.quant_state is not None:
+            return "4bit"
+    return None
+
+
+def get_weight_shape(linear: Any) -> tuple[int, int]:
+    """Return (out, in) of a base Linear's weight; a 4-bit weight is stored packed."""
+    weight = linear.weight
+    shape = weight.quant_state.shape if get_quantization(linear) == "4bit" else weight.shape
+    return shape[0], shape[1]
+
+
+def read_weight_rows(linear: Any, rows: slice) -> Tensor:
+    """Read a block of rows of a base Linear's weight, quantised or not.
+
+    Nothing larger than the block is made, up to the blocks of 64 weights (and of 256 scales) that
+    its ends lie in. A 4-bit weight is not rounded to the dtype it is computed in.
+
+    Args:
+        linear: ``nn.Linear`` of any floating dtype, or bitsandbytes' ``Linear8bitLt`` or
+            ``Linear4bit`` (not the LoRA wrapper around it).
+        rows: Which rows, of step 1.
+
+    Returns:
+        Shape (rows, in), float32, on the device of the weight. It may share memory with it.
+
+    Raises:
+        ValueError: ``rows`` leaves some out, or a 4-bit weight was repacked for inference.
+    """
+    out, columns = get_weight_shape(linear)
+    start, stop, step = rows.indices(out)
+    if step != 1:
+        raise ValueError(f"rows have step {step}; read rows that follow one another")
+    stop = max(start, stop)
+    kind = get_quantization(linear)
+    if kind is None:
+        return linear.weight[start:stop].detach().float()
+    if kind == "8bit":
+        return import_bitsandbytes().functional.int8_vectorwise_dequant(
+            linear.weight[start:stop], _get_row_scales(linear)[start:stop]
+        )
+    flat = _read_packed(linear.weight, start * columns, stop * columns)
+    return flat.view(stop - start, columns)  # (rows * in,) -> (rows, in)
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """A quantised weight of which rows are read as those of a float32 tensor are.
+
+    Attributes:
+        linear: The base Linear that holds it.
+    """
+
+    linear: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return get_weight_shape(self.linear)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return rows, shape (rows, in), float32."""
+        return read_weight_rows(self.linear, rows)
+
+
+def get_rows(linear: Any) -> Tensor | QuantizedRows:
+    """Return the weight of a base Linear, of which rows can be read whatever it is stored in."""
+    return QuantizedRows(linear) if get_quantization(linear) else linear.weight
+
+
+def _get_row_scales(linear: Any) -> Tensor:
+    """Return the scales of an 8-bit weight, shape (out,): the first forward moves them."""
+    scales = linear.weight.SCB
+    return linear.state.SCB if scales is None else scales
+
+
+def _read_packed(weight: Any, start: int, stop: int) -> Tensor:
+    """Dequantise the elements ``start`` to ``stop`` of a flattened 4-bit weight, (stop - start,).
+
+    Blocks of ``blocksize`` consecutive weights, two to a byte, share a scale.
+    """
+    state = weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "a 4-bit weight was repacked for inference on this CPU; load the model with load_model"
+        )
+    functional = import_bitsandbytes().functional
+    size = state.blocksize
+    first, last = start // size, -(-stop // size)
+    unit = 2 * weight.element_size()  # weights in an element of the storage; divides a block
+    packed = weight.view(-1)[first * size // unit : last * size // unit].view(torch.uint8)
+    block = functional.QuantState(
+        absmax=_read_scales(state, first, last),
+        shape=torch.Size((2 * len(packed),)),
+        code=state.code,
+        blocksize=size,
+        quant_type=state.quant_type,
+        dtype=torch.float32,
+    )
+    flat = functional.dequantize_4bit(packed.view(-1, 1), block).view(-1)
+    return flat[start - first * size : stop - first * size]
+
+
+def _read_scales(state: Any, first: int, last: int) -> Tensor:
+    """Return the scales of the blocks ``first`` to ``last``, float32, shape (last - first,).
+
+    Under double quantisation they are 8-bit codes themselves, in blocks with a scale each.
+    """
+    if not state.nested:
+        return state.absmax[first:last].float()
+    functional = import_bitsandbytes().functional
+    outer = state.state2
+    start = first // outer.blocksize
+    block = functional.QuantState(
+        absmax=outer.absmax[start : -(-last // outer.blocksize)],
+        code=outer.code,
+        blocksize=outer.blocksize,
+        dtype=outer.dtype,
+    )
+    codes = state.absmax[start * outer.blocksize : last]
+    scales = functional.dequantize_blockwise(codes, block) + state.offset
+    return scales[first - start * outer.blocksize :].float()
+
+
+def cut_quantized(linear: Any, *, dim: int, index: Tensor) -> None:
+    """Cut rows or columns out of an 8-bit weight; what stays keeps its codes and its scales.
+
+    A row's scale is that of the whole row, so a weight that stays is the same number as before,
+    though a cut row quantised anew might be a little finer. Call it between a backward and the
+    next forward: bitsandbytes keeps the weight of a forward for its backward outside the graph.
+
+    Args:
+        linear: ``Linear8bitLt``, before or after its first forward.
+        dim: 0 for rows, 1 for columns.
+        index: Kept positions, int64, on the device of the weight, shape (kept,).
+
+    Raises:
+        ValueError: The weight is 4-bit.
+    """
+    if get_quantization(linear) != "8bit":
+        raise ValueError(
+            "4-bit weights share scales across rows and cannot be cut in place; "
+            "mask their groups instead"
+        )
+    scales = _get_row_scales(linear)
+    codes = linear.weight.data.index_select(dim, index).contiguous()
+    scales = scales.index_select(0, index) if dim == 0 else scales
+    # As a layer is before its first forward, which takes both over into ``state``.
+    linear.weight = import_bitsandbytes().nn.Int8Params(
+        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+    )
+    linear.state.reset_grads()
