@@ -8,6 +8,7 @@ the criterion.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -256,15 +257,13 @@ class GateCriterion(_Fields):
                 handle.remove()
 
     def _make_hook(self, name: str, block: int) -> Any:
-        def watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hidden = args[0]
-            if hidden.requires_grad:  # not in the first, gradient-less pass of checkpointing
-                hidden.register_hook(lambda gradient: self._add(name, block, hidden, gradient))
+        def watch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (_Watch.apply(args[0], partial(self._add, name, block)), *args[1:])
 
         return watch
 
     def _add(self, name: str, block: int, hidden: Tensor, gradient: Tensor) -> None:
-        product = hidden.detach().float() * gradient.float()
+        product = hidden.float() * gradient.float()
         gates = product.sum(dim=1).unflatten(1, (-1, block)).sum(dim=2)  # (B, T, G*block) -> (B, G)
         score = gates.abs() if self.form.absolute else gates.square()
         total = score.sum(dim=0)  # (B, G) -> (G,)
@@ -274,6 +273,26 @@ class GateCriterion(_Fields):
         """Return the sums over the batch."""
         scores, self._scores = self._scores, {}
         return scores
+
+
+class _Watch(torch.autograd.Function):
+    """The identity, that shows its input and the gradient of it to a function.
+
+    Unlike a hook on the tensor, which would have to hold that very tensor and so never be freed,
+    it leaves the input to autograd: kept until the backward pass, or computed again by
+    gradient checkpointing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, show: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.show = show
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.show(*ctx.saved_tensors, gradient)
+        return gradient, None
 
 
 class RandomCriterion(_Fields):
