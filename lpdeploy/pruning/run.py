@@ -77,7 +77,7 @@ class PruneResult:
         steps: Optimizer steps.
         seconds: Of the whole stage.
         peak_bytes: Peak memory of the device or the process.
-        loss: Mean of the last steps' losses, in nats a token.
+        loss: Mean of the last steps' losses, in nats a token; of one-shot, before the removal.
     """
 
     run: str
@@ -315,20 +315,24 @@ def _run(
     on_step: Callable[[StepInfo], None],
 ) -> list[float]:
     """Run the steps, log each, save checkpoints; return the last losses."""
-    done = 0 if checkpoint is None else checkpoint.step
-    _trim_log(output, done)
+    done = None if checkpoint is None else checkpoint.step
+    _trim_log(output, done or 0)
     losses: list[float] = []
     options = training.options
     try:
         for info in run_steps(training, start=done):
             done = info.step
-            losses = [*losses, info.loss][-_LOSS_WINDOW:]
+            # A calibration's loss is that of the unpruned model: it counts where nothing follows.
+            losses = [*(losses if done > 1 else []), info.loss][-_LOSS_WINDOW:]
             _append_log(output, info)
             on_step(info)
             every = options.checkpoint_every
             if every and done % every == 0 and done < training.steps:
                 _save_checkpoint(output, training, done, stage)
     except NonFiniteError as error:
+        if done is None:
+            hint = "No step was done: check the model and the data, or use --dtype fp32."
+            raise NonFiniteError(f"{error} {hint}") from error
         _save_checkpoint(output, training, done, stage)
         raise NonFiniteError(
             f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. "
