@@ -117,6 +117,7 @@ class GradientCriterion(_Fields):
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Let autograd compute the gradients of the weights, too."""
+        self._gradients.clear()  # of a batch that was broken off
         handles = []
         for piece in _list_slices(self.specs):
             weight = get_base_linear(self.model.get_submodule(piece.module)).weight
@@ -191,6 +192,7 @@ class WandaCriterion(_Fields):
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Add up the squares of each Linear's input features, token by token."""
+        self._energies.clear()
         handles = [
             self.model.get_submodule(piece.module).register_forward_pre_hook(
                 self._make_hook(piece.module)
@@ -248,6 +250,7 @@ class GateCriterion(_Fields):
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Multiply the input of each output projection by its gradient as it appears."""
+        self._scores.clear()
         handles = [
             self.model.get_submodule(piece.module).register_forward_pre_hook(
                 self._make_hook(spec.name, piece.block)
