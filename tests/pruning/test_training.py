@@ -9,8 +9,8 @@ from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.pruning.criteria import build_criterion
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.criteria import ScoreForm, build_criterion
+from lpdeploy.pruning.options import CRITERIA, PruneOptions
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps, run_steps
 from tests.helpers import make_lora_model, make_text
@@ -26,6 +26,7 @@ def make_training(tmp_path, *, model=None, **options):
     wrapped = make_lora_model(folder, dropout=chosen.lora_dropout, **(model or {}))
     causal_lm = wrapped.get_base_model()
     specs = list_group_specs(causal_lm.config)
+    form = ScoreForm(absolute=chosen.score_form == "absolute", normalize=chosen.normalize)
     tokenizer = load_tokenizer(folder, causal_lm.config)
     corpus = load_corpus(str(make_text(tmp_path / "text.txt")))
     optimizer = torch.optim.AdamW(
@@ -39,11 +40,11 @@ def make_training(tmp_path, *, model=None, **options):
         state=PruningState(
             model=causal_lm,
             specs=specs,
-            criterion=build_criterion(chosen.criterion, causal_lm, specs),
+            criterion=build_criterion(chosen.criterion, causal_lm, specs, form=form),
             removal=chosen.removal,
         ),
         options=chosen,
-        steps=chosen.steps,
+        steps=count_steps(chosen, 0),
     )
 
 
@@ -82,6 +83,20 @@ def test_cutting_trains_the_same_weights_as_masking(tmp_path, model, scope):
                 name = f"{piece.module}.{factor}.default.weight"
                 expected = full[name].index_select(dim, index) if dim == piece.dim else full[name]
                 torch.testing.assert_close(small[name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_selects_the_same_cut_or_masked(tmp_path, criterion, normalize):
+    # Few steps and a small rate, so that float32 noise cannot grow until it decides a near tie.
+    options = {"criterion": criterion, "normalize": normalize, "steps": 6, "lr": 1e-3}
+    cut = make_training(tmp_path, removal="cut", **options)
+    mask = make_training(tmp_path, removal="mask", **options)
+    list(run_steps(cut))
+    list(run_steps(mask))
+    for name, kept in cut.state.kept.items():
+        assert kept.tolist() == mask.state.kept[name].tolist()
+        assert cut.state.average[name].shape == mask.state.average[name].shape == kept.shape
 
 
 def test_the_target_is_met_and_widths_shrink(tmp_path):
