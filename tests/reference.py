@@ -85,3 +85,61 @@ def schedule(
         left = 1 - number / len(events)
         table[step] = ratio - ratio * left * left * left
     return table
+
+
+def merged_weight(weight: Matrix, a: Matrix, b: Matrix, scaling: float) -> list[list[float]]:
+    """W + scaling B A."""
+    merged = [list(row) for row in weight]
+    for i in range(len(b)):
+        for j in range(len(a[0])):
+            for r in range(len(a)):
+                merged[i][j] += scaling * b[i][r] * a[r][j]
+    return merged
+
+
+def gradient_importance(weight: Matrix, gradient: Matrix) -> list[list[float]]:
+    """Eq. 3 before its square: the change of the loss, to first order, without each weight."""
+    return [
+        [gradient[i][j] * weight[i][j] for j in range(len(weight[0]))] for i in range(len(weight))
+    ]
+
+
+def feature_norms(samples: Sequence[Matrix]) -> list[float]:
+    """L2 norm of each feature over all tokens of all samples: (B, T, in) -> (in,)."""
+    energies = [0.0] * len(samples[0][0])
+    for sample in samples:
+        for token in sample:
+            for j, value in enumerate(token):
+                energies[j] += value * value
+    return [energy**0.5 for energy in energies]
+
+
+def wanda_importance(weight: Matrix, norms: Sequence[float]) -> list[list[float]]:
+    """Wanda's |W| times the norm of the feature it multiplies."""
+    return [[abs(row[j]) * norms[j] for j in range(len(row))] for row in weight]
+
+
+def raise_scores(scores: Matrix, *, absolute: bool) -> list[list[float]]:
+    """The square (Eqs. 3 and 10) or the absolute value of each number."""
+    return [[abs(x) if absolute else x * x for x in row] for row in scores]
+
+
+def gate_importance(
+    hidden: Sequence[Matrix], gradient: Sequence[Matrix], block: int, *, absolute: bool
+) -> list[float]:
+    """Sum over samples of the squared (absolute) sum of h * dL/dh of a group: (B, T, F) -> (G,)."""
+    groups = [0.0] * (len(hidden[0][0]) // block)
+    for sample, slopes in zip(hidden, gradient, strict=True):
+        gates = [0.0] * len(groups)
+        for t in range(len(sample)):
+            for j in range(len(sample[t])):
+                gates[j // block] += sample[t][j] * slopes[t][j]
+        for g, gate in enumerate(gates):
+            groups[g] += abs(gate) if absolute else gate * gate
+    return groups
+
+
+def normalized(scores: Sequence[float]) -> list[float]:
+    """Scores of one Linear over their L2 norm."""
+    norm = sum(score * score for score in scores) ** 0.5
+    return [score / norm for score in scores]

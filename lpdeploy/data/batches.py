@@ -1,5 +1,6 @@
 """A corpus as rows of tokens, the rows of each step, and rows as tensors."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,13 @@ class TokenDataset:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.prompt_lengths)
+
+    def compute_sha256(self) -> str:
+        """Hash what a model would be trained on."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.offsets, self.prompt_lengths):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Stack rows, padded on the right to the longest.

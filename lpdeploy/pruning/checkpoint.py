@@ -32,6 +32,7 @@ _FREE_OPTIONS = (
     "lr",
     "max_grad_norm",
     "micro_batch_size",
+    "offload_gradients",
 )
 
 

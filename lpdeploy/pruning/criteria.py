@@ -5,9 +5,10 @@ All are used in the same way: forward and backward passes run inside ``observe()
 the criterion.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,8 @@ from lpdeploy.pruning.importance import (
 )
 from lpdeploy.pruning.options import CRITERIA
 
+Positions = Mapping[str, Tensor] | None
+
 
 class Criterion(Protocol):
     """Scores the groups that are still in a live model.
@@ -38,8 +41,12 @@ class Criterion(Protocol):
     def observe(self) -> AbstractContextManager[None]:
         """Watch the forward and backward passes of one batch, in as many parts as it has."""
 
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Score every group from the batch that was observed, and forget it.
+
+        Args:
+            kept: Which groups to score where the others are masked but still in the model:
+                spec name -> ascending positions, shape (kept,). All if None.
 
         Returns:
             Importance of each spec, shape (groups still there,), float32.
@@ -78,9 +85,9 @@ class LoraCriterion(_Fields):
         return nullcontext()
 
     @torch.no_grad()
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Score from the gradients of A and B, before the optimizer's step."""
-        return _score_linears(self, self._score)
+        return _score_linears(self, self._score, kept)
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         if lora.lora_a.grad is None or lora.lora_b.grad is None:
@@ -110,6 +117,7 @@ class GradientCriterion(_Fields):
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Let autograd compute the gradients of the weights, too."""
+        self._gradients.clear()  # of a batch that was broken off
         handles = []
         for piece in _list_slices(self.specs):
             weight = get_base_linear(self.model.get_submodule(piece.module)).weight
@@ -138,9 +146,9 @@ class GradientCriterion(_Fields):
         return take
 
     @torch.no_grad()
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Score from the gradients, freeing each as it is used."""
-        return _score_linears(self, self._score)
+        return _score_linears(self, self._score, kept)
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         return compute_gradient_importance(
@@ -161,9 +169,9 @@ class MagnitudeCriterion(_Fields):
         return nullcontext()
 
     @torch.no_grad()
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Score from the weights as they are."""
-        return _score_linears(self, self._score)
+        return _score_linears(self, self._score, kept)
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         return compute_weight_importance(
@@ -184,6 +192,7 @@ class WandaCriterion(_Fields):
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Add up the squares of each Linear's input features, token by token."""
+        self._energies.clear()
         handles = [
             self.model.get_submodule(piece.module).register_forward_pre_hook(
                 self._make_hook(piece.module)
@@ -211,9 +220,9 @@ class WandaCriterion(_Fields):
         return add
 
     @torch.no_grad()
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Score from the weights and the norms of the batch."""
-        return _score_linears(self, self._score)
+        return _score_linears(self, self._score, kept)
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
         return compute_weight_importance(
@@ -241,6 +250,7 @@ class GateCriterion(_Fields):
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Multiply the input of each output projection by its gradient as it appears."""
+        self._scores.clear()
         handles = [
             self.model.get_submodule(piece.module).register_forward_pre_hook(
                 self._make_hook(spec.name, piece.block)
@@ -256,13 +266,8 @@ class GateCriterion(_Fields):
                 handle.remove()
 
     def _make_hook(self, name: str, block: int) -> Any:
-        def watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hidden = args[0]
-            if hidden.requires_grad:  # not in the first, gradient-less pass of checkpointing
-                # Detached: a hook that held the tensor itself would be a cycle through the graph,
-                # and keep every activation alive until the garbage collector comes.
-                values = hidden.detach()
-                hidden.register_hook(lambda gradient: self._add(name, block, values, gradient))
+        def watch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (_Watch.apply(args[0], partial(self._add, name, block)), *args[1:])
 
         return watch
 
@@ -273,10 +278,30 @@ class GateCriterion(_Fields):
         total = score.sum(dim=0)  # (B, G) -> (G,)
         self._scores[name] = self._scores[name] + total if name in self._scores else total
 
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Return the sums over the batch."""
         scores, self._scores = self._scores, {}
-        return scores
+        return {name: _select(score, name, kept) for name, score in scores.items()}
+
+
+class _Watch(torch.autograd.Function):
+    """The identity, that shows its input and the gradient of it to a function.
+
+    Unlike a hook on the tensor, which would have to hold that very tensor and so never be freed,
+    it leaves the input to autograd: kept until the backward pass, or computed again by
+    gradient checkpointing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, show: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.show = show
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.show(*ctx.saved_tensors, gradient)
+        return gradient, None
 
 
 class RandomCriterion(_Fields):
@@ -286,9 +311,15 @@ class RandomCriterion(_Fields):
         """Watch nothing."""
         return nullcontext()
 
-    def compute_importance(self) -> Importance:
+    def compute_importance(self, kept: Positions = None) -> Importance:
         """Draw scores, the same in a resumed run, since training seeds by the step."""
-        return {spec.name: torch.rand(_count_alive(self.model, spec)) for spec in self.specs}
+        return {spec.name: self._draw(spec, kept) for spec in self.specs}
+
+    def _draw(self, spec: GroupSpec, kept: Positions) -> Tensor:
+        piece = spec.slices[0]
+        weight = get_base_linear(self.model.get_submodule(piece.module)).weight
+        alive = weight.shape[piece.dim] // piece.block if kept is None else len(kept[spec.name])
+        return torch.rand(alive).to(weight.device)
 
 
 def build_criterion(
@@ -329,14 +360,15 @@ def build_criterion(
 
 
 def _score_linears(
-    criterion: _Fields, score: Callable[[Slice, Any, LoraWeights], Tensor]
+    criterion: _Fields, score: Callable[[Slice, Any, LoraWeights], Tensor], kept: Positions
 ) -> Importance:
     """Add up the scores of each group's Linears (Eq. 4)."""
     scores: Importance = {}
     for spec in criterion.specs:
         for piece in spec.slices:
             linear = criterion.model.get_submodule(piece.module)
-            part = score(piece, linear, get_lora_weights(linear))
+            # Before the norm: what is masked must not count in it, since what is cut does not.
+            part = _select(score(piece, linear, get_lora_weights(linear)), spec.name, kept)
             if criterion.form.normalize:
                 part = part / part.norm().clamp_min(torch.finfo(part.dtype).tiny)
             scores[spec.name] = scores[spec.name] + part if spec.name in scores else part
@@ -347,7 +379,5 @@ def _list_slices(specs: tuple[GroupSpec, ...]) -> list[Slice]:
     return [piece for spec in specs for piece in spec.slices]
 
 
-def _count_alive(model: nn.Module, spec: GroupSpec) -> int:
-    piece = spec.slices[0]
-    weight = get_rows(get_base_linear(model.get_submodule(piece.module)))
-    return weight.shape[piece.dim] // piece.block
+def _select(score: Tensor, name: str, kept: Positions) -> Tensor:
+    return score if kept is None else score[kept[name].to(score.device)]

@@ -1,7 +1,6 @@
 """The prune stage: from a model and a data source to a run folder."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import save_file
 
@@ -24,38 +22,29 @@ from lpdeploy.artifacts import (
     remove_leftovers,
     save_json,
 )
-from lpdeploy.data.batches import TokenDataset, build_token_dataset
-from lpdeploy.data.sources import load_corpus
-from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError
-from lpdeploy.models.adapters import attach_lora
-from lpdeploy.models.cutting import apply_cut
-from lpdeploy.models.groups import list_group_specs
+from lpdeploy.errors import ArtifactError, NonFiniteError
 from lpdeploy.models.loading import (
-    PER_LAYER_PREFIX,
-    PRECISIONS,
     compute_model_sha256,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    resolve_model,
 )
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.models.shapes import compute_achieved
-from lpdeploy.plan import GroupSpec, PruningPlan
+from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.checkpoint import (
     CHECKPOINT,
     Checkpoint,
-    apply_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
 from lpdeploy.pruning.options import PruneOptions
-from lpdeploy.pruning.selection import round_kept
+from lpdeploy.pruning.setup import (
+    Source,
+    build_training,
+    describe_start,
+    load_dataset,
+    load_source,
+)
 from lpdeploy.pruning.state import PruningState
-from lpdeploy.pruning.training import StepInfo, Training, count_steps, run_steps
+from lpdeploy.pruning.training import StepInfo, Training, run_steps
 
 LOG = "log.jsonl"
 # What lpdeploy's stages write into a run, and so what --overwrite may delete.
@@ -78,7 +67,7 @@ class PruneResult:
         steps: Optimizer steps.
         seconds: Of the whole stage.
         peak_bytes: Peak memory of the device or the process.
-        loss: Mean of the last steps' losses, in nats a token.
+        loss: Mean of the last steps' losses, in nats a token; of one-shot, before the removal.
     """
 
     run: str
@@ -88,18 +77,6 @@ class PruneResult:
     seconds: float
     peak_bytes: int
     loss: float
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A base model on disk, checked, and what it is to be pruned with."""
-
-    name: str
-    folder: Path
-    config: Any
-    tokenizer: Any
-    specs: tuple[GroupSpec, ...]
-    prunable: tuple[GroupSpec, ...]
 
 
 def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
@@ -130,17 +107,20 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
         LpdeployError: Model, data or output cannot be used, or a loss is not finite.
     """
     check_load_in(options.load_in, removal=options.removal)  # before anything is read
-    source = _load_source(model, options)
+    source = load_source(model, options)
     _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     with record_stage(output, "prune", record) as stage:
-        dataset = _load_dataset(source, data, options)
-        stage.inputs = {"base": compute_model_sha256(source.folder), "data": _hash_tokens(dataset)}
+        dataset = load_dataset(source, data, options)
+        stage.inputs = {
+            "base": compute_model_sha256(source.folder),
+            "data": dataset.compute_sha256(),
+        }
         checkpoint = (
             load_checkpoint(output, options=options, inputs=stage.inputs) if resume else None
         )
-        training = _build_training(source, dataset, options, checkpoint)
-        log(_describe_start(source, training))
+        training = build_training(source, dataset, options, checkpoint)
+        log(describe_start(source, training))
         if not resume:
             _clear_output(output)  # only now: bad input must not cost the run that is there
         _save_recipe(output, record)
@@ -156,34 +136,6 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
         peak_bytes=stage.peak_bytes,
         loss=sum(losses) / len(losses),
     )
-
-
-def _load_source(model: str, options: PruneOptions) -> _Source:
-    folder = resolve_model(model)
-    config = load_config(folder)
-    if config.model_type.startswith(PER_LAYER_PREFIX):
-        raise ArtifactError(
-            f"'{model}' was pruned to per-layer widths already. Prune its base model instead."
-        )
-    if getattr(config, "quantization_config", None):
-        raise ArtifactError(
-            f"'{model}' is quantised already, and what is merged in the end needs weights in full "
-            "precision. Prune the model it was made from, with --load-in to save memory."
-        )
-    if options.seq_len > config.max_position_embeddings:
-        raise LpdeployError(
-            f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
-            f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
-        )
-    specs = list_group_specs(config)
-    last = config.num_hidden_layers - options.protect_last
-    prunable = tuple(s for s in specs if options.protect_first <= s.layer < last)
-    if not prunable:
-        raise LpdeployError(
-            f"--protect-first {options.protect_first} and --protect-last {options.protect_last} "
-            f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
-        )
-    return _Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
 
 
 def _check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) -> None:
@@ -214,108 +166,6 @@ def _clear_output(output: Path) -> None:
         remove_leftovers(path)
 
 
-def _load_dataset(source: _Source, data: str, options: PruneOptions) -> TokenDataset:
-    return build_token_dataset(
-        load_corpus(data),
-        source.tokenizer,
-        seq_len=options.seq_len,
-        train_on_prompt=options.train_on_prompt,
-    )
-
-
-def _hash_tokens(dataset: TokenDataset) -> str:
-    digest = hashlib.sha256()
-    for array in (dataset.tokens, dataset.offsets, dataset.prompt_lengths):
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _build_training(
-    source: _Source, dataset: TokenDataset, options: PruneOptions, checkpoint: Checkpoint | None
-) -> Training:
-    from accelerate import Accelerator
-
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, source.config, device=device)
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if dtype == "bf16" else "no"
-    )
-    if accelerator.num_processes > 1:
-        raise LpdeployError("Pruning runs in one process only. Start it without several ranks.")
-    # A quantised base is made where it stays; any other is cut first, then moved.
-    place = str(accelerator.device) if options.load_in else "cpu"
-    model = load_model(source.folder, dtype=dtype, device=place, load_in=options.load_in)
-    kept = {} if checkpoint is None else checkpoint.select("kept")
-    if options.removal == "cut":
-        apply_cut(model, source.prunable, kept)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wrapped = _attach_lora(model, source.name, options).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
-    )
-    prepared, optimizer = accelerator.prepare(wrapped, optimizer)
-    state = PruningState(
-        model=model,
-        specs=source.prunable,
-        criterion=_build_criterion(model, source.prunable, options),
-        removal=options.removal,
-        kept=dict(kept),
-    )
-    training = Training(
-        model=prepared,
-        optimizer=optimizer,
-        accelerator=accelerator,
-        dataset=dataset,
-        state=state,
-        options=options,
-        steps=count_steps(options, len(dataset)),
-    )
-    if checkpoint is not None:
-        apply_checkpoint(checkpoint, training)
-    return training
-
-
-def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
-    wrapped = attach_lora(
-        model,
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        dropout=options.lora_dropout,
-        seed=options.seed,
-    )
-    wrapped.peft_config["default"].base_model_name_or_path = base
-    return wrapped
-
-
-def _build_criterion(model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions) -> Criterion:
-    form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
-    return build_criterion(
-        options.criterion, model, specs, form=form, offload_gradients=options.offload_gradients
-    )
-
-
-def _describe_start(source: _Source, training: Training) -> str:
-    """Say where and in which precision it runs, on how much, and what will be left."""
-    options, dataset = training.options, training.dataset
-    stored = PRECISIONS.get(source.config.dtype, "fp32")
-    base = f" over a base in {options.load_in}" if options.load_in else ""
-    used = PRECISIONS[next(training.model.parameters()).dtype]
-    rounding = {"heads": options.round_heads_to, "channels": options.round_to}
-    kept = ", ".join(
-        f"{round_kept(spec.num_groups, options.ratio, multiple=rounding[spec.kind])} of "
-        f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
-        for spec in source.prunable[:2]
-    )
-    dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
-    return (
-        f"{training.accelerator.device}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
-        f"of at most {options.seq_len} tokens{dropped}; {training.steps} steps, "
-        f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
-        + (" on average" if options.scope == "global" else "")
-    )
-
-
 def _run(
     output: Path,
     training: Training,
@@ -325,20 +175,24 @@ def _run(
     on_step: Callable[[StepInfo], None],
 ) -> list[float]:
     """Run the steps, log each, save checkpoints; return the last losses."""
-    done = 0 if checkpoint is None else checkpoint.step
-    _trim_log(output, done)
+    done = None if checkpoint is None else checkpoint.step
+    _trim_log(output, done or 0)
     losses: list[float] = []
     options = training.options
     try:
         for info in run_steps(training, start=done):
             done = info.step
-            losses = [*losses, info.loss][-_LOSS_WINDOW:]
+            # A calibration's loss is that of the unpruned model: it counts where nothing follows.
+            losses = [*(losses if done > 1 else []), info.loss][-_LOSS_WINDOW:]
             _append_log(output, info)
             on_step(info)
             every = options.checkpoint_every
             if every and done % every == 0 and done < training.steps:
                 _save_checkpoint(output, training, done, stage)
     except NonFiniteError as error:
+        if done is None:
+            hint = "No step was done: check the model and the data, or use --dtype fp32."
+            raise NonFiniteError(f"{error} {hint}") from error
         _save_checkpoint(output, training, done, stage)
         raise NonFiniteError(
             f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. "
@@ -379,7 +233,7 @@ def _save_recipe(output: Path, record: Mapping[str, Any]) -> None:
 
 
 def _build_plan(
-    source: _Source, state: PruningState, options: PruneOptions, sha256: str
+    source: Source, state: PruningState, options: PruneOptions, sha256: str
 ) -> PruningPlan:
     kept = state.list_kept(source.specs)
     return PruningPlan(

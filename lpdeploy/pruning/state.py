@@ -52,9 +52,8 @@ class PruningState:
 
     def update_average(self, *, decay: float) -> None:
         """Score the live groups from the observed batch and fold them into the average."""
-        scores = self.criterion.compute_importance()
-        if self.removal == "mask":  # a masked model still has the groups that are gone
-            scores = {name: s[self.kept[name].to(s.device)] for name, s in scores.items()}
+        # A masked model still has the groups that are gone.
+        scores = self.criterion.compute_importance(self.kept if self.removal == "mask" else None)
         apply_moving_average(self.average, scores, decay=decay)
 
     def remove_groups(

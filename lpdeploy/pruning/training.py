@@ -101,8 +101,12 @@ def count_steps(options: PruneOptions, num_rows: int) -> int:
     return options.epochs * math.ceil(num_rows / options.batch_size)
 
 
-def run_steps(training: Training, *, start: int = 0) -> Iterator[StepInfo]:
-    """Run Algorithm 1 from 1-based step ``start + 1`` to the end.
+def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepInfo]:
+    """Run Algorithm 1 from the calibration, or from 1-based step ``start + 1``, to the end.
+
+    Args:
+        training: What to run.
+        start: The last step that was done already (0: the calibration); None for a new run.
 
     Yields:
         One ``StepInfo`` after each step; model, optimizer and state may be saved there.
@@ -112,9 +116,9 @@ def run_steps(training: Training, *, start: int = 0) -> Iterator[StepInfo]:
             the previous step.
     """
     training.model.train()
-    if start == 0 and training.options.num_calibration_rows:
+    if start is None and training.options.num_calibration_rows:
         yield _calibrate(training)
-    for step in range(start + 1, training.steps + 1):
+    for step in range((start or 0) + 1, training.steps + 1):
         yield _run_step(training, step)
 
 

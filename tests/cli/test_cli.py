@@ -140,6 +140,48 @@ def test_a_runs_own_recipe_repeats_it(run, base, data, tmp_path):
     assert (tmp_path / "again" / "adapter" / "adapter_model.safetensors").read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    ("criterion", "schedule"),
+    [
+        ("lora", "one-shot"),
+        ("gate", "separate"),
+        ("gradient", "joint"),
+        ("magnitude", "one-shot"),
+        ("wanda", "separate"),
+        ("random", "joint"),
+    ],
+)
+def test_every_criterion_and_schedule_compacts(base, data, tmp_path, criterion, schedule):
+    output = tmp_path / "run"
+    words = ("--criterion", criterion, "--schedule", schedule, "--calibration-samples", "2")
+    result = last_json(
+        invoke("prune", base, "--data", data, "--output", output, *SMALL, *words, "--json")
+    )
+    assert result["steps"] == (0 if schedule == "one-shot" else 4)
+    assert result["achieved"]["groups"] == 0.5
+    compacted = last_json(invoke("compact", output, "--json"))
+    assert compacted["kv_heads"] == [1, 1]
+    assert compacted["channels"] == [24, 24]
+    verified = last_json(invoke("verify", output, "--engine", "torch", "--json"))
+    assert verified["ok"] is True
+
+
+def test_a_recipe_chooses_criterion_and_schedule(base, data, tmp_path):
+    wanted = {
+        "criterion": "gradient", "score_form": "absolute", "normalize": True,
+        "offload_gradients": True, "schedule": "separate", "calibration_samples": 2,
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"prune": wanted}))
+    words = ("--data", data, "--output", tmp_path / "run", *SMALL)
+    last_json(invoke("prune", base, "--recipe", recipe, *words, "--json"))
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["prune"]
+    assert wanted.items() <= resolved.items()
+    recipe.write_text("prune: {schedule: later}")
+    result = invoke("prune", base, "--recipe", recipe, *words)
+    check_refused(result, "'later' is not one of", code=2)
+
+
 def test_an_unknown_recipe_key_is_wrong_usage(base, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("prune: {ration: 0.5}")
@@ -155,6 +197,9 @@ def test_an_unknown_recipe_key_is_wrong_usage(base, data, tmp_path):
         (["--ratio", "-0.1"], "-0.1 is not in the range 0<=x<1"),
         (["--batch-size", "10", "--micro-batch-size", "4"], "4 does not divide --batch-size 10"),
         (["--criterion", "guess"], "'guess' is not"),
+        (["--schedule", "later"], "'later' is not"),
+        (["--schedule", "separate", "--calibration-samples", "0"], "which cannot be 0; leave it"),
+        (["--calibration-samples", "-1"], "-1 is not in the range x>=0"),
         (["--seed", "-1"], "-1 is not in the range x>=0"),
         (["--no-such-option"], "No such option"),
     ],

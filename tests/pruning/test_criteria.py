@@ -1,49 +1,261 @@
 """Each criterion over whole specs, against plain loops and against autograd itself."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from lpdeploy.models.adapters import get_base_linear, get_lora_weights
+from lpdeploy.models.adapters import get_base_linear
+from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.groups import list_group_specs
-from lpdeploy.pruning.criteria import build_criterion
-from tests import reference
+from lpdeploy.pruning.criteria import ScoreForm, build_criterion
+from lpdeploy.pruning.options import CRITERIA
 from tests.helpers import make_lora_model
+from tests.pruning.independent import Independent, assert_scores, list_pieces, make_rows
 
-RTOL = 1e-4  # float32 sums in another order; the loops run in float64
+MODELS = {
+    "dense": {"heads": 4},
+    "grouped": {"heads": 4, "kv_heads": 2},
+    "biases": {"model_type": "qwen2", "heads": 4, "kv_heads": 2},
+}
+KNOWING = [name for name in CRITERIA if name != "random"]
+DATA_DRIVEN = [name for name in KNOWING if name != "magnitude"]
 
 
-def score_batch(criterion, model):
-    ids = torch.arange(24).view(2, 12) % 50
+def make(tmp_path, *, model="grouped"):
+    wrapped = make_lora_model(tmp_path, **MODELS[model])
+    causal_lm = wrapped.get_base_model()
+    return wrapped, causal_lm, list_group_specs(causal_lm.config)
+
+
+def observe(criterion, model, batch, *, parts=(slice(None),)):
+    """Run a batch in parts, as training does; leave LoRA's gradients in place."""
+    model.zero_grad()
     with criterion.observe():
-        model(input_ids=ids, labels=ids).loss.backward()
+        for rows in parts:
+            criterion.attention_mask = batch.mask[rows, : max(batch.lengths[rows])]
+            batch.run(model, rows).backward()
+
+
+def score(criterion, model, batch, **how):
+    observe(criterion, model, batch, **how)
     return criterion.compute_importance()
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_lora_sums_over_all_linears_of_a_spec(kv_heads, tmp_path):
-    model = make_lora_model(tmp_path, kv_heads=kv_heads)
-    causal_lm = model.get_base_model()
-    specs = list_group_specs(causal_lm.config)
-    scores = score_batch(build_criterion("lora", causal_lm, specs), model)
+@pytest.mark.parametrize("absolute", [False, True], ids=["squared", "absolute"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", KNOWING)
+def test_matches_the_loops_over_whole_specs(name, model, absolute, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path, model=model)
+    batch = make_rows()
+    criterion = build_criterion(name, causal_lm, specs, form=ScoreForm(absolute=absolute))
+    scores = score(criterion, wrapped, batch)
+    independent = Independent(tmp_path, causal_lm, specs, batch)
+    assert scores.keys() == {spec.name for spec in specs}
+    for spec in (specs[0], specs[3]):  # heads of the first layer, channels of the last
+        assert scores[spec.name].dtype == torch.float32
+        assert_scores(scores[spec.name], independent.expect(name, spec, absolute=absolute))
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWING if name != "gate"])
+def test_normalising_divides_each_linear_by_its_norm(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    batch = make_rows()
+    criterion = build_criterion(name, causal_lm, specs, form=ScoreForm(normalize=True))
+    scores = score(criterion, wrapped, batch)
+    independent = Independent(tmp_path, causal_lm, specs, batch)
     for spec in (specs[0], specs[3]):
-        expected = torch.zeros(spec.num_groups, dtype=torch.float64)
-        for piece in spec.slices:
-            linear = causal_lm.get_submodule(piece.module)
-            lora = get_lora_weights(linear)
-            parts = [get_base_linear(linear).weight, lora.lora_a, lora.lora_b]
-            parts += [lora.lora_a.grad, lora.lora_b.grad]
-            every = reference.weight_importance(
-                *[p.detach().double().tolist() for p in parts], lora.scaling
-            )
-            groups = reference.group_importance(every, piece.dim, piece.block)
-            expected += torch.tensor(groups, dtype=torch.float64)
-        torch.testing.assert_close(
-            scores[spec.name], expected, rtol=RTOL, atol=0, check_dtype=False
+        assert_scores(scores[spec.name], independent.expect(name, spec, normalize=True))
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["squared", "absolute"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_gate_is_what_a_gate_of_ones_feels(model, absolute, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path, model=model)
+    batch = make_rows((12, 12, 7))
+    form = ScoreForm(absolute=absolute)
+    scores = score(build_criterion("gate", causal_lm, specs, form=form), wrapped, batch)
+    gates = Independent(tmp_path, causal_lm, specs, batch).compute_gate_gradients()
+    for name, gradient in gates.items():
+        felt = gradient.abs() if absolute else gradient.square()
+        assert_scores(scores[name], felt.sum(dim=0))
+
+
+@pytest.mark.parametrize("name", DATA_DRIVEN)
+def test_micro_batches_and_padding_change_nothing(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    batch = make_rows((12, 9, 6, 12))  # padding holds ordinary tokens, which must not be seen
+    independent = Independent(tmp_path, causal_lm, specs, batch)
+    criterion = build_criterion(name, causal_lm, specs)
+    for parts in ([slice(None)], [slice(0, 1), slice(1, 3), slice(3, 4)]):
+        scores = score(criterion, wrapped, batch, parts=parts)
+        for spec in (specs[0], specs[3]):
+            assert_scores(scores[spec.name], independent.expect(name, spec))
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["squared", "absolute"])
+@pytest.mark.parametrize("name", KNOWING)
+def test_gradient_checkpointing_scores_the_same(name, absolute, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    wrapped.train()
+    batch = make_rows()
+    criterion = build_criterion(name, causal_lm, specs, form=ScoreForm(absolute=absolute))
+    plain = score(criterion, wrapped, batch)
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = score(criterion, wrapped, batch)
+    # Each layer's forward pass runs twice, so Wanda sees each token twice: its energies double.
+    factor = {"wanda": 2**0.5 if absolute else 2.0}.get(name, 1.0)
+    for spec in specs:
+        # The same operations on the same numbers, but for that factor.
+        torch.testing.assert_close(again[spec.name], factor * plain[spec.name], rtol=1e-6, atol=0)
+
+
+def test_offloaded_gradients_go_to_the_cpu_and_score_the_same(tmp_path, monkeypatch):
+    wrapped, causal_lm, specs = make(tmp_path)
+    batch, moved = make_rows((12, 12)), []
+    plain = build_criterion("gradient", causal_lm, specs)
+    offloading = build_criterion("gradient", causal_lm, specs, offload_gradients=True)
+    to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t.shape) or to_cpu(t))
+    expected = score(plain, wrapped, batch)
+    assert not moved
+    observe(offloading, wrapped, batch, parts=[slice(0, 1), slice(1, 2)])
+    weights = [
+        get_base_linear(causal_lm.get_submodule(p.module)).weight for p in list_pieces(specs)
+    ]
+    assert sorted(moved) == sorted([w.shape for w in weights] * 2)  # each, of each micro-batch
+    scores = offloading.compute_importance()
+    for spec in specs:  # sums of two micro-batches in another order
+        assert_scores(scores[spec.name], expected[spec.name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_on_a_gpu_as_on_a_cpu(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    batch = make_rows((12, 9))
+    form = {"offload_gradients": True}
+    torch.manual_seed(0)
+    expected = score(build_criterion(name, causal_lm, specs, **form), wrapped, batch)
+    wrapped.cuda()
+    batch.ids = batch.ids.cuda()
+    batch_cpu_mask = batch.mask.cpu()
+    criterion = build_criterion(name, causal_lm, specs, **form)
+    torch.manual_seed(0)
+    with criterion.observe():
+        criterion.attention_mask = batch_cpu_mask
+        batch.run(wrapped).backward()
+    if name == "gradient":
+        assert {g.device.type for g in criterion._gradients.values()} == {"cpu"}
+    scores = criterion.compute_importance()
+    for spec in specs:
+        assert scores[spec.name].device.type == "cuda"
+        assert_scores(scores[spec.name].cpu(), expected[spec.name])
+
+
+def assert_untouched(causal_lm, before):
+    """Gradients flow to LoRA alone, and no module or weight carries a hook."""
+    for name, parameter in causal_lm.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        assert parameter.grad is None or "lora_" in name
+        assert not parameter._post_accumulate_grad_hooks
+        assert not parameter._backward_hooks
+    assert {n: len(m._forward_pre_hooks) for n, m in causal_lm.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_nothing_stays_on_the_model(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    before = {n: len(m._forward_pre_hooks) for n, m in causal_lm.named_modules()}
+    batch = make_rows()
+    criterion = build_criterion(name, causal_lm, specs)
+    observe(criterion, wrapped, batch)
+    assert_untouched(causal_lm, before)
+    with pytest.raises(KeyboardInterrupt), criterion.observe():
+        batch.run(wrapped)
+        raise KeyboardInterrupt
+    assert_untouched(causal_lm, before)
+
+
+@pytest.mark.parametrize("name", KNOWING)
+def test_nothing_of_a_batch_leaks_into_the_next(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    first, second = make_rows(seed=1), make_rows(seed=2)
+    expected = score(build_criterion(name, causal_lm, specs), wrapped, second)
+    criterion = build_criterion(name, causal_lm, specs)
+    score(criterion, wrapped, first)
+    scored_before = score(criterion, wrapped, second)
+    observe(criterion, wrapped, first)  # never scored, as after a loss that is not finite
+    broken_off_before = score(criterion, wrapped, second)
+    for spec in specs:
+        assert torch.equal(scored_before[spec.name], expected[spec.name])
+        assert torch.equal(broken_off_before[spec.name], expected[spec.name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_no_activation_outlives_its_batch(name, checkpointing, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    wrapped.train()
+    if checkpointing:
+        causal_lm.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
         )
+    seen = []
+    for piece in list_pieces(specs):
+        causal_lm.get_submodule(piece.module).register_forward_pre_hook(
+            lambda _, args: seen.append(weakref.ref(args[0]))
+        )
+    observe(build_criterion(name, causal_lm, specs), wrapped, make_rows())
+    gc.collect()
+    assert len(seen) >= 14
+    assert not [reference for reference in seen if reference() is not None]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_follow_a_cut(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path)
+    kept = {spec.name: torch.arange(1, spec.num_groups, 2) for spec in specs}
+    apply_cut(causal_lm, specs, kept)
+    scores = score(build_criterion(name, causal_lm, specs), wrapped, make_rows())
+    assert {n: s.shape for n, s in scores.items()} == {n: k.shape for n, k in kept.items()}
+    assert all(s.isfinite().all() and (s > 0).all() for s in scores.values())
+
+
+@pytest.mark.parametrize("name", KNOWING)
+def test_permuting_heads_permutes_their_importance(name, tmp_path):
+    wrapped, causal_lm, specs = make(tmp_path, model="dense")
+    batch, order = make_rows(), torch.tensor([2, 0, 3, 1])
+    criterion = build_criterion(name, causal_lm, specs)
+    plain = score(criterion, wrapped, batch)
+    # A "cut" to all heads in another order: the model computes the same.
+    apply_cut(causal_lm, specs, {"layers.0.heads": order})
+    moved = score(criterion, wrapped, batch)
+    assert_scores(moved["layers.0.heads"], plain["layers.0.heads"][order])
+    assert_scores(moved["layers.0.channels"], plain["layers.0.channels"])
+
+
+def test_random_draws_by_the_seed_alone(tmp_path):
+    _, causal_lm, specs = make(tmp_path)
+    criterion = build_criterion("random", causal_lm, specs)
+    torch.manual_seed(3)
+    first, second = criterion.compute_importance(), criterion.compute_importance()
+    torch.manual_seed(3)
+    again = build_criterion("random", causal_lm, specs).compute_importance()
+    for spec in specs:
+        assert torch.equal(first[spec.name], again[spec.name])
+        assert not torch.equal(first[spec.name], second[spec.name])
 
 
 def test_lora_needs_gradients(tmp_path):
-    causal_lm = make_lora_model(tmp_path).get_base_model()
-    criterion = build_criterion("lora", causal_lm, list_group_specs(causal_lm.config))
+    _, causal_lm, specs = make(tmp_path)
     with pytest.raises(ValueError, match="call backward first"):
-        criterion.compute_importance()
+        build_criterion("lora", causal_lm, specs).compute_importance()
+
+
+def test_an_unknown_criterion_names_the_known_ones(tmp_path):
+    _, causal_lm, specs = make(tmp_path)
+    with pytest.raises(ValueError, match="no criterion 'guess'; use one of lora, gate, gradient"):
+        build_criterion("guess", causal_lm, specs)

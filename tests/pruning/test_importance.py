@@ -4,7 +4,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpdeploy.models.adapters import LoraWeights
 from lpdeploy.pruning import importance
-from lpdeploy.pruning.importance import apply_moving_average, compute_lora_importance
+from lpdeploy.pruning.importance import (
+    apply_moving_average,
+    compute_gradient_importance,
+    compute_lora_importance,
+    compute_weight_importance,
+)
 from tests import reference
 
 # Both sides are float32 sums of squares in another order; the loops run in float64.
@@ -52,15 +57,52 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+SCORES = {
+    "lora": compute_lora_importance,
+    "gradient": lambda w, lora, *_, **how: compute_gradient_importance(w, lora, w, **how),
+    "magnitude": lambda w, lora, *_, **how: compute_weight_importance(w, lora, **how),
+    "wanda": lambda w, lora, *_, **how: compute_weight_importance(
+        w, lora, torch.ones(w.shape[1]), **how
+    ),
+}
+"""Every function that scores, called alike; a weight serves as its own gradient."""
+
+
+@pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_no_temporary_is_larger_than_a_block(dim, monkeypatch):
+@pytest.mark.parametrize("name", SCORES)
+def test_no_temporary_is_larger_than_a_block(name, dim, absolute, monkeypatch):
     monkeypatch.setattr(importance, "_BLOCK_ELEMENTS", 1024)
-    tensors = [t.half() for t in random_layer(out=256, columns=128)]  # half: a cast would show
+    weight, a, b, *grads = [t.half() for t in random_layer(out=256, columns=128)]  # casts show
     largest = LargestTensor()
     with largest:
-        score(*tensors, scaling=1.0, dim=dim, block=1)
+        SCORES[name](weight, LoraWeights(a, b, 1.0), *grads, dim=dim, block=1, absolute=absolute)
     # The LoRA factors, (256, 2 * 3), are the only other thing; the weight has 32,768 elements.
     assert largest.numel <= max(1024, 256 * 6)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scoring_leaves_its_arguments_alone(name):
+    weight, a, b, *grads = random_layer()
+    tensors = [weight, a, b, *grads]
+    before = [t.clone() for t in tensors]
+    SCORES[name](weight, LoraWeights(a, b, 2.0), *grads, dim=0, block=4)
+    assert all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
+
+
+def test_refuses_a_gradient_of_another_weight():
+    weight, a, b, *_ = random_layer()
+    with pytest.raises(ValueError, match=r"gradient of shape \(8, 12\) is of another weight"):
+        compute_gradient_importance(weight, LoraWeights(a, b, 1.0), weight.T, dim=0, block=1)
+
+
+@pytest.mark.parametrize("name", ["gradient", "magnitude"])
+def test_every_score_checks_its_shapes(name):
+    weight, a, b, *grads = random_layer()
+    with pytest.raises(ValueError, match="do not fit a weight of shape"):
+        SCORES[name](weight, LoraWeights(a, b[:5], 1.0), *grads, dim=0, block=1)
+    with pytest.raises(ValueError, match="groups of 5 do not divide a dimension of 12"):
+        SCORES[name](weight, LoraWeights(a, b, 1.0), *grads, dim=0, block=5)
 
 
 def test_refuses_factors_of_another_layer():

@@ -11,6 +11,11 @@ from lpdeploy.pruning.options import PruneOptions
         ({"batch_size": 10, "micro_batch_size": 4}, "4 does not divide --batch-size 10"),
         ({"warmup": 0.6, "cooldown": 0.4}, "leave no steps for pruning"),
         ({"steps": 0}, "steps 0 is below 1"),
+        (
+            {"schedule": "separate", "calibration_samples": 0},
+            "separate prunes before .* which cannot be 0; leave it out for 128",
+        ),
+        ({"schedule": "one-shot", "calibration_samples": 0}, "one-shot prunes before"),
     ],
 )
 def test_impossible_options_are_refused(values, sentence):
@@ -27,3 +32,19 @@ def test_gradients_of_a_quantised_base_are_refused(load_in):
 def test_a_ramp_gives_the_pauses_that_are_not_given():
     assert PruneOptions(ramp="authors").pauses == (0.1, 0.1)
     assert PruneOptions(ramp="paper", cooldown=0.2).pauses == (0.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "rows"),
+    [
+        ("joint", None, 0),
+        ("joint", 0, 0),
+        ("joint", 32, 32),
+        ("separate", None, 128),
+        ("one-shot", None, 128),
+        ("one-shot", 5, 5),
+    ],
+)
+def test_calibration_has_rows_where_groups_go_before_the_first_step(schedule, given, rows):
+    options = PruneOptions(schedule=schedule, calibration_samples=given)
+    assert options.num_calibration_rows == rows

@@ -9,14 +9,15 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError, DataError, LpdeployError, NonFiniteError
+from lpdeploy.models.compact import compact
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
-from tests.helpers import make_text, make_tiny_model
+from tests.helpers import make_tiny_model
 
 OPTIONS = {
     "ratio": 0.5, "steps": 8, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
@@ -24,19 +25,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def base(tmp_path):
-    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_text(tmp_path / "text.txt")
-
-
 def run(base, output, data, *, options=None, **arguments):
     chosen = PruneOptions(**{**OPTIONS, **(options or {})})
     return prune(str(base), output, data=str(data), options=chosen, **arguments)
+
+
+def load_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_run_holds_what_it_promises(base, data, tmp_path):
@@ -51,8 +46,7 @@ def test_a_run_holds_what_it_promises(base, data, tmp_path):
         "layers.0.heads": 1, "layers.0.channels": 24, "layers.1.heads": 1, "layers.1.channels": 24,
     }  # fmt: skip
     assert result.achieved["groups"] == plan.achieved["groups"] == 0.5
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == list(range(1, 9))
+    assert [line["step"] for line in load_log(tmp_path / "run")] == list(range(1, 9))
     scores = load_file(tmp_path / "run" / "importance.safetensors")
     assert scores["layers.0.channels"].shape == (48,)
     assert (scores["layers.0.channels"] > 0).all()
@@ -102,10 +96,25 @@ def stop_after(step):
     return on_step
 
 
-@pytest.mark.parametrize("step", [4, 7])
-@pytest.mark.parametrize("removal", ["cut", "mask"])
-def test_a_resumed_run_ends_as_if_never_stopped(base, data, tmp_path, step, removal):
-    options = {"removal": removal}
+ONCE = {"schedule": "separate", "calibration_samples": 6}
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({"removal": "cut"}, 4),
+        ({"removal": "cut"}, 7),
+        ({"removal": "mask"}, 4),
+        ({"removal": "mask"}, 7),
+        ({"criterion": "random"}, 4),
+        ({"criterion": "gate", "calibration_samples": 6}, 2),  # after the calibration alone
+        (ONCE | {"criterion": "gate"}, 2),
+        (ONCE | {"criterion": "wanda", "removal": "mask"}, 2),
+        (ONCE | {"criterion": "random"}, 4),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_a_resumed_run_ends_as_if_never_stopped(base, data, tmp_path, options, step):
     run(base, tmp_path / "whole", data, options=options)
     with pytest.raises(StoppedError):
         run(base, tmp_path / "run", data, options=options, on_step=stop_after(step))
@@ -113,8 +122,80 @@ def test_a_resumed_run_ends_as_if_never_stopped(base, data, tmp_path, step, remo
     for name in ("adapter/adapter_model.safetensors", "importance.safetensors", "plan.json"):
         expected = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "run" / name).read_bytes() == expected
-    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == list(range(1, 9))
+    first = 0 if "calibration_samples" in options else 1
+    assert [line["step"] for line in load_log(tmp_path / "run")] == list(range(first, 9))
+
+
+def test_off_loading_may_begin_when_a_run_goes_on(base, data, tmp_path):
+    options = {"criterion": "gradient"}
+    run(base, tmp_path / "whole", data, options=options)
+    with pytest.raises(StoppedError):
+        run(base, tmp_path / "run", data, options=options, on_step=stop_after(4))
+    run(base, tmp_path / "run", data, options=options | {"offload_gradients": True}, resume=True)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("schedule", ["separate", "one-shot"])
+def test_pruning_at_once_comes_before_the_first_step(base, data, tmp_path, schedule):
+    options = ONCE | {"schedule": schedule}
+    result = run(base, tmp_path / "run", data, options=options)
+    steps = 8 if schedule == "separate" else 0
+    log = load_log(tmp_path / "run")
+    assert [line["step"] for line in log] == list(range(steps + 1))
+    assert [line["removed"] for line in log] == [True] + [False] * steps
+    assert {line["ratio"] for line in log} == {0.5}
+    plan = load_plan(tmp_path / "run")
+    assert [len(kept) for kept in plan.kept.values()] == [1, 24, 1, 24]
+    assert result.steps == steps
+    # Where steps follow, their losses count, not that of the model that was still whole.
+    losses = [line["loss"] for line in log[1:] or log]
+    assert result.loss == pytest.approx(sum(losses) / len(losses))
+
+
+def test_one_shot_compacts_to_rows_of_the_base(base, data, tmp_path):
+    run(base, tmp_path / "run", data, options=ONCE | {"schedule": "one-shot"})
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+    compact(tmp_path / "run")
+    whole = load_file(base / "model.safetensors")
+    small = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    kept = load_plan(tmp_path / "run").kept
+    for layer in range(2):
+        prefix, channels = f"model.layers.{layer}", kept[f"layers.{layer}.channels"]
+        name = f"{prefix}.mlp.up_proj.weight"
+        assert torch.equal(small[name], whole[name][channels])
+        name = f"{prefix}.mlp.down_proj.weight"
+        assert torch.equal(small[name], whole[name][:, channels])
+        (head,) = kept[f"layers.{layer}.heads"]  # one KV head of 8 rows, two query heads
+        name = f"{prefix}.self_attn.k_proj.weight"
+        assert torch.equal(small[name], whole[name][8 * head : 8 * head + 8])
+        name = f"{prefix}.self_attn.q_proj.weight"
+        assert torch.equal(small[name], whole[name][16 * head : 16 * head + 16])
+
+
+@pytest.mark.parametrize("options", [{}, ONCE, ONCE | {"schedule": "joint"}])
+def test_a_nan_before_any_step_is_not_blamed_on_the_rate(base, data, tmp_path, options):
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    step = 0 if options else 1
+    sentence = f"loss became nan at step {step}. No step was done: check the model and the data"
+    with pytest.raises(NonFiniteError, match=sentence) as error:
+        run(base, tmp_path / "run", data, options=options)
+    assert "--lr" not in str(error.value)
+    assert "--resume" not in str(error.value)
+    # Only what was asked for: no checkpoint of nothing, no log, no half of a result.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+
+
+def test_a_nan_after_the_calibration_keeps_the_cut_model(base, data, tmp_path):
+    options = ONCE | {"lr": 1e30, "lr_warmup": 0.0, "checkpoint_every": 0}
+    with pytest.raises(NonFiniteError, match="The state after step 1 is kept"):
+        run(base, tmp_path / "run", data, options=options)
+    state = load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
+    assert len(state["kept.layers.0.channels"]) == 24
+    assert all(tensor.isfinite().all() for tensor in state.values())
 
 
 def test_a_killed_run_leaves_only_whole_files(base, data, tmp_path):

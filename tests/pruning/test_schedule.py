@@ -51,3 +51,11 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
 
 def test_learning_rate_without_warm_up_starts_at_the_peak():
     assert compute_learning_rate(1, steps=10, peak=0.3, warmup_steps=0) == 0.3
+
+
+@pytest.mark.parametrize("kind", ["separate", "one-shot"])
+@pytest.mark.parametrize("steps", [0, 1, 200])
+def test_pruning_at_once_has_one_event_before_the_first_step(kind, steps):
+    schedule = Schedule(ratio=0.37, steps=steps, kind=kind)
+    assert schedule.list_events() == [0]
+    assert {schedule.compute_ratio(step) for step in range(steps + 1)} == {0.37}

@@ -4,13 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lpdeploy.data.batches import build_token_dataset
+from lpdeploy.data.batches import build_token_dataset, list_batch
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.pruning.criteria import build_criterion
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.criteria import ScoreForm, build_criterion
+from lpdeploy.pruning.options import CRITERIA, PruneOptions
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps, run_steps
 from tests.helpers import make_lora_model, make_text
@@ -26,6 +26,7 @@ def make_training(tmp_path, *, model=None, **options):
     wrapped = make_lora_model(folder, dropout=chosen.lora_dropout, **(model or {}))
     causal_lm = wrapped.get_base_model()
     specs = list_group_specs(causal_lm.config)
+    form = ScoreForm(absolute=chosen.score_form == "absolute", normalize=chosen.normalize)
     tokenizer = load_tokenizer(folder, causal_lm.config)
     corpus = load_corpus(str(make_text(tmp_path / "text.txt")))
     optimizer = torch.optim.AdamW(
@@ -39,11 +40,11 @@ def make_training(tmp_path, *, model=None, **options):
         state=PruningState(
             model=causal_lm,
             specs=specs,
-            criterion=build_criterion(chosen.criterion, causal_lm, specs),
+            criterion=build_criterion(chosen.criterion, causal_lm, specs, form=form),
             removal=chosen.removal,
         ),
         options=chosen,
-        steps=chosen.steps,
+        steps=count_steps(chosen, 0),
     )
 
 
@@ -82,6 +83,20 @@ def test_cutting_trains_the_same_weights_as_masking(tmp_path, model, scope):
                 name = f"{piece.module}.{factor}.default.weight"
                 expected = full[name].index_select(dim, index) if dim == piece.dim else full[name]
                 torch.testing.assert_close(small[name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_selects_the_same_cut_or_masked(tmp_path, criterion, normalize):
+    # Few steps and a small rate, so that float32 noise cannot grow until it decides a near tie.
+    options = {"criterion": criterion, "normalize": normalize, "steps": 6, "lr": 1e-3}
+    cut = make_training(tmp_path, removal="cut", **options)
+    mask = make_training(tmp_path, removal="mask", **options)
+    list(run_steps(cut))
+    list(run_steps(mask))
+    for name, kept in cut.state.kept.items():
+        assert kept.tolist() == mask.state.kept[name].tolist()
+        assert cut.state.average[name].shape == mask.state.average[name].shape == kept.shape
 
 
 def test_the_target_is_met_and_widths_shrink(tmp_path):
@@ -159,3 +174,93 @@ def test_an_infinite_gradient_stops_too(tmp_path):
 def test_steps_are_counted_from_epochs_unless_given():
     assert count_steps(PruneOptions(epochs=2, batch_size=8, micro_batch_size=4), 20) == 6
     assert count_steps(PruneOptions(steps=5), 20) == 5
+
+
+@pytest.mark.parametrize("schedule", ["separate", "one-shot"])
+def test_pruning_at_once_lands_on_the_target_without_training(tmp_path, schedule):
+    options = {"schedule": schedule, "calibration_samples": 6, "removal": "mask"}
+    training = make_training(tmp_path, **options)
+    before = {name: p.clone() for name, p in named_lora(training).items()}
+    steps = run_steps(training)
+    info = next(steps)
+    assert (info.step, info.removed, info.ratio, info.lr) == (0, True, 0.5, 0.0)
+    for spec in training.state.specs:
+        assert len(training.state.kept[spec.name]) == spec.num_groups // 2
+    for name, parameter in named_lora(training).items():
+        assert torch.equal(parameter, before[name])
+    assert not training.optimizer.state
+    assert all(p.grad is None for p in training.trainable)
+    rest = list(steps)
+    assert len(rest) == (12 if schedule == "separate" else 0)
+    assert not any(info.removed or info.scoring_seconds for info in rest)
+    assert all(info.ratio == 0.5 for info in rest)
+
+
+def calibrate_by_hand(training, sizes):
+    """Scores of each batch of the calibration, by the criterion alone; rows as step 1 has them."""
+    rows = list_batch(len(training.dataset), step=0, batch_size=sum(sizes), seed=0)
+    criterion, scores = training.state.criterion, []
+    for size in sizes:
+        batch = training.dataset.collate([rows.pop(0) for _ in range(size)])
+        criterion.attention_mask = batch["attention_mask"]
+        with criterion.observe():
+            training.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+        scores.append(criterion.compute_importance())
+        training.optimizer.zero_grad()
+    return scores
+
+
+@pytest.mark.parametrize("criterion", ["lora", "gate", "gradient", "wanda"])
+def test_calibration_takes_the_plain_mean_of_its_batches(tmp_path, criterion):
+    options = {"criterion": criterion, "calibration_samples": 10}
+    training = make_training(tmp_path, **options)
+    next(run_steps(training))
+    scores = calibrate_by_hand(make_training(tmp_path, **options), [4, 4, 2])
+    for name, average in training.state.average.items():
+        expected = sum(score[name].double() for score in scores) / 3
+        # Micro-batches of two rows against whole batches: float32 sums in another order.
+        torch.testing.assert_close(average.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_calibration_warms_up_the_average_of_a_joint_run(tmp_path):
+    warm = make_training(tmp_path, calibration_samples=32, prune_every=4)
+    cold = make_training(tmp_path, prune_every=4)
+    steps = run_steps(warm)
+    info = next(steps)
+    assert (info.step, info.removed, info.ratio) == (0, False, 0.0)
+    calibrated = {name: s.clone() for name, s in warm.state.average.items()}
+    assert next(steps).loss == next(run_steps(cold)).loss  # nothing was trained in between
+    for name, average in warm.state.average.items():
+        # Eq. 11 from the calibration, and from zero.
+        expected = 0.9 * calibrated[name] + cold.state.average[name]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=0)  # rounding of the lerp
+    assert [info.step for info in steps if info.removed] == warm.schedule.list_events()
+
+
+def test_calibration_may_take_more_rows_than_there_are(tmp_path):
+    training = make_training(
+        tmp_path, schedule="one-shot", calibration_samples=128, batch_size=64, micro_batch_size=64
+    )
+    assert len(training.dataset) < 128
+    (info,) = run_steps(training)
+    assert info.tokens_per_s * info.seconds == pytest.approx(128 * 24)
+    assert info.removed
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_nan_stops_a_calibration_before_its_scores_count(tmp_path, criterion):
+    training = make_training(
+        tmp_path, schedule="separate", criterion=criterion, calibration_samples=4
+    )
+    training.state.model.model.norm.weight.data[0] = float("nan")
+    before = {name: p.clone() for name, p in named_lora(training).items()}
+    with pytest.raises(NonFiniteError, match="loss became nan at step 0"):
+        next(run_steps(training))
+    assert not training.state.average
+    assert all(len(training.state.kept[s.name]) == s.num_groups for s in training.state.specs)
+    for name, parameter in named_lora(training).items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_one_shot_has_no_steps():
+    assert count_steps(PruneOptions(schedule="one-shot", steps=5), 20) == 0

@@ -1,0 +1,185 @@
+"""What a run needs before its first step: base model, tokens, LoRA, optimizer, criterion."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpdeploy.data.batches import TokenDataset, build_token_dataset
+from lpdeploy.data.sources import load_corpus
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.models.adapters import attach_lora
+from lpdeploy.models.cutting import apply_cut
+from lpdeploy.models.groups import list_group_specs
+from lpdeploy.models.loading import (
+    PER_LAYER_PREFIX,
+    PRECISIONS,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+)
+from lpdeploy.plan import GroupSpec
+from lpdeploy.pruning.checkpoint import (
+    Checkpoint,
+    apply_checkpoint,
+)
+from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.selection import round_kept
+from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.training import Training, count_steps
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on disk, checked, and what it is to be pruned with."""
+
+    name: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    specs: tuple[GroupSpec, ...]
+    prunable: tuple[GroupSpec, ...]
+
+
+def load_source(model: str, options: PruneOptions) -> Source:
+    """Find a base model and check that it can be pruned as asked.
+
+    Raises:
+        LpdeployError: It is none of the supported, quantised or pruned already, or the options
+            do not fit it.
+    """
+    folder = resolve_model(model)
+    config = load_config(folder)
+    if config.model_type.startswith(PER_LAYER_PREFIX):
+        raise ArtifactError(
+            f"'{model}' was pruned to per-layer widths already. Prune its base model instead."
+        )
+    if getattr(config, "quantization_config", None):
+        raise ArtifactError(
+            f"'{model}' is quantised already, and what is merged in the end needs weights in full "
+            "precision. Prune the model it was made from, with --load-in to save memory."
+        )
+    if options.seq_len > config.max_position_embeddings:
+        raise LpdeployError(
+            f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
+            f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
+        )
+    specs = list_group_specs(config)
+    last = config.num_hidden_layers - options.protect_last
+    prunable = tuple(s for s in specs if options.protect_first <= s.layer < last)
+    if not prunable:
+        raise LpdeployError(
+            f"--protect-first {options.protect_first} and --protect-last {options.protect_last} "
+            f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
+        )
+    return Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
+
+
+def load_dataset(source: Source, data: str, options: PruneOptions) -> TokenDataset:
+    """Tokenise what the base is pruned with.
+
+    Raises:
+        LpdeployError: The data cannot be read, or gives no row.
+    """
+    return build_token_dataset(
+        load_corpus(data),
+        source.tokenizer,
+        seq_len=options.seq_len,
+        train_on_prompt=options.train_on_prompt,
+    )
+
+
+def build_training(
+    source: Source, dataset: TokenDataset, options: PruneOptions, checkpoint: Checkpoint | None
+) -> Training:
+    """Load the base on its device, put LoRA on it, and go to where a checkpoint left off.
+
+    Raises:
+        LpdeployError: Device or weights cannot be used.
+    """
+    from accelerate import Accelerator
+
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, source.config, device=device)
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if dtype == "bf16" else "no"
+    )
+    if accelerator.num_processes > 1:
+        raise LpdeployError("Pruning runs in one process only. Start it without several ranks.")
+    # A quantised base is made where it stays; any other is cut first, then moved.
+    place = str(accelerator.device) if options.load_in else "cpu"
+    model = load_model(source.folder, dtype=dtype, device=place, load_in=options.load_in)
+    kept = {} if checkpoint is None else checkpoint.select("kept")
+    if options.removal == "cut":
+        apply_cut(model, source.prunable, kept)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wrapped = _attach_lora(model, source.name, options).to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
+    )
+    prepared, optimizer = accelerator.prepare(wrapped, optimizer)
+    state = PruningState(
+        model=model,
+        specs=source.prunable,
+        criterion=_build_criterion(model, source.prunable, options),
+        removal=options.removal,
+        kept=dict(kept),
+    )
+    training = Training(
+        model=prepared,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        dataset=dataset,
+        state=state,
+        options=options,
+        steps=count_steps(options, len(dataset)),
+    )
+    if checkpoint is not None:
+        apply_checkpoint(checkpoint, training)
+    return training
+
+
+def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
+    wrapped = attach_lora(
+        model,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        seed=options.seed,
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    return wrapped
+
+
+def _build_criterion(model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions) -> Criterion:
+    form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
+    return build_criterion(
+        options.criterion, model, specs, form=form, offload_gradients=options.offload_gradients
+    )
+
+
+def describe_start(source: Source, training: Training) -> str:
+    """Say where and in which precision it runs, on how much, and what will be left."""
+    options, dataset = training.options, training.dataset
+    stored = PRECISIONS.get(source.config.dtype, "fp32")
+    base = f" over a base in {options.load_in}" if options.load_in else ""
+    used = PRECISIONS[next(training.model.parameters()).dtype]
+    rounding = {"heads": options.round_heads_to, "channels": options.round_to}
+    kept = ", ".join(
+        f"{round_kept(spec.num_groups, options.ratio, multiple=rounding[spec.kind])} of "
+        f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
+        for spec in source.prunable[:2]
+    )
+    dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
+    return (
+        f"{training.accelerator.device}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
+        f"of at most {options.seq_len} tokens{dropped}; {training.steps} steps, "
+        f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
+        + (" on average" if options.scope == "global" else "")
+    )
