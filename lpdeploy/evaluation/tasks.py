@@ -4,9 +4,10 @@ The average is the paper's: the mean over BoolQ, PIQA, HellaSwag, WinoGrande, AR
 OBQA. The paper does not say which of lm-eval's two accuracies a column shows. Its dense LLaMA-7B
 row is that of LLM-Pruner (arXiv:2305.11627), and fits ``acc`` for ARC-e and ``acc_norm`` for
 HellaSwag, ARC-c and OBQA, as lm-eval of that time measured them; BoolQ and WinoGrande have only
-``acc``, and the two of PIQA are too close to tell. ``PAPER_METRICS`` follows that. We differ in
-that today's lm-eval gives other prompts to some tasks and starts them with the tokenizer's bos,
-so the figures of the paper are not met to the digit; MMLU is not in the average, there or here.
+``acc``, and of PIQA, whose two are close, ``acc`` is taken. ``PAPER_METRICS`` says so in code. We
+differ in that today's lm-eval starts its prompts with the bos that the tokenizer adds, and has
+changed some of them since, so the paper's figures are not met to the digit. MMLU is not in the
+average, there or here.
 """
 
 import difflib
