@@ -49,7 +49,7 @@ class _Names(click.ParamType):
 @click.option(
     "--num-fewshot",
     type=click.IntRange(min=0),
-    help="Examples before each question.  [default: 5 for mmlu, else the task's own, mostly 0]",
+    help="Examples before each question; without it 5 for mmlu, else the task's own number or 0.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many documents a task.")
 @click.option(
