@@ -1,6 +1,7 @@
 """What all commands share: --json, --recipe, --debug, and how a result is printed."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,8 @@ def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
 
 def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
     ctx.meta[DEBUG] = value
+    if value:
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
 
 
 def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) -> None:

@@ -6,6 +6,22 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import print_result, shared_options
+from lpdeploy.evaluation.options import EvalOptions
+
+
+class _Names(click.ParamType):
+    """Names with commas between them; a list in a recipe."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        names = tuple(str(part).strip() for part in parts if str(part).strip())
+        if not names:
+            self.fail(f"{value!r} names no task. Give some, such as piqa,arc_easy", param, ctx)
+        return names
 
 
 @click.command("eval")
@@ -13,34 +29,55 @@ from lpdeploy.cli.common import print_result, shared_options
 @click.option(
     "--perplexity",
     multiple=True,
-    required=True,
     metavar="SOURCE",
     help="File, folder or hub name (wikitext2, ptb); may be given several times.",
 )
-@click.option("--seq-len", type=click.IntRange(min=2), default=2048, help="Tokens a segment.")
+@click.option(
+    "--seq-len", type=click.IntRange(min=2), default=EvalOptions.seq_len, help="Tokens a segment."
+)
+@click.option(
+    "--tasks",
+    type=_Names(),
+    metavar="NAMES",
+    help="Tasks of lm-eval, with commas between them: piqa,arc_easy,mmlu.",
+)
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Take the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
+)
+@click.option(
+    "--num-fewshot",
+    type=click.IntRange(min=0),
+    help="Examples before each question; without it 5 for mmlu, else the task's own number or 0.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents a task.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=EvalOptions.batch_size,
+    help="Segments, or answers of tasks, a forward pass.",
+)
 @click.option("--engine", type=click.Choice(["torch", "onnx"]), default="torch")
 @click.option("--with-base", is_flag=True, help="Of a RUN, measure its unpruned base too.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @shared_options()
 def command(
-    *,
-    model: str,
-    perplexity: tuple[str, ...],
-    seq_len: int,
-    engine: str,
-    with_base: bool,
-    device: str,
-    as_json: bool,
+    *, model: str, engine: str, with_base: bool, device: str, as_json: bool, **values: Any
 ) -> None:
-    """Measure the perplexity of a MODEL, or of a RUN's compacted model."""
+    """Measure a MODEL, or a RUN's compacted model: perplexity of texts, accuracy on tasks."""
+    try:
+        options = EvalOptions(**{**values, "tasks": values["tasks"] or ()})
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+
     from lpdeploy.cli.progress import counting_progress
     from lpdeploy.evaluation.evaluate import evaluate
 
     with counting_progress("eval") as progress:
         result = evaluate(
             model,
-            perplexity,
-            seq_len=seq_len,
+            options,
             engine=engine,
             with_base=with_base,
             device=device,
@@ -50,15 +87,32 @@ def command(
 
 
 def _describe(result: dict[str, Any]) -> str:
-    lines = _list_lines(result["model"], result["perplexity"])
+    lines = _list_lines(result["model"], result)
     if "base" in result:
-        lines += _list_lines("its base", result["base"]["perplexity"])
+        lines += _list_lines("its base", result["base"])
     return "\n".join(lines)
 
 
-def _list_lines(name: str, measured: dict[str, Any]) -> list[str]:
-    return [
+def _list_lines(name: str, part: dict[str, Any]) -> list[str]:
+    lines = [
         f"{name} on {Path(source).name}: perplexity {m['perplexity']:.2f}, "
         f"{m['bits_per_byte']:.3f} bits per byte, {m['tokens']:,} tokens"
-        for source, m in measured.items()
+        for source, m in part["perplexity"].items()
     ]
+    for task, measured in part.get("tasks", {}).items():
+        lines.append(f"{name} on {task}: {_list_metrics(measured)}, n {measured['n']:,}")
+    if part.get("average_over"):
+        over = part["average_over"]
+        lines.append(f"{name}, average of {', '.join(over)}: {part['average']:.4f}")
+    return lines
+
+
+def _list_metrics(measured: dict[str, Any]) -> str:
+    shown = []
+    for metric, value in measured.items():
+        if metric in {"n", "num_fewshot"} or "_stderr" in metric or value is None:
+            continue
+        base, _, chosen = metric.partition(",")
+        error = measured.get(f"{base}_stderr,{chosen}" if chosen else f"{base}_stderr")
+        shown.append(f"{metric} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    return ", ".join(shown)

@@ -1,6 +1,7 @@
 """The `lpdeploy` group: commands in pipeline order, and errors as one sentence."""
 
 import importlib
+import logging
 import os
 import warnings
 from typing import Any
@@ -55,6 +56,7 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # What libraries announce to each other's authors; --debug and -W show it.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)

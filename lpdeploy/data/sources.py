@@ -219,16 +219,25 @@ def _read_documents(path: Path) -> Iterator[Example]:
 
 
 def _read_json(path: Path) -> Iterator[Example]:
+    for where, row in read_json_rows(path):
+        yield parse_row(row, where)
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each row of a file of JSON lines, or of one JSON list, and where it stands.
+
+    Raises:
+        DataError: The file cannot be read, or a line of it is not valid JSON.
+    """
     text = _read_text(path)
     if text.lstrip().startswith("["):
         for number, row in enumerate(_parse_json(text, path), start=1):
-            yield parse_row(row, f"'{path}', row {number},")
+            yield f"'{path}', row {number},", row
         return
     # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            row = _parse_json(line, path, line=number)
-            yield parse_row(row, f"'{path}', line {number},")
+            yield f"'{path}', line {number},", _parse_json(line, path, line=number)
 
 
 def _parse_json(text: str, path: Path, *, line: int = 1) -> Any:

@@ -15,6 +15,7 @@ from lpdeploy.benchmark.report import SAMPLES, save_report
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.evaluation.evaluate import evaluate
+from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.export.stage import export
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
@@ -71,9 +72,8 @@ def run_demo(
     log("verify every stage")
     _check(half)
     log("evaluate")
-    measured = evaluate(
-        str(half), [str(assets / "valid.txt")], seq_len=_EVAL_SEQ_LEN, with_base=True, device="cpu"
-    )
+    options = EvalOptions(perplexity=(str(assets / "valid.txt"),), seq_len=_EVAL_SEQ_LEN)
+    measured = evaluate(str(half), options, with_base=True, device="cpu")
     log("time dense and pruned, merged and unmerged")
     bench, _ = bench_latency(
         [str(run) for run in runs.values()],

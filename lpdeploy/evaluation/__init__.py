@@ -1,1 +1,1 @@
-"""How good a model is: perplexity as in the paper."""
+"""How good a model is: perplexity and tasks as in the paper."""

@@ -1,15 +1,18 @@
-"""The eval stage: perplexity of a model, or of a run's model and its base, on several texts."""
+"""The eval stage: perplexity and tasks, of a model, or of a run's model and its base."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from lpdeploy.artifacts import save_json
+from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.data.sources import load_corpus
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, MissingDependencyError
+from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.perplexity import compute_perplexity
-from lpdeploy.models.compact import find_base
+from lpdeploy.evaluation.tasks import compute_average
+from lpdeploy.models.compact import find_base, load_record
 from lpdeploy.models.loading import (
     load_config,
     load_tokenizer,
@@ -22,36 +25,44 @@ from lpdeploy.runtime.runner import Runner
 from lpdeploy.runtime.torch_runner import load_torch_runner
 
 EVAL = "eval.json"
+TASKS = "tasks"
+"""What ``on_progress`` is told as the source while tasks are run."""
 Progress = Callable[[str, int, int], None]
+# What was measured earlier is kept beside new figures where these are the same.
+_SAME = ("engine", "precision", "model_sha256")
 
 
 def evaluate(
     target: str,
-    sources: Sequence[str],
+    options: EvalOptions,
     *,
-    seq_len: int = 2048,
     engine: str = "torch",
     with_base: bool = False,
     device: str = "auto",
     on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Measure perplexity on each source.
+    """Measure perplexity on texts, and accuracy on tasks.
+
+    Of a run, the result is also written to its ``eval.json``, beside what is there already of the
+    same model on the same engine in the same precision (perplexities only of the same segment
+    length), and ``average`` then covers the tasks of both. Anything else there is replaced.
 
     Args:
         target: Model folder, hub name, or a run, whose compacted model is taken.
-        sources: Texts: files, folders or hub names.
-        seq_len: Tokens a segment.
+        options: What to measure.
         engine: ``torch``, or ``onnx`` for the target's exported graph.
         with_base: Of a run, measure the unpruned base too.
         device: ``auto``, ``cpu`` or ``cuda``.
-        on_progress: Is told (source, segments done, all segments).
+        on_progress: Is told (source, segments done, all segments), and ("tasks", answers scored,
+            all answers).
 
     Returns:
-        ``{"perplexity": {source: {"perplexity", "bits_per_byte", "tokens"}}}``, and the same of
-        the base under ``base``. Of a run it is also written to its ``eval.json``.
+        ``{"perplexity": {source: {"perplexity", "bits_per_byte", "tokens"}}}``; with tasks also
+        ``{"tasks": {name: {"acc", "acc_stderr", ..., "n"}}, "average", "average_over"}``; and the
+        same of the base under ``base``.
 
     Raises:
-        LpdeployError: Model, data or segment length cannot be used.
+        LpdeployError: Model, data, a task or the segment length cannot be used.
     """
     run = Path(target)
     is_run = (run / "plan.json").is_file()
@@ -60,23 +71,68 @@ def evaluate(
     device = resolve_device(device)
     model = _find_model(target, is_run=is_run)
     exported = (run if is_run else model) / "onnx"
+    tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
     runner = _load_runner(model, exported, engine=engine, device=device)
     result: dict[str, Any] = {
         "model": target,
+        "model_sha256": load_record(model).get("sha256"),
         "engine": engine,
         "precision": runner.precision,
-        "seq_len": seq_len,
-        "perplexity": _measure(runner, model, sources, seq_len=seq_len, on_progress=on_progress),
+        "seq_len": options.seq_len,
+        **_measure(runner, model, options, tasks, on_progress),
     }
     if with_base:
         base = find_base(load_plan(run))
         del runner  # one model in memory at a time
         runner = _load_runner(base, base / "onnx", engine="torch", device=device)
-        measured = _measure(runner, base, sources, seq_len=seq_len, on_progress=on_progress)
-        result["base"] = {"perplexity": measured}
+        result["base"] = _measure(runner, base, options, tasks, on_progress)
     if is_run:
-        save_json(run / EVAL, result)
+        path = run / EVAL
+        old = load_json(path, fix="Delete it.") if path.is_file() else {}
+        save_json(path, _merge(old, result, options))
     return result
+
+
+def _load_tasks(options: EvalOptions) -> Any:
+    if not options.tasks:
+        return None
+    return _import_harness().load_tasks(
+        options.tasks, task_data=options.task_data, num_fewshot=options.num_fewshot
+    )
+
+
+def _import_harness() -> ModuleType:
+    try:
+        from lpdeploy.evaluation import harness
+    except ImportError:
+        raise MissingDependencyError(
+            "lm-eval is not installed; --tasks needs it. "
+            "Install with: pip install 'lpdeploy[eval]'."
+        ) from None
+    return harness
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any], options: EvalOptions) -> dict[str, Any]:
+    """Put new figures beside those of an earlier evaluation of the same model."""
+    if any(old.get(name) != new[name] for name in _SAME):
+        return new
+    keep = {"perplexity"} if old["seq_len"] == new["seq_len"] or not options.perplexity else set()
+    merged = new | _merge_part(old, new, keep | {"tasks"})
+    if "base" in old or "base" in new:
+        merged["base"] = _merge_part(old.get("base", {}), new.get("base", {}), keep | {"tasks"})
+    if not options.perplexity:
+        merged["seq_len"] = old["seq_len"]
+    return merged
+
+
+def _merge_part(old: dict[str, Any], new: dict[str, Any], keep: set[str]) -> dict[str, Any]:
+    part = {
+        name: (old.get(name, {}) if name in keep else {}) | new.get(name, {})
+        for name in ("perplexity", "tasks")
+    }
+    if not part["tasks"]:
+        return {"perplexity": part["perplexity"]}
+    return part | compute_average(part["tasks"])
 
 
 def _find_model(target: str, *, is_run: bool) -> Path:
@@ -95,18 +151,33 @@ def _load_runner(model: Path, exported: Path, *, engine: str, device: str) -> Ru
 
 
 def _measure(
-    runner: Runner, model: Path, sources: Sequence[str], *, seq_len: int, on_progress: Progress
+    runner: Runner, model: Path, options: EvalOptions, tasks: Any, on_progress: Progress
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(model, load_config(model))
-    measured = {}
-    for source in sources:
+    measured: dict[str, Any] = {"perplexity": {}}
+    for source in options.perplexity:
         corpus = load_corpus(source, split="test")
 
         def report(done: int, total: int, source: str = source) -> None:
             on_progress(source, done, total)
 
         perplexity = compute_perplexity(
-            runner, corpus, tokenizer, seq_len=seq_len, on_progress=report
+            runner,
+            corpus,
+            tokenizer,
+            seq_len=options.seq_len,
+            batch_size=options.batch_size,
+            on_progress=report,
         )
-        measured[source] = dataclasses.asdict(perplexity)
+        measured["perplexity"][source] = dataclasses.asdict(perplexity)
+    if tasks is not None:
+        measured["tasks"] = _import_harness().run_tasks(
+            tasks,
+            runner,
+            tokenizer,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            on_progress=lambda done, total: on_progress(TASKS, done, total),
+        )
+        measured |= compute_average(measured["tasks"])
     return measured

@@ -1,0 +1,35 @@
+"""What to measure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of ``lpdeploy eval``.
+
+    Attributes:
+        perplexity: Texts: files, folders or hub names.
+        seq_len: Tokens a segment of them; 2,048 in the paper.
+        tasks: Names of tasks, and of groups of them.
+        task_data: Folder with the data of the tasks; None takes lm-eval's own, from the hub.
+        num_fewshot: Examples before each question; None takes the task's own number.
+        limit: Only the first so many documents of each task.
+        batch_size: Segments, or answers, a forward pass.
+    """
+
+    perplexity: tuple[str, ...] = ()
+    seq_len: int = 2048
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.perplexity and not self.tasks:
+            raise ValueError("Nothing to measure. Give --perplexity SOURCE, --tasks NAMES, or both")
+        alone = {"task-data": self.task_data, "num-fewshot": self.num_fewshot, "limit": self.limit}
+        for name, value in alone.items():
+            if value is not None and not self.tasks:
+                raise ValueError(f"--{name} is about tasks. Give --tasks NAMES, or leave it out")

@@ -1,0 +1,110 @@
+"""The stage: what it refuses, and what it keeps of an earlier evaluation."""
+
+import builtins
+import sys
+
+import pytest
+
+from lpdeploy.artifacts import load_json
+from lpdeploy.errors import ArtifactError, MissingDependencyError
+from lpdeploy.evaluation.evaluate import _merge, evaluate
+from lpdeploy.evaluation.options import EvalOptions
+from tests.evaluation.task_files import make_model, make_task_files
+from tests.helpers import make_text
+
+
+def make_result(*, perplexity=(), tasks=(), seq_len=16, sha="x", engine="torch", base=False):
+    part = {"perplexity": {name: {"perplexity": 2.0} for name in perplexity}}
+    if tasks:
+        part |= {"tasks": {name: {"acc": value} for name, value in tasks}, "average": -1}
+    result = {"engine": engine, "precision": "fp32", "model_sha256": sha, "seq_len": seq_len}
+    return result | part | ({"base": part} if base else {})
+
+
+def merge(old, new):
+    return _merge(old, new, EvalOptions(perplexity=tuple(new["perplexity"]), tasks=("any",)))
+
+
+class TestMerge:
+    def test_both_kinds_stay(self):
+        old = make_result(perplexity=["a"], tasks=[("piqa", 0.5)], base=True)
+        new = make_result(tasks=[("boolq", 0.7), ("mmlu", 1.0)], seq_len=2048)
+        merged = merge(old, new)
+        assert list(merged["perplexity"]) == ["a"]
+        assert merged["seq_len"] == 16  # that of its perplexities
+        assert set(merged["tasks"]) == {"piqa", "boolq", "mmlu"}
+        assert merged["average"] == pytest.approx(0.6)
+        assert merged["average_over"] == ["boolq", "piqa"]
+        assert merged["base"]["tasks"] == {"piqa": {"acc": 0.5}}
+        assert merged["base"]["average"] == 0.5
+
+    def test_new_figures_win(self):
+        old = make_result(tasks=[("piqa", 0.5)])
+        merged = merge(old, make_result(tasks=[("piqa", 0.7)], base=True))
+        assert merged["tasks"]["piqa"]["acc"] == merged["base"]["tasks"]["piqa"]["acc"] == 0.7
+
+    def test_perplexities_of_other_segments_go(self):
+        old = make_result(perplexity=["a"], tasks=[("piqa", 0.5)])
+        merged = merge(old, make_result(perplexity=["b"], seq_len=32))
+        assert list(merged["perplexity"]) == ["b"]
+        assert merged["seq_len"] == 32
+        assert list(merged["tasks"]) == ["piqa"]
+        same = merge(old, make_result(perplexity=["b"]))
+        assert list(same["perplexity"]) == ["a", "b"]
+
+    @pytest.mark.parametrize("other", [{"sha": "y"}, {"engine": "onnx"}])
+    def test_nothing_of_another_model_stays(self, other):
+        new = make_result(tasks=[("piqa", 0.5)])
+        assert merge(make_result(perplexity=["a"], **other), new) == new
+        assert merge({}, new) == new
+
+
+class TestRefusals:
+    def test_nothing_to_measure(self):
+        with pytest.raises(ValueError, match="Nothing to measure. Give --perplexity .*--tasks"):
+            EvalOptions()
+
+    @pytest.mark.parametrize("option", ["task_data", "num_fewshot", "limit"])
+    def test_options_of_tasks_without_tasks(self, option):
+        with pytest.raises(ValueError, match=r"is about tasks\. Give --tasks NAMES, or leave it"):
+            EvalOptions(perplexity=("a",), **{option: 1})
+
+    def test_without_lm_eval(self, tmp_path, monkeypatch):
+        # With lm_eval gone, and our module that imports it not there yet.
+        monkeypatch.delitem(sys.modules, "lpdeploy.evaluation.harness", raising=False)
+        monkeypatch.delattr("lpdeploy.evaluation.harness", raising=False)
+        find = builtins.__import__
+
+        def refuse(name, *rest):
+            if name.partition(".")[0] == "lm_eval":
+                raise ModuleNotFoundError(f"No module named '{name}'")
+            return find(name, *rest)
+
+        monkeypatch.setattr(builtins, "__import__", refuse)
+        with pytest.raises(
+            MissingDependencyError,
+            match=r"lm-eval is not installed; --tasks needs it\. Install .*'lpdeploy\[eval\]'",
+        ):
+            evaluate(str(make_model(tmp_path / "m")), EvalOptions(tasks=("piqa",)), device="cpu")
+
+    def test_base_without_a_run(self, tmp_path):
+        with pytest.raises(ArtifactError, match="--with-base needs a run; .* Leave it out"):
+            evaluate(str(tmp_path), EvalOptions(tasks=("piqa",)), with_base=True)
+
+
+def test_of_a_model(tmp_path):
+    model, folder = make_model(tmp_path / "m"), make_task_files(tmp_path / "tasks")
+    text, told = str(make_text(tmp_path / "t.txt", documents=2)), []
+    options = EvalOptions(
+        perplexity=(text,), seq_len=32, tasks=("piqa", "arc_easy"), task_data=folder, limit=5
+    )
+    result = evaluate(str(model), options, device="cpu", on_progress=lambda *now: told.append(now))
+    assert set(result["perplexity"]) == {text}
+    assert result["average_over"] == ["piqa", "arc_easy"]
+    accuracies = [result["tasks"][name]["acc"] for name in ("piqa", "arc_easy")]
+    assert result["average"] == pytest.approx(sum(accuracies) / 2)
+    assert {source for source, *_ in told} == {text, "tasks"}
+    done, total = told[-1][1:]
+    assert done == total
+    with pytest.raises(ArtifactError, match=r"eval\.json"):
+        load_json(model / "eval.json", fix="")  # only a run keeps it
