@@ -19,6 +19,7 @@ _COMMANDS = (
     "verify",
     "bench",
     "eval",
+    "paper",
     "report",
     "doctor",
     "demo",
