@@ -117,6 +117,7 @@ def build_document(
         rows = _build_similarity_rows(selection, cells, results, folder=folder)
     else:
         rows = _build_rows(selection, cells, results)
+    keys = {cell.key for cell in cells}  # two rows may be the same run
     columns = list_columns(table, study)
     _mark_best(rows, columns)
     if table.kind == "cost":
@@ -139,8 +140,8 @@ def build_document(
         "seeds": selection.seeds,
         "columns": [asdict(column) for column in columns],
         "rows": rows,
-        "cells": len(cells),
-        "missing": len(cells) - len(results),
+        "cells": len(keys),
+        "missing": len(keys) - len(results),
         "failed": _describe_failed(cells, failed),
         "machines": len(machines),
         "machine": latest["machine"] if latest else None,

@@ -41,8 +41,14 @@ def draw_document(document: Mapping[str, Any]) -> str | None:
             _draw_over_place(panel, rows, column["name"])
             panel.set_xlabel(group or document["axis"])
         _finish(panel, column, rows)
-    panels[-1].legend(frameon=False, fontsize=8)
+    _add_legend(figure, panels[-1])
     return to_svg(figure)
+
+
+def _add_legend(figure: Any, panel: Any) -> None:
+    """Put it beside the panels, where it hides no point."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
 
 
 def _is_drawn(column: Mapping[str, Any]) -> bool:
@@ -157,5 +163,5 @@ def _draw_similarity(document: Mapping[str, Any]) -> str:
         panel.set_title(kind, loc="left", color=INK)
         panel.set_xlabel("pruned, %")
         panel.set_ylim(0, 1.05)
-    panels[-1].legend(frameon=False, fontsize=8)
+    _add_legend(figure, panels[-1])
     return to_svg(figure)

@@ -26,7 +26,7 @@ def render_markdown(document: Mapping[str, Any]) -> str:
     paper = _list_paper_columns(document)
     header = [
         "pruned",
-        "method" if document["kind"] != "similarity" else "groups",
+        _name_rows(document),
         *(f"{_cut(c['name'])}{_show_unit(c)}{_ARROWS[c['better']]}" for c in columns),
         *([] if document["kind"] == "similarity" else ["parameters"]),
         "seeds",
@@ -48,6 +48,12 @@ def render_markdown(document: Mapping[str, Any]) -> str:
             *_list_notes(document, has_paper=bool(paper)),
         ]
     )
+
+
+def _name_rows(document: Mapping[str, Any]) -> str:
+    if document["kind"] == "similarity":
+        return "groups"
+    return "method" if all(row["place"] is None for row in document["rows"]) else "setting"
 
 
 def _list_paper_columns(document: Mapping[str, Any]) -> list[str]:
@@ -110,9 +116,8 @@ def _cut(text: str) -> str:
 
 def _list_notes(document: Mapping[str, Any], *, has_paper: bool) -> list[str]:
     over = "layers and seeds" if document["kind"] == "similarity" else "seeds"
-    notes = [
-        f"{document['model']}, {document['data']}. Mean ± sample standard deviation over {over}."
-    ]
+    spread = f"Mean ± sample standard deviation over {over}."
+    notes = [f"Model {document['model']}, data {document['data']}. {spread}"]
     if any(c["better"] for c in document["columns"]):
         notes[0] += " The best of each ratio is bold."
     if document["kind"] == "cost":

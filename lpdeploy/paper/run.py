@@ -1,8 +1,8 @@
 """Running cells: each command a process of its own, each result a file that is never made twice.
 
 A cell that fails leaves the others to run: the next cell follows, and it is tried again when the
-table is run again. Two in a row that fail with the same sentence stop the table, since then
-something is wrong that all cells share.
+table is run again. Two of different rows in a row that fail with the same sentence stop the table,
+since then something is wrong that all cells share.
 """
 
 import functools
@@ -155,23 +155,23 @@ def run_cells(
         Keys of the cells that failed, with their last line on stderr.
 
     Raises:
-        LpdeployError: Two cells in a row failed with the same sentence.
+        LpdeployError: Two cells of different rows in a row failed with the same sentence.
     """
     run = functools.partial(
         run_cell, study=study, folder=folder, commands=commands, alone=jobs == 1, fresh=fresh
     )
     failed: dict[str, str] = {}
-    previous = None
+    previous: tuple[str, str] | None = None
     for cell, error in _run_in_order(cells, run, jobs=jobs, commands=commands):
         on_cell(cell, error)
         if error is not None:
             failed[cell.key] = str(error)
-            if str(error) == previous:
+            if previous and previous[0] == str(error) and previous[1] != cell.row.name:
                 raise LpdeployError(
-                    f"Two cells in a row failed with the same error: {previous} Correct that and "
+                    f"Two cells in a row failed with the same error: {error} Correct that and "
                     "run the same command again; finished cells are kept."
                 )
-        previous = None if error is None else str(error)
+        previous = None if error is None else (str(error), cell.row.name)
     return failed
 
 

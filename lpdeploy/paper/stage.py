@@ -158,7 +158,9 @@ def _list_missing(cells: Sequence[Cell], output: Path, *, cost: bool, log: Log) 
 def _describe_end(cell: Cell, error: CommandError | None, output: Path) -> str:
     name = cell.row.label
     if cell.seed is not None:
-        name += f", {cell.ratio:.0%}, seed {cell.seed}"
+        # Figure 4 has one run for all ratios.
+        name += f", {cell.ratio:.0%}" if cell.options.get("schedule") != "one-shot" else ""
+        name += f", seed {cell.seed}"
     if error is not None:
         return f"{name}: failed: {error}"
     result = load_cell(output, cell)
