@@ -42,8 +42,13 @@ def identify_source(given: str) -> Source:
         digest = hashlib.sha256()
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path)} {compute_sha256(file)}\n".encode())
-        return Source(given, path.resolve().name, digest.hexdigest())
+        return Source(given, name_path(path), digest.hexdigest())
     return Source(given, given, given)
+
+
+def name_path(path: Path) -> str:
+    """Return the last part of a path, also of ``.``."""
+    return path.name or path.resolve().name
 
 
 @dataclass(frozen=True)
@@ -259,4 +264,4 @@ def _cut_path(word: str) -> str:
     option, mark, value = word.partition("=") if word.startswith("--") else ("", "", word)
     if not value or not Path(value).exists():
         return word
-    return f"{option}{mark}{Path(value).resolve().name}"
+    return f"{option}{mark}{name_path(Path(value))}"

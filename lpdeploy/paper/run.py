@@ -84,6 +84,8 @@ class Commands:
             except BaseException:
                 process.terminate()
                 process.wait()
+                if self.show:  # a bar that is cut short leaves the cursor hidden
+                    sys.stderr.write("\x1b[?25h")
                 raise
             finally:
                 self._live.discard(process)

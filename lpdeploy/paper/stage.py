@@ -18,6 +18,7 @@ from lpdeploy.paper.cells import (
     Study,
     identify_source,
     list_cells,
+    name_path,
     show_words,
 )
 from lpdeploy.paper.document import build_document, list_values
@@ -42,7 +43,7 @@ def build_study(
         ArtifactError: The model cannot be loaded.
     """
     folder = resolve_model(model)
-    name = folder.resolve().name if Path(model).is_dir() else model
+    name = name_path(folder) if Path(model).is_dir() else model
     return Study(
         model=Source(model, name, compute_model_sha256(folder)),
         data=identify_source(data),
