@@ -48,6 +48,8 @@ def draw_document(document: Mapping[str, Any]) -> str | None:
 def _add_legend(figure: Any, panel: Any) -> None:
     """Put it beside the panels, where it hides no point."""
     handles, labels = panel.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + 2, height)
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
 
 
