@@ -22,7 +22,9 @@ ALLOWED = {
     "runtime": BASE | {"models", "data"},
     "export": BASE | {"models", "runtime"},
     "evaluation": BASE | {"models", "data", "runtime"},
-    "benchmark": BASE | {"models", "data", "runtime", "export"},
+    "plotting": set(),
+    "benchmark": BASE | {"models", "data", "runtime", "export", "plotting"},
+    "paper": BASE | {"models", "pruning", "plotting"},
     "demo": BASE | {"models", "data", "runtime", "export", "evaluation", "benchmark", "pruning"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",

@@ -20,6 +20,7 @@ _COMMANDS = (
     "verify",
     "bench",
     "eval",
+    "paper",
     "report",
     "doctor",
     "demo",

@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from lpdeploy.cli.main import main
 from tests.helpers import make_text, make_tiny_model
 
-COMMANDS = ["prune", "compact", "export", "verify", "bench", "eval", "report", "doctor", "demo"]
+COMMANDS = [
+    "prune", "compact", "export", "verify", "bench", "eval", "paper", "report", "doctor", "demo",
+]  # fmt: skip
 SMALL = [
     "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
     "--prune-every", "1", "--round-to", "4", "--device", "cpu",

@@ -1,0 +1,267 @@
+"""What a cell of a table is: which commands make it, and the key it is found again by."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import compute_sha256
+from lpdeploy.errors import LpdeployError
+from lpdeploy.paper.tables import Row, Table
+
+# Each cell has its own values of these, whichever table it is of.
+SET_BY_EVERY_CELL = ("ratio", "seed")
+# One run scores all groups; at which ratio it then prunes does not matter.
+_SIMILARITY_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data or a model that a command reads.
+
+    Attributes:
+        given: What the user gave: a path or a hub name.
+        name: What is shown: the last part of a path, or the hub name.
+        identity: SHA-256 of a file or folder, or the hub name.
+    """
+
+    given: str
+    name: str
+    identity: str
+
+
+def identify_source(given: str) -> Source:
+    """Hash a local file or folder, so that a cell is not mistaken for one of other data."""
+    path = Path(given)
+    if path.is_file():
+        return Source(given, path.name, compute_sha256(path))
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path)} {compute_sha256(file)}\n".encode())
+        return Source(given, name_path(path), digest.hexdigest())
+    return Source(given, given, given)
+
+
+def name_path(path: Path) -> str:
+    """Return the last part of a path, also of ``.``."""
+    return path.name or path.resolve().name
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What each pruned model is measured on; nothing where both are empty.
+
+    Attributes:
+        perplexity: Texts.
+        seq_len: Tokens a segment of them.
+        tasks: Names with commas between them, or None.
+        task_data: Their folder, or None for the hub.
+    """
+
+    perplexity: tuple[Source, ...] = ()
+    seq_len: int = 2048
+    tasks: str | None = None
+    task_data: Source | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.perplexity or self.tasks)
+
+    def identify(self) -> dict[str, Any]:
+        """Return what determines its result, JSON-able and without paths."""
+        return {
+            "perplexity": {s.name: s.identity for s in self.perplexity},
+            "seq_len": self.seq_len if self.perplexity else None,
+            "tasks": self.tasks,
+            "task_data": self.task_data.identity if self.task_data else None,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all cells share.
+
+    Attributes:
+        model: The model that is pruned.
+        data: What it is pruned and fine-tuned with.
+        prune_words: Options of ``prune`` as the user typed them.
+        prune_options: The same, read, with a recipe and the defaults: option -> value.
+        evaluation: What is measured.
+    """
+
+    model: Source
+    data: Source
+    prune_words: tuple[str, ...]
+    prune_options: Mapping[str, Any]
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one row.
+
+    Attributes:
+        row: Its row.
+        ratio: Share of groups to remove; 0 for the unpruned model.
+        seed: None for the unpruned model, which has none.
+        own: Options of ``prune`` that it sets.
+        options: All of its options of ``prune``; empty for the unpruned model.
+        evaluation: What is measured.
+        key: Readable, with a hash of everything that determines the result.
+    """
+
+    row: Row
+    ratio: float
+    seed: int | None
+    own: Mapping[str, Any]
+    options: Mapping[str, Any]
+    evaluation: Evaluation
+    key: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of a table is asked for.
+
+    Attributes:
+        table: The table.
+        rows: Rows of it.
+        ratios: Shares of groups to remove.
+        seeds: How many; 0, 1, ...
+    """
+
+    table: Table
+    rows: tuple[Row, ...]
+    ratios: tuple[float, ...]
+    seeds: int
+
+
+def select(
+    table: Table, *, rows: Sequence[str] = (), ratios: Sequence[float] = (), seeds: int = 3
+) -> Selection:
+    """Choose rows and ratios of a table; all rows and the paper's ratios by default.
+
+    Raises:
+        LpdeployError: It has no such row, or nothing is left to show.
+    """
+    known = {row.name: row for row in table.rows}
+    for name in rows:
+        if name not in known:
+            raise LpdeployError(
+                f"{table.heading} has no row '{name}'. Choose from {', '.join(known)}."
+            )
+    chosen = tuple(row for row in table.rows if not rows or row.name in rows)
+    if table.kind == "similarity" and len(chosen) < 2:
+        raise LpdeployError(f"{table.heading} compares two rows. Leave --rows out.")
+    return Selection(table, chosen, tuple(ratios) or table.ratios, seeds)
+
+
+def list_cells(selection: Selection, study: Study) -> list[Cell]:
+    """List the cells in the order in which they run: all rows of seed 0 first, the rows in turn.
+
+    Raises:
+        LpdeployError: A row multiplies the steps, and the options of ``prune`` give none.
+    """
+    table = selection.table
+    dense = [_build_dense(row, study) for row in selection.rows if row.dense]
+    pruned = [row for row in selection.rows if not row.dense]
+    if any(row.step_factor is not None for row in pruned) and not study.prune_options.get("steps"):
+        raise LpdeployError(
+            f"{table.heading} varies the steps, so it needs to know them. "
+            "Give --steps N among the options of prune, after '--'."
+        )
+    ratios = (_SIMILARITY_RATIO,) if table.kind == "similarity" else selection.ratios
+    return dense + [
+        build_cell(row, study, ratio=ratio, seed=seed, measured=table.kind != "similarity")
+        for seed in range(selection.seeds)
+        for ratio in ratios
+        for row in pruned
+    ]
+
+
+def build_cell(row: Row, study: Study, *, ratio: float, seed: int, measured: bool = True) -> Cell:
+    """Return one cell of a row; ``measured`` says whether its model is evaluated."""
+    own = dict(row.options)
+    if row.step_factor is not None:
+        own["steps"] = max(1, round(row.step_factor * study.prune_options["steps"]))
+    own |= {"ratio": ratio, "seed": seed}
+    options = {**study.prune_options, **own}
+    schedule = options.get("schedule", "joint")
+    parts = [options.get("criterion", "lora"), *([] if schedule == "joint" else [schedule])]
+    evaluation = study.evaluation if measured else Evaluation()
+    key = _compute_key(
+        [*parts, f"{ratio:g}", f"seed{seed}"], study, options=options, evaluation=evaluation
+    )
+    return Cell(row, ratio, seed, own, options, evaluation, key)
+
+
+def _build_dense(row: Row, study: Study) -> Cell:
+    # What the unpruned model scores depends on no option of prune but the device.
+    device = study.prune_options.get("device", "auto")
+    options = {"device": device}
+    key = _compute_key(["dense"], study, options=options, evaluation=study.evaluation)
+    return Cell(row, 0.0, None, {}, {}, study.evaluation, key)
+
+
+def _compute_key(
+    parts: Sequence[str], study: Study, *, options: Mapping[str, Any], evaluation: Evaluation
+) -> str:
+    identity = {
+        "model": study.model.identity,
+        "data": study.data.identity if len(options) > 1 else None,
+        # An option that is None was not given: a later version that knows one more option finds
+        # the cells of this one.
+        "options": {name: value for name, value in options.items() if value is not None},
+        "evaluation": evaluation.identify() if evaluation else None,
+    }
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return "-".join([*parts, hashlib.sha256(text.encode()).hexdigest()[:10]])
+
+
+def list_prune_words(cell: Cell, study: Study, *, run: Path) -> list[str]:
+    """Return the words of a cell's ``prune`` command."""
+    words = ["prune", study.model.given, "--data", study.data.given, "--output", str(run)]
+    return [*words, *study.prune_words, *_list_options(cell.own)]
+
+
+def list_eval_words(cell: Cell, study: Study, *, target: str) -> list[str]:
+    """Return the words of a cell's ``eval`` command."""
+    evaluation = cell.evaluation
+    words = ["eval", target]
+    if evaluation.perplexity:
+        words += [w for s in evaluation.perplexity for w in ("--perplexity", s.given)]
+        words += ["--seq-len", str(evaluation.seq_len)]
+    if evaluation.tasks:
+        words += ["--tasks", evaluation.tasks]
+    if evaluation.task_data:
+        words += ["--task-data", evaluation.task_data.given]
+    device = study.prune_options.get("device", "auto")
+    return [*words, *([] if device == "auto" else ["--device", device])]
+
+
+def _list_options(options: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def show_command(words: Iterable[str]) -> str:
+    """Write a command for readers, each path cut to its last part."""
+    return shlex.join(["lpdeploy", *show_words(words)])
+
+
+def show_words(words: Iterable[str]) -> list[str]:
+    """Cut each word that is a path, or an option with one, to its last part."""
+    return [_cut_path(word) for word in words]
+
+
+def _cut_path(word: str) -> str:
+    option, mark, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if not value or not Path(value).exists():
+        return word
+    return f"{option}{mark}{name_path(Path(value))}"

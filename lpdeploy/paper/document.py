@@ -1,0 +1,265 @@
+"""From cells to the JSON of a table: means and spreads over seeds, the best, the paper's."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.paper.cells import Cell, Selection, Study
+from lpdeploy.paper.run import CELLS
+from lpdeploy.paper.similarity import compute_mask_similarity
+from lpdeploy.paper.tables import NORMALIZED_TASKS, Table
+
+_KINDS = {"heads": "attention (heads)", "channels": "FFN (channels)"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A value of every row.
+
+    Attributes:
+        name: Its key in a row's values.
+        unit: ``perplexity``, ``share`` (shown in percent), ``s``, ``ms``, ``bytes`` or empty.
+        better: ``lower``, ``higher``, or empty where neither is.
+    """
+
+    name: str
+    unit: str
+    better: str
+
+
+_COST_COLUMNS = (
+    Column("s/iter", "s", "lower"),
+    Column("scoring", "ms", "lower"),
+    Column("scoring share", "share", "lower"),
+    Column("peak memory", "bytes", "lower"),
+    Column("total time", "s", "lower"),
+)
+_SIMILARITY_COLUMNS = (
+    Column("agreement", "share", ""),
+    Column("random agreement", "share", ""),
+    Column("Jaccard", "", ""),
+    Column("random Jaccard", "", ""),
+)
+
+
+def list_columns(table: Table, study: Study) -> list[Column]:
+    """List what is measured of each row."""
+    if table.kind == "similarity":
+        return list(_SIMILARITY_COLUMNS)
+    columns = list(_COST_COLUMNS) if table.kind == "cost" else []
+    evaluation = study.evaluation
+    columns += [Column(source.name, "perplexity", "lower") for source in evaluation.perplexity]
+    if evaluation.tasks:
+        names = [name.strip() for name in evaluation.tasks.split(",")]
+        columns += [Column(name, "share", "higher") for name in [*names, "average"]]
+    return columns
+
+
+def list_values(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return everything that a finished cell measured, by column."""
+    values: dict[str, float] = {}
+    if "prune" in result:
+        values["removed"] = result["prune"]["achieved"]["parameters"]
+        values["peak memory"] = result["prune"]["peak_bytes"]
+        values["total time"] = result["prune"]["seconds"]
+    training = result.get("training", {})
+    if "step_seconds" in training:
+        values["s/iter"] = training["step_seconds"]
+        values["scoring"] = 1000 * training["scoring_seconds"]
+        values["scoring share"] = training["scoring_share"]
+    measured = result.get("eval", {})
+    for name, text in measured.get("perplexity", {}).items():
+        values[name] = text["perplexity"]
+    for name, task in measured.get("tasks", {}).items():
+        value = task.get("acc_norm") if name in NORMALIZED_TASKS else None
+        value = task.get("acc") if value is None else value
+        if value is not None:
+            values[name] = value
+    if measured.get("average") is not None:
+        values["average"] = measured["average"]
+    return values
+
+
+def summarise(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Return mean and sample standard deviation; the latter is None of a single value."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "spread": spread, "n": len(values)}
+
+
+def build_document(
+    selection: Selection,
+    study: Study,
+    cells: Sequence[Cell],
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    command: str,
+    folder: Path,
+    failed: Mapping[str, str],
+) -> dict[str, Any]:
+    """Put the cells that are done into a table.
+
+    Args:
+        selection: Which part of which table.
+        study: What the cells share.
+        cells: All that the table has.
+        results: Key -> what ``cells/KEY.json`` holds, of those that are done.
+        command: That makes this table.
+        folder: The output folder, for the scores of Figure 4.
+        failed: Key -> error.
+
+    Returns:
+        What ``table-7.json`` holds.
+    """
+    table = selection.table
+    if table.kind == "similarity":
+        rows = _build_similarity_rows(selection, cells, results, folder=folder)
+    else:
+        rows = _build_rows(selection, cells, results)
+    keys = {cell.key for cell in cells}  # two rows may be the same run
+    columns = list_columns(table, study)
+    _mark_best(rows, columns)
+    if table.kind == "cost":
+        _relate(rows, selection.rows[0].name)
+    machines = {
+        str([result["machine"].get(key) for key in ("cpu", "gpu", "versions")])
+        for result in results.values()
+    }
+    latest = max(results.values(), key=lambda r: r["date"]) if results else None
+    return {
+        "table": table.name,
+        "heading": table.heading,
+        "title": table.title,
+        "about": table.about,
+        "kind": table.kind,
+        "axis": table.axis,
+        "model": study.model.name,
+        "data": study.data.name,
+        "command": command,
+        "seeds": selection.seeds,
+        "columns": [asdict(column) for column in columns],
+        "rows": rows,
+        "cells": len(keys),
+        "missing": len(keys) - len(results),
+        "failed": _describe_failed(cells, failed),
+        "machines": len(machines),
+        "machine": latest["machine"] if latest else None,
+    }
+
+
+def _build_rows(
+    selection: Selection, cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    rows = []
+    for ratio in dict.fromkeys(cell.ratio for cell in cells):
+        for row in selection.rows:
+            own = [cell for cell in cells if cell.row is row and cell.ratio == ratio]
+            if not own:
+                continue
+            done = [list_values(results[cell.key]) for cell in own if cell.key in results]
+            rows.append(
+                {
+                    "name": row.name,
+                    "label": row.label,
+                    "ratio": ratio,
+                    "place": row.place,
+                    "panel": row.panel,
+                    "seeds": len(done),
+                    "values": _summarise_columns(done),
+                    "paper": dict(selection.table.get_paper(ratio, row.name)),
+                    "cells": [cell.key for cell in own],
+                }
+            )
+    return rows
+
+
+def _summarise_columns(done: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for values in done for name in values)
+    return {name: summarise([v[name] for v in done if name in v]) for name in names}
+
+
+def _mark_best(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    """Mark the best mean of each column among the rows of a ratio, where several can be compared.
+
+    Rows of another panel vary something else and are compared among themselves.
+    """
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["ratio"], row.get("panel")), []).append(row)
+    for family in groups.values():
+        for column in columns:
+            found = [r["values"][column.name] for r in family if column.name in r["values"]]
+            if column.better and len(found) > 1:
+                choose = min if column.better == "lower" else max
+                best = choose(value["mean"] for value in found)
+                for value in found:
+                    value["best"] = value["mean"] == best
+
+
+def _relate(rows: Sequence[Mapping[str, Any]], first: str) -> None:
+    """Add to each value what it is of the first row's at the same ratio."""
+    for row in rows:
+        base = next(r for r in rows if r["name"] == first and r["ratio"] == row["ratio"])
+        for name, value in row["values"].items():
+            if base["values"].get(name, {}).get("mean"):
+                value["relative"] = value["mean"] / base["values"][name]["mean"]
+
+
+def _build_similarity_rows(
+    selection: Selection,
+    cells: Sequence[Cell],
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    pairs = []
+    for seed in range(selection.seeds):
+        own = [cell for cell in cells if cell.seed == seed and cell.key in results]
+        if len(own) == 2:
+            paths = [folder / CELLS / f"{cell.key}.importance.safetensors" for cell in own]
+            pairs.append([load_file(path) for path in paths])
+    return [
+        {
+            "name": kind,
+            "label": label,
+            "ratio": ratio,
+            "seeds": len(pairs),
+            "values": _compare(pairs, kind, ratio),
+            "paper": {},
+        }
+        for ratio in selection.ratios
+        for kind, label in _KINDS.items()
+    ]
+
+
+def _compare(pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: float) -> dict:
+    """Summarise over layers and seeds; a layer that loses no group at this ratio is left out."""
+    compared = [
+        similarity
+        for first, second in pairs
+        for name in first
+        if name.endswith(kind)
+        and (similarity := compute_mask_similarity(first[name], second[name], ratio=ratio))
+    ]
+    return _summarise_columns(
+        [
+            {
+                "agreement": similarity.agreement,
+                "random agreement": similarity.random_agreement,
+                "Jaccard": similarity.jaccard,
+                "random Jaccard": similarity.random_jaccard,
+            }
+            for similarity in compared
+        ]
+    )
+
+
+def _describe_failed(cells: Sequence[Cell], failed: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"row": cell.row.label, "ratio": cell.ratio, "seed": cell.seed, "error": failed[cell.key]}
+        for cell in cells
+        if cell.key in failed
+    ]

@@ -1,0 +1,150 @@
+"""A table's JSON as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
+_PAPER_UNITS = {
+    "WikiText2": "perplexity",
+    "PTB": "perplexity",
+    "s/iter": "s",
+    "peak memory": "bytes",
+    "total time": "s",
+}
+
+
+def render_markdown(document: Mapping[str, Any]) -> str:
+    """Write a table for people: mean and spread, the best in bold, the paper's figures beside.
+
+    Args:
+        document: What ``table-7.json`` holds.
+
+    Returns:
+        Markdown.
+    """
+    columns = document["columns"]
+    paper = _list_paper_columns(document)
+    header = [
+        "pruned",
+        _name_rows(document),
+        *(f"{_cut(c['name'])}{_show_unit(c)}{_ARROWS[c['better']]}" for c in columns),
+        *([] if document["kind"] == "similarity" else ["parameters"]),
+        "seeds",
+        *(
+            f"paper: {name}{_show_unit({'unit': _PAPER_UNITS.get(name, 'share')})}"
+            for name in paper
+        ),
+    ]
+    lines = [header, ["---"] * len(header)]
+    lines += [_render_row(row, columns, paper, kind=document["kind"]) for row in document["rows"]]
+    return "\n".join(
+        [
+            f"# {document['heading']}: {document['title']}",
+            "",
+            document["about"],
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            *_list_notes(document, has_paper=bool(paper)),
+        ]
+    )
+
+
+def _name_rows(document: Mapping[str, Any]) -> str:
+    if document["kind"] == "similarity":
+        return "groups"
+    return "method" if all(row["place"] is None for row in document["rows"]) else "setting"
+
+
+def _list_paper_columns(document: Mapping[str, Any]) -> list[str]:
+    """List the paper's columns: its own texts and costs, and the tasks that were asked for."""
+    asked = {column["name"] for column in document["columns"]} | {"average"}
+    found = dict.fromkeys(name for row in document["rows"] for name in row["paper"])
+    return [name for name in found if name in _PAPER_UNITS or name in asked]
+
+
+def _render_row(
+    row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]], paper: Sequence[str], *, kind: str
+) -> list[str]:
+    own = [_show_value(row["values"].get(c["name"]), c["unit"]) for c in columns]
+    if kind != "similarity":
+        removed = row["values"].get("removed")
+        own.append(f"-{removed['mean']:.1%}" if removed else "")
+    printed = [
+        _show_number(row["paper"][name], _PAPER_UNITS.get(name, "share"))
+        if name in row["paper"]
+        else ""
+        for name in paper
+    ]
+    return [f"{row['ratio']:.0%}", _cut(row["label"]), *own, str(row["seeds"]), *printed]
+
+
+def _show_value(value: Mapping[str, Any] | None, unit: str) -> str:
+    if value is None:
+        return ""
+    text = _show_number(value["mean"], unit)
+    if value["spread"] is not None:
+        text += f" ± {_show_number(value['spread'], unit)}"
+    if value.get("best"):
+        text = f"**{text}**"
+    if "relative" in value:
+        text += f" ({value['relative'] - 1:+.1%})"
+    return text
+
+
+def _show_number(number: float, unit: str) -> str:
+    match unit:
+        case "perplexity":
+            return f"{number:.2f}"
+        case "share":
+            return f"{100 * number:.2f}"
+        case "bytes":
+            return f"{number / 1e9:.2f}"
+        case "s" | "ms":
+            return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    return f"{number:.3f}"
+
+
+def _show_unit(column: Mapping[str, Any]) -> str:
+    return {"share": ", %", "bytes": ", GB", "s": ", s", "ms": ", ms"}.get(column["unit"], "")
+
+
+def _cut(text: str) -> str:
+    """Keep a name from ending a column."""
+    return text.replace("|", "\\|")
+
+
+def _list_notes(document: Mapping[str, Any], *, has_paper: bool) -> list[str]:
+    over = "layers and seeds" if document["kind"] == "similarity" else "seeds"
+    spread = f"Mean ± sample standard deviation over {over}."
+    notes = [f"Model {document['model']}, data {document['data']}. {spread}"]
+    if any(c["better"] for c in document["columns"]):
+        notes[0] += " The best of each ratio is bold."
+    if document["kind"] == "cost":
+        notes[0] += " In brackets: against the first row."
+    if any(c["name"] == "average" for c in document["columns"]):
+        notes[0] += " Accuracies in percent, normalised by length where the paper's average is."
+    if has_paper:
+        notes[0] += " The paper's figures are for LLaMA-7B."
+    if document["missing"]:
+        notes.append(f"{document['missing']} of {document['cells']} cells are missing.")
+    for failure in document["failed"]:
+        seed = "" if failure["seed"] is None else f", seed {failure['seed']}"
+        notes.append(f"Failed: {failure['row']}, {failure['ratio']:.0%}{seed}: {failure['error']}")
+    notes.append(f"`{document['command']}`")
+    if document["machine"]:
+        notes.append(describe_machine_line(document["machine"]))
+    if document["machines"] > 1:
+        notes.append(f"Cells come from {document['machines']} machines or sets of versions.")
+    return [*"\n\n".join(notes).split("\n"), ""]
+
+
+def describe_machine_line(machine: Mapping[str, Any]) -> str:
+    """Say on what, with what and when the last cell was made."""
+    versions = ", ".join(
+        f"{name} {machine['versions'][name]}"
+        for name in ("lpdeploy", "torch", "transformers")
+        if name in machine["versions"]
+    )
+    threads = f", {machine['threads']} threads" if machine["threads"] else ""
+    return f"{machine['gpu'] or machine['cpu']}{threads}, {versions}, {machine['date'][:10]}."

@@ -1,0 +1,333 @@
+"""Running cells: each command a process of its own, each result a file that is never made twice.
+
+A cell that fails leaves the others to run: the next cell follows, and it is tried again when the
+table is run again. Two of different rows in a row that fail with the same sentence stop the table,
+since then something is wrong that all cells share.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import describe_machine, load_json, save_json
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.paper.cells import (
+    Cell,
+    Study,
+    list_eval_words,
+    list_prune_words,
+    show_command,
+)
+from lpdeploy.pruning.checkpoint import CHECKPOINT
+
+CELLS, WORK = "cells", "work"
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_TAIL_BYTES = 1 << 14
+
+
+class CommandError(LpdeployError):
+    """A command of a cell that did not end well.
+
+    Attributes:
+        killed: It was stopped from outside, so its checkpoint can be gone on from.
+    """
+
+    def __init__(self, message: str, *, killed: bool) -> None:
+        super().__init__(message)
+        self.killed = killed
+
+
+@dataclass
+class Commands:
+    """Runs lpdeploy commands as processes, and can stop those that run.
+
+    Attributes:
+        show: Pass their stderr, progress bars and all, on to ours.
+    """
+
+    show: bool = False
+    _live: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    _stopped: bool = False
+
+    def call(self, words: Sequence[str]) -> dict[str, Any]:
+        """Run one command and return the JSON on the last line of its stdout.
+
+        Raises:
+            CommandError: It failed or was stopped; the message is its last line on stderr.
+        """
+        if self._stopped:
+            raise CommandError("stopped", killed=True)
+        # rich draws no bars into a pipe unless it is told that a terminal is behind it.
+        environment = {**os.environ, **({"FORCE_COLOR": "1"} if self.show else {})}
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "lpdeploy", *words, "--json"],
+                stdout=output,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+            self._live.add(process)
+            try:
+                last = self._read_stderr(process)
+                code = process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                if self.show:  # a bar that is cut short leaves the cursor hidden
+                    sys.stderr.write("\x1b[?25h")
+                raise
+            finally:
+                self._live.discard(process)
+            if code:
+                killed = code < 0 or last == "Aborted!"
+                raise CommandError(last or f"exit code {code}", killed=killed)
+            output.seek(0)
+            return json.loads(output.read().decode().splitlines()[-1])
+
+    def _read_stderr(self, process: subprocess.Popen[bytes]) -> str:
+        """Read to the end; return the last line that says something."""
+        tail = b""
+        assert process.stderr is not None
+        with process.stderr as stream:
+            while chunk := os.read(stream.fileno(), 4096):
+                tail = (tail + chunk)[-_TAIL_BYTES:]
+                if self.show:
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.buffer.flush()
+        text = _ESCAPES.sub("", tail.decode(errors="replace")).replace("\r", "\n")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1].removeprefix("Error: ") if lines else ""
+
+    def stop(self) -> None:
+        """End the processes that run, and start no more."""
+        self._stopped = True
+        for process in list(self._live):
+            process.terminate()
+
+
+def load_cell(folder: Path, cell: Cell, *, undisturbed: bool = False) -> dict[str, Any] | None:
+    """Return a cell that is done, else None.
+
+    Args:
+        folder: The output folder.
+        cell: Which.
+        undisturbed: Only where nothing ran beside it and it was not interrupted, so that its
+            times can be trusted.
+    """
+    path = folder / CELLS / f"{cell.key}.json"
+    if not path.is_file():
+        return None
+    result = load_json(path, fix="Delete it, and it is made again.")
+    return None if undisturbed and not result["undisturbed"] else result
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    commands: Commands,
+    fresh: bool = False,
+    on_cell: Callable[[Cell, CommandError | None], None] = lambda *_: None,
+) -> dict[str, str]:
+    """Run cells in their order, ``jobs`` of them side by side.
+
+    Args:
+        cells: Those to run.
+        study: What they share.
+        folder: The output folder.
+        jobs: Cells at a time.
+        commands: What runs their commands.
+        fresh: Begin a cell that was killed anew, so that its times are of one piece.
+        on_cell: Is told of each cell that ends, in their order, and why where it failed.
+
+    Returns:
+        Keys of the cells that failed, with their last line on stderr.
+
+    Raises:
+        LpdeployError: Two cells of different rows in a row failed with the same sentence.
+    """
+    run = functools.partial(
+        run_cell, study=study, folder=folder, commands=commands, alone=jobs == 1, fresh=fresh
+    )
+    failed: dict[str, str] = {}
+    previous: tuple[str, str] | None = None
+    for cell, error in _run_in_order(cells, run, jobs=jobs, commands=commands):
+        on_cell(cell, error)
+        if error is not None:
+            failed[cell.key] = str(error)
+            if previous and previous[0] == str(error) and previous[1] != cell.row.name:
+                raise LpdeployError(
+                    f"Two cells in a row failed with the same error: {error} Correct that and "
+                    "run the same command again; finished cells are kept."
+                )
+        previous = None if error is None else (str(error), cell.row.name)
+    return failed
+
+
+def _run_in_order(
+    cells: Sequence[Cell], run: Callable[[Cell], None], *, jobs: int, commands: Commands
+) -> Iterator[tuple[Cell, CommandError | None]]:
+    """Yield each cell that has ended, with its error."""
+    if jobs == 1:  # nothing of ours may run beside a cell whose time counts
+        for cell in cells:
+            yield cell, _catch(run, cell)
+        return
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        try:
+            futures = [pool.submit(_catch, run, cell) for cell in cells]
+            for cell, future in zip(cells, futures, strict=True):
+                yield cell, future.result()
+        finally:  # also where the caller stops listening
+            commands.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _catch(run: Callable[[Cell], None], cell: Cell) -> CommandError | None:
+    try:
+        run(cell)
+    except CommandError as error:
+        return error
+    return None
+
+
+def run_cell(
+    cell: Cell,
+    *,
+    study: Study,
+    folder: Path,
+    commands: Commands,
+    alone: bool = True,
+    fresh: bool = False,
+) -> None:
+    """Prune, compact and evaluate, and write ``cells/KEY.json``; the weights are deleted after.
+
+    A cell that was killed goes on where it stopped: from the checkpoint of its prune, or after
+    the prune. One that failed leaves nothing.
+
+    Args:
+        cell: Which.
+        study: What all cells share.
+        folder: The output folder.
+        commands: What runs its commands.
+        alone: Nothing runs beside it, so that its times can be trusted.
+        fresh: Begin anew also where it was killed.
+
+    Raises:
+        CommandError: A command failed.
+    """
+    work = folder / WORK / cell.key
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        result = _run_dense(cell, study, commands) if cell.row.dense else {}
+        if not cell.row.dense:
+            result = _run_pruned(cell, study, work, commands)
+            shutil.copyfile(
+                work / "run" / "importance.safetensors",
+                folder / CELLS / f"{cell.key}.importance.safetensors",
+            )
+    except CommandError as error:
+        if not error.killed:
+            shutil.rmtree(work)
+        raise
+    result["undisturbed"] = alone and not result.pop("interrupted", False)
+    save_json(folder / CELLS / f"{cell.key}.json", _describe(cell, study) | result)
+    shutil.rmtree(work)
+
+
+def _describe(cell: Cell, study: Study) -> dict[str, Any]:
+    machine = {k: v for k, v in describe_machine().items() if k != "command"}
+    return {
+        "key": cell.key,
+        "model": {"name": study.model.name, "sha256": study.model.identity},
+        "data": {"name": study.data.name, "identity": study.data.identity},
+        "ratio": cell.ratio,
+        "seed": cell.seed,
+        "options": dict(cell.options),
+        "evaluation": cell.evaluation.identify(),
+        "machine": machine,
+        "date": machine["date"],
+    }
+
+
+def _run_dense(cell: Cell, study: Study, commands: Commands) -> dict[str, Any]:
+    words = list_eval_words(cell, study, target=study.model.given)
+    measured = commands.call(words)
+    return {"commands": [show_command(words)], "eval": _name_sources(measured, cell)}
+
+
+def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dict[str, Any]:
+    run, done = work / "run", work / "prune.json"
+    prune_words = list_prune_words(cell, study, run=run)
+    if not done.is_file():
+        resume = (run / CHECKPOINT).is_file()
+        pruned = commands.call([*prune_words, "--resume" if resume else "--overwrite"])
+        pruned = {**pruned, "run": run.name}
+        save_json(done, {"prune": pruned, "interrupted": resume})
+    result: dict[str, Any] = load_json(done, fix="Delete it.")
+    result["commands"] = [show_command(prune_words)]
+    result["training"] = summarise_log(run / "log.jsonl")
+    if cell.evaluation:
+        compact_words = ["compact", str(run)]
+        compacted = commands.call([*compact_words, "--overwrite"])
+        eval_words = list_eval_words(cell, study, target=str(run))
+        result["compact"] = {k: v for k, v in compacted.items() if k != "model"}
+        result["eval"] = _name_sources(commands.call(eval_words), cell)
+        result["commands"] += [show_command(compact_words), show_command(eval_words)]
+    return result
+
+
+def _name_sources(measured: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """Call texts by the name that is shown instead of by their path."""
+    names = {source.given: source.name for source in cell.evaluation.perplexity}
+    kept = {k: v for k, v in measured.items() if k not in ("model", "perplexity")}
+    texts = measured.get("perplexity", {})
+    return {"perplexity": {names[given]: value for given, value in texts.items()}} | kept
+
+
+def summarise_log(path: Path) -> dict[str, float]:
+    """Return medians over the scored steps of a run but the first, which also warms up.
+
+    Returns:
+        ``steps``, and where such steps are there ``step_seconds``, ``scoring_seconds`` and
+        ``scoring_share``. Steps before groups go and after are in one median.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    scored = [line for line in lines if line["step"] > 1 and line["scoring_seconds"] > 0]
+    summary: dict[str, float] = {"steps": sum(line["step"] > 0 for line in lines)}
+    if scored:
+        summary |= {
+            "step_seconds": statistics.median(s["seconds"] for s in scored),
+            "scoring_seconds": statistics.median(s["scoring_seconds"] for s in scored),
+            "scoring_share": statistics.median(s["scoring_seconds"] / s["seconds"] for s in scored),
+        }
+    return summary
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises:
+        ArtifactError: It is not empty and has no ``cells``.
+    """
+    if folder.is_dir() and not (folder / CELLS).is_dir():
+        present = sorted(path.name for path in folder.iterdir())
+        if present:
+            raise ArtifactError(
+                f"'{folder}' holds {present[0]}, and no cells of tables. "
+                "Use an empty or a new --output, or one that 'lpdeploy paper' wrote."
+            )

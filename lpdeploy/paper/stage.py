@@ -1,0 +1,212 @@
+"""A table of the paper on one's own model: run what is missing, write JSON, Markdown and a plot."""
+
+import fcntl
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import atomic_file, save_json
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.models.loading import compute_model_sha256, resolve_model
+from lpdeploy.paper.cells import (
+    Cell,
+    Evaluation,
+    Selection,
+    Source,
+    Study,
+    identify_source,
+    list_cells,
+    name_path,
+    show_words,
+)
+from lpdeploy.paper.document import build_document, list_values
+from lpdeploy.paper.plot import draw_document
+from lpdeploy.paper.render import render_markdown
+from lpdeploy.paper.run import CELLS, CommandError, Commands, check_output, load_cell, run_cells
+
+Log = Callable[[str], None]
+
+
+def build_study(
+    model: str,
+    *,
+    data: str,
+    prune_words: Sequence[str],
+    prune_options: Mapping[str, Any],
+    evaluation: Evaluation,
+) -> Study:
+    """Hash model and data, so that cells are found again for the same ones only.
+
+    Raises:
+        ArtifactError: The model cannot be loaded.
+    """
+    folder = resolve_model(model)
+    name = name_path(folder) if Path(model).is_dir() else model
+    return Study(
+        model=Source(model, name, compute_model_sha256(folder)),
+        data=identify_source(data),
+        prune_words=tuple(prune_words),
+        prune_options=prune_options,
+        evaluation=evaluation,
+    )
+
+
+def build_evaluation(
+    perplexity: Sequence[str], *, seq_len: int, tasks: str | None, task_data: str | None
+) -> Evaluation:
+    """Identify the texts and tasks that cells are measured on.
+
+    Raises:
+        LpdeployError: Two texts would have the same name in the table.
+    """
+    texts = tuple(identify_source(given) for given in perplexity)
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
+    folder = identify_source(task_data) if task_data else None
+    return Evaluation(texts, seq_len, tasks, folder)
+
+
+def run_paper(
+    selection: Selection,
+    study: Study,
+    output: Path,
+    *,
+    jobs: int = 1,
+    render_only: bool = False,
+    show_progress: bool = False,
+    log: Log = lambda _: None,
+) -> dict[str, Any]:
+    """Run the cells of a table that are not there yet, and write it after each of them.
+
+    Args:
+        selection: Which part of which table.
+        study: Model, data and options.
+        output: Folder of ``cells/`` and of ``table-7.json``, ``.md`` and ``.svg``. Tables that
+            are written to one folder share their cells.
+        jobs: Cells at a time.
+        render_only: Run nothing.
+        show_progress: Let the progress bars of the commands through.
+        log: Is told what runs.
+
+    Returns:
+        What the table's JSON holds.
+
+    Raises:
+        LpdeployError: There is nothing to show, something cannot be used, or all cells fail.
+    """
+    table = selection.table
+    _check_asked(selection, study, jobs=jobs)
+    check_output(output)
+    cells = list_cells(selection, study)
+    cost = table.kind == "cost"
+    command = describe_command(selection, study)
+
+    def write(failed: Mapping[str, str]) -> dict[str, Any]:
+        results = {c.key: r for c in cells if (r := load_cell(output, c, undisturbed=cost))}
+        document = build_document(
+            selection, study, cells, results, command=command, folder=output, failed=failed
+        )
+        return _save(output / table.file_stem, document)
+
+    if render_only:
+        document = write({})
+        if document["missing"] == document["cells"]:
+            raise ArtifactError(f"'{output}' holds no cell of this table. Leave --render-only out.")
+        return document
+    with _lock(output):
+        todo = _list_missing(cells, output, cost=cost, log=log)
+        failed: dict[str, str] = {}
+
+        def on_cell(cell: Cell, error: CommandError | None) -> None:
+            if error is not None:
+                failed[cell.key] = str(error)
+            log(_describe_end(cell, error, output))
+            write(failed)
+
+        run_cells(
+            todo, study, output, jobs=jobs, fresh=cost, commands=Commands(show=show_progress),
+            on_cell=on_cell,
+        )  # fmt: skip
+        return write(failed)
+
+
+def _check_asked(selection: Selection, study: Study, *, jobs: int) -> None:
+    table = selection.table
+    if table.kind == "quality" and not study.evaluation:
+        raise LpdeployError(
+            f"{table.heading} has nothing to show. Give --perplexity SOURCE, --tasks NAMES or both."
+        )
+    if table.kind == "cost" and jobs > 1:
+        raise LpdeployError(
+            f"--jobs {jobs}: {table.heading} measures time and memory, which cells that run side "
+            "by side disturb. Leave --jobs out."
+        )
+
+
+def _list_missing(cells: Sequence[Cell], output: Path, *, cost: bool, log: Log) -> list[Cell]:
+    """List what must run, each key once: two rows may be the same run."""
+    (output / CELLS).mkdir(parents=True, exist_ok=True)
+    missing = {c.key: c for c in cells if load_cell(output, c, undisturbed=cost) is None}
+    keys = {cell.key for cell in cells}
+    log(f"{len(keys) - len(missing)} of {len(keys)} cells are there, {len(missing)} to run")
+    return list(missing.values())
+
+
+def _describe_end(cell: Cell, error: CommandError | None, output: Path) -> str:
+    name = cell.row.label
+    if cell.seed is not None:
+        # Figure 4 has one run for all ratios.
+        name += f", {cell.ratio:.0%}" if cell.options.get("schedule") != "one-shot" else ""
+        name += f", seed {cell.seed}"
+    if error is not None:
+        return f"{name}: failed: {error}"
+    result = load_cell(output, cell)
+    values = list_values(result) if result else {}
+    shown = [f"{s.name} {values[s.name]:.2f}" for s in cell.evaluation.perplexity]
+    shown += [f"average {values['average']:.2%}"] if "average" in values else []
+    return f"{name}: {', '.join(shown) or 'done'}"
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Let one process at a time run cells in a folder; the system unlocks it when that ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"Another 'lpdeploy paper' runs in '{output}'. Wait, or use another --output."
+            ) from None
+        yield
+
+
+def _save(stem: Path, document: dict[str, Any]) -> dict[str, Any]:
+    save_json(stem.with_suffix(".json"), document)
+    texts = {".md": render_markdown(document), ".svg": draw_document(document)}
+    for suffix, text in texts.items():
+        if text is not None:
+            with atomic_file(stem.with_suffix(suffix)) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return document
+
+
+def describe_command(selection: Selection, study: Study) -> str:
+    """Write the command that makes a table, each path cut to its last part."""
+    evaluation, table = study.evaluation, selection.table
+    words = ["paper", table.name, study.model.name, "--data", study.data.name, "--output", "DIR"]
+    if evaluation and table.kind != "similarity":
+        words += [w for text in evaluation.perplexity for w in ("--perplexity", text.name)]
+        words += ["--eval-seq-len", str(evaluation.seq_len)] if evaluation.perplexity else []
+        words += ["--tasks", evaluation.tasks] if evaluation.tasks else []
+        words += ["--task-data", evaluation.task_data.name] if evaluation.task_data else []
+    words += ["--seeds", str(selection.seeds)]
+    words += ["--ratios", ",".join(f"{ratio:g}" for ratio in selection.ratios)]
+    if selection.rows != table.rows:
+        words += ["--rows", ",".join(row.name for row in selection.rows)]
+    words += ["--", *show_words(study.prune_words)] if study.prune_words else []
+    return shlex.join(["lpdeploy", *words])

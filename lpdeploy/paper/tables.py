@@ -1,0 +1,222 @@
+"""The paper's tables and figures as data: their rows, and what is measured of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lpdeploy.paper.figures import FIGURES
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: what it is called, and the options of ``prune`` that make it.
+
+    Attributes:
+        name: What ``--rows`` takes.
+        label: What a reader sees.
+        options: Options of ``prune`` that this row sets, beside the ratio and the seed.
+        step_factor: The steps are this times what the user gives; None leaves them alone.
+        dense: The unpruned model; nothing is pruned.
+        place: Where it stands on the axis of a plot over rows.
+        panel: Which plot it belongs to, where a figure has several.
+    """
+
+    name: str
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    step_factor: float | None = None
+    dense: bool = False
+    place: float | None = None
+    panel: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure of the paper.
+
+    Attributes:
+        name: ``2`` or ``figure-4``.
+        title: One line.
+        about: What the paper measured, and what is different here.
+        rows: In the order in which they run and are shown.
+        ratios: Default shares of groups to remove.
+        kind: ``quality`` (perplexity, tasks), ``cost`` (time and memory, relative to the first
+            row) or ``similarity`` (masks of two rows).
+        axis: What ``place`` of a row is, for plots over rows.
+    """
+
+    name: str
+    title: str
+    about: str
+    rows: tuple[Row, ...]
+    ratios: tuple[float, ...]
+    kind: str = "quality"
+    axis: str = ""
+
+    @property
+    def file_stem(self) -> str:
+        """``table-7`` or ``figure-4``."""
+        return self.name if self.name.startswith("figure-") else f"table-{self.name}"
+
+    @property
+    def heading(self) -> str:
+        """``Table 7`` or ``Figure 4``."""
+        return self.file_stem.replace("-", " ").capitalize()
+
+    @property
+    def own_options(self) -> set[str]:
+        """Options of ``prune`` that some row sets."""
+        return {name for row in self.rows for name in row.options}
+
+    @property
+    def scales_steps(self) -> bool:
+        """Whether a row multiplies the user's steps."""
+        return any(row.step_factor is not None for row in self.rows)
+
+    def get_paper(self, ratio: float, row: str) -> Mapping[str, float]:
+        """Return the paper's own figures of a cell, empty where it has none."""
+        return FIGURES.get(self.name, {}).get(ratio, {}).get(row, {})
+
+
+NORMALIZED_TASKS = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
+"""Tasks whose ``acc_norm`` is reported, as in the paper's average; ``acc`` of the others."""
+
+SIMILARITY_SAMPLES = 128
+"""Rows that both masks of Figure 4 are scored on."""
+
+_DENSE = Row("dense", "unpruned", dense=True)
+_LORA = Row("lora", "LoRAPrune (lora)", {"criterion": "lora"})
+_LORA_8BIT = Row("lora-8bit", "LoRAPrune-8bit (lora)", {"criterion": "lora", "load_in": "8bit"})
+_CRITERIA = (
+    _DENSE,
+    Row("magnitude", "Magnitude", {"criterion": "magnitude"}),
+    Row("wanda", "WANDA", {"criterion": "wanda"}),
+    Row("gradient", "LLM-Pruner (gradient)", {"criterion": "gradient"}),
+    _LORA_8BIT,
+    _LORA,
+    Row("gate", "gate (not in the paper)", {"criterion": "gate"}),
+    Row("random", "random (not in the paper)", {"criterion": "random"}),
+)
+_COST = (
+    "Each run is a process of its own, one at a time, the rows in turn; what else the machine does "
+    "is in the times. s/iter and scoring are medians over the scored steps but the first, of runs "
+    "whose model shrinks as they go; total time is that of prune."
+)
+_ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table(
+            "2",
+            "Pruning criteria, fine-tuned on instructions",
+            "The paper fine-tunes LLaMA-7B on LaMini and measures perplexity on WikiText2 and PTB, "
+            "in segments of 2,048 tokens, and zero-shot accuracy.",
+            _CRITERIA,
+            (0.2, 0.3, 0.5),
+        ),
+        Table(
+            "4",
+            "What each pruning criterion costs",
+            f"The paper prunes LLaMA-7B at a batch of 128, one sequence a forward pass. {_COST}",
+            (
+                Row("gradient", "Vanilla (gradient)", {"criterion": "gradient"}),
+                Row("magnitude", "Magnitude", {"criterion": "magnitude"}),
+                Row("lora", "LoRA-guided (lora)", {"criterion": "lora"}),
+                Row(
+                    "lora-8bit",
+                    "LoRA-guided (8-bit)",
+                    {"criterion": "lora", "load_in": "8bit"},
+                ),
+            ),
+            (0.5,),
+            kind="cost",
+        ),
+        Table(
+            "5",
+            "Pruning criteria, fine-tuned on plain text",
+            "The paper fine-tunes LLaMA-7B on 20k samples of C4 and measures zero-shot accuracy.",
+            _CRITERIA,
+            (0.2, 0.5),
+        ),
+        Table(
+            "6",
+            "LoRA's gradients against the true ones kept in CPU memory",
+            f"The paper prunes LLaMA-7B. {_COST}",
+            (
+                Row("gradient", "LLM-Pruner (gradient)", {"criterion": "gradient"}),
+                Row(
+                    "gradient-offload",
+                    "LLM-Pruner + CPU offloading",
+                    {"criterion": "gradient", "offload_gradients": True},
+                ),
+                _LORA,
+            ),
+            (0.5,),
+            kind="cost",
+        ),
+        Table(
+            "7",
+            "Joint or separate pruning and fine-tuning",
+            "The paper prunes LLaMA-7B while it fine-tunes on 20k samples of C4, or once before.",
+            (
+                Row("joint", "Joint", {"schedule": "joint"}),
+                Row("separate", "Separate", {"schedule": "separate"}),
+            ),
+            (0.2, 0.5),
+        ),
+        Table(
+            "8",
+            "Steps between pruning events",
+            "The paper prunes LLaMA-7B every 1, 5, 10 and 20 iterations of fine-tuning on C4.",
+            tuple(
+                Row(f"every-{count}", f"every {count}", {"prune_every": count}, place=count)
+                for count in (1, 5, 10, 20)
+            ),
+            (0.5,),
+            axis="steps between pruning events",
+        ),
+        Table(
+            "figure-4",
+            "Masks from LoRA's gradients against masks from the true ones",
+            f"One-shot scores of {SIMILARITY_SAMPLES} rows by both criteria; the same share of "
+            "each layer goes. Agreement is the share of groups that both masks keep or both "
+            "remove (the paper's similarity); Jaccard is what both remove over what either "
+            "removes; random is what two random masks would give.",
+            (
+                Row("lora", "lora", {"criterion": "lora", **_ONE_SHOT}),
+                Row("gradient", "gradient", {"criterion": "gradient", **_ONE_SHOT}),
+            ),
+            (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+            kind="similarity",
+        ),
+        Table(
+            "figure-6",
+            "Moving average, and fine-tuning steps",
+            "The paper varies lambda of Eq. 11 and the iterations, on 20k samples of C4.",
+            (
+                *(
+                    Row(
+                        f"ema-{decay:g}",
+                        f"lambda {decay:g}",
+                        {"ema_decay": decay},
+                        place=decay,
+                        panel="lambda of the moving average",
+                    )
+                    for decay in (0.0, 0.3, 0.6, 0.9, 0.99)
+                ),
+                *(
+                    Row(
+                        f"steps-{factor:g}x",
+                        f"{factor:g} x steps",
+                        step_factor=factor,
+                        place=factor,
+                        panel="steps, against those given",
+                    )
+                    for factor in (0.25, 0.5, 1.0, 2.0)
+                ),
+            ),
+            (0.5,),
+        ),
+    )
+}
