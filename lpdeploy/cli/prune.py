@@ -66,6 +66,11 @@ _LAYERS = click.IntRange(min=0)
 )
 @click.option("--lr-warmup", type=_SHARE, default=_DEFAULT.lr_warmup, help="Share of the steps.")
 @click.option(
+    "--lr-hold",
+    type=_SHARE,
+    help="Share of the steps before the rate falls.  [default: by --ramp]",
+)
+@click.option(
     "--max-grad-norm",
     type=click.FloatRange(0, min_open=True),
     default=_DEFAULT.max_grad_norm,

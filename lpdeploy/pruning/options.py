@@ -29,6 +29,8 @@ class PruneOptions:
         seq_len: Tokens a sequence.
         lr: Peak learning rate of AdamW.
         lr_warmup: Share of the steps over which the rate rises to ``lr``.
+        lr_hold: Share of the steps before the rate falls; None for what the ramp says: until
+            the last pruning event, or not at all.
         max_grad_norm: Gradients are clipped to this norm.
         lora_rank: Rank of LoRA.
         lora_alpha: LoRA's alpha; scaling = alpha / rank.
@@ -67,6 +69,7 @@ class PruneOptions:
     seq_len: int = 512
     lr: float = 1e-4
     lr_warmup: float = 0.03
+    lr_hold: float | None = None
     max_grad_norm: float = 1.0
     lora_rank: int = 8
     lora_alpha: float = 16
@@ -91,6 +94,7 @@ class PruneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_names()
         if not 0 <= self.ratio < 1:
             raise ValueError(
                 f"ratio {self.ratio} is outside [0, 1): it is the share of groups to remove, "
@@ -120,6 +124,12 @@ class PruneOptions:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps} is below 1")
+
+    def _check_names(self) -> None:
+        known = {"criterion": CRITERIA, "schedule": SCHEDULES, "ramp": tuple(RAMPS)}
+        for name, names in known.items():
+            if (value := getattr(self, name)) not in names:
+                raise ValueError(f"no {name} '{value}'; use one of {', '.join(names)}")
 
     @property
     def pauses(self) -> tuple[float, float]:

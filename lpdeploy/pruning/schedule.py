@@ -12,15 +12,18 @@ class Ramp:
         warmup: Share of the steps before the first event.
         cooldown: Share of the steps after the last event.
         power: 3 takes many groups early and few late; 1 takes as many at each event.
+        hold: Whether the learning rate stays at its peak until the last event, so that its
+            whole decay is left for recovery, instead of falling all along.
     """
 
     warmup: float
     cooldown: float
     power: int
+    hold: bool = False
 
 
 RAMPS = {
-    "early": Ramp(warmup=0.05, cooldown=0.7, power=3),
+    "early": Ramp(warmup=0.05, cooldown=0.7, power=3, hold=True),
     "authors": Ramp(warmup=0.1, cooldown=0.1, power=3),
     "paper": Ramp(warmup=0.0, cooldown=0.0, power=1),
 }
@@ -78,13 +81,23 @@ class Schedule:
         return self.ratio * (1 - (1 - progress) ** self.power)
 
 
-def compute_learning_rate(step: int, *, steps: int, peak: float, warmup_steps: int) -> float:
-    """Return the rate of 1-based step ``step``: linear warm-up, then a cosine down to zero.
+def compute_learning_rate(
+    step: int, *, steps: int, peak: float, warmup_steps: int, hold_steps: int = 0
+) -> float:
+    """Return the rate of 1-based step ``step``: linear warm-up, peak, then a cosine down to zero.
+
+    Args:
+        step: 1-based.
+        steps: Of the whole run.
+        peak: The highest rate.
+        warmup_steps: Steps over which the rate rises to ``peak``.
+        hold_steps: Last step that still has the peak; the cosine begins after it.
 
     Source:
-        LoRAPrune, arXiv:2305.18403, section 4.1 (cosine decay); the warm-up is ours.
+        LoRAPrune, arXiv:2305.18403, section 4.1 (cosine decay); warm-up and hold are ours.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, steps - warmup_steps)
+    start = max(warmup_steps, min(hold_steps, steps))
+    progress = max(0, step - 1 - start) / max(1, steps - start)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -87,6 +87,14 @@ class Training:
         )
 
     @property
+    def hold_steps(self) -> int:
+        """Steps before the learning rate falls."""
+        options = self.options
+        if options.lr_hold is not None:
+            return round(options.lr_hold * self.steps)
+        return self.schedule.list_events()[-1] if RAMPS[options.ramp].hold else 0
+
+    @property
     def trainable(self) -> list[torch.nn.Parameter]:
         """LoRA's parameters, as the optimizer holds them now."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -174,6 +182,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
         steps=training.steps,
         peak=options.lr,
         warmup_steps=round(options.lr_warmup * training.steps),
+        hold_steps=training.hold_steps,
     )
     rows = list_batch(
         len(training.dataset), step=step - 1, batch_size=options.batch_size, seed=options.seed

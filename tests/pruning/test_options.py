@@ -23,6 +23,12 @@ def test_impossible_options_are_refused(values, sentence):
         PruneOptions(**values)
 
 
+@pytest.mark.parametrize("name", ["criterion", "schedule", "ramp"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match=f"no {name} 'oneshot'; use one of "):
+        PruneOptions(**{name: "oneshot"})
+
+
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_gradients_of_a_quantised_base_are_refused(load_in):
     with pytest.raises(ValueError, match=f"a base in {load_in} has none; use --criterion lora"):

@@ -49,6 +49,16 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
     assert 0 < rates[-1] < 0.001
 
 
+def test_learning_rate_holds_its_peak_then_follows_a_cosine():
+    rates = [
+        compute_learning_rate(step, steps=100, peak=2.0, warmup_steps=5, hold_steps=40)
+        for step in range(1, 101)
+    ]
+    assert rates[4:41] == [2.0] * 37  # steps 5 to 41: the cosine starts at its top
+    assert rates[70] == pytest.approx(1 + math.cos(math.pi * 30 / 60))
+    assert rates[41:] == sorted(rates[41:], reverse=True)
+
+
 def test_learning_rate_without_warm_up_starts_at_the_peak():
     assert compute_learning_rate(1, steps=10, peak=0.3, warmup_steps=0) == 0.3
 

@@ -264,3 +264,17 @@ def test_a_nan_stops_a_calibration_before_its_scores_count(tmp_path, criterion):
 
 def test_one_shot_has_no_steps():
     assert count_steps(PruneOptions(schedule="one-shot", steps=5), 20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "peak_until"),
+    [
+        ({"ramp": "early", "cooldown": 0.5}, 6),  # the last event
+        ({"ramp": "authors"}, 0),
+        ({"ramp": "early", "schedule": "separate", "calibration_samples": 4}, 0),
+        ({"ramp": "authors", "lr_hold": 0.5}, 6),
+    ],
+)
+def test_the_rate_is_held_until_the_last_event_of_an_early_ramp(tmp_path, options, peak_until):
+    training = make_training(tmp_path, steps=12, lr_warmup=0.0, **options)
+    assert training.hold_steps == peak_until
