@@ -93,6 +93,8 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run a table or figure of the paper on MODEL: 2, 4, 5, 6, 7, 8, figure-4 or figure-6.
 
+    Two are ours: forms (how scores are summed) and ramps (when groups go).
+
     Each cell is a prune, compact and eval of its own, for several seeds. Cells that are done are
     never run again: the same command goes on where it was stopped. DIR gets the table as JSON,
     Markdown and SVG. What stands after -- goes to every prune: steps, batch size, --recipe FILE.

@@ -1,10 +1,11 @@
-"""The paper's tables and figures as data: their rows, and what is measured of each."""
+"""The tables and figures of the paper, and two of ours, as data: rows, and what is measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lpdeploy.paper.figures import FIGURES
+from lpdeploy.pruning.schedule import RAMPS
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Table:
 
     @property
     def file_stem(self) -> str:
-        """``table-7`` or ``figure-4``."""
-        return self.name if self.name.startswith("figure-") else f"table-{self.name}"
+        """``table-7``, ``figure-4`` or ``ramps``."""
+        return f"table-{self.name}" if self.name.isdigit() else self.name
 
     @property
     def heading(self) -> str:
-        """``Table 7`` or ``Figure 4``."""
+        """``Table 7``, ``Figure 4`` or ``Ramps``."""
         return self.file_stem.replace("-", " ").capitalize()
 
     @property
@@ -102,6 +103,8 @@ _COST = (
     "is in the times. s/iter and scoring are medians over the scored steps but the first, of runs "
     "whose model shrinks as they go; total time is that of prune."
 )
+_JOINT = {"schedule": "joint"}
+_EARLY_HOLD = 1 - RAMPS["early"].cooldown
 _ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
 
 TABLES: dict[str, Table] = {
@@ -217,6 +220,38 @@ TABLES: dict[str, Table] = {
                 ),
             ),
             (0.5,),
+        ),
+        Table(
+            "forms",
+            "How the numbers of weights become one of a group",
+            "Not in the paper, which squares and sums; the authors' experiments sum absolute "
+            "values, divided by their L2 norm in each linear layer.",
+            tuple(
+                Row(
+                    form + ("-normalized" if normalize else ""),
+                    form + (", L2-normalised" if normalize else ""),
+                    {"criterion": "lora", "score_form": form, "normalize": normalize},
+                )
+                for form in ("squared", "absolute")
+                for normalize in (False, True)
+            ),
+            (0.5,),
+        ),
+        Table(
+            "ramps",
+            "When groups go, and when the learning rate falls",
+            "Not in the paper, which leaves the schedule open. The last row gives separate pruning "
+            "the learning rate of the early ramp.",
+            (
+                *(Row(ramp, f"joint, {ramp}", {"ramp": ramp, **_JOINT}) for ramp in RAMPS),
+                Row("separate", "separate", {"schedule": "separate", "ramp": "early"}),
+                Row(
+                    "separate-hold",
+                    "separate, rate held as in early",
+                    {"schedule": "separate", "ramp": "early", "lr_hold": _EARLY_HOLD},
+                ),
+            ),
+            (0.2, 0.5, 0.7),
         ),
     )
 }
