@@ -47,7 +47,7 @@ _LAYERS = click.IntRange(min=0)
 @click.option(
     "--calibration-samples",
     type=_LAYERS,
-    help="Rows scored before the first step. [default: 128 where groups go before it, else 0]",
+    help="Rows scored before the first step.  [default: 128; 0 with --ramp authors or paper]",
 )
 @click.option("--epochs", type=_COUNT, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--steps", type=_COUNT, help="Optimizer steps, instead of epochs.")

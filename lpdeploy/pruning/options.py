@@ -21,7 +21,7 @@ class PruneOptions:
         schedule: ``joint`` (Algorithm 1), ``separate`` (prune once, then fine-tune) or
             ``one-shot`` (no fine-tuning), one of ``SCHEDULES``.
         calibration_samples: Rows that are scored before the first step, without training on
-            them; None for 128 where groups go before the first step, and 0 in ``joint``.
+            them; None for 128, or 0 in ``joint`` where the ramp does without.
         epochs: Passes over the data; ignored where ``steps`` is given.
         steps: Optimizer steps.
         batch_size: Sequences an optimizer step.
@@ -144,5 +144,6 @@ class PruneOptions:
     def num_calibration_rows(self) -> int:
         """Rows scored before the first step."""
         if self.calibration_samples is None:
-            return 0 if self.schedule == "joint" else 128
+            at_once = self.schedule != "joint"
+            return 128 if at_once or RAMPS[self.ramp].calibrate else 0
         return self.calibration_samples

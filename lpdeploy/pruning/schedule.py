@@ -14,16 +14,19 @@ class Ramp:
         power: 3 takes many groups early and few late; 1 takes as many at each event.
         hold: Whether the learning rate stays at its peak until the last event, so that its
             whole decay is left for recovery, instead of falling all along.
+        calibrate: Whether rows are scored before the first step, so that the moving average
+            does not start empty.
     """
 
     warmup: float
     cooldown: float
     power: int
     hold: bool = False
+    calibrate: bool = False
 
 
 RAMPS = {
-    "early": Ramp(warmup=0.05, cooldown=0.7, power=3, hold=True),
+    "early": Ramp(warmup=0.0, cooldown=0.7, power=3, hold=True, calibrate=True),
     "authors": Ramp(warmup=0.1, cooldown=0.1, power=3),
     "paper": Ramp(warmup=0.0, cooldown=0.0, power=1),
 }

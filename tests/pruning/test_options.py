@@ -41,16 +41,18 @@ def test_a_ramp_gives_the_pauses_that_are_not_given():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "given", "rows"),
+    ("schedule", "ramp", "given", "rows"),
     [
-        ("joint", None, 0),
-        ("joint", 0, 0),
-        ("joint", 32, 32),
-        ("separate", None, 128),
-        ("one-shot", None, 128),
-        ("one-shot", 5, 5),
+        ("joint", "authors", None, 0),
+        ("joint", "paper", None, 0),
+        ("joint", "early", None, 128),
+        ("joint", "early", 0, 0),
+        ("joint", "authors", 32, 32),
+        ("separate", "authors", None, 128),
+        ("one-shot", "early", None, 128),
+        ("one-shot", "early", 5, 5),
     ],
 )
-def test_calibration_has_rows_where_groups_go_before_the_first_step(schedule, given, rows):
-    options = PruneOptions(schedule=schedule, calibration_samples=given)
+def test_rows_of_the_calibration(schedule, ramp, given, rows):
+    options = PruneOptions(schedule=schedule, ramp=ramp, calibration_samples=given)
     assert options.num_calibration_rows == rows
