@@ -14,10 +14,11 @@ from typing import Any
 import click
 
 from lpdeploy.cli.main import main as root
+from lpdeploy.paper.render import render_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "docs" / "cli.md"
-DOCUMENTS = [ROOT / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 _CLI_INTRODUCTION = """\
 # Commands
 
@@ -115,7 +116,12 @@ def describe(data: dict[str, Any]) -> str:
     )
 
 
-RENDERERS = {"quality": render_quality, "latency": render_latency}
+def render_paper(data: dict[str, Any]) -> str:
+    """Return a table that `lpdeploy paper` wrote, without its heading."""
+    return render_markdown(data).split("\n", 2)[2].rstrip()
+
+
+RENDERERS = {"quality": render_quality, "latency": render_latency, "paper": render_paper}
 
 
 def fill_tables(text: str) -> str:

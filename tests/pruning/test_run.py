@@ -21,7 +21,8 @@ from tests.helpers import make_tiny_model
 
 OPTIONS = {
     "ratio": 0.5, "steps": 8, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
-    "lr": 1e-2, "prune_every": 2, "round_to": 4, "checkpoint_every": 3, "device": "cpu",
+    "lr": 1e-2, "prune_every": 2, "ramp": "authors", "round_to": 4, "checkpoint_every": 3,
+    "device": "cpu",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from tests.helpers import make_lora_model, make_text
 def make_training(tmp_path, *, model=None, **options):
     defaults = {
         "ratio": 0.5, "steps": 12, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
-        "lr": 1e-2, "prune_every": 2, "round_to": 4, "lora_dropout": 0.0,
+        "lr": 1e-2, "prune_every": 2, "ramp": "authors", "round_to": 4, "lora_dropout": 0.0,
     }  # fmt: skip
     chosen = PruneOptions(**{**defaults, **options})
     folder = tmp_path / f"model-{chosen.removal}-{chosen.scope}"
