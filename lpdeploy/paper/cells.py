@@ -246,7 +246,10 @@ def _list_options(options: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        if isinstance(value, bool):  # a flag, off where it is not given
+            words += [flag] if value else []
+        else:
+            words += [flag, str(value)]
     return words
 
 

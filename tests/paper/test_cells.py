@@ -87,8 +87,8 @@ def test_the_unpruned_model_runs_once_and_first():
 
 def test_commands_carry_the_options_unchanged():
     study = make_study(words=("--steps", "9", "--normalize"), device="cpu")
-    row = Row("r", "r", {"criterion": "gradient", "offload_gradients": True})
-    cell = build_cell(row, study, ratio=0.2, seed=1)
+    options = {"criterion": "gradient", "offload_gradients": True, "train_on_prompt": False}
+    cell = build_cell(Row("r", "r", options), study, ratio=0.2, seed=1)
     words = list_prune_words(cell, study, run=Path("out/run"))
     assert show_command(words) == (
         "lpdeploy prune here/model --data here/data.txt --output out/run --steps 9 --normalize "
