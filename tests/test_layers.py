@@ -24,7 +24,7 @@ ALLOWED = {
     "evaluation": BASE | {"models", "data", "runtime"},
     "plotting": set(),
     "benchmark": BASE | {"models", "data", "runtime", "export", "plotting"},
-    "paper": BASE | {"models", "pruning", "plotting"},
+    "paper": BASE | {"models", "pruning", "evaluation", "plotting"},
     "demo": BASE | {"models", "data", "runtime", "export", "evaluation", "benchmark", "pruning"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",

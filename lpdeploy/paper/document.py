@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lpdeploy.evaluation.tasks import PAPER_METRICS
 from lpdeploy.paper.cells import Cell, Selection, Study
 from lpdeploy.paper.run import CELLS
 from lpdeploy.paper.similarity import compute_mask_similarity
-from lpdeploy.paper.tables import NORMALIZED_TASKS, Table
+from lpdeploy.paper.tables import Table
 
 _KINDS = {"heads": "attention (heads)", "channels": "FFN (channels)"}
 
@@ -73,8 +74,7 @@ def list_values(result: Mapping[str, Any]) -> dict[str, float]:
     for name, text in measured.get("perplexity", {}).items():
         values[name] = text["perplexity"]
     for name, task in measured.get("tasks", {}).items():
-        value = task.get("acc_norm") if name in NORMALIZED_TASKS else None
-        value = task.get("acc") if value is None else value
+        value = task.get(PAPER_METRICS.get(name, "acc"))
         if value is not None:
             values[name] = value
     if measured.get("average") is not None:

@@ -79,9 +79,6 @@ class Table:
         return FIGURES.get(self.name, {}).get(ratio, {}).get(row, {})
 
 
-NORMALIZED_TASKS = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
-"""Tasks whose ``acc_norm`` is reported, as in the paper's average; ``acc`` of the others."""
-
 SIMILARITY_SAMPLES = 128
 """Rows that both masks of Figure 4 are scored on."""
 
