@@ -101,6 +101,8 @@ _COST = (
     "whose model shrinks as they go; total time is that of prune."
 )
 _JOINT = {"schedule": "joint"}
+_EARLY = {"ramp": "early", **_JOINT}
+_COLD = {"calibration_samples": 0}
 _EARLY_HOLD = 1 - RAMPS["early"].cooldown
 _ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
 
@@ -237,10 +239,12 @@ TABLES: dict[str, Table] = {
         Table(
             "ramps",
             "When groups go, and when the learning rate falls",
-            "Not in the paper, which leaves the schedule open. The last row gives separate pruning "
-            "the learning rate of the early ramp.",
+            "Not in the paper, which leaves the schedule open. Two rows take from the early ramp "
+            "what it does beside pruning early; the last gives separate pruning its learning rate.",
             (
                 *(Row(ramp, f"joint, {ramp}", {"ramp": ramp, **_JOINT}) for ramp in RAMPS),
+                Row("early-no-hold", "joint, early, rate not held", {**_EARLY, "lr_hold": 0.0}),
+                Row("early-cold", "joint, early, no calibration", {**_EARLY, **_COLD}),
                 Row("separate", "separate", {"schedule": "separate", "ramp": "early"}),
                 Row(
                     "separate-hold",
