@@ -103,7 +103,7 @@ _COST = (
 _JOINT = {"schedule": "joint"}
 _EARLY = {"ramp": "early", **_JOINT}
 _COLD = {"calibration_samples": 0}
-_EARLY_HOLD = 1 - RAMPS["early"].cooldown
+_EARLY_HOLD = round(1 - RAMPS["early"].cooldown, 6)
 _ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
 
 TABLES: dict[str, Table] = {
