@@ -14,6 +14,8 @@ from lpdeploy.paper.tables import Row, Table
 
 # Each cell has its own values of these, whichever table it is of.
 SET_BY_EVERY_CELL = ("ratio", "seed")
+# Options of prune that change nothing of a result.
+_WITHOUT_EFFECT = ("checkpoint_every",)
 # One run scores all groups; at which ratio it then prunes does not matter.
 _SIMILARITY_RATIO = 0.5
 
@@ -214,7 +216,11 @@ def _compute_key(
         "data": study.data.identity if len(options) > 1 else None,
         # An option that is None was not given: a later version that knows one more option finds
         # the cells of this one.
-        "options": {name: value for name, value in options.items() if value is not None},
+        "options": {
+            name: value
+            for name, value in options.items()
+            if value is not None and name not in _WITHOUT_EFFECT
+        },
         "evaluation": evaluation.identify() if evaluation else None,
     }
     text = json.dumps(identity, sort_keys=True, default=str)

@@ -236,6 +236,7 @@ def run_cell(
         result = _run_dense(cell, study, commands) if cell.row.dense else {}
         if not cell.row.dense:
             result = _run_pruned(cell, study, work, commands)
+        if not cell.evaluation:  # its scores are the result
             shutil.copyfile(
                 work / "run" / "importance.safetensors",
                 folder / CELLS / f"{cell.key}.importance.safetensors",

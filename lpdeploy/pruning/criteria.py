@@ -138,7 +138,7 @@ class GradientCriterion(_Fields):
             gradient, weight.grad = weight.grad, None
             assert gradient is not None
             # In fp32 on the CPU: sums of many micro-batches in bf16 would lose most of them.
-            gradient = gradient.to("cpu", torch.float32) if self.offload else gradient
+            gradient = gradient.cpu().float() if self.offload else gradient
             if module in self._gradients:
                 self._gradients[module] += gradient
             else:

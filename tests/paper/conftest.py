@@ -12,7 +12,7 @@ from tests.helpers import make_text, make_tiny_model
 
 PRUNE = [
     "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
-    "--prune-every", "1", "--round-to", "4", "--device", "cpu", "--lr", "0.01",
+    "--prune-every", "1", "--ramp", "authors", "--round-to", "4", "--device", "cpu", "--lr", "0.01",
 ]  # fmt: skip
 
 

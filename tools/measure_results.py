@@ -1,0 +1,76 @@
+"""Make the tables of docs/results.md, or what is missing of them, with `lpdeploy paper`.
+
+    python tools/measure_results.py MODEL --train train.txt --valid valid.txt --output DIR --jobs 2
+
+Cells that are in DIR are not run again, so it can be stopped at any time and started again. After
+it, `python tools/update_docs.py` puts the tables into the page.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PRUNE = "--steps {steps} --batch-size 16 --micro-batch-size 16 --seq-len 256 --lr 1e-3"
+PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
+CRITERIA = "lora,gradient,gate,magnitude,wanda,random"
+
+# Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`; the
+# most wanted first. Tables of other steps have folders of their own.
+STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
+    "criteria": ("2", 200, "", ["--ratios", "0.5", "--rows", f"dense,{CRITERIA},lora-8bit"]),
+    "masks": ("figure-4", 200, "", []),
+    "joint": ("7", 200, "", ["--ratios", "0.5"]),
+    "ramps": ("ramps", 200, "", ["--ratios", "0.5"]),
+    "forms": ("forms", 200, "", []),
+    "criteria-20": ("2", 200, "", ["--ratios", "0.2,0.5", "--rows", f"dense,{CRITERIA},lora-8bit"]),
+    "joint-20": ("7", 200, "", []),
+    "ramps-all": ("ramps", 200, "", []),
+    "ramps-600": ("ramps", 600, "steps-600", []),
+    "every": ("8", 200, "", []),
+    "average": ("figure-6", 200, "", []),
+    "ramps-2000": ("ramps", 2000, "steps-2000", ["--seeds", "1"]),
+    "cost": ("4", 200, "", ["--seeds", "1"]),
+    "cost-offload": ("6", 200, "", ["--seeds", "1"]),
+}
+
+
+def list_words(name: str, options: argparse.Namespace) -> list[str]:
+    """Return the words of one command."""
+    table, steps, folder, own = STUDIES[name]
+    words = [sys.executable, "-m", "lpdeploy", "paper", table, options.model]
+    words += ["--data", options.train, "--output", str(options.output / folder), *own]
+    if table != "figure-4":
+        words += ["--perplexity", options.valid, "--eval-seq-len", "256"]
+    if table not in ("4", "6"):  # whose cells must run alone
+        words += ["--jobs", str(options.jobs)]
+    return [*words, "--", *f"{PRUNE.format(steps=steps)} {PRUNE_REST}".split()]
+
+
+def main() -> None:
+    """Read the command line and run the studies in their order."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--valid", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    unknown = set(options.studies) - STUDIES.keys()
+    if unknown:
+        parser.error(f"no study '{sorted(unknown)[0]}'; choose from {', '.join(STUDIES)}")
+    # One thread a cell where several run: they would fight over the cores.
+    threads = {"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}
+    for name in options.studies or STUDIES:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        done = subprocess.run(list_words(name, options), env={**os.environ, **threads}, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
