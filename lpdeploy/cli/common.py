@@ -62,6 +62,12 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
     ctx.default_map = {**(ctx.default_map or {}), **options}
 
 
+def split_names(value: Any) -> tuple[str, ...]:
+    """Split an option's value at commas; a recipe may give a list."""
+    parts = value if isinstance(value, list | tuple) else str(value or "").split(",")
+    return tuple(str(part).strip() for part in parts if str(part).strip())
+
+
 def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result to stdout: for people, then, with --json, for scripts on the last line."""
     click.echo(text)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import print_result, shared_options
+from lpdeploy.cli.common import print_result, shared_options, split_names
 from lpdeploy.evaluation.options import EvalOptions
 
 
@@ -17,8 +17,7 @@ class _Names(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        parts = value if isinstance(value, list | tuple) else str(value).split(",")
-        names = tuple(str(part).strip() for part in parts if str(part).strip())
+        names = split_names(value)
         if not names:
             self.fail(f"{value!r} names no task. Give some, such as piqa,arc_easy", param, ctx)
         return names

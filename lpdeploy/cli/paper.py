@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lpdeploy.cli import prune
-from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, log, print_result, shared_options, split_names
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.tables import TABLES, Table
 from lpdeploy.pruning.options import PruneOptions
@@ -34,14 +34,12 @@ class _Command(click.Command):
 
 
 def _parse_list(_ctx: click.Context, _own: click.Parameter, value: Any) -> tuple[str, ...]:
-    """Split at commas; a recipe may give a list."""
-    parts = value if isinstance(value, list | tuple) else str(value or "").split(",")
-    return tuple(str(part).strip() for part in parts if str(part).strip())
+    return split_names(value)
 
 
 def _parse_ratios(ctx: click.Context, own: click.Parameter, value: Any) -> tuple[float, ...]:
     share: click.ParamType = click.FloatRange(0, 1, min_open=True, max_open=True)
-    return tuple(share.convert(part, own, ctx) for part in _parse_list(ctx, own, value))
+    return tuple(share.convert(part, own, ctx) for part in split_names(value))
 
 
 @click.command("paper", cls=_Command)

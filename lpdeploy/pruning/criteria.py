@@ -139,10 +139,7 @@ class GradientCriterion(_Fields):
             assert gradient is not None
             # In fp32 on the CPU: sums of many micro-batches in bf16 would lose most of them.
             gradient = gradient.cpu().float() if self.offload else gradient
-            if module in self._gradients:
-                self._gradients[module] += gradient
-            else:
-                self._gradients[module] = gradient
+            _accumulate(self._gradients, module, gradient)
 
         return take
 
@@ -213,10 +210,7 @@ class WandaCriterion(_Fields):
             if self.attention_mask is not None:
                 squares.mul_(self.attention_mask.to(squares.device).unsqueeze(-1))
             energy = squares.flatten(0, -2).sum(dim=0)  # (B, T, in) -> (in,)
-            if module in self._energies:
-                self._energies[module] += energy
-            else:
-                self._energies[module] = energy
+            _accumulate(self._energies, module, energy)
 
         return add
 
@@ -276,8 +270,7 @@ class GateCriterion(_Fields):
         product = hidden.float() * gradient.float()
         gates = product.sum(dim=1).unflatten(1, (-1, block)).sum(dim=2)  # (B, T, G*block) -> (B, G)
         score = gates.abs() if self.form.absolute else gates.square()
-        total = score.sum(dim=0)  # (B, G) -> (G,)
-        self._scores[name] = self._scores[name] + total if name in self._scores else total
+        _accumulate(self._scores, name, score.sum(dim=0))  # (B, G) -> (G,)
 
     def compute_importance(self, kept: Positions = None) -> Importance:
         """Return the sums over the batch."""
@@ -372,8 +365,16 @@ def _score_linears(
             part = _select(score(piece, linear, get_lora_weights(linear)), spec.name, kept)
             if criterion.form.normalize:
                 part = part / part.norm().clamp_min(torch.finfo(part.dtype).tiny)
-            scores[spec.name] = scores[spec.name] + part if spec.name in scores else part
+            _accumulate(scores, spec.name, part)
     return scores
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    """Add to a sum in place, so that no third tensor of its size exists; ``part`` may become it."""
+    if name in sums:
+        sums[name] += part
+    else:
+        sums[name] = part
 
 
 def _list_slices(specs: tuple[GroupSpec, ...]) -> list[Slice]:
