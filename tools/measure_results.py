@@ -1,6 +1,7 @@
 """Make the tables of docs/results.md, or what is missing of them, with `lpdeploy paper`.
 
-    python tools/measure_results.py MODEL --train train.txt --valid valid.txt --output DIR --jobs 2
+    python tools/measure_results.py MODEL [STUDY ...] --train train.txt --valid valid.txt \\
+        --output DIR [--seeds 3] [--jobs 2] [-- PRUNE_OPTIONS ...]
 
 Cells that are in DIR are not run again, so it can be stopped at any time and started again. After
 it, `python tools/update_docs.py` puts the tables into the page.
@@ -12,27 +13,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-PRUNE = "--steps {steps} --batch-size 16 --micro-batch-size 16 --seq-len 256 --lr 1e-3"
+PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-len 256 --lr 1e-3"
 PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
-CRITERIA = "lora,gradient,gate,magnitude,wanda,random"
+CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
+RAMPS = "early,separate,separate-hold"
 
 # Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`; the
 # most wanted first. Tables of other steps have folders of their own.
 STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
-    "criteria": ("2", 200, "", ["--ratios", "0.5", "--rows", f"dense,{CRITERIA},lora-8bit"]),
+    "criteria-50": ("2", 200, "", ["--ratios", "0.5", "--rows", CRITERIA]),
     "masks": ("figure-4", 200, "", []),
-    "joint": ("7", 200, "", ["--ratios", "0.5"]),
-    "ramps": ("ramps", 200, "", ["--ratios", "0.5"]),
+    "joint-50": ("7", 200, "", ["--ratios", "0.5"]),
+    "ramps-50": ("ramps", 200, "", ["--ratios", "0.5", "--rows", f"authors,{RAMPS}"]),
     "forms": ("forms", 200, "", []),
-    "criteria-20": ("2", 200, "", ["--ratios", "0.2,0.5", "--rows", f"dense,{CRITERIA},lora-8bit"]),
-    "joint-20": ("7", 200, "", []),
-    "ramps-all": ("ramps", 200, "", []),
-    "ramps-600": ("ramps", 600, "steps-600", []),
+    "criteria": ("2", 200, "", ["--ratios", "0.2,0.5", "--rows", CRITERIA]),
+    "joint": ("7", 200, "", []),
+    "ramps": ("ramps", 200, "", ["--rows", RAMPS]),
+    "ramps-600": ("ramps", 600, "steps-600", ["--rows", RAMPS]),
     "every": ("8", 200, "", []),
     "average": ("figure-6", 200, "", []),
-    "ramps-2000": ("ramps", 2000, "steps-2000", ["--seeds", "1"]),
-    "cost": ("4", 200, "", ["--seeds", "1"]),
-    "cost-offload": ("6", 200, "", ["--seeds", "1"]),
+    "ramps-2000": ("ramps", 2000, "steps-2000", ["--rows", RAMPS]),
+    "cost": ("4", 30, "cost", []),
+    "cost-offload": ("6", 30, "cost", []),
 }
 
 
@@ -41,11 +43,13 @@ def list_words(name: str, options: argparse.Namespace) -> list[str]:
     table, steps, folder, own = STUDIES[name]
     words = [sys.executable, "-m", "lpdeploy", "paper", table, options.model]
     words += ["--data", options.train, "--output", str(options.output / folder), *own]
+    words += ["--seeds", str(options.seeds)]
     if table != "figure-4":
         words += ["--perplexity", options.valid, "--eval-seq-len", "256"]
     if table not in ("4", "6"):  # whose cells must run alone
         words += ["--jobs", str(options.jobs)]
-    return [*words, "--", *f"{PRUNE.format(steps=steps)} {PRUNE_REST}".split()]
+    prune = f"{PRUNE.format(steps=steps, batch=options.batch_size)} {PRUNE_REST}"
+    return [*words, "--", *prune.split(), *options.prune_options]
 
 
 def main() -> None:
@@ -58,8 +62,13 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--valid", required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=1)
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    options.prune_options = words[end + 1 :]
     unknown = set(options.studies) - STUDIES.keys()
     if unknown:
         parser.error(f"no study '{sorted(unknown)[0]}'; choose from {', '.join(STUDIES)}")
