@@ -1,6 +1,6 @@
 """Make the tables of docs/results.md, or what is missing of them, with `lpdeploy paper`.
 
-    python tools/measure_results.py MODEL [STUDY ...] --train train.txt --valid valid.txt \\
+    python tools/measure_results.py MODEL [STUDY ...] --train train.txt --valid valid.txt
         --output DIR [--seeds 3] [--jobs 2] [-- PRUNE_OPTIONS ...]
 
 Cells that are in DIR are not run again, so it can be stopped at any time and started again. After

@@ -151,14 +151,14 @@ def _build_prompt(variant: Variant, workload: Workload) -> tuple[Tensor, Tensor]
     return ids.to(variant.device), torch.ones_like(ids).to(variant.device)
 
 
-def _prefill(variant: Variant, prompt: tuple[Tensor, Tensor]) -> Any:
+def _prefill(variant: Variant, prompt: tuple[Tensor, Tensor], *, reserve: int = 0) -> Any:
     ids, mask = prompt
-    return variant.runner.forward(ids, attention_mask=mask)
+    return variant.runner.forward(ids, attention_mask=mask, last_only=True, reserve=reserve)
 
 
 def _time_decode(variant: Variant, prompt: tuple[Tensor, Tensor], *, steps: int) -> float:
     """Return seconds a decoded token, over ``steps`` of them after an untimed prefill."""
-    past = _prefill(variant, prompt).past
+    past = _prefill(variant, prompt, reserve=steps).past
     token = prompt[0][:, -1:]
     mask = torch.cat([prompt[1], torch.ones_like(token).expand(-1, steps)], dim=1)
     length = prompt[1].shape[1]
@@ -167,7 +167,7 @@ def _time_decode(variant: Variant, prompt: tuple[Tensor, Tensor], *, steps: int)
         nonlocal past
         for step in range(1, steps + 1):
             output = variant.runner.forward(
-                token, attention_mask=mask[:, : length + step], past=past
+                token, attention_mask=mask[:, : length + step], past=past, last_only=True
             )
             past = output.past
 

@@ -3,6 +3,8 @@
 import importlib
 import logging
 import os
+import signal
+import threading
 import warnings
 from typing import Any
 
@@ -41,6 +43,7 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
         _quieten_libraries()
+        _end_as_interrupted()
         try:
             return super().invoke(ctx)
         except RecipeError as error:
@@ -58,6 +61,12 @@ def _quieten_libraries() -> None:
     # What libraries announce to each other's authors; --debug and -W show it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _end_as_interrupted() -> None:
+    # SIGTERM ends a command as Ctrl-C does: with its processes stopped and its scratch removed.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)

@@ -43,7 +43,9 @@ def generate(
     running = set(range(len(prompts)))
     past = None
     for _ in range(max_new_tokens):
-        output = runner.forward(tokens, attention_mask=mask, past=past)
+        output = runner.forward(
+            tokens, attention_mask=mask, past=past, last_only=True, reserve=max_new_tokens
+        )
         past = output.past
         tokens = _choose(output.logits[:, -1], temperature, generator).unsqueeze(1)  # (B,) -> (B,1)
         for row in sorted(running):

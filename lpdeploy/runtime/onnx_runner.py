@@ -46,7 +46,15 @@ class OnnxRunner:
         self._caches = [item for item in contract["inputs"] if "past_key_values" in item["name"]]
         self._outputs = [item["name"] for item in contract["outputs"]]
 
-    def forward(self, input_ids: Tensor, *, attention_mask: Tensor, past: Any = None) -> Output:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        past: Any = None,
+        last_only: bool = False,
+        reserve: int = 0,  # noqa: ARG002 - its cache is no buffer
+    ) -> Output:
         """Run T new tokens after a past of P tokens.
 
         Args:
@@ -54,9 +62,11 @@ class OnnxRunner:
             attention_mask: Shape (B, P + T), int64; 0 at padding, which stands on the left.
             past: ``Output.past`` of a previous call, or None for a prefill. It is left as it is,
                 so several calls may go on from the same past.
+            last_only: Return only the logits of the last token; the graph computes all.
+            reserve: Without effect.
 
         Returns:
-            Logits of every token, float32, and the cache as ``OrtValue``s on the session's
+            Logits, float32, and the cache as ``OrtValue``s on the session's
             device: it is handed back without a copy.
         """
         mask = attention_mask.cpu()
@@ -77,7 +87,8 @@ class OnnxRunner:
             binding.bind_output(name, self._device, self._device_id)
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
-        return Output(_share_tensor(logits), present)
+        shared = _share_tensor(logits)
+        return Output(shared[:, -1:] if last_only else shared, present)
 
     def _build_empty_past(self, batch: int) -> list[Any]:
         from onnxruntime import OrtValue

@@ -1,4 +1,4 @@
-"""The one interface over torch, onnxruntime and what comes later."""
+"""The one interface over torch, ONNX Runtime and TensorRT."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +10,8 @@ class Output(NamedTuple):
     """What one forward pass gives.
 
     Attributes:
-        logits: Shape (B, T, vocab), float32, on the CPU or the runner's device.
+        logits: Shape (B, T, vocab), or (B, 1, vocab) where only the last was asked for; float32,
+            on the CPU or the runner's device.
         past: The KV cache so far, opaque; hand it to the next call of the same runner.
     """
 
@@ -22,8 +23,8 @@ class Runner(Protocol):
     """A causal LM on some engine.
 
     Attributes:
-        name: ``torch`` or ``onnx``.
-        precision: ``fp32``, ``fp16`` or ``bf16``: what it computes in.
+        name: ``torch``, ``onnx``, ``ort`` or ``trt``.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
         vocab_size: Width of the logits.
         max_positions: Longest past + present in tokens.
     """
@@ -33,13 +34,26 @@ class Runner(Protocol):
     vocab_size: int
     max_positions: int
 
-    def forward(self, input_ids: Tensor, *, attention_mask: Tensor, past: Any = None) -> Output:
-        """Run T new tokens after a past of P tokens.
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        past: Any = None,
+        last_only: bool = False,
+        reserve: int = 0,
+    ) -> Output:
+        """Run T new tokens after a past of P tokens: a prefill where P is 0, else a decode.
 
         Args:
             input_ids: Shape (B, T), int64.
             attention_mask: Shape (B, P + T), int64; 0 at padding, which stands on the left.
-            past: ``Output.past`` of the previous call, or None for a prefill.
+            past: ``Output.past`` of the previous call, or None for a prefill. It is taken over:
+                an engine may write into it, so that no two calls can go on from the same past.
+            last_only: Only the logits of the last token are wanted; an engine need not compute
+                the others.
+            reserve: Tokens that will follow in later calls. An engine whose cache is a buffer
+                makes it so long at once; it grows, with a copy, where more come.
         """
         ...
 

@@ -37,7 +37,15 @@ class TorchRunner:
         self._device = weight.device
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, *, attention_mask: Tensor, past: Any = None) -> Output:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        past: Any = None,
+        last_only: bool = False,
+        reserve: int = 0,  # noqa: ARG002 - its cache is no buffer
+    ) -> Output:
         """Run T new tokens after a past of P tokens.
 
         Args:
@@ -45,9 +53,11 @@ class TorchRunner:
             attention_mask: Shape (B, P + T), int64; 0 at padding, which stands on the left.
             past: ``Output.past`` of a previous call, or None for a prefill. It is left as it is,
                 so several calls may go on from the same past.
+            last_only: Compute only the logits of the last token.
+            reserve: Without effect.
 
         Returns:
-            Logits of every token, float32, on the model's device, and the ``DynamicCache``.
+            Logits, float32, on the model's device, and the ``DynamicCache``.
         """
         mask = attention_mask.to(self._device)
         output = self.model(
@@ -56,6 +66,7 @@ class TorchRunner:
             position_ids=compute_position_ids(mask, input_ids.shape[1]),
             past_key_values=None if past is None else _fork(past),
             use_cache=True,
+            logits_to_keep=1 if last_only else 0,
         )
         return Output(output.logits.float(), output.past_key_values)
 

@@ -26,7 +26,7 @@ class FakeRunner:
     def __init__(self):
         self.calls = []
 
-    def forward(self, input_ids, *, attention_mask, past=None):
+    def forward(self, input_ids, *, attention_mask, past=None, **_):
         self.calls.append((tuple(input_ids.shape), tuple(attention_mask.shape), past))
         return Output(logits=torch.zeros(1), past=(past or 0) + 1)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import pytest
 import yaml
@@ -257,3 +258,13 @@ def test_doctor_names_versions():
     result = last_json(invoke("doctor", "--json"))
     assert result["machine"]["versions"]["torch"]
     assert result["machine"]["cuda"] in {True, False}
+
+
+def test_being_terminated_is_being_interrupted():
+    # So that `paper` stops the processes it started, and scratch folders go.
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        CliRunner().invoke(main, ["doctor"])
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
