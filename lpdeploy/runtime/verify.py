@@ -16,7 +16,7 @@ from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model
 from lpdeploy.plan import PruningPlan, load_plan
-from lpdeploy.runtime.onnx_runner import load_onnx_runner
+from lpdeploy.runtime.engines import EXPORTS, load_exported
 from lpdeploy.runtime.runner import Runner, pad_left
 from lpdeploy.runtime.torch_runner import TorchRunner, load_torch_runner
 
@@ -26,9 +26,10 @@ _DECODE_STEPS = 4
 # The largest difference of two logits, as a share of the largest logit. Both sides compute the
 # same sums in another order, or from weights rounded once more to the precision of a checkpoint;
 # each figure is some ten times the rounding unit of the precision (2^-24, 2^-11, 2^-8) grown over
-# the layers, far below what one lost head or channel changes.
-_RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2}
-_PRECISION_ORDER = ("fp32", "fp16", "bf16")
+# the layers, far below what one lost head or channel changes. Of int8 and int4 weights the rounding
+# unit is that of a block's largest weight (2^-8, 2^-4): int4 differs by so much that the share of
+# equal first choices says more than the bound, which only catches what is broken.
+_RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 0.5}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Pair:
         b: The other.
         max_abs_diff: Largest absolute difference of two logits.
         max_abs_logit: Largest absolute logit of ``a``.
+        top1_agreement: Share of tokens after which both put the same token first.
         tolerance: What ``max_abs_diff`` may be.
         ok: Whether it is.
     """
@@ -48,6 +50,7 @@ class Pair:
     b: str
     max_abs_diff: float
     max_abs_logit: float
+    top1_agreement: float
     tolerance: float
     ok: bool
 
@@ -65,27 +68,31 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
     Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
-    reloaded checkpoint = its ONNX export, and the unmerged checkpoint and its export where they
-    are. Of a model folder: torch = ONNX. Inputs are a batch of left-padded rows of different
+    reloaded checkpoint = its export, and the unmerged checkpoint and its export where they
+    are. Of a model folder: torch = its export. Inputs are a batch of left-padded rows of different
     lengths and a few cached steps of one token; logits at padding do not count.
 
     Args:
         target: A run or a model folder.
-        engine: ``onnx`` to compare exported graphs too, ``torch`` to leave them out.
+        engine: Of ``EXPORTS`` to compare its exports too, ``torch`` to leave exports out.
         atol: Tolerance for every pair instead of the one of its precision.
 
     Raises:
         ArtifactError: There is nothing to compare, or a stage cannot be loaded.
     """
-    stages = _list_run(target) if (target / "plan.json").is_file() else _list_model(target)
-    chosen = [stage for stage in stages if "onnx" not in stage.name or engine == "onnx"]
-    if len(chosen) < 2:
+    is_run = (target / "plan.json").is_file()
+    stages = (_list_run if is_run else _list_model)(target, engine)
+    asked_for = engine if engine in EXPORTS else "onnx"
+    # ONNX is the default: a run that is not exported yet still has its other stages to compare.
+    missing = asked_for != "onnx" and not any(s.name.startswith(engine) for s in stages)
+    if len(stages) < 2 or missing:
+        what = f"no {asked_for} export" if missing else "only one stage"
         raise ArtifactError(
-            f"'{target}' has only one stage to look at. "
-            f"Run 'lpdeploy export {target} --engine onnx' first."
+            f"'{target}' has {what} to look at. "
+            f"Run 'lpdeploy export {target} --engine {asked_for}' first."
         )
-    pairs = list(_compare_chain(chosen, atol=atol))
-    if (target / "plan.json").is_file():
+    pairs = list(_compare_chain(stages, atol=atol))
+    if is_run:
         record = {"ok": all(p.ok for p in pairs), "pairs": [asdict(p) for p in pairs]}
         save_json(target / "verify.json", record)
     return pairs
@@ -114,13 +121,14 @@ def _compare(a: _Stage, left: Tensor, b: _Stage, right: Tensor, *, atol: float |
     largest = left.abs().max().item()
     # NaN compares as false with everything, so a NaN difference is never ok.
     difference = (left - right).abs().max().item()
-    precision = max(a.precision, b.precision, key=_PRECISION_ORDER.index)
+    precision = max(a.precision, b.precision, key=list(_RELATIVE_TOLERANCE).index)
     tolerance = atol if atol is not None else _RELATIVE_TOLERANCE[precision] * largest
     return Pair(
         a=a.name,
         b=b.name,
         max_abs_diff=difference,
         max_abs_logit=largest,
+        top1_agreement=(left.argmax(-1) == right.argmax(-1)).float().mean().item(),
         tolerance=tolerance,
         ok=difference <= tolerance,
     )
@@ -148,12 +156,12 @@ def collect_logits(runner: Runner, rows: list[list[int]]) -> Tensor:
     for step in range(_DECODE_STEPS):
         token = torch.tensor([[row[step - _DECODE_STEPS]] for row in rows])  # (B, 1)
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        output = runner.forward(token, attention_mask=mask, past=output.past)
+        output = runner.forward(token, attention_mask=mask, past=output.past, last_only=True)
         collected.append(output.logits[:, -1].float().cpu())
     return torch.cat(collected)
 
 
-def _list_run(run: Path) -> list[_Stage]:
+def _list_run(run: Path, engine: str) -> list[_Stage]:
     plan = load_plan(run)
     model, unmerged = run / "model", run / "unmerged"
     if not model.is_dir():
@@ -164,13 +172,13 @@ def _list_run(run: Path) -> list[_Stage]:
     ]
     if unmerged.is_dir():
         stages += [_torch_stage("unmerged/torch", unmerged, adapter=unmerged / "adapter")]
-        stages += _list_onnx(run / "onnx-unmerged")
+        stages += _list_exported(run / f"{engine}-unmerged", engine)
     stages += [_torch_stage("compact/torch", model)]
-    return stages + _list_onnx(run / "onnx")
+    return stages + _list_exported(run / engine, engine)
 
 
-def _list_model(model: Path) -> list[_Stage]:
-    return [_torch_stage("torch", model), *_list_onnx(model / "onnx")]
+def _list_model(model: Path, engine: str) -> list[_Stage]:
+    return [_torch_stage("torch", model), *_list_exported(model / engine, engine)]
 
 
 def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _Stage:
@@ -178,11 +186,12 @@ def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _St
     return _Stage(name, lambda: load_torch_runner(folder, dtype="fp32", adapter=adapter), stored)
 
 
-def _list_onnx(folder: Path) -> list[_Stage]:
-    if not folder.is_dir():
+def _list_exported(folder: Path, engine: str) -> list[_Stage]:
+    if engine not in EXPORTS or not folder.is_dir():
         return []
-    precision = load_json(folder / "io.json", fix="Export again.")["precision"]
-    return [_Stage(folder.name, lambda: load_onnx_runner(folder), precision)]
+    contract, _ = EXPORTS[engine]
+    precision = load_json(folder / contract, fix="Export again.")["precision"]
+    return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
 
 
 def _build_masked(run: Path, plan: PruningPlan) -> Runner:
