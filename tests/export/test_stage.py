@@ -40,7 +40,9 @@ def test_unmerged_needs_a_run(tmp_path):
 
 
 def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
-    model = make_tiny_model(tmp_path / "model", num_hidden_layers=1, head_dim=16)
+    model = make_tiny_model(
+        tmp_path / "model", num_hidden_layers=1, head_dim=16, intermediate_size=64
+    )
     with pytest.raises(ArtifactError, match="no ort export .*export .* --engine ort' first"):
         verify(model, engine="ort")
     result = export(str(model), engine="ort", precision="int8", opset=None)
