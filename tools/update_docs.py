@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 
+from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.cli.main import main as root
 from lpdeploy.paper.render import render_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "docs" / "cli.md"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "engines"))]
 _CLI_INTRODUCTION = """\
 # Commands
 
@@ -121,7 +122,17 @@ def render_paper(data: dict[str, Any]) -> str:
     return render_markdown(data).split("\n", 2)[2].rstrip()
 
 
-RENDERERS = {"quality": render_quality, "latency": render_latency, "paper": render_paper}
+def render_bench(data: dict[str, Any]) -> str:
+    """Return a table of `lpdeploy bench latency`, without its heading."""
+    return render_latency_table(data).split("\n", 2)[2].rstrip()
+
+
+RENDERERS = {
+    "bench": render_bench,
+    "quality": render_quality,
+    "latency": render_latency,
+    "paper": render_paper,
+}
 
 
 def fill_tables(text: str) -> str:

@@ -9,6 +9,7 @@ from lpdeploy.cli.common import print_result, shared_options
 # Module -> (extra that installs it, what it is for).
 _OPTIONAL = {
     "onnxruntime": ("cpu", "running exported ONNX models"),
+    "onnxruntime_genai": ("genai", "serving a folder of --engine ort with ONNX Runtime GenAI"),
 }
 
 
