@@ -9,9 +9,11 @@ from lpdeploy.cli.common import FOLDER, format_bytes, print_result, shared_optio
 
 @click.command("export")
 @click.argument("target", metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["onnx"]), required=True)
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32")
-@click.option("--output", type=FOLDER, help="[default: RUN/onnx, RUN/onnx-unmerged or MODEL/onnx]")
+@click.option("--engine", type=click.Choice(["onnx", "trt"]), required=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32")
+@click.option(
+    "--output", type=FOLDER, help="[default: RUN/ENGINE, RUN/ENGINE-unmerged or MODEL/ENGINE]"
+)
 @click.option("--max-batch", type=click.IntRange(min=1), default=8)
 @click.option(
     "--max-seq-len", type=click.IntRange(min=2), help="[default: 2048, or the model's positions]"
@@ -33,7 +35,11 @@ def command(  # noqa: PLR0913 - one parameter an option
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export a RUN or a MODEL folder: KV cache in and out, dynamic batch, sequence and past."""
+    """Export a RUN or a MODEL folder: KV cache in and out, dynamic batch, sequence and past.
+
+    An engine of TensorRT (trt) admits --max-batch and --max-seq-len and no more, and runs on the
+    kind of GPU and the version of the library that built it.
+    """
     from lpdeploy.export.stage import export
 
     result = export(
@@ -51,4 +57,10 @@ def command(  # noqa: PLR0913 - one parameter an option
         f"{result['output']}: {result['engine']} {result['precision']}, opset {result['opset']}, "
         f"{format_bytes(result['bytes'])}, {result['seconds']:.1f} s"
     )
+    if "library" in result:
+        library = result["library"]
+        text += (
+            f"\nengine built in {result['build_seconds']:.1f} s "
+            f"by {library['name']} {library['version']}"
+        )
     print_result(result, text, as_json=as_json)

@@ -11,14 +11,14 @@ from lpdeploy.errors import ParityError
 
 @click.command("verify")
 @click.argument("target", type=RUN, metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["torch", "onnx"]), default="onnx")
+@click.option("--engine", type=click.Choice(["torch", "onnx", "trt"]), default="onnx")
 @click.option("--atol", type=click.FloatRange(0), help="Tolerance for every pair.")
 @shared_options()
 def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:
     """Compare full logits of all stages of a RUN, or of a MODEL and its export.
 
     Prefill and cached decoding, left padding, batch > 1. Exits 1 where a pair differs by more
-    than its tolerance. With --engine torch, exported graphs are left out.
+    than its tolerance. With --engine torch, exports are left out.
     """
     from lpdeploy.runtime.verify import verify
 

@@ -6,7 +6,14 @@ from typing import Any
 from lpdeploy.artifacts import check_apart, compute_sha256, record_stage
 from lpdeploy.errors import ArtifactError
 from lpdeploy.export.onnx import export_onnx
+from lpdeploy.export.tensorrt import export_tensorrt
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
+
+# Engine -> what exports to it, and the file that stands for the result in the manifest.
+_EXPORTERS = {
+    "onnx": (export_onnx, "model.onnx"),
+    "trt": (export_tensorrt, "model.engine"),
+}
 
 
 def export(
@@ -21,13 +28,13 @@ def export(
 
     Args:
         target: Run, model folder or hub name.
-        engine: ``onnx``.
-        output: Folder; by default ``onnx`` (``onnx-unmerged``) in the run or model folder.
+        engine: ``onnx`` or ``trt``.
+        output: Folder; by default ``ENGINE`` (``ENGINE-unmerged``) in the run or model folder.
         unmerged: Export a run's ``unmerged`` model, with LoRA as separate products.
-        options: Of ``export_onnx``.
+        options: Of ``export_onnx`` or ``export_tensorrt``.
 
     Returns:
-        The io contract, and ``output``, ``bytes`` and ``seconds``.
+        The contract of the export, and ``output``, ``bytes`` and ``seconds``.
 
     Raises:
         ArtifactError: The run has no such model, or ``output`` exists.
@@ -37,15 +44,16 @@ def export(
     if unmerged and not is_run:
         raise ArtifactError(f"--unmerged needs a run; '{target}' has no plan.json.")
     model = _find_model(run, unmerged=unmerged) if is_run else resolve_model(target)
-    folder = output or (run if is_run else model) / ("onnx-unmerged" if unmerged else "onnx")
+    export_to, main_file = _EXPORTERS[engine]
+    folder = output or (run if is_run else model) / (f"{engine}-unmerged" if unmerged else engine)
     check_apart(folder, inputs=(run, model) if is_run else (model,))
     record = {"target": target, "engine": engine, "unmerged": unmerged, **options}
     with record_stage(run if is_run else model, f"export {folder.name}", record) as stage:
-        contract = export_onnx(
+        contract = export_to(
             model, folder, adapter=model / "adapter" if unmerged else None, **options
         )
         stage.inputs = {model.name: compute_model_sha256(model)}
-        stage.outputs = {folder.name: compute_sha256(folder / "model.onnx")}
+        stage.outputs = {folder.name: compute_sha256(folder / main_file)}
     return {
         **contract,
         "output": str(folder),

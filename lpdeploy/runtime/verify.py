@@ -19,6 +19,7 @@ from lpdeploy.plan import PruningPlan, load_plan
 from lpdeploy.runtime.onnx_runner import load_onnx_runner
 from lpdeploy.runtime.runner import Runner, pad_left
 from lpdeploy.runtime.torch_runner import TorchRunner, load_torch_runner
+from lpdeploy.runtime.trt_runner import load_trt_runner
 
 _PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
 _DECODE_STEPS = 4
@@ -29,6 +30,11 @@ _DECODE_STEPS = 4
 # the layers, far below what one lost head or channel changes.
 _RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2}
 _PRECISION_ORDER = ("fp32", "fp16", "bf16")
+# Engine -> the contract of its exports, and what loads one.
+_EXPORTS: dict[str, tuple[str, Callable[[Path], Runner]]] = {
+    "onnx": ("io.json", load_onnx_runner),
+    "trt": ("engine.json", load_trt_runner),
+}
 
 
 @dataclass(frozen=True)
@@ -65,27 +71,31 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
     Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
-    reloaded checkpoint = its ONNX export, and the unmerged checkpoint and its export where they
-    are. Of a model folder: torch = ONNX. Inputs are a batch of left-padded rows of different
+    reloaded checkpoint = its export, and the unmerged checkpoint and its export where they
+    are. Of a model folder: torch = its export. Inputs are a batch of left-padded rows of different
     lengths and a few cached steps of one token; logits at padding do not count.
 
     Args:
         target: A run or a model folder.
-        engine: ``onnx`` to compare exported graphs too, ``torch`` to leave them out.
+        engine: ``onnx`` or ``trt`` to compare its exports too, ``torch`` to leave exports out.
         atol: Tolerance for every pair instead of the one of its precision.
 
     Raises:
         ArtifactError: There is nothing to compare, or a stage cannot be loaded.
     """
-    stages = _list_run(target) if (target / "plan.json").is_file() else _list_model(target)
-    chosen = [stage for stage in stages if "onnx" not in stage.name or engine == "onnx"]
-    if len(chosen) < 2:
+    is_run = (target / "plan.json").is_file()
+    stages = (_list_run if is_run else _list_model)(target, engine)
+    asked_for = engine if engine in _EXPORTS else "onnx"
+    # ONNX is the default: a run that is not exported yet still has its other stages to compare.
+    missing = engine == "trt" and not any(stage.name.startswith("trt") for stage in stages)
+    if len(stages) < 2 or missing:
+        what = f"no {asked_for} export" if missing else "only one stage"
         raise ArtifactError(
-            f"'{target}' has only one stage to look at. "
-            f"Run 'lpdeploy export {target} --engine onnx' first."
+            f"'{target}' has {what} to look at. "
+            f"Run 'lpdeploy export {target} --engine {asked_for}' first."
         )
-    pairs = list(_compare_chain(chosen, atol=atol))
-    if (target / "plan.json").is_file():
+    pairs = list(_compare_chain(stages, atol=atol))
+    if is_run:
         record = {"ok": all(p.ok for p in pairs), "pairs": [asdict(p) for p in pairs]}
         save_json(target / "verify.json", record)
     return pairs
@@ -153,7 +163,7 @@ def collect_logits(runner: Runner, rows: list[list[int]]) -> Tensor:
     return torch.cat(collected)
 
 
-def _list_run(run: Path) -> list[_Stage]:
+def _list_run(run: Path, engine: str) -> list[_Stage]:
     plan = load_plan(run)
     model, unmerged = run / "model", run / "unmerged"
     if not model.is_dir():
@@ -164,13 +174,13 @@ def _list_run(run: Path) -> list[_Stage]:
     ]
     if unmerged.is_dir():
         stages += [_torch_stage("unmerged/torch", unmerged, adapter=unmerged / "adapter")]
-        stages += _list_onnx(run / "onnx-unmerged")
+        stages += _list_exported(run / f"{engine}-unmerged", engine)
     stages += [_torch_stage("compact/torch", model)]
-    return stages + _list_onnx(run / "onnx")
+    return stages + _list_exported(run / engine, engine)
 
 
-def _list_model(model: Path) -> list[_Stage]:
-    return [_torch_stage("torch", model), *_list_onnx(model / "onnx")]
+def _list_model(model: Path, engine: str) -> list[_Stage]:
+    return [_torch_stage("torch", model), *_list_exported(model / engine, engine)]
 
 
 def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _Stage:
@@ -178,11 +188,12 @@ def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _St
     return _Stage(name, lambda: load_torch_runner(folder, dtype="fp32", adapter=adapter), stored)
 
 
-def _list_onnx(folder: Path) -> list[_Stage]:
-    if not folder.is_dir():
+def _list_exported(folder: Path, engine: str) -> list[_Stage]:
+    if engine not in _EXPORTS or not folder.is_dir():
         return []
-    precision = load_json(folder / "io.json", fix="Export again.")["precision"]
-    return [_Stage(folder.name, lambda: load_onnx_runner(folder), precision)]
+    contract, load = _EXPORTS[engine]
+    precision = load_json(folder / contract, fix="Export again.")["precision"]
+    return [_Stage(folder.name, lambda: load(folder), precision)]
 
 
 def _build_masked(run: Path, plan: PruningPlan) -> Runner:

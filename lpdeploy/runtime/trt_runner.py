@@ -1,0 +1,265 @@
+"""An exported engine in TensorRT or TensorRT-RTX, on torch CUDA tensors, as a Runner."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpdeploy.artifacts import load_json
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.runtime.runner import Output, compute_position_ids
+from lpdeploy.runtime.tensorrt_library import Library, load_library
+
+CONTRACT, ENGINE = "engine.json", "model.engine"
+CONTRACT_VERSION = 1
+_FIX = "Build it again with 'lpdeploy export RUN|MODEL --engine trt --overwrite'."
+
+
+class Stream:
+    """A CUDA stream of the engine's own: on the default one TensorRT synchronises every call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self.handle: int = self._stream.cuda_stream
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Start after what torch has queued, and let torch go on after what is queued inside."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        yield
+        current.wait_stream(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until everything queued here is done."""
+        self._stream.synchronize()
+
+
+class TrtRunner:
+    """An engine that ``export_tensorrt`` built.
+
+    Its cache grows by concatenation, so every call has new addresses and shapes, which is what a
+    CUDA graph must not have: calls are queued one by one.
+
+    Attributes:
+        name: ``trt``.
+        precision: That of the engine: ``fp32``, ``fp16`` or ``bf16``.
+        vocab_size: Width of the logits.
+        max_positions: Longest past + present in tokens that the engine admits.
+        contract: What ``engine.json`` says.
+    """
+
+    name = "trt"
+
+    def __init__(
+        self, engine: Any, contract: Mapping[str, Any], *, device: torch.device, stream: Any
+    ) -> None:
+        self.precision: str = contract["precision"]
+        self.vocab_size: int = contract["vocab_size"]
+        self.max_positions: int = contract["max_seq_len"]
+        self.contract = contract
+        self._engine = engine
+        self._device = device
+        self._stream = stream
+        # TensorRT wants an address for every tensor, also for one of no elements.
+        self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
+        self._contexts = [self._create_context(index) for index in range(len(contract["profiles"]))]
+
+    def _create_context(self, profile: int) -> Any:
+        # One for each profile: to change the profile of one would make it plan anew at each turn
+        # from prefill to decode.
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise LpdeployError(
+                "The GPU has too little free memory to run this engine. "
+                "Build it again with a smaller --max-batch or --max-seq-len."
+            )
+        context.set_optimization_profile_async(profile, self._stream.handle)
+        self._stream.synchronize()
+        return context
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        past: Any = None,
+        last_only: bool = False,
+        reserve: int = 0,  # noqa: ARG002 - its cache is no buffer
+    ) -> Output:
+        """Run a prompt, or one token after a past of P tokens.
+
+        Args:
+            input_ids: Shape (B, T), int64, on any device.
+            attention_mask: Shape (B, P + T), int64; 0 at padding, which stands on the left.
+            past: ``Output.past`` of a previous call, or None for a prefill. It is left as it is.
+            last_only: Return only the logits of the last token; the engine computes all.
+            reserve: Without effect.
+
+        Returns:
+            Logits, float32, and the cache as a list of tensors, both on the engine's device.
+
+        Raises:
+            LpdeployError: No profile of the engine admits these sizes.
+        """
+        batch, tokens = input_ids.shape
+        total = attention_mask.shape[1]
+        sizes = {"batch": batch, "sequence": tokens, "past": total - tokens, "total": total}
+        profile = choose_profile(self.contract["profiles"], sizes)
+        mask = attention_mask.to(self._device).contiguous()
+        values = [
+            input_ids.to(self._device).contiguous(),
+            mask,
+            compute_position_ids(mask, tokens).contiguous(),
+        ]
+        described = self.contract["inputs"]
+        values += past if past is not None else self._build(described[len(values) :], sizes)
+        results = self._build(self.contract["outputs"], sizes)
+        self._run(self._contexts[profile], values, results)
+        logits, *present = results
+        return Output(logits[:, -1:] if last_only else logits, present)
+
+    def _build(self, described: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> Any:
+        return [
+            torch.empty(
+                resolve_shape(item["shape"], sizes),
+                dtype=getattr(torch, item["dtype"]),
+                device=self._device,
+            )
+            for item in described
+        ]
+
+    def _run(self, context: Any, values: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        for item, tensor in zip(self.contract["inputs"], values, strict=True):
+            present = tensor if tensor.numel() else self._nothing
+            context.set_input_shape(item["name"], tuple(tensor.shape))
+            context.set_tensor_address(item["name"], present.data_ptr())
+        for item, tensor in zip(self.contract["outputs"], results, strict=True):
+            context.set_tensor_address(item["name"], tensor.data_ptr())
+        with self._stream.in_order():
+            queued = context.execute_async_v3(self._stream.handle)
+        if not queued:
+            raise LpdeployError(
+                f"TensorRT does not run this engine on these inputs. {_FIX} "
+                "If that does not help, please report it."
+            )
+
+
+def resolve_shape(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Put the sizes of one call, or of a profile, in the place of dynamic dimensions' names."""
+    return tuple(sizes[part] if isinstance(part, str) else part for part in shape)
+
+
+def choose_profile(
+    profiles: Mapping[str, Mapping[str, Sequence[int]]], sizes: Mapping[str, int]
+) -> int:
+    """Return the index of the profile that admits a call.
+
+    Args:
+        profiles: Name -> dimension -> [min, opt, max].
+        sizes: ``batch``, ``sequence``, ``past`` and ``total`` of the call.
+
+    Raises:
+        LpdeployError: None does; the sentence says which limit it is, and how to lift it.
+    """
+    for index, limits in enumerate(profiles.values()):
+        if all(limits[name][0] <= size <= limits[name][2] for name, size in sizes.items()):
+            return index
+    largest = {name: max(limits[name][2] for limits in profiles.values()) for name in sizes}
+    if sizes["batch"] > largest["batch"]:
+        raise LpdeployError(
+            f"A batch of {sizes['batch']} is more than the {largest['batch']} that this engine "
+            f"admits. Use smaller batches, or export again with --max-batch {sizes['batch']}."
+        )
+    if sizes["total"] > largest["total"]:
+        raise LpdeployError(
+            f"{sizes['total']} tokens are more than the {largest['total']} that this engine "
+            f"admits. Shorten the prompt, or export again with --max-seq-len {sizes['total']}."
+        )
+    raise LpdeployError(
+        f"{sizes['sequence']} tokens after a past of {sizes['past']} fit no profile of this "
+        "engine. It takes a prompt with nothing before it, or one token after a past."
+    )
+
+
+def load_trt_runner(folder: Path, *, device: str = "cuda") -> TrtRunner:
+    """Open what ``export_tensorrt`` wrote.
+
+    Args:
+        folder: With ``model.engine`` and ``engine.json``.
+        device: ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, or was made for another GPU or by another
+            version of the library.
+        MissingDependencyError: The library that built it is not installed.
+        LpdeployError: There is no GPU here.
+    """
+    target = torch.device(device)
+    if target.type != "cuda":
+        raise ValueError(f"device is {device!r}; an engine of TensorRT runs on cuda or cuda:N")
+    contract = _load_contract(folder)
+    library = load_library(contract["library"]["name"])
+    _check_fit(folder, contract, library, target)
+    engine = _load_engine(folder, library)
+    return TrtRunner(engine, contract, device=target, stream=Stream(target))
+
+
+def _load_contract(folder: Path) -> dict[str, Any]:
+    contract = load_json(folder / CONTRACT, fix=_FIX)
+    if not isinstance(contract, dict) or contract.get("engine") != "trt":
+        raise ArtifactError(f"'{folder / CONTRACT}' describes no TensorRT engine. {_FIX}")
+    version = contract.get("schema_version")
+    if version != CONTRACT_VERSION:
+        raise ArtifactError(
+            f"'{folder / CONTRACT}' has schema version {version!r}; this lpdeploy reads "
+            f"{CONTRACT_VERSION}. {_FIX}"
+        )
+    path, recorded = folder / ENGINE, contract["files"][ENGINE]
+    if not path.is_file():
+        raise ArtifactError(f"No {ENGINE} in '{folder}'. {_FIX}")
+    if path.stat().st_size != recorded["bytes"]:
+        raise ArtifactError(
+            f"'{path}' has {path.stat().st_size} bytes, its export had {recorded['bytes']}. "
+            f"Copy it again, or: {_FIX}"
+        )
+    return contract
+
+
+def _check_fit(
+    folder: Path, contract: Mapping[str, Any], library: Library, device: torch.device
+) -> None:
+    """Refuse an engine that this library or this GPU does not run."""
+    built = contract["library"]["version"]
+    if library.version != built:
+        raise ArtifactError(
+            f"'{folder}' was built by {library.name} {built}, and {library.version} is installed; "
+            f"an engine runs only on the version that built it. {_FIX}"
+        )
+    if not torch.cuda.is_available():
+        raise LpdeployError(
+            f"'{folder}' needs an NVIDIA GPU with its driver and a torch built for CUDA, and there "
+            "is no GPU that torch can use. Run it where one is, or export with --engine onnx."
+        )
+    capability = contract["compute_capability"]
+    here = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
+    if capability not in ("any", here):
+        raise ArtifactError(
+            f"'{folder}' was built for a GPU of compute capability {capability}; this one, "
+            f"{torch.cuda.get_device_name(device)}, has {here}. {_FIX}"
+        )
+
+
+def _load_engine(folder: Path, library: Library) -> Any:
+    runtime = library.module.Runtime(library.logger)
+    engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    if engine is None:
+        raise ArtifactError(
+            f"{library.name} {library.version} cannot load '{folder / ENGINE}': "
+            f"{library.last_message()}. {_FIX}"
+        )
+    return engine
