@@ -34,6 +34,11 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
 
 
+class CudaGraphStrategy(enum.Enum):
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
 class BuilderFlag(enum.IntEnum):
     TF32 = 7
 
@@ -63,8 +68,11 @@ class Network:
 
 
 class OnnxParser:
-    def __init__(self, network, _logger):
+    unknown = ()
+
+    def __init__(self, network, logger):
         self.network = network
+        self.logger = logger
         self.errors = []
 
     def parse_from_file(self, path):
@@ -72,11 +80,15 @@ class OnnxParser:
             self.network.model = onnx.load(path)
         except Exception as error:  # noqa: BLE001 - a parser reports whatever it was
             self.errors.append(str(error))
+            self.logger.log(ILogger.Severity.ERROR, str(error))
             return False
         kinds = {"Attention": LayerType.ATTENTION_INPUT, "MatMul": LayerType.MATRIX_MULTIPLY}
         nodes = self.network.model.graph.node
         self.network.layers = [Layer(kinds[n.op_type]) for n in nodes if n.op_type in kinds]
         return True
+
+    def supports_operator(self, name):
+        return name not in OnnxParser.unknown
 
     @property
     def num_errors(self):
@@ -114,6 +126,10 @@ class Config:
 
     def add_optimization_profile(self, profile):
         self.profiles.append(profile.shapes)
+
+    @property
+    def num_optimization_profiles(self):
+        return len(self.profiles)
 
     def create_timing_cache(self, content):
         return TimingCache(content)
@@ -161,32 +177,43 @@ class Runtime:
     def deserialize_cuda_engine(self, plan):
         head, _, graph = plan.partition(b"\n")
         try:
-            session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-            return Engine(session, json.loads(head))
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # it warns of a copy in TensorScatter
+            session = onnxruntime.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+            nodes = onnx.load_from_string(graph).graph.node
+            aliases = {n.output[0]: n.input[0] for n in nodes if n.op_type == "TensorScatter"}
+            return Engine(session, json.loads(head), aliases)
         except Exception:  # noqa: BLE001 - the real one logs and returns None too
             self.logger.log(ILogger.Severity.ERROR, "Serialization assertion failed.")
             return None
 
 
 class Engine:
-    def __init__(self, session, profiles):
+    def __init__(self, session, profiles, aliases):
         self.session = session
         self.profiles = profiles
+        self.aliases = aliases
         self.contexts = []
         self.memory = True
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return SimpleNamespace(cuda_graph_strategy=CudaGraphStrategy.DISABLED)
+
+    def create_execution_context(self, runtime_config=None):
         if not self.memory:
             return None
-        self.contexts.append(Context(self))
+        self.contexts.append(Context(self, runtime_config))
         return self.contexts[-1]
 
 
 class Context:
     """Takes a shape outside of its profile for an error, as TensorRT does, and reads addresses."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, config):
         self.engine = engine
+        self.config = config
         self.profile = None
         self.shapes = {}
         self.addresses = {}
@@ -211,6 +238,8 @@ class Context:
     def execute_async_v3(self, _stream):
         if not self.valid:
             return False
+        for output, source in self.engine.aliases.items():
+            assert self.addresses[output] == self.addresses[source], f"{output} is elsewhere"
         session = self.engine.session
         feeds = {
             item.name: _view(self.addresses[item.name], self.shapes[item.name], item.type).copy()
@@ -235,8 +264,15 @@ class Stream:
 
     handle = 0
 
+    def __init__(self):
+        self.captured = 0
+
     def in_order(self):
         return nullcontext()
+
+    def capture(self, enqueue):
+        self.captured += 1
+        return enqueue
 
     def synchronize(self):
         pass
@@ -249,6 +285,7 @@ def make_module(version="1.7.1.116"):
         LayerType=LayerType,
         NetworkDefinitionCreationFlag=NetworkDefinitionCreationFlag,
         BuilderFlag=BuilderFlag,
+        CudaGraphStrategy=CudaGraphStrategy,
         IAttentionBoundaryLayer=IAttentionBoundaryLayer,
         Builder=Builder,
         OnnxParser=OnnxParser,

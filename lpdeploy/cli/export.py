@@ -61,6 +61,6 @@ def command(  # noqa: PLR0913 - one parameter an option
         library = result["library"]
         text += (
             f"\nengine built in {result['build_seconds']:.1f} s "
-            f"by {library['name']} {library['version']}"
+            f"by {library['name']} {library['version']}, cache {result['cache']}"
         )
     print_result(result, text, as_json=as_json)

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ import torch
 from lpdeploy.artifacts import atomic_folder, compute_sha256, save_json
 from lpdeploy.errors import LpdeployError
 from lpdeploy.export.onnx import export_onnx
+from lpdeploy.export.traced import SCATTER_OPSET
 from lpdeploy.runtime.tensorrt_library import Library, load_library
-from lpdeploy.runtime.trt_runner import CONTRACT, CONTRACT_VERSION, ENGINE, resolve_shape
+from lpdeploy.runtime.trt_runner import (
+    CONCAT,
+    CONTRACT,
+    CONTRACT_VERSION,
+    ENGINE,
+    IN_PLACE,
+    resolve_shape,
+)
 
 _TIMING_CACHE = "timing.cache"
 
@@ -27,17 +36,20 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
     max_seq_len: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Build an engine with KV cache in and out, and profiles for prefill and for decode.
+    """Build an engine with a KV cache, and profiles for prefill and for decode.
 
     Writes ``model.engine``, ``engine.json``, config and tokenizer, and ``timing.cache``, which
     makes the next build in its place (``overwrite``) a short one. The graph that the engine is
-    built from is that of ``export_onnx``; it decides the type of every tensor.
+    built from is that of ``export_onnx``; it decides the type of every tensor. Its cache is
+    written in place where the library's parser has TensorScatter and the opset is 24 (the
+    default then); else each step concatenates past and present.
 
     Args:
         model_folder: A Hugging Face folder, stock or of per-layer widths.
         output: The folder to write.
         precision: ``fp32``, ``fp16`` or ``bf16``, as for ``export_onnx``.
-        opset: Of the graph: 18 to 23; None for the default.
+        opset: Of the graph: 24 for a cache in place, 18 to 23 for one that is concatenated; None
+            for the newest that the library takes.
         adapter: A peft adapter that stays beside the weights.
         max_batch: Largest batch that the engine admits.
         max_seq_len: Longest past + present that it admits; None for 2048 or the model's
@@ -55,6 +67,8 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
     """
     library = load_library()
     capability = find_compute_capability(library)
+    newest = opset is None or opset >= SCATTER_OPSET
+    in_place = newest and library.takes_operator("TensorScatter")
     with atomic_folder(output, overwrite=overwrite) as folder:
         graph = folder / "onnx"
         contract = export_onnx(
@@ -65,8 +79,11 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
             adapter=adapter,
             max_batch=max_batch,
             max_seq_len=max_seq_len,
+            in_place=in_place,
         )
-        profiles = build_profiles(max_batch=max_batch, max_seq_len=contract["max_seq_len"])
+        profiles = build_profiles(
+            max_batch=max_batch, max_seq_len=contract["max_seq_len"], in_place=in_place
+        )
         _copy_timing_cache(output, folder)
         start = time.perf_counter()
         build_engine(library, graph / "model.onnx", folder, contract=contract, profiles=profiles)
@@ -77,7 +94,7 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
             "engine": "trt",
             "library": {"name": library.name, "version": library.version},
             "compute_capability": capability,
-            "cache": "concat",
+            "cache": IN_PLACE if in_place else CONCAT,
             "profiles": profiles,
             "files": _describe_files(folder),
             "build_seconds": round(seconds, 3),
@@ -104,30 +121,33 @@ def find_compute_capability(library: Library) -> str:
     return f"{major}.{minor}"
 
 
-def build_profiles(*, max_batch: int, max_seq_len: int) -> dict[str, dict[str, list[int]]]:
+def build_profiles(
+    *, max_batch: int, max_seq_len: int, in_place: bool
+) -> dict[str, dict[str, list[int]]]:
     """Return the sizes that an engine admits, and those it is tuned for.
 
-    Two profiles, in the order of their index: a prompt with nothing before it, and one token
-    after a past. Kernels are chosen for each alone.
+    Two profiles, in the order of their index: a prompt, and one token. Kernels are chosen for
+    each alone. Where the cache is written in place, ``past`` is no size of a tensor, so any
+    number of tokens may come after one: the decode profile takes one, the other two and more.
 
     Returns:
-        Name -> dimension -> [min, opt, max], dimensions as in the contract's shapes. At each of
-        the three, ``total`` is ``past`` + ``sequence``.
+        Name -> dimension -> [min, opt, max], dimensions as in the contract's shapes.
     """
     middle = max(2, max_seq_len // 2)
     batch = [1, 1, max_batch]
+    first, least = (2, 0) if in_place else (1, 1)
     return {
         "prefill": {
             "batch": batch,
-            "sequence": [1, middle, max_seq_len],
-            "past": [0, 0, 0],
-            "total": [1, middle, max_seq_len],
+            "sequence": [first, middle, max_seq_len],
+            "past": [0, 0, max_seq_len - first if in_place else 0],
+            "total": [first, middle, max_seq_len],
         },
         "decode": {
             "batch": batch,
             "sequence": [1, 1, 1],
-            "past": [1, middle - 1, max_seq_len - 1],
-            "total": [2, middle, max_seq_len],
+            "past": [least, middle - 1, max_seq_len - 1],
+            "total": [least + 1, middle, max_seq_len],
         },
     }
 
@@ -153,6 +173,7 @@ def build_engine(
         LpdeployError: The library does not take the graph, or cannot build it.
     """
     module = library.module
+    library.messages.clear()
     builder = module.Builder(library.logger)
     network = library.create_network(builder)
     parser = module.OnnxParser(network, library.logger)
@@ -160,24 +181,21 @@ def build_engine(
         raise LpdeployError(
             f"{library.name} {library.version} does not take this graph of opset "
             f"{contract['opset']}: {_describe_parser_error(library, parser)}. "
-            "Try another --opset (18 to 23), or a newer version of the library."
+            "Try another --opset (18 to 24), or a newer version of the library."
         )
     library.allow_decomposed_attention(network)
     config = library.create_config(builder)
     for sizes in profiles.values():
         profile = builder.create_optimization_profile()
-        for item in contract["inputs"]:
-            smallest, usual, largest = (
-                resolve_shape(item["shape"], {name: size[rank] for name, size in sizes.items()})
-                for rank in range(3)
-            )
-            profile.set_shape(item["name"], smallest, usual, largest)
+        _set_shapes(profile, contract["inputs"], sizes)
         config.add_optimization_profile(profile)
     cache = _load_timing_cache(config, folder / _TIMING_CACHE)
-    plan = builder.build_serialized_network(network, config)
+    # A profile that contradicts itself is not added, and the build would go on without it.
+    complete = config.num_optimization_profiles == len(profiles)
+    plan = builder.build_serialized_network(network, config) if complete else None
     if plan is None:
         raise LpdeployError(
-            f"{library.name} {library.version} cannot build the engine: {library.last_message()}. "
+            f"{library.name} {library.version} cannot build the engine: {library.explain()}. "
             "Try a smaller --max-batch or --max-seq-len, another --precision or another --opset."
         )
     with (folder / ENGINE).open("wb") as stream:
@@ -187,12 +205,23 @@ def build_engine(
 
 
 def _describe_parser_error(library: Library, parser: Any) -> str:
-    if not parser.num_errors:
-        return library.last_message()
-    error = parser.get_error(0)
-    reason = error.desc().strip().splitlines()[0].rstrip(". ")
-    operator = getattr(error, "node_operator", lambda: "")()
-    return f"{operator}: {reason}" if operator else reason
+    error = parser.get_error(0) if parser.num_errors else None
+    if error is None or not error.node_operator():  # of no node: the log says which file it is
+        return library.explain()
+    # The first line may be no more than the node's name.
+    reason = " ".join(error.desc().strip().splitlines()[:2]).rstrip(". ")
+    return f"{error.node_operator()}: {reason}"
+
+
+def _set_shapes(
+    profile: Any, inputs: Sequence[Mapping[str, Any]], sizes: Mapping[str, Sequence[int]]
+) -> None:
+    for item in inputs:
+        smallest, usual, largest = (
+            resolve_shape(item["shape"], {name: size[rank] for name, size in sizes.items()})
+            for rank in range(3)
+        )
+        profile.set_shape(item["name"], smallest, usual, largest)
 
 
 def _copy_timing_cache(output: Path, folder: Path) -> None:

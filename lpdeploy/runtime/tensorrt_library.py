@@ -23,7 +23,8 @@ class Library:
         name: ``tensorrt`` or ``tensorrt_rtx``.
         version: Its version. An engine runs on the version that built it and on no other.
         module: The Python module, whose interface is nearly the same in both.
-        messages: Errors that the library has logged, oldest first.
+        messages: Errors that the library has logged, oldest first; clear it before a call that
+            ``explain`` is asked about.
         logger: What hands them over; the library keeps no reference to it.
     """
 
@@ -61,9 +62,35 @@ class Library:
                 layer.__class__ = self.module.IAttentionBoundaryLayer
                 layer.attention.decomposable = True
 
-    def last_message(self) -> str:
-        """Return the first line of the last error that was logged, without a closing stop."""
-        lines = self.messages[-1].strip().splitlines() if self.messages else []
+    def takes_operator(self, name: str) -> bool:
+        """Return whether the parser has an ONNX operator."""
+        network = self.create_network(self.module.Builder(self.logger))
+        return bool(self.module.OnnxParser(network, self.logger).supports_operator(name))
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether a context captures itself in CUDA graphs, and anew where shapes change."""
+        return hasattr(self.module, "CudaGraphStrategy")
+
+    def create_context(self, engine: Any, *, capture: bool) -> Any:
+        """Return an execution context, or None where memory is short.
+
+        Args:
+            engine: What is to be run.
+            capture: Run it as a CUDA graph, if ``captures_graphs``.
+        """
+        if not (capture and self.captures_graphs):
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = self.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(config)
+
+    def explain(self) -> str:
+        """Return the first line of the first error that was logged, without a closing stop.
+
+        The first one is the cause of the others, which say where it was met.
+        """
+        lines = self.messages[0].strip().splitlines() if self.messages else []
         return (lines[0] if lines else "it gives no reason").rstrip(". ")
 
 

@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import re
 import shutil
-from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -31,16 +32,21 @@ def find_reason_to_skip():
 
 REASON = find_reason_to_skip()
 needs_rtx = pytest.mark.skipif(bool(REASON), reason=REASON or "tensorrt_rtx is here")
-PROFILES = build_profiles(max_batch=4, max_seq_len=32)
+PROFILES = {
+    cache: build_profiles(max_batch=4, max_seq_len=32, in_place=cache == "in-place")
+    for cache in ("concat", "in-place")
+}
+both_caches = pytest.mark.parametrize("cache", PROFILES)
 
 
 def load_contract(folder):
     return json.loads((folder / "io.json").read_text())
 
 
-def build(library, graph, folder, **changes):
-    contract = load_contract(graph) | changes
-    build_engine(library, graph / "model.onnx", folder, contract=contract, profiles=PROFILES)
+def build(library, graph, folder, *, cache="concat"):
+    contract = load_contract(graph)
+    profiles = PROFILES[cache]
+    build_engine(library, graph / "model.onnx", folder, contract=contract, profiles=profiles)
     return contract
 
 
@@ -55,10 +61,12 @@ def parse(library, graph):
 
 @pytest.mark.trt
 @needs_rtx
+@both_caches
 @pytest.mark.parametrize("name", EXPORTS)
-def test_engines_are_built(name, tmp_path):
+def test_engines_are_built(name, cache, tmp_path):
     library = load_library("tensorrt_rtx")
-    contract = build(library, make_export(name)[2], tmp_path)
+    graph = make_export(name, in_place=cache == "in-place")[2]
+    contract = build(library, graph, tmp_path, cache=cache)
     plan = (tmp_path / "model.engine").read_bytes()
     assert len(plan) > 10_000
     for item in contract["inputs"] + contract["outputs"]:
@@ -68,10 +76,11 @@ def test_engines_are_built(name, tmp_path):
 
 @pytest.mark.trt
 @needs_rtx
+@both_caches
 @pytest.mark.parametrize("name", EXPORTS)
-def test_networks_have_the_tensors_of_the_contract(name):
+def test_networks_have_the_tensors_of_the_contract(name, cache):
     library = load_library("tensorrt_rtx")
-    graph = make_export(name)[2]
+    graph = make_export(name, in_place=cache == "in-place")[2]
     _, network, _parser = parse(library, graph)
     contract = load_contract(graph)
     types = {
@@ -87,6 +96,15 @@ def test_networks_have_the_tensors_of_the_contract(name):
         for item, tensor in zip(described, tensors, strict=True):
             fixed = [-1 if isinstance(part, str) else part for part in item["shape"]]
             assert list(tensor.shape) == fixed
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    kind = library.module.LayerType.KV_CACHE_UPDATE
+    updates = [layer for layer in layers if layer.type == kind]
+    names = [item["name"] for item in contract["inputs"][4:]] if cache == "in-place" else []
+    # From a network input straight to a network output: the two are one memory.
+    assert {(layer.get_input(0).name, layer.get_output(0).name) for layer in updates} == {
+        (name, name.replace("past_key_values", "present")) for name in names
+    }
+    assert len(updates) == len(names)
 
 
 @pytest.mark.trt
@@ -94,8 +112,9 @@ def test_networks_have_the_tensors_of_the_contract(name):
 def test_bf16_engine_is_built(tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
     contract = export_tensorrt(model, tmp_path / "trt", precision="bf16", max_batch=2)
-    assert contract["precision"] == "bf16"
-    assert contract["inputs"][3]["dtype"] == "bfloat16"
+    assert (contract["precision"], contract["cache"]) == ("bf16", "in-place")
+    assert contract["inputs"][4]["dtype"] == "bfloat16"
+    assert (tmp_path / "trt" / "timing.cache").stat().st_size > 0
 
 
 @pytest.mark.trt
@@ -105,7 +124,7 @@ def test_the_command_builds_an_engine_that_says_what_it_needs(tmp_path):
     words = ["export", str(model), "--engine", "trt", "--max-batch", "2", "--json"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    assert "by tensorrt_rtx" in result.stdout
+    assert re.search(r"by tensorrt_rtx [\d.]+, cache in-place", result.stdout)
     printed = json.loads(result.stdout.splitlines()[-1])
     assert printed["compute_capability"] == "any"
     if torch.cuda.is_available():
@@ -116,14 +135,54 @@ def test_the_command_builds_an_engine_that_says_what_it_needs(tmp_path):
 
 @pytest.mark.trt
 @needs_rtx
-@pytest.mark.parametrize("damage", ["graph", "data"])
-def test_a_damaged_graph(damage, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("model.onnx", "Failed to parse the ONNX model"),
+        ("model.onnx.data", "external weights .* out of range for file: .*model.onnx.data"),
+    ],
+)
+def test_a_truncated_graph(name, reason, tmp_path):
     graph = copy_export("odd-heads", tmp_path / "onnx")
-    path = graph / ("model.onnx" if damage == "graph" else "model.onnx.data")
+    path = graph / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(LpdeployError, match=r"does not take this graph of opset 18: .*--opset"):
+    sentence = rf"does not take this graph of opset 18: .*{reason}.*Try another --opset"
+    with pytest.raises(LpdeployError, match=sentence) as caught:
         build(load_library("tensorrt_rtx"), graph, tmp_path)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "model.engine").exists()
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_an_operator_that_is_not_taken(tmp_path):
+    graph = copy_export("odd-heads", tmp_path / "onnx")
+    model = onnx.load(graph / "model.onnx", load_external_data=False)
+    model.opset_import.append(onnx.helper.make_opsetid("elsewhere", 1))
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
+    node.op_type, node.domain = "Unheard", "elsewhere"
+    onnx.save(model, graph / "model.onnx")
+    with pytest.raises(LpdeployError, match=r"opset 18: Unheard: .*Plugin not found.*--opset"):
+        build(load_library("tensorrt_rtx"), graph, tmp_path)
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_a_profile_that_contradicts_itself(tmp_path, monkeypatch):
+    profiles = build_profiles(max_batch=4, max_seq_len=32, in_place=False)
+    profiles["decode"]["total"] = [40, 16, 32]
+    monkeypatch.setitem(PROFILES, "concat", profiles)
+    with pytest.raises(LpdeployError, match=r"cannot build the engine: .*Try a smaller --max-b"):
+        build(load_library("tensorrt_rtx"), make_export("odd-heads")[2], tmp_path)
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_what_the_library_offers():
+    library = load_library("tensorrt_rtx")
+    assert library.takes_operator("TensorScatter")
+    assert not library.takes_operator("Unheard")
+    assert library.captures_graphs
 
 
 @pytest.fixture
@@ -143,7 +202,7 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch, model_folder):
     """Take the shared graph for what export_onnx would write: an export takes seconds."""
-    graph = make_export("odd-heads")[2]
+    graph = make_export("odd-heads", in_place=True)[2]
 
     def copy(_, output, **__):
         shutil.copytree(graph, output)
@@ -165,15 +224,12 @@ def test_an_exported_folder(model_folder, tmp_path, fake):
         "tokenizer_config.json",
     }
     assert json.loads((output / "engine.json").read_text()) == contract
-    assert (contract["schema_version"], contract["engine"], contract["cache"]) == (
-        1,
-        "trt",
-        "concat",
-    )
+    assert (contract["schema_version"], contract["engine"]) == (1, "trt")
     assert contract["library"] == {"name": "tensorrt_rtx", "version": "1.7.1.116"}
     assert contract["compute_capability"] == "any"
-    assert contract["profiles"] == PROFILES
-    assert (contract["precision"], contract["opset"], contract["merged"]) == ("fp32", 23, True)
+    assert contract["profiles"] == PROFILES["in-place"]
+    assert (contract["cache"], contract["opset"]) == ("in-place", 24)
+    assert (contract["precision"], contract["merged"]) == ("fp32", True)
     assert contract["source"]["sha256"] == compute_model_sha256(model_folder)
     assert contract["build_seconds"] >= 0
     engine = output / "model.engine"
@@ -182,11 +238,12 @@ def test_an_exported_folder(model_folder, tmp_path, fake):
     }
     # What the builder was told: both profiles, in their order, and attention it may take apart.
     prefill, decode = fake_tensorrt.Builder.last.config.profiles
-    assert prefill["input_ids"] == [[1, 1], [1, 16], [4, 32]]
-    assert prefill["past_key_values.0.key"] == [[1, 2, 0, 8], [1, 2, 0, 8], [4, 2, 0, 8]]
+    assert prefill["input_ids"] == [[1, 2], [1, 16], [4, 32]]
     assert decode["input_ids"] == [[1, 1], [1, 1], [4, 1]]
-    assert decode["attention_mask"] == [[1, 2], [1, 16], [4, 32]]
-    assert decode["past_key_values.0.value"] == [[1, 2, 1, 8], [1, 2, 15, 8], [4, 2, 31, 8]]
+    for profile in (prefill, decode):
+        assert profile["attention_mask"] == [[1, 32], [1, 32], [4, 32]]
+        assert profile["write_indices"] == [[1], [1], [4]]
+        assert profile["past_key_values.0.key"] == [[1, 2, 32, 8], [1, 2, 32, 8], [4, 2, 32, 8]]
     assert prefill.keys() == decode.keys() == {item["name"] for item in contract["inputs"]}
     for layer in fake_tensorrt.Builder.last.network.layers:
         is_attention = layer.type == fake_tensorrt.LayerType.ATTENTION_INPUT
@@ -194,14 +251,33 @@ def test_an_exported_folder(model_folder, tmp_path, fake):
         assert isinstance(layer, fake_tensorrt.IAttentionBoundaryLayer) == is_attention
 
 
+@pytest.mark.parametrize(
+    ("library", "opset"), [("older", None), ("newer", 23)], ids=["not-offered", "not-wanted"]
+)
+def test_a_cache_that_grows(library, opset, model_folder, tmp_path, fake, monkeypatch):
+    if library == "older":
+        monkeypatch.setattr(fake_tensorrt.OnnxParser, "unknown", ("TensorScatter",))
+    contract = export_tensorrt(
+        model_folder, tmp_path / "trt", max_batch=4, max_seq_len=32, opset=opset
+    )
+    assert (contract["cache"], contract["opset"]) == ("concat", 23)
+    prefill, decode = fake_tensorrt.Builder.last.config.profiles
+    assert prefill["input_ids"] == [[1, 1], [1, 16], [4, 32]]
+    assert prefill["past_key_values.0.key"] == [[1, 2, 0, 8], [1, 2, 0, 8], [4, 2, 0, 8]]
+    assert decode["input_ids"] == [[1, 1], [1, 1], [4, 1]]
+    assert decode["attention_mask"] == [[1, 2], [1, 16], [4, 32]]
+    assert decode["past_key_values.0.value"] == [[1, 2, 1, 8], [1, 2, 15, 8], [4, 2, 31, 8]]
+
+
+@both_caches
 @pytest.mark.parametrize("max_seq_len", [2, 3, 32, 2048])
-def test_sizes_of_profiles_agree_at_each_of_the_three(max_seq_len):
-    profiles = build_profiles(max_batch=4, max_seq_len=max_seq_len)
+def test_sizes_of_profiles_agree(cache, max_seq_len):
+    profiles = build_profiles(max_batch=4, max_seq_len=max_seq_len, in_place=cache == "in-place")
     for sizes in profiles.values():
-        for rank in range(3):
-            assert sizes["total"][rank] == sizes["past"][rank] + sizes["sequence"][rank]
         assert all(low <= usual <= high for low, usual, high in sizes.values())
-    assert profiles["prefill"]["total"][2] == profiles["decode"]["total"][2] == max_seq_len
+        for rank in (0, 1):
+            assert sizes["total"][rank] == sizes["past"][rank] + sizes["sequence"][rank]
+        assert sizes["total"][2] == max_seq_len
 
 
 def test_a_timing_cache_is_used_again(model_folder, tmp_path, fake, quick):
@@ -231,18 +307,6 @@ def test_a_graph_that_the_library_does_not_take(tmp_path, fake):
         build(fake, graph, tmp_path)
 
 
-def test_the_operator_that_is_refused_is_named(fake):
-    error = SimpleNamespace(
-        desc=lambda: "Setting past_key is not supported.\nin node 3",
-        node_operator=lambda: "Attention",
-    )
-    parser = SimpleNamespace(num_errors=1, get_error=lambda _: error)
-    sentence = module._describe_parser_error(fake, parser)
-    assert sentence == "Attention: Setting past_key is not supported"
-    silent = SimpleNamespace(num_errors=0)
-    assert module._describe_parser_error(fake, silent) == "it gives no reason"
-
-
 def test_a_failed_build_leaves_nothing(model_folder, tmp_path, fake, quick, monkeypatch):
     monkeypatch.setattr(fake_tensorrt.Builder, "fails", True)
     with pytest.raises(
@@ -259,7 +323,12 @@ def test_output_in_the_way(model_folder, tmp_path, fake, quick):
         export_tensorrt(model_folder, tmp_path / "trt")
 
 
-def test_options_are_those_of_the_graph(model_folder, tmp_path, fake):
+def test_options_are_those_of_the_graph(model_folder, tmp_path, fake, monkeypatch):
+    with pytest.raises(LpdeployError, match="--opset 25 is not .* in place; it must be 24"):
+        export_tensorrt(model_folder, tmp_path / "trt", opset=25)
+    with pytest.raises(LpdeployError, match="--opset 17 is not supported; it must be 18 to 23"):
+        export_tensorrt(model_folder, tmp_path / "trt", opset=17)
+    monkeypatch.setattr(fake_tensorrt.OnnxParser, "unknown", ("TensorScatter",))
     with pytest.raises(LpdeployError, match="--opset 24 is not supported; it must be 18 to 23"):
         export_tensorrt(model_folder, tmp_path / "trt", opset=24)
     with pytest.raises(LpdeployError, match="--max-seq-len 129 does not fit"):

@@ -66,11 +66,12 @@ def test_too_old(name, version, oldest, extra):
 
 def test_only_errors_are_kept():
     library = wrap_module("tensorrt_rtx", make_module())
-    assert library.last_message() == "it gives no reason"
-    library.logger.log(ILogger.Severity.ERROR, "no such layer.\n  at line 3")
+    assert library.explain() == "it gives no reason"
     library.logger.log(ILogger.Severity.WARNING, "INT64 weights")
-    assert library.messages == ["no such layer.\n  at line 3"]
-    assert library.last_message() == "no such layer"
+    library.logger.log(ILogger.Severity.ERROR, "no such layer.\n  at line 3")
+    library.logger.log(ILogger.Severity.ERROR, "the build failed")
+    assert library.messages == ["no such layer.\n  at line 3", "the build failed"]
+    assert library.explain() == "no such layer"
 
 
 def test_networks_are_strongly_typed_and_fp32_is_fp32():

@@ -23,14 +23,18 @@ from tests.helpers import (
 
 # As for the graph in ONNX Runtime, which is what the fake engine runs.
 ATOL = {"fp32": 2e-5, "fp16": 4e-2}
+PROFILES = {
+    cache: exporter.build_profiles(max_batch=4, max_seq_len=32, in_place=cache == "in-place")
+    for cache in ("concat", "in-place")
+}
 
 
-def make_engine(name, folder):
+def make_engine(name, folder, *, cache="concat"):
     """Build a fake engine from a shared export: its folder, as export_tensorrt leaves it."""
-    graph = make_export(name)[2]
+    graph = make_export(name, in_place=cache == "in-place")[2]
     library = wrap_module("tensorrt_rtx", fake_tensorrt.make_module())
     contract = json.loads((graph / "io.json").read_text())
-    profiles = exporter.build_profiles(max_batch=4, max_seq_len=32)
+    profiles = PROFILES[cache]
     exporter.build_engine(
         library, graph / "model.onnx", folder, contract=contract, profiles=profiles
     )
@@ -38,6 +42,7 @@ def make_engine(name, folder):
         "engine": "trt",
         "library": {"name": "tensorrt_rtx", "version": library.version},
         "compute_capability": "any",
+        "cache": cache,
         "max_batch": 4,
         "max_seq_len": 32,
         "profiles": profiles,
@@ -47,24 +52,40 @@ def make_engine(name, folder):
     return folder
 
 
-def open_engine(folder):
+def open_engine(folder, *, captures_graphs=True):
     """Open it as load_trt_runner does behind its checks, on the CPU."""
     contract = trt_runner._load_contract(folder)
-    library = wrap_module("tensorrt_rtx", fake_tensorrt.make_module())
-    engine = trt_runner._load_engine(folder, library)
-    return TrtRunner(engine, contract, device=torch.device("cpu"), stream=fake_tensorrt.Stream())
+    module = fake_tensorrt.make_module()
+    if not captures_graphs:  # as TensorRT, whose contexts are captured from outside
+        del module.CudaGraphStrategy
+    library = wrap_module("tensorrt_rtx", module)
+    return TrtRunner(
+        library,
+        trt_runner._load_engine(folder, library),
+        contract,
+        device=torch.device("cpu"),
+        stream=fake_tensorrt.Stream(),
+    )
 
 
-@pytest.fixture(scope="module", params=EXPORTS)
+@pytest.fixture(
+    scope="module", params=[f"{name} {cache}" for cache in PROFILES for name in EXPORTS]
+)
 def opened(request, tmp_path_factory):
-    model, adapter, _ = make_export(request.param)
-    folder = make_engine(request.param, tmp_path_factory.mktemp("trt"))
+    name, cache = request.param.split()
+    model, adapter, _ = make_export(name)
+    folder = make_engine(name, tmp_path_factory.mktemp("trt"), cache=cache)
     return model, adapter, open_engine(folder)
 
 
 @pytest.fixture
 def folder(tmp_path):
     return make_engine("odd-heads", tmp_path)
+
+
+@pytest.fixture
+def in_place(tmp_path):
+    return make_engine("odd-heads", tmp_path, cache="in-place")
 
 
 @pytest.fixture
@@ -110,12 +131,78 @@ def test_each_profile_has_its_context(folder):
     runner = open_engine(folder)
     ids, mask = make_batch([6], vocab_size=72)
     past = runner.forward(ids[:, :4], attention_mask=mask[:, :4]).past
-    assert [context.runs for context in runner._contexts] == [1, 0]
+    assert [context.runs for context in runner._contexts.values()] == [1, 0]
     for stop in (5, 6):
         past = runner.forward(
             ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], past=past
         ).past
-    assert [context.runs for context in runner._contexts] == [1, 2]
+    assert [context.runs for context in runner._contexts.values()] == [1, 2]
+
+
+def test_tokens_in_chunks_of_any_length(in_place):
+    runner = open_engine(in_place)
+    ids, mask = make_batch([9, 4], vocab_size=72)
+    whole = run_with_cache(runner, ids, mask, chunks=[9])
+    for chunks in ([4, 5], [1, 3, 1, 4]):
+        logits = run_with_cache(runner, ids, mask, chunks=chunks)
+        torch.testing.assert_close(logits, whole, atol=ATOL["fp32"], rtol=0)
+
+
+def test_buffers_stay_where_they_are(in_place):
+    runner = open_engine(in_place)
+    ids, mask = make_batch([6], vocab_size=72)
+    past = runner.forward(ids[:, :4], attention_mask=mask[:, :4]).past
+    assert all(buffer[:, :, 4:].eq(0).all() for buffer in past.buffers)  # nothing beyond the tokens
+    before = [buffer.data_ptr() for buffer in past.buffers]
+    first = runner.forward(ids[:, 4:5], attention_mask=mask[:, :5], past=past)
+    held = first.logits.clone()
+    addresses = dict(runner._contexts["decode"].addresses)
+    second = runner.forward(ids[:, 5:], attention_mask=mask, past=first.past)
+    assert runner._contexts["decode"].addresses == addresses
+    assert [buffer.data_ptr() for buffer in second.past.buffers] == before
+    assert second.past.length == 6
+    assert torch.equal(first.logits, held)  # the caller's logits are no buffer
+
+
+@pytest.mark.parametrize("captures_graphs", [True, False], ids=["by-itself", "from-outside"])
+def test_decoding_is_captured(captures_graphs, in_place):
+    runner = open_engine(in_place, captures_graphs=captures_graphs)
+    ids, mask = make_batch([8], vocab_size=72)
+    expected = run_with_cache(open_engine(in_place), ids, mask, chunks=[8])
+    logits = run_with_cache(runner, ids, mask, chunks=[4, 1, 1, 1, 1])
+    torch.testing.assert_close(logits, expected, atol=ATOL["fp32"], rtol=0)
+    assert runner._contexts["decode"].runs == 4
+    strategies = [
+        context.config and context.config.cuda_graph_strategy.name
+        for context in runner._contexts.values()
+    ]
+    assert strategies == [None, "WHOLE_GRAPH_CAPTURE" if captures_graphs else None]
+    assert runner._stream.captured == (0 if captures_graphs else 1)
+
+
+def test_two_caches_take_turns(in_place):
+    runner = open_engine(in_place, captures_graphs=False)
+    batches = [make_batch([6], vocab_size=72, seed=seed) for seed in (1, 2)]
+    whole = [run_with_cache(runner, ids, mask, chunks=[6]) for ids, mask in batches]
+    pasts = [runner.forward(ids[:, :3], attention_mask=mask[:, :3]).past for ids, mask in batches]
+    for stop in (4, 5, 6):
+        for (ids, mask), past, expected in zip(batches, pasts, whole, strict=True):
+            output = runner.forward(
+                ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], past=past
+            )
+            torch.testing.assert_close(
+                output.logits[0], expected[stop - 1 : stop], atol=ATOL["fp32"], rtol=0
+            )
+    assert runner._stream.captured == 6  # a captured step is of one cache
+
+
+def test_a_past_that_another_call_has_gone_on_from(in_place):
+    runner = open_engine(in_place)
+    ids, mask = make_batch([6], vocab_size=72)
+    past = runner.forward(ids[:, :4], attention_mask=mask[:, :4]).past
+    runner.forward(ids[:, 4:5], attention_mask=mask[:, :5], past=past)
+    with pytest.raises(ValueError, match="the cache holds 5 tokens, the attention mask has 4"):
+        runner.forward(ids[:, 4:5], attention_mask=mask[:, :5], past=past)
 
 
 def test_only_the_last_logits(folder):
@@ -135,16 +222,22 @@ def test_strided_inputs_are_read_right(folder):
     assert torch.equal(runner.forward(strided, attention_mask=mask).logits, expected)
 
 
-PROFILES = exporter.build_profiles(max_batch=4, max_seq_len=32)
-
-
 @pytest.mark.parametrize(
-    ("batch", "sequence", "past", "index"),
-    [(1, 1, 0, 0), (4, 32, 0, 0), (1, 1, 1, 1), (4, 1, 31, 1)],
+    ("cache", "batch", "sequence", "past", "name"),
+    [
+        ("concat", 1, 1, 0, "prefill"),
+        ("concat", 4, 32, 0, "prefill"),
+        ("concat", 1, 1, 1, "decode"),
+        ("concat", 4, 1, 31, "decode"),
+        ("in-place", 1, 1, 0, "decode"),
+        ("in-place", 4, 32, 0, "prefill"),
+        ("in-place", 2, 2, 30, "prefill"),
+        ("in-place", 4, 1, 31, "decode"),
+    ],
 )
-def test_profiles_admit_what_was_asked_for(batch, sequence, past, index):
+def test_profiles_admit_what_was_asked_for(cache, batch, sequence, past, name):
     sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
-    assert choose_profile(PROFILES, sizes) == index
+    assert choose_profile(PROFILES[cache], sizes) == name
 
 
 @pytest.mark.parametrize(
@@ -165,7 +258,7 @@ def test_a_call_that_no_profile_admits(folder, batch, sequence, past, sentence):
 
 def test_an_engine_that_does_not_run(folder):
     runner = open_engine(folder)
-    runner._contexts[0].valid = False
+    runner._contexts["prefill"].valid = False
     ids, mask = make_batch([4], vocab_size=72)
     with pytest.raises(LpdeployError, match=r"does not run this engine .*Build it again with"):
         runner.forward(ids, attention_mask=mask)
@@ -177,6 +270,7 @@ def test_too_little_memory_for_a_context(folder):
     engine.memory = False
     with pytest.raises(LpdeployError, match=r"too little free memory .*smaller --max-batch"):
         TrtRunner(
+            library,
             engine,
             trt_runner._load_contract(folder),
             device=torch.device("cpu"),
@@ -188,7 +282,7 @@ def test_loading_goes_through_all_checks(folder, installed, monkeypatch):
     monkeypatch.setattr(trt_runner, "Stream", lambda _: fake_tensorrt.Stream())
     made = []
     monkeypatch.setattr(
-        trt_runner, "TrtRunner", lambda _, contract, **rest: made.append((contract, rest))
+        trt_runner, "TrtRunner", lambda _, __, contract, **rest: made.append((contract, rest))
     )
     load_trt_runner(folder, device="cuda:1")
     [(contract, rest)] = made
