@@ -31,7 +31,7 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onn
          "tensorrt", "tensorrt_rtx", "numpy", "matplotlib", "rich", "lm_eval"}  # fmt: skip
 # A library that changes its interface is met in one module.
 ONE_MODULE = {
-    "onnxruntime": "runtime/onnx_runner.py",
+    "onnxruntime": "runtime/ort_session.py",
     "torch.onnx": "export/onnx.py",
     "bitsandbytes": "models/quantized.py",
     "lm_eval": "evaluation/harness.py",

@@ -1,38 +1,51 @@
 """Latency of dense and pruned, merged and unmerged models (the paper's Table 3)."""
 
-import gc
+import functools
 import random
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.variants import Variant
+from lpdeploy.benchmark.worker import Loaded, Timing, Workload
 from lpdeploy.errors import LpdeployError
+from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
+from lpdeploy.models.loading import load_config
 
 WARM_UPS = 3
+_ITEMSIZE = {"fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is timed.
+class Subject:
+    """A variant that is loaded somewhere and can be timed.
 
     Attributes:
-        tokens: Prompt tokens of a prefill; the paper times 2,048.
-        decode: Tokens decoded one by one after the prompt; 0 for none.
-        batch: Rows.
-        repeats: Trials of each variant; the paper takes 100.
+        variant: What it is.
+        loaded: What it says of itself.
+        time: Runs one trial of a phase.
     """
 
-    tokens: int = 2048
-    decode: int = 0
-    batch: int = 1
-    repeats: int = 100
+    variant: Variant
+    loaded: Loaded
+    time: Callable[[Workload, str], Timing]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The works that say what the machine can do.
+
+    Attributes:
+        units: ``copy``: bytes read and written; ``matrix``: floating-point operations.
+        time: Runs one of them.
+    """
+
+    units: Mapping[str, float]
+    time: Callable[[Workload, str], Timing]
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class LatencyRow:
     Attributes:
         model: Folder or hub name.
         ratio: Share of groups removed.
-        engine: ``torch`` or ``onnx``.
+        engine: Of ``ENGINES``.
         precision: What it computes in.
         merged: Whether LoRA is merged into the weights.
         phase: ``prefill`` or ``decode``.
@@ -52,10 +65,15 @@ class LatencyRow:
         p10_ms: 10th percentile.
         p90_ms: 90th percentile.
         tokens_per_s: Tokens of all rows a second, at the median.
-        relative: Median over that of the merged dense model on the same engine.
+        relative: Median over that of the merged dense model on the same engine and precision.
+        limit_share: Of a prefill, its operations a second over the machine's in a product of
+            large matrices; of a decoded token, its bytes a second over the machine's when it
+            copies. Both were measured in between. None where they were not.
+        peak_bytes: Memory of the loaded model and of the largest trial; None where that cannot
+            be told.
         repeats: Trials.
         parameters: Of the model, adapter included where it is unmerged.
-        bytes: Of its weights on disk, likewise.
+        bytes: Of what is loaded from disk, likewise.
     """
 
     model: str
@@ -71,161 +89,204 @@ class LatencyRow:
     p90_ms: float
     tokens_per_s: float
     relative: float | None
+    limit_share: float | None
+    peak_bytes: int | None
     repeats: int
     parameters: int
     bytes: int
 
 
 def measure_latency(
-    variants: Sequence[Variant],
-    workload: Workload,
+    subjects: Sequence[Subject],
+    workloads: Sequence[Workload],
     *,
+    probe: Probe | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Time all variants, interleaved: each repeat runs every one of them, in a random order.
+    """Time all subjects, interleaved: each repeat runs every one of them, in a random order.
 
-    A machine that slows down for a while then slows all alike, and ratios stay true.
+    A machine that slows down for a while then slows all alike, and ratios stay true; the probe is
+    timed in between as well.
 
     Returns:
-        ``{"machine": ..., "rows": [LatencyRow as dict, ...]}``, prefill before decode.
+        ``{"machine": ..., "limits": ..., "rows": [LatencyRow as dict, ...]}``, prefill before
+        decode.
 
     Raises:
-        LpdeployError: A variant has fewer positions than the workload needs.
+        LpdeployError: A model has fewer positions than a workload needs.
     """
-    for variant in variants:
-        _check_positions(variant, workload)
-    prompts = [_build_prompt(variant, workload) for variant in variants]
-    decode = workload.decode
-    total = (WARM_UPS + workload.repeats) * (2 if decode else 1)
-    progress = _Counter(on_progress, total)
+    for workload in workloads:
+        for subject in subjects:
+            _check_positions(subject, workload)
+    jobs = [(workload, phase) for workload in workloads for phase in _list_phases(workload)]
+    progress = _Counter(on_progress, sum(WARM_UPS + workload.repeats for workload, _ in jobs))
+    rates: dict[str, list[float]] = {}
+    measured = [
+        (workload, phase, _time_job(subjects, probe, workload, phase, rates, progress))
+        for workload, phase in jobs
+    ]
+    limits = {work: statistics.median(values) for work, values in rates.items()}
+    rows = [
+        row
+        for workload, phase, timings in measured
+        for row in _build_rows(subjects, workload, phase, timings, limits)
+    ]
+    names = {"copy": "bytes_per_s", "matrix": "flops_per_s"}
+    return {
+        "machine": describe_machine(),
+        "limits": {names[work]: rate for work, rate in limits.items()},
+        "rows": [asdict(row) for row in rows],
+    }
 
-    def time_prefill(index: int) -> float:
-        return _time(lambda: _prefill(variants[index], prompts[index]))
 
-    def time_decode(index: int) -> float:
-        return _time_decode(variants[index], prompts[index], steps=decode)
+def _list_phases(workload: Workload) -> tuple[str, ...]:
+    return ("prefill", "decode") if workload.decode else ("prefill",)
 
-    seconds = time_interleaved(time_prefill, len(variants), workload.repeats, progress)
-    rows = _build_rows(variants, workload, seconds, phase="prefill")
-    if decode:
-        seconds = time_interleaved(time_decode, len(variants), workload.repeats, progress)
-        rows += _build_rows(variants, workload, seconds, phase="decode")
-    return {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
+
+def _time_job(
+    subjects: Sequence[Subject],
+    probe: Probe | None,
+    workload: Workload,
+    phase: str,
+    rates: dict[str, list[float]],
+    on_repeat: Callable[[], None],
+) -> list[list[Timing]]:
+    works = [functools.partial(subject.time, workload, phase) for subject in subjects]
+    limit = {"prefill": "matrix", "decode": "copy"}[phase]
+    if probe is not None:
+        works.append(functools.partial(probe.time, workload, limit))
+    timings = time_interleaved(works, workload.repeats, on_repeat)
+    if probe is not None:
+        units = probe.units[limit]
+        rates.setdefault(limit, []).extend(units / timing.seconds for timing in timings.pop())
+    return timings
 
 
 def time_interleaved(
-    work: Callable[[int], float], count: int, repeats: int, on_repeat: Callable[[], None]
-) -> list[list[float]]:
-    """Return, for each of ``count`` works, its seconds in each repeat; warm-ups do not count."""
-    seconds: list[list[float]] = [[] for _ in range(count)]
-    order = list(range(count))
+    works: Sequence[Callable[[], Timing]], repeats: int, on_repeat: Callable[[], None]
+) -> list[list[Timing]]:
+    """Return, for each work, its timing in each repeat; warm-ups do not count."""
+    timings: list[list[Timing]] = [[] for _ in works]
+    order = list(range(len(works)))
     shuffle = random.Random(0)  # noqa: S311 - an order, no secret
-    gc.collect()
-    gc.disable()  # a collection in the middle would hit one variant alone
-    try:
-        for repeat in range(-WARM_UPS, repeats):
-            shuffle.shuffle(order)
-            for index in order:
-                elapsed = work(index)
-                if repeat >= 0:
-                    seconds[index].append(elapsed)
-            on_repeat()
-    finally:
-        gc.enable()
-    return seconds
+    for repeat in range(-WARM_UPS, repeats):
+        shuffle.shuffle(order)
+        for index in order:
+            timing = works[index]()
+            if repeat >= 0:
+                timings[index].append(timing)
+        on_repeat()
+    return timings
 
 
-def _check_positions(variant: Variant, workload: Workload) -> None:
-    needed, limit = workload.tokens + workload.decode, variant.runner.max_positions
+def _check_positions(subject: Subject, workload: Workload) -> None:
+    needed, limit = workload.tokens + workload.decode, subject.loaded.max_positions
     if needed > limit:
         raise LpdeployError(
             f"--tokens {workload.tokens} and --decode {workload.decode} need {needed} positions; "
-            f"'{variant.model}' has {limit}. Use --tokens {limit - workload.decode} or less."
+            f"'{subject.variant.model}' has {limit}. "
+            f"Use --tokens {limit - workload.decode} or less."
         )
-
-
-def _build_prompt(variant: Variant, workload: Workload) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (workload.batch, workload.tokens)
-    ids = torch.randint(variant.runner.vocab_size, shape, generator=generator)
-    return ids.to(variant.device), torch.ones_like(ids).to(variant.device)
-
-
-def _prefill(variant: Variant, prompt: tuple[Tensor, Tensor], *, reserve: int = 0) -> Any:
-    ids, mask = prompt
-    return variant.runner.forward(ids, attention_mask=mask, last_only=True, reserve=reserve)
-
-
-def _time_decode(variant: Variant, prompt: tuple[Tensor, Tensor], *, steps: int) -> float:
-    """Return seconds a decoded token, over ``steps`` of them after an untimed prefill."""
-    past = _prefill(variant, prompt, reserve=steps).past
-    token = prompt[0][:, -1:]
-    mask = torch.cat([prompt[1], torch.ones_like(token).expand(-1, steps)], dim=1)
-    length = prompt[1].shape[1]
-
-    def decode() -> None:
-        nonlocal past
-        for step in range(1, steps + 1):
-            output = variant.runner.forward(
-                token, attention_mask=mask[:, : length + step], past=past, last_only=True
-            )
-            past = output.past
-
-    return _time(decode) / steps
-
-
-def _time(work: Callable[[], Any]) -> float:
-    _synchronise()
-    start = time.perf_counter()
-    work()
-    _synchronise()
-    return time.perf_counter() - start
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _build_rows(
-    variants: Sequence[Variant], workload: Workload, seconds: list[list[float]], *, phase: str
+    subjects: Sequence[Subject],
+    workload: Workload,
+    phase: str,
+    timings: list[list[Timing]],
+    limits: Mapping[str, float],
 ) -> list[LatencyRow]:
-    medians = [statistics.median(times) for times in seconds]
+    medians = [statistics.median(timing.seconds for timing in own) for own in timings]
+    # Of several unpruned models the largest is what the others are smaller than.
+    by_size = sorted(zip(subjects, medians, strict=True), key=lambda p: p[0].variant.parameters)
     dense = {
-        variant.engine: median
-        for variant, median in zip(variants, medians, strict=True)
-        if variant.merged and variant.ratio == 0
+        (subject.variant.engine, subject.loaded.precision): median
+        for subject, median in by_size
+        if subject.variant.merged and subject.variant.ratio == 0
     }
-    rows = []
-    for variant, times, median in zip(variants, seconds, medians, strict=True):
-        p10, p90 = torch.tensor(times).quantile(torch.tensor([0.1, 0.9])).tolist()
-        tokens = workload.batch * (workload.tokens if phase == "prefill" else 1)
-        reference = dense.get(variant.engine)
-        rows.append(
-            LatencyRow(
-                model=variant.model,
-                ratio=variant.ratio,
-                engine=variant.engine,
-                precision=variant.runner.precision,
-                merged=variant.merged,
-                phase=phase,
-                tokens=workload.tokens,
-                batch=workload.batch,
-                median_ms=median * 1e3,
-                p10_ms=p10 * 1e3,
-                p90_ms=p90 * 1e3,
-                tokens_per_s=tokens / median,
-                relative=median / reference if reference else None,
-                repeats=len(times),
-                parameters=variant.parameters,
-                bytes=variant.bytes,
-            )
+    return [
+        _build_row(
+            subject,
+            workload,
+            phase,
+            own,
+            reference=dense.get((subject.variant.engine, subject.loaded.precision)),
+            limits=limits,
         )
-    return rows
+        for subject, own in zip(subjects, timings, strict=True)
+    ]
+
+
+def _build_row(
+    subject: Subject,
+    workload: Workload,
+    phase: str,
+    timings: Sequence[Timing],
+    *,
+    reference: float | None,
+    limits: Mapping[str, float],
+) -> LatencyRow:
+    variant, loaded = subject.variant, subject.loaded
+    seconds = [timing.seconds for timing in timings]
+    median = statistics.median(seconds)
+    p10, p90 = torch.tensor(seconds).quantile(torch.tensor([0.1, 0.9])).tolist()
+    tokens = workload.batch * (workload.tokens if phase == "prefill" else 1)
+    return LatencyRow(
+        model=variant.model,
+        ratio=variant.ratio,
+        engine=variant.engine,
+        precision=loaded.precision,
+        merged=variant.merged,
+        phase=phase,
+        tokens=workload.tokens,
+        batch=workload.batch,
+        median_ms=median * 1e3,
+        p10_ms=p10 * 1e3,
+        p90_ms=p90 * 1e3,
+        tokens_per_s=tokens / median,
+        relative=median / reference if reference else None,
+        limit_share=_compute_limit_share(subject, workload, phase, median, limits),
+        peak_bytes=_sum_bytes(loaded, timings),
+        repeats=len(seconds),
+        parameters=variant.parameters,
+        bytes=variant.bytes,
+    )
+
+
+def _compute_limit_share(
+    subject: Subject, workload: Workload, phase: str, seconds: float, limits: Mapping[str, float]
+) -> float | None:
+    variant, precision = subject.variant, subject.loaded.precision
+    if phase == "prefill" and "matrix" in limits:
+        config = load_config(variant.folder)
+        flops = compute_prefill_flops(
+            config, tokens=workload.tokens, batch=workload.batch, rank=variant.rank
+        )
+        return flops / seconds / limits["matrix"]
+    if phase == "decode" and "copy" in limits:
+        config = load_config(variant.folder)
+        itemsize = _ITEMSIZE.get(precision, 4)
+        table = config.vocab_size * config.hidden_size * itemsize
+        # The table of embeddings is read whole only where it is the head too.
+        shared = config.tie_word_embeddings and precision not in ("int8", "int4")
+        needed = compute_decode_bytes(
+            config,
+            context=workload.tokens + workload.decode // 2,
+            batch=workload.batch,
+            weight_bytes=variant.bytes - (0 if shared else table),
+            cache_itemsize=itemsize,
+        )
+        return needed / seconds / limits["copy"]
+    return None
+
+
+def _sum_bytes(loaded: Loaded, timings: Sequence[Timing]) -> int | None:
+    taken = [timing.bytes for timing in timings if timing.bytes is not None]
+    return loaded.bytes + max(taken) if loaded.bytes is not None and taken else None
 
 
 class _Counter:
-    """Counts repeats over both phases for one progress bar."""
+    """Counts repeats over all phases for one progress bar."""
 
     def __init__(self, report: Callable[[int, int], None], total: int) -> None:
         self._report, self._total, self._done = report, total, 0

@@ -17,12 +17,13 @@ def draw_latency(bench: Mapping[str, Any]) -> str:
     Returns:
         SVG.
     """
-    rows = [row for row in bench["rows"] if row["phase"] == "prefill"]
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    first = bench["rows"][0]
+    rows = [r for r in bench["rows"] if r["phase"] == "prefill" and r["batch"] == first["batch"]]
+    engines = list(dict.fromkeys((row["engine"], row["precision"]) for row in rows))
     figure, panels = make_panels(len(engines))
     for panel, engine in zip(panels, engines, strict=True):
-        _draw_engine(panel, [row for row in rows if row["engine"] == engine])
-        panel.set_title(engine, loc="left", color=INK)
+        _draw_engine(panel, [r for r in rows if (r["engine"], r["precision"]) == engine])
+        panel.set_title(" ".join(engine), loc="left", color=INK)
     panels[0].set_ylabel(f"prefill of {rows[0]['tokens']} tokens, ms", labelpad=10)
     panels[-1].legend(frameon=False, loc="upper right")
     return to_svg(figure)

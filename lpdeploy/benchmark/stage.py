@@ -1,14 +1,18 @@
-"""The bench stage: load what is compared, time it, write bench.json and its plot."""
+"""The bench stage: start what is compared, time it, write bench.json, its table and its plot."""
 
+import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import atomic_file, save_json
-from lpdeploy.benchmark.latency import Workload, measure_latency
+from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.plot import draw_latency
-from lpdeploy.benchmark.variants import load_variants
+from lpdeploy.benchmark.table import render_latency
+from lpdeploy.benchmark.variants import Variant, list_variants
+from lpdeploy.benchmark.worker import Worker, Workload
 from lpdeploy.models.loading import resolve_device
 
 BENCH = "bench.json"
@@ -19,19 +23,21 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
     *,
     engines: Sequence[str] = ("torch", "onnx"),
     forms: Sequence[bool] = (True, False),
-    workload: Mapping[str, int],
+    workloads: Sequence[Workload],
     device: str = "auto",
     output: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
     log: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Path]:
-    """Time the targets and write ``bench.json`` and ``bench.svg``.
+    """Time the targets and write ``bench.json``, ``bench.md`` and ``bench.svg``.
+
+    Each engine has a process of its own, and one more measures what the machine can do.
 
     Args:
         targets: Runs, model folders or hub names.
-        engines: ``torch``, ``onnx``.
+        engines: Of ``ENGINES``, with a precision behind a colon where it matters: ``ort:int4``.
         forms: Merged (True), unmerged (False), or both.
-        workload: Fields of ``Workload``.
+        workloads: What to time.
         device: ``auto``, ``cpu`` or ``cuda``.
         output: Folder for the files; the first target that is a run, else the working folder.
         on_progress: Is told (repeats done, all repeats).
@@ -40,21 +46,35 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
     Returns:
         What ``bench.json`` holds, and its folder.
     """
+    device = resolve_device(device)
     with tempfile.TemporaryDirectory(prefix="lpdeploy-bench-") as scratch:
-        variants = load_variants(
-            targets,
-            engines=engines,
-            forms=forms,
-            device=resolve_device(device),
-            scratch=Path(scratch),
-            log=log,
+        variants = list_variants(
+            targets, engines=engines, forms=forms, device=device, scratch=Path(scratch), log=log
         )
-        result = measure_latency(variants, Workload(**workload), on_progress=on_progress)
+        with _start(variants, device=device) as (subjects, probe):
+            result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)
     folder = output or _first_run(targets)
     save_json(folder / BENCH, result)
-    with atomic_file(folder / "bench.svg") as temporary:
-        temporary.write_text(draw_latency(result), encoding="utf-8")
+    for name, text in (("bench.md", render_latency(result)), ("bench.svg", draw_latency(result))):
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return result, folder
+
+
+@contextmanager
+def _start(variants: Sequence[Variant], *, device: str) -> Iterator[tuple[list[Subject], Probe]]:
+    """Load every engine's variants in a process of its own; end them all on the way out."""
+    with ExitStack() as stack:
+        subjects = []
+        for engine in dict.fromkeys(variant.engine for variant in variants):
+            chosen = [variant for variant in variants if variant.engine == engine]
+            worker = stack.enter_context(Worker(chosen))
+            for index, (variant, loaded) in enumerate(zip(chosen, worker.loaded, strict=True)):
+                time = functools.partial(worker.time, index)
+                subjects.append(Subject(variant, loaded, time))
+        precision = subjects[0].loaded.precision
+        limits = stack.enter_context(Worker(probe={"device": device, "precision": precision}))
+        yield subjects, Probe(limits.units, functools.partial(limits.time, 0))
 
 
 def _first_run(targets: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Which models a latency benchmark compares, loaded and ready."""
+"""Which models a latency benchmark compares: on disk, exported, and described."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from lpdeploy.artifacts import load_json
 from lpdeploy.errors import ArtifactError
-from lpdeploy.export.onnx import export_onnx
+from lpdeploy.export.stage import export_folder
 from lpdeploy.models.adapters import attach_lora, get_lora_weights, load_adapter
 from lpdeploy.models.compact import find_base, load_record
 from lpdeploy.models.groups import list_group_specs
@@ -19,26 +20,25 @@ from lpdeploy.models.loading import (
 )
 from lpdeploy.models.shapes import count_parameters
 from lpdeploy.plan import load_plan
-from lpdeploy.runtime.onnx_runner import load_onnx_runner
-from lpdeploy.runtime.runner import Runner
-from lpdeploy.runtime.torch_runner import load_torch_runner
-
-ENGINES = ("torch", "onnx")
+from lpdeploy.runtime.engines import EXPORTS
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model on an engine.
+    """A model on an engine, on disk.
 
     Attributes:
         model: Folder or hub name, for the table.
         ratio: Share of groups removed.
-        engine: ``torch`` or ``onnx``.
+        engine: Of ``ENGINES``.
         merged: Whether LoRA is merged.
         parameters: Of the model and of its unmerged adapter.
-        bytes: Of their weight files.
-        device: Where its inputs go.
-        runner: What runs it.
+        bytes: Of the weight files that are loaded.
+        device: ``cpu`` or ``cuda``.
+        folder: The checkpoint.
+        adapter: A peft adapter that stays unmerged.
+        exported: What the engine opens; None for torch, which opens the checkpoint.
+        rank: Of the unmerged LoRA; 0 where it is merged.
     """
 
     model: str
@@ -48,21 +48,24 @@ class Variant:
     parameters: int
     bytes: int
     device: str
-    runner: Runner
+    folder: Path
+    adapter: Path | None = None
+    exported: Path | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A model on disk that is to be timed, with its export where there is one."""
+    """A model on disk that is to be timed, and the folder where its exports are."""
 
     name: str
     folder: Path
     ratio: float
     adapter: Path | None
-    exported: Path | None
+    exports: Path | None
 
 
-def load_variants(
+def list_variants(
     targets: Sequence[str],
     *,
     engines: Sequence[str],
@@ -71,14 +74,14 @@ def load_variants(
     scratch: Path,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[Variant]:
-    """Load every variant of the targets: dense and pruned, merged and unmerged, on each engine.
+    """List every variant of the targets: dense and pruned, merged and unmerged, on each engine.
 
     A run stands for its pruned model and for its base, the base once for all runs that share it.
-    Graphs that are not exported yet are exported to ``scratch``.
+    What is not exported yet, or in another precision, is exported to ``scratch``.
 
     Args:
         targets: Runs, model folders or hub names.
-        engines: ``torch``, ``onnx``.
+        engines: Of ``ENGINES``, with a precision behind a colon where it matters: ``ort:int4``.
         forms: Whether merged (True), unmerged (False) or both are wanted. A model that is no run
             has no adapter and is timed merged only.
         device: ``cpu`` or ``cuda``.
@@ -94,7 +97,7 @@ def load_variants(
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
-        _load(checkpoint, engine=engine, device=device, scratch=scratch, log=log)
+        _describe(checkpoint, engine=engine, device=device, scratch=scratch, log=log)
         for engine in engines
         for checkpoint in sorted(
             checkpoints.values(), key=lambda c: (c.ratio, c.adapter is not None)
@@ -106,26 +109,20 @@ def _list_checkpoints(target: str, *, forms: Sequence[bool], scratch: Path) -> l
     run = Path(target)
     if not (run / "plan.json").is_file():
         folder = resolve_model(target)
-        ratio = load_record(folder).get("ratio", 0.0)
-        return [_Checkpoint(target, folder, ratio, None, _existing(folder / "onnx"))]
+        return [_Checkpoint(target, folder, load_record(folder).get("ratio", 0.0), None, folder)]
     plan = load_plan(run)
     base = find_base(plan)
     listed = []
     if True in forms:
         listed.append(_Checkpoint(plan.base_model, base, 0.0, None, None))
         model = _require(run / "model", f"lpdeploy compact {run}")
-        listed.append(_Checkpoint(str(model), model, plan.ratio, None, _existing(run / "onnx")))
+        listed.append(_Checkpoint(str(model), model, plan.ratio, None, run))
     if False in forms:
         fresh = _save_fresh_adapter(base, like=run / "adapter", folder=scratch / "dense-adapter")
         listed.append(_Checkpoint(plan.base_model, base, 0.0, fresh, None))
         model = _require(run / "unmerged", f"lpdeploy compact {run} --keep-adapter")
-        exported = _existing(run / "onnx-unmerged")
-        listed.append(_Checkpoint(str(model), model, plan.ratio, model / "adapter", exported))
+        listed.append(_Checkpoint(str(model), model, plan.ratio, model / "adapter", run))
     return listed
-
-
-def _existing(folder: Path) -> Path | None:
-    return folder if folder.is_dir() else None
 
 
 def _require(folder: Path, command: str) -> Path:
@@ -149,7 +146,7 @@ def _save_fresh_adapter(base: Path, *, like: Path, folder: Path) -> Path:
     return folder
 
 
-def _load(
+def _describe(
     checkpoint: _Checkpoint,
     *,
     engine: str,
@@ -157,37 +154,71 @@ def _load(
     scratch: Path,
     log: Callable[[str], None],
 ) -> Variant:
-    files = list_weight_files(checkpoint.folder)
-    parameters = count_parameters(load_config(checkpoint.folder))
+    engine, _, precision = engine.partition(":")
+    exported = None
+    if engine != "torch":
+        exported = _find_export(checkpoint, engine, precision)
+        if exported is None:
+            exported = _export(checkpoint, engine, precision, scratch=scratch, log=log)
+    parameters, rank = count_parameters(load_config(checkpoint.folder)), 0
     if checkpoint.adapter is not None:
-        files = [*files, checkpoint.adapter / "adapter_model.safetensors"]
         weights = load_adapter(checkpoint.adapter).values()
         parameters += sum(w.lora_a.numel() + w.lora_b.numel() for w in weights)
+        rank = next(iter(weights)).lora_a.shape[0]
     return Variant(
         model=checkpoint.name,
         ratio=checkpoint.ratio,
         engine=engine,
         merged=checkpoint.adapter is None,
         parameters=parameters,
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=_count_bytes(checkpoint, engine, exported),
         device=device,
-        runner=_load_runner(checkpoint, engine=engine, device=device, scratch=scratch, log=log),
+        folder=checkpoint.folder,
+        adapter=checkpoint.adapter,
+        exported=exported,
+        rank=rank,
     )
 
 
-def _load_runner(
+def _find_export(checkpoint: _Checkpoint, engine: str, precision: str) -> Path | None:
+    if checkpoint.exports is None:
+        return None
+    merged = checkpoint.adapter is None
+    folder = checkpoint.exports / (engine if merged else f"{engine}-unmerged")
+    if not folder.is_dir():
+        return None
+    contract = load_json(folder / EXPORTS[engine][0], fix="Export again.")
+    return folder if precision in ("", contract["precision"]) else None
+
+
+def _export(
     checkpoint: _Checkpoint,
-    *,
     engine: str,
-    device: str,
+    precision: str,
+    *,
     scratch: Path,
     log: Callable[[str], None],
-) -> Runner:
-    if engine == "torch":
-        return load_torch_runner(checkpoint.folder, device=device, adapter=checkpoint.adapter)
-    folder = checkpoint.exported
-    if folder is None:
-        folder = scratch / f"onnx-{len(list(scratch.iterdir()))}"
-        log(f"exporting {checkpoint.name} to ONNX for the benchmark")
-        export_onnx(checkpoint.folder, folder, adapter=checkpoint.adapter)
-    return load_onnx_runner(folder, device=device)
+) -> Path:
+    folder = scratch / f"{engine}-{len(list(scratch.iterdir()))}"
+    log(f"exporting {checkpoint.name} to {engine} for the benchmark")
+    options = {"precision": precision} if precision else {}
+    positions = load_config(checkpoint.folder).max_position_embeddings
+    export_folder(
+        engine,
+        checkpoint.folder,
+        folder,
+        adapter=checkpoint.adapter,
+        max_seq_len=positions,
+        **options,
+    )
+    return folder
+
+
+def _count_bytes(checkpoint: _Checkpoint, engine: str, exported: Path | None) -> int:
+    if exported is not None:
+        files = load_json(exported / EXPORTS[engine][0], fix="Export again.")["files"]
+        return sum(entry["bytes"] for entry in files.values())
+    paths = list_weight_files(checkpoint.folder)
+    if checkpoint.adapter is not None:
+        paths = [*paths, checkpoint.adapter / "adapter_model.safetensors"]
+    return sum(path.stat().st_size for path in paths)

@@ -2,12 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
-from lpdeploy.cli.common import CONTEXT_SETTINGS, FOLDER, log, print_result, shared_options
+from lpdeploy.cli.common import (
+    CONTEXT_SETTINGS,
+    FOLDER,
+    log,
+    print_result,
+    shared_options,
+    split_names,
+)
 
+_ENGINES = ("torch", "onnx", "ort")
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 
@@ -18,13 +25,15 @@ def command() -> None:
 
 @command.command("latency")
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
-@click.option("--engine", default="torch,onnx", help="torch, onnx, or both.")
+@click.option(
+    "--engine", default="torch,onnx", help="Of torch, onnx, ort; ort:int4 names a precision."
+)
 @click.option("--merged", "form", flag_value="merged", help="Only models with LoRA merged.")
 @click.option("--unmerged", "form", flag_value="unmerged", help="Only models with LoRA apart.")
 @click.option("--both", "form", flag_value="both", default="both", help="The two of them.")
 @click.option("--tokens", type=click.IntRange(min=1), default=2048, help="Prompt tokens.")
 @click.option("--decode", type=click.IntRange(min=0), default=0, help="Tokens to decode.")
-@click.option("--batch", type=click.IntRange(min=1), default=1)
+@click.option("--batch", default="1", help="Rows; several with commas between them.")
 @click.option("--repeats", type=click.IntRange(min=1), default=100)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--output", type=FOLDER, help="Where bench.json goes. [default: the first RUN]")
@@ -36,7 +45,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
     form: str,
     tokens: int,
     decode: int,
-    batch: int,
+    batch: str,
     repeats: int,
     device: str,
     output: Path | None,
@@ -44,13 +53,15 @@ def latency(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Time dense and pruned, merged and unmerged models (the paper's Table 3).
 
-    A RUN stands for its pruned model and its base. All variants are interleaved in one process;
-    % is against the merged dense model on the same engine.
+    A RUN stands for its pruned model and its base. All variants are interleaved, each engine in a
+    process of its own; a percentage is against the merged dense model on the same engine.
     """
     # Before torch is imported. A waiting OpenMP thread that spins takes a core from the engine that
     # is timed next. Not for training: there, waking the threads at each operation costs more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lpdeploy.benchmark.stage import bench_latency
+    from lpdeploy.benchmark.table import format_latency
+    from lpdeploy.benchmark.worker import Workload
     from lpdeploy.cli.progress import counting_progress
 
     with counting_progress("bench") as on_progress:
@@ -58,41 +69,30 @@ def latency(  # noqa: PLR0913 - one parameter an option
             targets,
             engines=_parse_engines(engine),
             forms=_FORMS[form],
-            workload={"tokens": tokens, "decode": decode, "batch": batch, "repeats": repeats},
+            workloads=[Workload(tokens, decode, rows, repeats) for rows in _parse_batches(batch)],
             device=device,
             output=output,
             on_progress=on_progress,
             log=log,
         )
-    log(f"Written: {folder / 'bench.json'}, {folder / 'bench.svg'}")
-    print_result(result, _format_table(result), as_json=as_json)
+    log(f"Written: {folder / 'bench.json'}, .md, .svg")
+    print_result(result, format_latency(result), as_json=as_json)
 
 
 def _parse_engines(text: str) -> tuple[str, ...]:
-    engines = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in engines if name not in ("torch", "onnx")]
+    engines = split_names(text)
+    unknown = [name for name in engines if name.partition(":")[0] not in _ENGINES]
     if unknown or not engines:
-        raise click.UsageError(f"--engine {text!r}: choose torch, onnx, or torch,onnx.")
+        known = ", ".join(_ENGINES)
+        raise click.UsageError(
+            f"--engine {text!r}: choose from {known}, with a precision behind a colon where it "
+            "matters, such as torch,ort,ort:int4."
+        )
     return engines
 
 
-def _format_table(result: dict[str, Any]) -> str:
-    header = ("engine", "phase", "ratio", "LoRA", "median ms", "p10..p90", "%", "parameters")
-    rows = [
-        (
-            row["engine"],
-            row["phase"],
-            f"{row['ratio']:.0%}",
-            "merged" if row["merged"] else "unmerged",
-            f"{row['median_ms']:.2f}",
-            f"{row['p10_ms']:.2f}..{row['p90_ms']:.2f}",
-            "" if row["relative"] is None else f"{row['relative'] - 1:+.1%}",
-            f"{row['parameters']:,}",
-        )
-        for row in result["rows"]
-    ]
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in [header, *rows]
-    )
+def _parse_batches(text: str) -> tuple[int, ...]:
+    sizes = split_names(text)
+    if not sizes or not all(size.isdigit() and int(size) for size in sizes):
+        raise click.UsageError(f"--batch {text!r}: give one or more numbers, such as 1,8.")
+    return tuple(int(size) for size in sizes)

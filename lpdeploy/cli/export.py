@@ -9,8 +9,21 @@ from lpdeploy.cli.common import FOLDER, format_bytes, print_result, shared_optio
 
 @click.command("export")
 @click.argument("target", metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["onnx", "trt"]), required=True)
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32")
+@click.option("--engine", type=click.Choice(["onnx", "ort", "trt"]), required=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    default="fp32",
+    help="int8 and int4, of weights alone, with --engine ort.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Beside int8 and int4 weights; fp16 or bf16 for a GPU.  [default: fp32]",
+)
+@click.option(
+    "--block-size", type=int, help="Weights that share a scale in int8 and int4.  [default: 32]"
+)
 @click.option(
     "--output", type=FOLDER, help="[default: RUN/ENGINE, RUN/ENGINE-unmerged or MODEL/ENGINE]"
 )
@@ -27,6 +40,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     target: str,
     engine: str,
     precision: str,
+    activations: str | None,
+    block_size: int | None,
     output: Path | None,
     max_batch: int,
     max_seq_len: int | None,
@@ -37,8 +52,11 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Export a RUN or a MODEL folder: KV cache in and out, dynamic batch, sequence and past.
 
-    An engine of TensorRT (trt) admits --max-batch and --max-seq-len and no more, and runs on the
-    kind of GPU and the version of the library that built it.
+    onnx is a graph of standard operators, for any runtime. ort is one of ONNX Runtime's own
+    operators over a cache that is written in place: the fastest on a CPU, and what ONNX Runtime
+    GenAI opens. trt is an engine of TensorRT or TensorRT-RTX: it admits --max-batch
+    and --max-seq-len and no more, and runs on the kind of GPU and the version of the library that
+    built it.
     """
     from lpdeploy.export.stage import export
 
@@ -48,6 +66,8 @@ def command(  # noqa: PLR0913 - one parameter an option
         output=output,
         unmerged=unmerged,
         precision=precision,
+        activations=activations,
+        block_size=block_size,
         opset=opset,
         max_batch=max_batch,
         max_seq_len=max_seq_len,

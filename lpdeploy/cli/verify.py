@@ -11,7 +11,7 @@ from lpdeploy.errors import ParityError
 
 @click.command("verify")
 @click.argument("target", type=RUN, metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["torch", "onnx", "trt"]), default="onnx")
+@click.option("--engine", type=click.Choice(["torch", "onnx", "ort", "trt"]), default="onnx")
 @click.option("--atol", type=click.FloatRange(0), help="Tolerance for every pair.")
 @shared_options()
 def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:
@@ -23,9 +23,10 @@ def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> 
     from lpdeploy.runtime.verify import verify
 
     pairs = verify(target, engine=engine, atol=atol)
-    lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10}"]
+    lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same first':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "
+        f"{p.top1_agreement:10.1%} "
         f"{'ok' if p.ok else 'DIFFERENT'}"
         for p in pairs
     ]

@@ -13,6 +13,7 @@ from typing import Any
 from lpdeploy.artifacts import remove_leftovers, save_json
 from lpdeploy.benchmark.report import SAMPLES, save_report
 from lpdeploy.benchmark.stage import bench_latency
+from lpdeploy.benchmark.worker import Workload
 from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
@@ -77,7 +78,7 @@ def run_demo(
     log("time dense and pruned, merged and unmerged")
     bench, _ = bench_latency(
         [str(run) for run in runs.values()],
-        workload={"tokens": _BENCH_TOKENS, "repeats": repeats},
+        workloads=[Workload(tokens=_BENCH_TOKENS, repeats=repeats)],
         device="cpu",
         output=half,
         log=log,

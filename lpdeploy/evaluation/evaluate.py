@@ -20,7 +20,7 @@ from lpdeploy.models.loading import (
     resolve_model,
 )
 from lpdeploy.plan import load_plan
-from lpdeploy.runtime.onnx_runner import load_onnx_runner
+from lpdeploy.runtime.engines import load_exported
 from lpdeploy.runtime.runner import Runner
 from lpdeploy.runtime.torch_runner import load_torch_runner
 
@@ -50,7 +50,7 @@ def evaluate(
     Args:
         target: Model folder, hub name, or a run, whose compacted model is taken.
         options: What to measure.
-        engine: ``torch``, or ``onnx`` for the target's exported graph.
+        engine: ``torch``, or that of an export of the target.
         with_base: Of a run, measure the unpruned base too.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_progress: Is told (source, segments done, all segments), and ("tasks", answers scored,
@@ -70,7 +70,7 @@ def evaluate(
         raise ArtifactError(f"--with-base needs a run; '{target}' has no plan.json. Leave it out.")
     device = resolve_device(device)
     model = _find_model(target, is_run=is_run)
-    exported = (run if is_run else model) / "onnx"
+    exported = (run if is_run else model) / engine
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
     runner = _load_runner(model, exported, engine=engine, device=device)
     result: dict[str, Any] = {
@@ -84,7 +84,7 @@ def evaluate(
     if with_base:
         base = find_base(load_plan(run))
         del runner  # one model in memory at a time
-        runner = _load_runner(base, base / "onnx", engine="torch", device=device)
+        runner = load_torch_runner(base, device=device)
         result["base"] = _measure(runner, base, options, tasks, on_progress)
     if is_run:
         path = run / EVAL
@@ -145,9 +145,9 @@ def _find_model(target: str, *, is_run: bool) -> Path:
 
 
 def _load_runner(model: Path, exported: Path, *, engine: str, device: str) -> Runner:
-    if engine == "onnx":
-        return load_onnx_runner(exported, device=device)
-    return load_torch_runner(model, device=device)
+    if engine == "torch":
+        return load_torch_runner(model, device=device)
+    return load_exported(exported, engine=engine, device=device)
 
 
 def _measure(

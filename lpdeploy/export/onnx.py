@@ -12,16 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpdeploy.artifacts import atomic_folder, compute_sha256, list_versions, save_json
+from lpdeploy.artifacts import atomic_folder, list_versions, save_json
 from lpdeploy.errors import LpdeployError
+from lpdeploy.export.contract import (
+    describe_files,
+    describe_model,
+    describe_source,
+    resolve_max_seq_len,
+)
 from lpdeploy.export.traced import SCATTER_OPSET, ConcatModel, InPlaceModel
 from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.groups import get_head_dim
-from lpdeploy.models.loading import compute_model_sha256, load_config
+from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import list_widths
+from lpdeploy.runtime.contract import CONTRACT_VERSION
 from lpdeploy.runtime.torch_runner import load_model_with_adapter
 
-CONTRACT_VERSION = 1
 SUPPORTED_OPSETS = range(18, 24)  # what torch's exporter writes: no less, and nothing newer yet
 
 # 23 has Attention, RMSNormalization and RotaryEmbedding as operators. Median speed over 18 in ONNX
@@ -32,7 +38,6 @@ SUPPORTED_OPSETS = range(18, 24)  # what torch's exporter writes: no less, and n
 DEFAULT_OPSET = 23
 _GROUPED_ATTENTION_OPSET = 23
 
-DEFAULT_MAX_SEQ_LEN = 2048
 _CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 WRITE_INDICES = "write_indices"
@@ -85,7 +90,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     default = SCATTER_OPSET if in_place else DEFAULT_OPSET
     opset = default if opset is None else opset
     _check_options(precision, opset, max_batch, in_place=in_place)
-    max_seq_len = _resolve_max_seq_len(max_seq_len, config)
+    max_seq_len = resolve_max_seq_len(max_seq_len, config)
     buffer = max_seq_len if in_place else None
     with atomic_folder(output, overwrite=overwrite) as folder:
         model = load_model_with_adapter(model_folder, dtype=precision, adapter=adapter)
@@ -99,11 +104,11 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
             "opset": opset,
             "merged": adapter is None,
             **_describe_tensors(config, precision, buffer),
-            **_describe_model(model, config),
+            **describe_model(config, model_folder),
             "max_batch": max_batch,
             "max_seq_len": max_seq_len,
-            "source": _describe_source(model_folder, adapter),
-            "files": _describe_files(folder),
+            "source": describe_source(model_folder, adapter),
+            "files": describe_files(folder, "model.onnx*"),
             "versions": list_versions(),
         }
         save_json(folder / "io.json", contract)
@@ -128,18 +133,6 @@ def _check_options(precision: str, opset: int, max_batch: int, *, in_place: bool
         )
     if max_batch < 1:
         raise LpdeployError(f"--max-batch {max_batch} serves nothing. Use 1 or more.")
-
-
-def _resolve_max_seq_len(max_seq_len: int | None, config: Any) -> int:
-    positions = config.max_position_embeddings
-    if max_seq_len is None:
-        return min(DEFAULT_MAX_SEQ_LEN, positions)
-    if not 2 <= max_seq_len <= positions:
-        raise LpdeployError(
-            f"--max-seq-len {max_seq_len} does not fit a model of {positions} positions. "
-            f"Use 2 to {positions}."
-        )
-    return max_seq_len
 
 
 def _save_graph(model: nn.Module, path: Path, *, opset: int, buffer: int | None) -> None:
@@ -279,36 +272,4 @@ def _describe_tensors(config: Any, precision: str, buffer: int | None) -> dict[s
     return {
         "inputs": tokens + describe_cache("past_key_values", past),
         "outputs": [logits, *describe_cache("present", total)],
-    }
-
-
-def _describe_model(model: Any, config: Any) -> dict[str, Any]:
-    stops = model.generation_config.eos_token_id
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": [width.heads for width in list_widths(config)],
-        "num_key_value_heads": [width.kv_heads for width in list_widths(config)],
-        "head_dim": get_head_dim(config),
-        "vocab_size": config.vocab_size,
-        "max_positions": config.max_position_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_ids": stops if isinstance(stops, list) else [] if stops is None else [stops],
-    }
-
-
-def _describe_source(model_folder: Path, adapter: Path | None) -> dict[str, str | None]:
-    patterns = ("adapter_model.safetensors", "adapter_config.json")
-    return {
-        "model": str(model_folder),
-        "sha256": compute_model_sha256(model_folder),
-        "adapter": None if adapter is None else str(adapter),
-        "adapter_sha256": None if adapter is None else compute_sha256(adapter, patterns=patterns),
-    }
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
-        for path in sorted(folder.glob("model.onnx*"))
     }

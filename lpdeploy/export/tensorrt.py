@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import atomic_folder, compute_sha256, save_json
+from lpdeploy.artifacts import atomic_folder, save_json
 from lpdeploy.errors import LpdeployError
+from lpdeploy.export.contract import describe_files
 from lpdeploy.export.onnx import export_onnx
 from lpdeploy.export.traced import SCATTER_OPSET
 from lpdeploy.runtime.tensorrt_library import Library, load_library
 from lpdeploy.runtime.trt_runner import (
     CONCAT,
     CONTRACT,
-    CONTRACT_VERSION,
     ENGINE,
     IN_PLACE,
     resolve_shape,
@@ -90,13 +90,12 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
         seconds = time.perf_counter() - start
         _keep_settings(graph, folder)
         contract |= {
-            "schema_version": CONTRACT_VERSION,
             "engine": "trt",
             "library": {"name": library.name, "version": library.version},
             "compute_capability": capability,
             "cache": IN_PLACE if in_place else CONCAT,
             "profiles": profiles,
-            "files": _describe_files(folder),
+            "files": describe_files(folder, ENGINE),
             "build_seconds": round(seconds, 3),
         }
         save_json(folder / CONTRACT, contract)
@@ -104,7 +103,7 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
 
 
 def find_compute_capability(library: Library) -> str:
-    """Return the GPU an engine is built for: ``9.0``, or ``any`` (8.6 and newer) of RTX.
+    """Return the GPU an engine is built for: ``9.0``, or ``any`` that TensorRT-RTX runs on.
 
     Raises:
         LpdeployError: The library builds on a GPU, and there is none.
@@ -248,8 +247,3 @@ def _keep_settings(graph: Path, folder: Path) -> None:
         if not path.name.startswith("model.onnx") and path.name != "io.json":
             shutil.move(path, folder / path.name)
     shutil.rmtree(graph)
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / ENGINE
-    return {ENGINE: {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}}

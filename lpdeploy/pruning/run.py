@@ -51,7 +51,7 @@ LOG = "log.jsonl"
 _OWN_FILES = (
     *("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, "recipe.yaml"),
     *("checkpoint", "model", "unmerged", "onnx", "onnx-unmerged", "verify.json", "eval.json"),
-    *("bench.json", "bench.svg", "samples.json", "report.html"),
+    *("bench.json", "bench.md", "bench.svg", "samples.json", "report.html"),
 )
 _LOSS_WINDOW = 10
 

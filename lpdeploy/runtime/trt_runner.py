@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.runtime.contract import load_contract
 from lpdeploy.runtime.runner import Output, compute_position_ids
 from lpdeploy.runtime.tensorrt_library import Library, load_library
 
 CONTRACT, ENGINE = "engine.json", "model.engine"
-CONTRACT_VERSION = 1
 CONCAT, IN_PLACE = "concat", "in-place"
-_FIX = "Build it again with 'lpdeploy export RUN|MODEL --engine trt --overwrite'."
+FIX = "Build it again with 'lpdeploy export RUN|MODEL --engine trt --overwrite'."
 
 
 class Stream:
@@ -248,7 +247,7 @@ class TrtRunner:
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream.handle):
             raise LpdeployError(
-                f"TensorRT does not run this engine on these inputs. {_FIX} "
+                f"TensorRT does not run this engine on these inputs. {FIX} "
                 "If that does not help, please report it."
             )
 
@@ -315,32 +314,11 @@ def load_trt_runner(folder: Path, *, device: str = "cuda") -> TrtRunner:
     target = torch.device(device)
     if target.type != "cuda":
         raise ValueError(f"device is {device!r}; an engine of TensorRT runs on cuda or cuda:N")
-    contract = _load_contract(folder)
+    contract = load_contract(folder, engine="trt", name=CONTRACT, fix=FIX)
     library = load_library(contract["library"]["name"])
     _check_fit(folder, contract, library, target)
     engine = _load_engine(folder, library)
     return TrtRunner(library, engine, contract, device=target, stream=Stream(target))
-
-
-def _load_contract(folder: Path) -> dict[str, Any]:
-    contract = load_json(folder / CONTRACT, fix=_FIX)
-    if not isinstance(contract, dict) or contract.get("engine") != "trt":
-        raise ArtifactError(f"'{folder / CONTRACT}' describes no TensorRT engine. {_FIX}")
-    version = contract.get("schema_version")
-    if version != CONTRACT_VERSION:
-        raise ArtifactError(
-            f"'{folder / CONTRACT}' has schema version {version!r}; this lpdeploy reads "
-            f"{CONTRACT_VERSION}. {_FIX}"
-        )
-    path, recorded = folder / ENGINE, contract["files"][ENGINE]
-    if not path.is_file():
-        raise ArtifactError(f"No {ENGINE} in '{folder}'. {_FIX}")
-    if path.stat().st_size != recorded["bytes"]:
-        raise ArtifactError(
-            f"'{path}' has {path.stat().st_size} bytes, its export had {recorded['bytes']}. "
-            f"Copy it again, or: {_FIX}"
-        )
-    return contract
 
 
 def _check_fit(
@@ -351,7 +329,7 @@ def _check_fit(
     if library.version != built:
         raise ArtifactError(
             f"'{folder}' was built by {library.name} {built}, and {library.version} is installed; "
-            f"an engine runs only on the version that built it. {_FIX}"
+            f"an engine runs only on the version that built it. {FIX}"
         )
     if not torch.cuda.is_available():
         raise LpdeployError(
@@ -363,7 +341,7 @@ def _check_fit(
     if capability not in ("any", here):
         raise ArtifactError(
             f"'{folder}' was built for a GPU of compute capability {capability}; this one, "
-            f"{torch.cuda.get_device_name(device)}, has {here}. {_FIX}"
+            f"{torch.cuda.get_device_name(device)}, has {here}. {FIX}"
         )
 
 
@@ -374,6 +352,6 @@ def _load_engine(folder: Path, library: Library) -> Any:
     if engine is None:
         raise ArtifactError(
             f"{library.name} {library.version} cannot load '{folder / ENGINE}': "
-            f"{library.explain()}. {_FIX}"
+            f"{library.explain()}. {FIX}"
         )
     return engine

@@ -16,10 +16,9 @@ from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model
 from lpdeploy.plan import PruningPlan, load_plan
-from lpdeploy.runtime.onnx_runner import load_onnx_runner
+from lpdeploy.runtime.engines import EXPORTS, load_exported
 from lpdeploy.runtime.runner import Runner, pad_left
 from lpdeploy.runtime.torch_runner import TorchRunner, load_torch_runner
-from lpdeploy.runtime.trt_runner import load_trt_runner
 
 _PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
 _DECODE_STEPS = 4
@@ -27,14 +26,10 @@ _DECODE_STEPS = 4
 # The largest difference of two logits, as a share of the largest logit. Both sides compute the
 # same sums in another order, or from weights rounded once more to the precision of a checkpoint;
 # each figure is some ten times the rounding unit of the precision (2^-24, 2^-11, 2^-8) grown over
-# the layers, far below what one lost head or channel changes.
-_RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2}
-_PRECISION_ORDER = ("fp32", "fp16", "bf16")
-# Engine -> the contract of its exports, and what loads one.
-_EXPORTS: dict[str, tuple[str, Callable[[Path], Runner]]] = {
-    "onnx": ("io.json", load_onnx_runner),
-    "trt": ("engine.json", load_trt_runner),
-}
+# the layers, far below what one lost head or channel changes. Of int8 and int4 weights the rounding
+# unit is that of a block's largest weight (2^-8, 2^-4): int4 differs by so much that the share of
+# equal first choices says more than the bound, which only catches what is broken.
+_RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 0.5}
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ class Pair:
         b: The other.
         max_abs_diff: Largest absolute difference of two logits.
         max_abs_logit: Largest absolute logit of ``a``.
+        top1_agreement: Share of tokens after which both put the same token first.
         tolerance: What ``max_abs_diff`` may be.
         ok: Whether it is.
     """
@@ -54,6 +50,7 @@ class Pair:
     b: str
     max_abs_diff: float
     max_abs_logit: float
+    top1_agreement: float
     tolerance: float
     ok: bool
 
@@ -77,7 +74,7 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
 
     Args:
         target: A run or a model folder.
-        engine: ``onnx`` or ``trt`` to compare its exports too, ``torch`` to leave exports out.
+        engine: Of ``EXPORTS`` to compare its exports too, ``torch`` to leave exports out.
         atol: Tolerance for every pair instead of the one of its precision.
 
     Raises:
@@ -85,9 +82,9 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
     """
     is_run = (target / "plan.json").is_file()
     stages = (_list_run if is_run else _list_model)(target, engine)
-    asked_for = engine if engine in _EXPORTS else "onnx"
+    asked_for = engine if engine in EXPORTS else "onnx"
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
-    missing = engine == "trt" and not any(stage.name.startswith("trt") for stage in stages)
+    missing = asked_for != "onnx" and not any(s.name.startswith(engine) for s in stages)
     if len(stages) < 2 or missing:
         what = f"no {asked_for} export" if missing else "only one stage"
         raise ArtifactError(
@@ -124,13 +121,14 @@ def _compare(a: _Stage, left: Tensor, b: _Stage, right: Tensor, *, atol: float |
     largest = left.abs().max().item()
     # NaN compares as false with everything, so a NaN difference is never ok.
     difference = (left - right).abs().max().item()
-    precision = max(a.precision, b.precision, key=_PRECISION_ORDER.index)
+    precision = max(a.precision, b.precision, key=list(_RELATIVE_TOLERANCE).index)
     tolerance = atol if atol is not None else _RELATIVE_TOLERANCE[precision] * largest
     return Pair(
         a=a.name,
         b=b.name,
         max_abs_diff=difference,
         max_abs_logit=largest,
+        top1_agreement=(left.argmax(-1) == right.argmax(-1)).float().mean().item(),
         tolerance=tolerance,
         ok=difference <= tolerance,
     )
@@ -158,7 +156,7 @@ def collect_logits(runner: Runner, rows: list[list[int]]) -> Tensor:
     for step in range(_DECODE_STEPS):
         token = torch.tensor([[row[step - _DECODE_STEPS]] for row in rows])  # (B, 1)
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        output = runner.forward(token, attention_mask=mask, past=output.past)
+        output = runner.forward(token, attention_mask=mask, past=output.past, last_only=True)
         collected.append(output.logits[:, -1].float().cpu())
     return torch.cat(collected)
 
@@ -189,11 +187,11 @@ def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _St
 
 
 def _list_exported(folder: Path, engine: str) -> list[_Stage]:
-    if engine not in _EXPORTS or not folder.is_dir():
+    if engine not in EXPORTS or not folder.is_dir():
         return []
-    contract, load = _EXPORTS[engine]
+    contract, _ = EXPORTS[engine]
     precision = load_json(folder / contract, fix="Export again.")["precision"]
-    return [_Stage(folder.name, lambda: load(folder), precision)]
+    return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
 
 
 def _build_masked(run: Path, plan: PruningPlan) -> Runner:

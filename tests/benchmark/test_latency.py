@@ -5,13 +5,23 @@ import json
 import pytest
 import torch
 
-from lpdeploy.benchmark import latency
-from lpdeploy.benchmark.latency import WARM_UPS, Workload, measure_latency, time_interleaved
+from lpdeploy.benchmark import worker as worker_module
+from lpdeploy.benchmark.latency import (
+    WARM_UPS,
+    Probe,
+    Subject,
+    measure_latency,
+    time_interleaved,
+)
 from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.stage import bench_latency
+from lpdeploy.benchmark.table import format_latency, render_latency
 from lpdeploy.benchmark.variants import Variant
+from lpdeploy.benchmark.worker import Loaded, TimedRunner, Timing, Worker, Workload
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
+from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
+from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.runtime.runner import Output
@@ -26,64 +36,123 @@ class FakeRunner:
     def __init__(self):
         self.calls = []
 
-    def forward(self, input_ids, *, attention_mask, past=None, **_):
-        self.calls.append((tuple(input_ids.shape), tuple(attention_mask.shape), past))
+    def forward(self, input_ids, *, attention_mask, past=None, last_only=False, reserve=0):
+        assert last_only  # a server wants no other logits
+        self.calls.append((tuple(input_ids.shape), tuple(attention_mask.shape), past, reserve))
         return Output(logits=torch.zeros(1), past=(past or 0) + 1)
 
 
-def make_variant(*, ratio=0.0, merged=True, engine="torch"):
-    return Variant("m", ratio, engine, merged, 100, 400, "cpu", FakeRunner())
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "m", heads=4, num_hidden_layers=1)
+
+
+def make_subject(folder, seconds, *, ratio=0.0, merged=True, engine="torch", parameters=100):
+    variant = Variant("m", ratio, engine, merged, parameters, 400_000, "cpu", folder)
+    times = iter(seconds)
+    return Subject(variant, Loaded("fp32", 64, 1000), lambda *_: Timing(next(times), 50))
+
+
+def warm(*seconds):
+    return [9.0] * WARM_UPS + list(seconds)
 
 
 def test_every_repeat_runs_all_in_a_changing_order():
     order, ends = [], []
 
-    def work(index):
-        order.append(index)
-        return float(index)
+    def make_work(index):
+        def work():
+            order.append(index)
+            return Timing(float(index), None)
 
-    seconds = time_interleaved(work, 4, 20, lambda: ends.append(len(order)))
+        return work
+
+    timings = time_interleaved(
+        [make_work(i) for i in range(4)], 20, lambda: ends.append(len(order))
+    )
     rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
     assert len(rounds) == 20 + WARM_UPS
     assert all(sorted(one) == [0, 1, 2, 3] for one in rounds)
     assert len({tuple(one) for one in rounds}) > 5
-    assert seconds == [[float(index)] * 20 for index in range(4)]
+    assert timings == [[Timing(float(index), None)] * 20 for index in range(4)]
     assert ends == [4 * (i + 1) for i in range(20 + WARM_UPS)]
 
 
-def test_rows_relate_to_the_merged_dense_model_of_their_engine(monkeypatch):
-    variants = [
-        make_variant(), make_variant(merged=False), make_variant(ratio=0.5),
-        make_variant(engine="onnx", ratio=0.5),
-    ]  # fmt: skip
-    times = [[0.1, 0.2, 0.3], [0.4] * 3, [0.1] * 3, [0.05] * 3]
-    monkeypatch.setattr(latency, "time_interleaved", lambda *_: times)
-    rows = measure_latency(variants, Workload(tokens=20, batch=2, repeats=3))["rows"]
-    assert [row["relative"] for row in rows] == [1.0, 2.0, 0.5, None]
+def test_rows_relate_to_the_merged_dense_model_of_their_engine(model):
+    subjects = [
+        make_subject(model, warm(0.1, 0.2, 0.3)),
+        make_subject(model, warm(*[0.4] * 3), merged=False),
+        make_subject(model, warm(*[0.1] * 3), ratio=0.5),
+        make_subject(model, warm(*[0.05] * 3), engine="onnx", ratio=0.5),
+        make_subject(model, warm(*[0.06] * 3), parameters=60),
+    ]
+    workload = Workload(tokens=20, batch=2, repeats=3)
+    rows = measure_latency(subjects, [workload])["rows"]
+    assert [row["relative"] for row in rows] == pytest.approx([1.0, 2.0, 0.5, None, 0.3])
     assert rows[0]["median_ms"] == pytest.approx(200)
     assert rows[0]["p10_ms"] == pytest.approx(120)
     assert rows[0]["p90_ms"] == pytest.approx(280)
     assert rows[0]["tokens_per_s"] == pytest.approx(2 * 20 / 0.2)
     assert rows[0]["repeats"] == 3
+    assert rows[0]["peak_bytes"] == 1050
+    assert rows[0]["limit_share"] is None
 
 
-def test_decode_steps_grow_the_cache_one_token_at_a_time():
-    variant = make_variant()
-    workload = Workload(tokens=5, decode=3, batch=2, repeats=1)
-    rows = measure_latency([variant], workload)["rows"]
-    assert [row["phase"] for row in rows] == ["prefill", "decode"]
-    one_trial = variant.runner.calls[-4:]
-    assert one_trial == [
-        ((2, 5), (2, 5), None),
-        ((2, 1), (2, 6), 1),
-        ((2, 1), (2, 7), 2),
-        ((2, 1), (2, 8), 3),
+def test_rows_say_how_near_the_limit_they_are(model):
+    probe = Probe(
+        {"matrix": 1e6, "copy": 8e6}, lambda _, work: Timing({"matrix": 0.5}.get(work, 2), 0)
+    )
+    subject = make_subject(model, warm(0.1) * 2)
+    workload = Workload(tokens=20, decode=4, batch=3, repeats=1)
+    result = measure_latency([subject], [workload], probe=probe)
+    assert result["limits"] == {"flops_per_s": 2e6, "bytes_per_s": 4e6}
+    config = load_config(model)
+    prefill, decode = result["rows"]
+    flops = compute_prefill_flops(config, tokens=20, batch=3)
+    assert prefill["limit_share"] == pytest.approx(flops / 0.1 / 2e6)
+    # The table of embeddings is not read: (72 x 32) float32 of the file's 400,000 bytes.
+    weights = 400_000 - 72 * 32 * 4
+    needed = compute_decode_bytes(
+        config, context=22, batch=3, weight_bytes=weights, cache_itemsize=4
+    )
+    assert decode["limit_share"] == pytest.approx(needed / 0.1 / 4e6)
+
+
+def test_a_prefill_and_decode_steps_that_grow_the_cache_by_one():
+    runner = FakeRunner()
+    timed = TimedRunner(runner, device="cpu")
+    workload = Workload(tokens=5, decode=3, batch=2)
+    timed.time(workload, "prefill")
+    assert runner.calls == [((2, 5), (2, 5), None, 0)]
+    runner.calls.clear()
+    timed.time(workload, "decode")
+    assert runner.calls == [
+        ((2, 5), (2, 5), None, 3),
+        ((2, 1), (2, 6), 1, 0),
+        ((2, 1), (2, 7), 2, 0),
+        ((2, 1), (2, 8), 3, 0),
     ]
 
 
-def test_more_tokens_than_positions_are_refused():
+def test_the_memory_of_a_trial_is_what_it_took(monkeypatch):
+    held = []
+    timing = worker_module.time_work(lambda: held.append(torch.ones(30_000_000)), device="cpu")
+    if timing.bytes is None:
+        pytest.skip("this system does not tell the peak of a trial")
+    assert timing.bytes == pytest.approx(120e6, rel=0.1)
+    # Memory that was there before does not count.
+    assert worker_module.time_work(lambda: None, device="cpu").bytes < 5e6
+
+
+def test_more_tokens_than_positions_are_refused(model):
     with pytest.raises(LpdeployError, match="need 70 positions; 'm' has 64. Use --tokens 54"):
-        measure_latency([make_variant()], Workload(tokens=60, decode=10))
+        measure_latency([make_subject(model, [])], [Workload(tokens=60, decode=10)])
+
+
+def test_a_worker_hands_on_what_cannot_be_loaded(tmp_path):
+    missing = Variant("m", 0.0, "onnx", True, 1, 1, "cpu", tmp_path, exported=tmp_path)
+    with pytest.raises(LpdeployError, match=r"No io.json in .*Export the model again"):
+        Worker([missing])
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +167,14 @@ def run(tmp_path_factory):
 
 
 def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
-    workload = {"tokens": 8, "decode": 2, "repeats": 2}
+    workloads = [Workload(tokens=8, decode=2, repeats=2)]
     with pytest.raises(ArtifactError, match="to time. Run 'lpdeploy compact .*run' first"):
-        bench_latency([str(run)], engines=["torch"], workload=workload, device="cpu")
+        bench_latency([str(run)], engines=["torch"], workloads=workloads, device="cpu")
     compact(run)
     with pytest.raises(ArtifactError, match="Run 'lpdeploy compact .* --keep-adapter' first"):
-        bench_latency([str(run)], engines=["torch"], workload=workload, device="cpu")
+        bench_latency([str(run)], engines=["torch"], workloads=workloads, device="cpu")
     compact(run, keep_adapter=True)
-    result, folder = bench_latency([str(run)], workload=workload, device="cpu")
+    result, folder = bench_latency([str(run)], workloads=workloads, device="cpu")
     rows = result["rows"]
     found = {(r["engine"], r["ratio"], r["merged"], r["phase"]) for r in rows}
     assert found == {
@@ -123,12 +192,16 @@ def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
     assert folder == run
     assert json.loads((run / "bench.json").read_text()) == result
     assert (run / "bench.svg").read_text().startswith("<?xml")
+    assert (run / "bench.md").read_text() == render_latency(result)
+    assert len(format_latency(result).splitlines()) == 1 + len(rows)
+    assert all(row["limit_share"] > 0 for row in rows)
     assert result["machine"]["versions"]["torch"]
 
 
 def test_the_plot_shows_every_bar():
     row = {
-        "phase": "prefill", "tokens": 8, "p10_ms": 1.0, "p90_ms": 3.0, "median_ms": 2.0,
+        "phase": "prefill", "precision": "fp32", "batch": 1, "tokens": 8,
+        "p10_ms": 1.0, "p90_ms": 3.0, "median_ms": 2.0,
     }  # fmt: skip
     rows = [
         {**row, "engine": engine, "ratio": ratio, "merged": merged}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lpdeploy.artifacts import compute_sha256
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.export import tensorrt
 from lpdeploy.export.stage import export
 from lpdeploy.runtime.tensorrt_library import wrap_module
@@ -54,3 +54,28 @@ def test_an_engine_has_a_folder_and_an_entry_of_its_own(tmp_path, monkeypatch):
     entry = json.loads((model / "manifest.json").read_text())["stages"]["export trt"]
     assert entry["options"]["engine"] == "trt"
     assert entry["outputs"] == {"trt": compute_sha256(model / "trt" / "model.engine")}
+
+
+def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
+    model = make_tiny_model(
+        tmp_path / "model", num_hidden_layers=1, head_dim=16, intermediate_size=64
+    )
+    with pytest.raises(ArtifactError, match="no ort export .*export .* --engine ort' first"):
+        verify(model, engine="ort")
+    result = export(str(model), engine="ort", precision="int8", opset=None)
+    assert result["output"] == str(model / "ort")
+    entry = json.loads((model / "manifest.json").read_text())["stages"]["export ort"]
+    assert entry["options"]["precision"] == "int8"
+    assert entry["outputs"] == {"ort": compute_sha256(model / "ort" / "model.onnx")}
+    (pair,) = verify(model, engine="ort")
+    assert (pair.a, pair.b, pair.ok) == ("torch", "ort", True)
+    assert pair.max_abs_diff > 0
+    assert 0.5 < pair.top1_agreement <= 1
+
+
+def test_an_option_of_another_engine_is_refused(tmp_path):
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
+    with pytest.raises(LpdeployError, match="--opset is no option of --engine ort. Leave it out"):
+        export(str(model), engine="ort", opset=18)
+    with pytest.raises(LpdeployError, match="--block-size is no option of --engine onnx"):
+        export(str(model), engine="onnx", block_size=32)

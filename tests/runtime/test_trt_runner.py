@@ -7,6 +7,7 @@ import torch
 
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.export import tensorrt as exporter
+from lpdeploy.export.contract import describe_files
 from lpdeploy.models.adapters import load_unmerged
 from lpdeploy.models.loading import load_model
 from lpdeploy.runtime import trt_runner
@@ -46,7 +47,7 @@ def make_engine(name, folder, *, cache="concat"):
         "max_batch": 4,
         "max_seq_len": 32,
         "profiles": profiles,
-        "files": exporter._describe_files(folder),
+        "files": describe_files(folder, "model.engine"),
     }
     (folder / "engine.json").write_text(json.dumps(contract))
     return folder
@@ -54,7 +55,7 @@ def make_engine(name, folder, *, cache="concat"):
 
 def open_engine(folder, *, captures_graphs=True):
     """Open it as load_trt_runner does behind its checks, on the CPU."""
-    contract = trt_runner._load_contract(folder)
+    contract = trt_runner.load_contract(folder, engine="trt", name="engine.json")
     module = fake_tensorrt.make_module()
     if not captures_graphs:  # as TensorRT, whose contexts are captured from outside
         del module.CudaGraphStrategy
@@ -272,7 +273,7 @@ def test_too_little_memory_for_a_context(folder):
         TrtRunner(
             library,
             engine,
-            trt_runner._load_contract(folder),
+            trt_runner.load_contract(folder, engine="trt", name="engine.json"),
             device=torch.device("cpu"),
             stream=fake_tensorrt.Stream(),
         )
@@ -319,7 +320,7 @@ def test_no_contract(tmp_path):
 
 def test_contract_of_something_else(folder):
     edit_contract(folder, engine="onnx")
-    with pytest.raises(ArtifactError, match=r"describes no TensorRT engine. Build it again"):
+    with pytest.raises(ArtifactError, match=r"describes no export for trt. Build it again"):
         load_trt_runner(folder)
 
 

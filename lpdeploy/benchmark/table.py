@@ -1,0 +1,81 @@
+"""The latency benchmark as a table, for a terminal and as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_HEADER = (
+    "engine",
+    "phase",
+    "batch",
+    "pruned",
+    "LoRA",
+    "median ms",
+    "p10 to p90",
+    "tokens/s",
+    "against dense",
+    "of the limit",
+    "peak MB",
+    "parameters",
+)
+
+
+def list_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Write each row of ``bench.json`` as the cells of a table, under their header."""
+    cells = [
+        (
+            f"{row['engine']} {row['precision']}",
+            row["phase"],
+            str(row["batch"]),
+            f"{row['ratio']:.0%}",
+            "merged" if row["merged"] else "unmerged",
+            f"{row['median_ms']:.2f}",
+            f"{row['p10_ms']:.2f} to {row['p90_ms']:.2f}",
+            f"{row['tokens_per_s']:,.0f}",
+            "" if row["relative"] is None else f"{row['relative'] - 1:+.1%}",
+            "" if row["limit_share"] is None else f"{row['limit_share']:.0%}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
+            f"{row['parameters']:,}",
+        )
+        for row in rows
+    ]
+    return [_HEADER, *cells]
+
+
+def format_latency(result: Mapping[str, Any]) -> str:
+    """Write the table for a terminal."""
+    lines = list_cells(result["rows"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def render_latency(result: Mapping[str, Any]) -> str:
+    """Write the table as Markdown, with what it was measured on."""
+    header, *lines = list_cells(result["rows"])
+    table = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    table += [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join(["# Latency", "", *table, "", *(f"{note}\n" for note in _list_notes(result))])
+
+
+def _list_notes(result: Mapping[str, Any]) -> list[str]:
+    machine, first = result["machine"], result["rows"][0]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    rates = result["limits"]
+    flops, copied = rates.get("flops_per_s", 0) / 1e9, rates.get("bytes_per_s", 0) / 1e9
+    how = (
+        f"Prompts of {first['tokens']} tokens; medians of {first['repeats']} interleaved trials, "
+        "each engine in a process of its own. Against dense: the merged dense model on the same "
+        "engine and in the same precision."
+    )
+    limit = (
+        "Of the limit: operations of a prefill, bytes of a decoded token, a second, over what the "
+        f"machine reached in between ({flops:,.0f} GFLOP/s in a product of large matrices, "
+        f"{copied:,.1f} GB/s in a copy, which writes what decoding only reads)."
+    )
+    where = (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
+        f"{machine['date'][:10]}: `{machine['command']}`"
+    )
+    return [how, limit, where]

@@ -1,0 +1,258 @@
+"""One process an engine: its threads and its memory are its own while it is timed."""
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lpdeploy.benchmark.limits import LimitsProbe
+from lpdeploy.benchmark.variants import Variant
+from lpdeploy.errors import LpdeployError
+from lpdeploy.runtime.engines import load_exported
+from lpdeploy.runtime.runner import Runner
+from lpdeploy.runtime.torch_runner import load_torch_runner
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        tokens: Prompt tokens of a prefill; the paper times 2,048.
+        decode: Tokens decoded one by one after the prompt; 0 for none.
+        batch: Rows.
+        repeats: Trials of each variant; the paper takes 100.
+    """
+
+    tokens: int = 2048
+    decode: int = 0
+    batch: int = 1
+    repeats: int = 100
+
+
+class Loaded(NamedTuple):
+    """What a runner says of itself, and what loading it took.
+
+    Attributes:
+        precision: What it computes in.
+        max_positions: Longest past + present in tokens.
+        bytes: Memory that loading added to the process; None where that cannot be told.
+    """
+
+    precision: str
+    max_positions: int
+    bytes: int | None
+
+
+class Timing(NamedTuple):
+    """One trial.
+
+    Attributes:
+        seconds: Of one prefill, or of one decoded token.
+        bytes: Memory that it took for a while; None where that cannot be told.
+    """
+
+    seconds: float
+    bytes: int | None
+
+
+class TimedRunner:
+    """A runner with what it is timed on."""
+
+    def __init__(self, runner: Runner, *, device: str) -> None:
+        self.runner = runner
+        self._device = device
+
+    def time(self, workload: Workload, phase: str) -> Timing:
+        """Run one trial of ``prefill`` or ``decode``."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (workload.batch, workload.tokens)
+        ids = torch.randint(self.runner.vocab_size, shape, generator=generator).to(self._device)
+        mask = torch.ones_like(ids)
+        if phase == "prefill":
+            return time_work(lambda: self._prefill(ids, mask), device=self._device)
+        past = self._prefill(ids, mask, reserve=workload.decode).past
+        timing = time_work(
+            lambda: self._decode(ids[:, -1:], mask, past, workload.decode), device=self._device
+        )
+        return Timing(timing.seconds / workload.decode, timing.bytes)
+
+    def _prefill(self, ids: Tensor, mask: Tensor, *, reserve: int = 0) -> Any:
+        return self.runner.forward(ids, attention_mask=mask, last_only=True, reserve=reserve)
+
+    def _decode(self, token: Tensor, mask: Tensor, past: Any, steps: int) -> None:
+        length = mask.shape[1]
+        mask = torch.cat([mask, torch.ones_like(token).expand(-1, steps)], dim=1)
+        for step in range(1, steps + 1):
+            output = self.runner.forward(
+                token, attention_mask=mask[:, : length + step], past=past, last_only=True
+            )
+            past = output.past
+
+
+def time_work(work: Callable[[], Any], *, device: str) -> Timing:
+    """Time something: by events on a GPU, by the clock on a CPU."""
+    _reset_peak(device)
+    before = _read_bytes(device)
+    if device == "cpu":
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+    else:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        seconds = begin.elapsed_time(end) / 1e3
+    peak = _read_bytes(device, peak=True)
+    return Timing(seconds, None if before is None or peak is None else max(0, peak - before))
+
+
+def _reset_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # not Linux, or not allowed: then there is no peak of one trial
+        return
+
+
+def _read_bytes(device: str, *, peak: bool = False) -> int | None:
+    """Return the memory of this process, or its peak since the last reset."""
+    if device != "cpu":  # what torch allocates; other engines keep their own books
+        count = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return int(count(device))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    name = "VmHWM:" if peak else "VmRSS:"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def load_timed(variant: Variant) -> tuple[TimedRunner, Loaded]:
+    """Load one variant in this process."""
+    gc.collect()
+    before = _read_bytes(variant.device)
+    if variant.exported is None:
+        runner: Runner = load_torch_runner(
+            variant.folder, device=variant.device, adapter=variant.adapter
+        )
+    else:
+        runner = load_exported(variant.exported, engine=variant.engine, device=variant.device)
+    # A checkpoint may be mapped from its file: its pages are there once they have been read.
+    runner.forward(torch.zeros(1, 2, dtype=torch.int64), attention_mask=torch.ones(1, 2).long())
+    gc.collect()
+    after = _read_bytes(variant.device)
+    added = None if before is None or after is None else max(0, after - before)
+    loaded = Loaded(runner.precision, runner.max_positions, added)
+    return TimedRunner(runner, device=variant.device), loaded
+
+
+_Answer = Callable[[int, Workload, str], Timing]
+
+
+class Worker:
+    """A process that holds the variants of one engine, or the probe of the machine's limits.
+
+    It does nothing until it is asked, and answers one call at a time, so that the caller decides
+    which of several workers is timed next.
+
+    Attributes:
+        loaded: What each variant says of itself.
+        units: Of the probe, what each of its works does; empty for variants.
+    """
+
+    def __init__(
+        self, variants: Sequence[Variant] = (), *, probe: dict[str, str] | None = None
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(other, tuple(variants), probe), daemon=True
+        )
+        self._process.start()
+        other.close()
+        self.loaded, self.units = self._receive()
+
+    def time(self, index: int, workload: Workload, phase: str) -> Timing:
+        """Run one trial of one variant.
+
+        Raises:
+            LpdeployError: It failed there, or the process has died.
+        """
+        self._connection.send((index, workload, phase))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join(timeout=10)
+            raise LpdeployError(
+                f"The process that is timed ended with code {self._process.exitcode}, perhaps for "
+                "want of memory. Time fewer models or engines at once."
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._connection.close()  # its next reading ends it
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _serve(
+    connection: Connection, variants: tuple[Variant, ...], probe: dict[str, str] | None
+) -> None:
+    try:
+        described, answer = _load_all(variants) if probe is None else _build_probe(probe)
+        connection.send(described)
+        gc.collect()
+        gc.disable()  # a collection in the middle would hit one trial alone
+        while True:
+            connection.send(answer(*connection.recv()))
+            gc.collect()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except LpdeployError as error:
+        connection.send(LpdeployError(str(error)))
+
+
+def _load_all(variants: tuple[Variant, ...]) -> tuple[Any, _Answer]:
+    pairs = [load_timed(variant) for variant in variants]
+
+    def answer(index: int, workload: Workload, phase: str) -> Timing:
+        return pairs[index][0].time(workload, phase)
+
+    return ([loaded for _, loaded in pairs], {}), answer
+
+
+def _build_probe(probe: dict[str, str]) -> tuple[Any, _Answer]:
+    works = LimitsProbe(**probe)
+
+    def answer(_index: int, _workload: Workload, work: str) -> Timing:
+        return time_work(lambda: works.run(work), device=probe["device"])
+
+    return ((), works.units), answer

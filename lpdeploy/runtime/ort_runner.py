@@ -1,0 +1,192 @@
+"""What ``export_ort`` wrote, run over a cache that is written in place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lpdeploy.errors import LpdeployError
+from lpdeploy.runtime.contract import load_contract
+from lpdeploy.runtime.ort_session import bind_tensor, build_session, split_device
+from lpdeploy.runtime.runner import Output
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class OrtCache:
+    """Keys and values of a batch, each row from 0 on without padding.
+
+    Attributes:
+        buffers: Key and value of each layer, shape (B, kv_heads, capacity, head_dim).
+        lengths: Tokens of each row, shape (B,), int64, on the CPU.
+        capacity: Tokens that there is room for.
+        binding: An IO binding that reads and writes the buffers, kept from step to step.
+    """
+
+    buffers: list[Tensor]
+    lengths: Tensor
+    capacity: int = 0
+    binding: Any = None
+
+
+class OrtRunner:
+    """An ONNX Runtime session over a graph with ``GroupQueryAttention``.
+
+    Past and present of a layer are one buffer, bound by its address: a decoded token costs the
+    reading of the cache, and no copy of it. The operator wants rows that start at 0 and end at
+    lengths of their own, so padding on the left is taken off before and put back after.
+
+    Attributes:
+        name: ``ort``.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
+        vocab_size: Width of the logits.
+        max_positions: Longest past + present in tokens: what the graph was exported for.
+        contract: What ``io.json`` says.
+    """
+
+    name = "ort"
+
+    def __init__(self, session: Any, contract: Mapping[str, Any], *, device: str = "cpu") -> None:
+        self.precision: str = contract["precision"]
+        self.vocab_size: int = contract["vocab_size"]
+        self.max_positions: int = contract["max_seq_len"]
+        self.contract = contract
+        self._session = session
+        self._device = torch.device(device)
+        self._caches = [item for item in contract["inputs"] if "past_key_values" in item["name"]]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        past: OrtCache | None = None,
+        last_only: bool = False,
+        reserve: int = 0,
+    ) -> Output:
+        """Run T new tokens after a past of P tokens.
+
+        Args:
+            input_ids: Shape (B, T), int64, on any device.
+            attention_mask: Shape (B, P + T), int64; 0 at padding, which stands on the left.
+            past: ``Output.past`` of the previous call, which is written into, or None.
+            last_only: Compute only the logits of the last token, and the last layer's FFN for
+                that token alone.
+            reserve: Tokens to come that the cache is to have room for.
+
+        Returns:
+            Logits, float32, on the session's device (undefined at padding), and the cache.
+
+        Raises:
+            LpdeployError: The longest row is longer than the graph was exported for.
+        """
+        ids, mask = input_ids.cpu(), attention_mask.cpu()
+        fresh = mask[:, -ids.shape[1] :].sum(dim=1)  # (B,) new tokens of each row
+        cache = past or self._build_cache(len(ids))
+        totals = cache.lengths + fresh
+        self._make_room(cache, int(totals.max()), reserve=reserve)
+        # The operator takes a batch of prompts or of single tokens; what else there is goes row
+        # by row, over the same buffers.
+        whole = bool((fresh > 0).all()) and (past is None or ids.shape[1] == 1)
+        run = self._run_batch if whole else self._run_rows
+        logits = run(ids, fresh, cache, last_only=last_only)
+        cache.lengths = totals
+        return Output(logits, cache)
+
+    def _run_batch(self, ids: Tensor, fresh: Tensor, cache: OrtCache, *, last_only: bool) -> Tensor:
+        """Run rows of any lengths together: (B, T) -> (B, T or 1, vocab)."""
+        width = ids.shape[1]
+        longest = int(fresh.max())
+        # Left-aligned: (B, T) -> (B, longest), row b from its first token on.
+        index = (torch.arange(longest) + width - fresh.unsqueeze(1)) % width
+        ids = ids.gather(1, index)
+        logits = self._run(cache.binding, ids, cache.lengths + fresh, last_only=last_only)
+        return logits if last_only else pad(logits, (0, 0, width - longest, 0))
+
+    def _run_rows(self, ids: Tensor, fresh: Tensor, cache: OrtCache, *, last_only: bool) -> Tensor:
+        kept = 1 if last_only else ids.shape[1]
+        rows = torch.zeros(len(ids), kept, self.vocab_size, device=self._device)
+        for row, count in enumerate(fresh.tolist()):
+            if count:
+                only = slice(row, row + 1)
+                binding = self._bind([buffer[only] for buffer in cache.buffers])
+                length = cache.lengths[only] + count
+                logits = self._run(binding, ids[only, -count:], length, last_only=last_only)
+                rows[row, -logits.shape[1] :] = logits[0]
+        return rows
+
+    def _run(self, binding: Any, ids: Tensor, lengths: Tensor, *, last_only: bool) -> Tensor:
+        """Run the graph on rows that start at 0; ``lengths`` (B,) count past and new tokens."""
+        batch, tokens = ids.shape
+        kept = 1 if last_only else tokens
+        logits = torch.empty(batch, kept, self.vocab_size, device=self._device)
+        inputs = {
+            "input_ids": ids.contiguous(),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
+            "logits_offsets": torch.arange(1 - kept, 1),
+        }
+        inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
+        for name, tensor in inputs.items():
+            bind_tensor(binding, name, tensor)
+        bind_tensor(binding, "logits", logits, output=True)
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def _bind(self, buffers: list[Tensor]) -> Any:
+        """Bind each buffer as the past that is read and the present that is written."""
+        binding = self._session.io_binding()
+        for item, buffer in zip(self._caches, buffers, strict=True):
+            bind_tensor(binding, item["name"], buffer)
+            present = item["name"].replace("past_key_values", "present")
+            bind_tensor(binding, present, buffer, output=True)
+        return binding
+
+    def _build_cache(self, batch: int) -> OrtCache:
+        buffers = [
+            torch.empty(
+                (batch, item["shape"][1], 0, item["shape"][3]),
+                dtype=_DTYPES[item["dtype"]],
+                device=self._device,
+            )
+            for item in self._caches
+        ]
+        return OrtCache(buffers, torch.zeros(batch, dtype=torch.int64))
+
+    def _make_room(self, cache: OrtCache, needed: int, *, reserve: int) -> None:
+        if needed > self.max_positions:
+            raise LpdeployError(
+                f"{needed} tokens do not fit an export for {self.max_positions}. "
+                "Shorten the prompt, or export again with a larger --max-seq-len."
+            )
+        if needed <= cache.capacity:
+            return
+        # Twice as much where it was not said how many will come, so that copies stay few.
+        wanted = needed + reserve if cache.capacity == 0 else max(needed + reserve, 2 * needed)
+        cache.capacity = min(wanted, self.max_positions)
+        for index, old in enumerate(cache.buffers):
+            grown = old.new_empty(*old.shape[:2], cache.capacity, old.shape[3])
+            grown[:, :, : old.shape[2]] = old
+            cache.buffers[index] = grown
+        cache.binding = self._bind(cache.buffers)
+
+
+def load_ort_runner(folder: Path, *, device: str = "cpu") -> OrtRunner:
+    """Open what ``export_ort`` wrote.
+
+    Args:
+        folder: With ``model.onnx``, ``model.onnx.data`` and ``io.json``.
+        device: ``cpu``, ``cuda`` or ``cuda:1``. The graph runs there or not at all.
+
+    Raises:
+        ArtifactError: A file is missing, damaged or of another export.
+        MissingDependencyError: ONNX Runtime, or its provider for ``device``, is not installed.
+    """
+    kind, index = split_device(device)
+    contract = load_contract(folder, engine="ort")
+    place = f"{kind}:{index}" if kind == "cuda" else kind
+    return OrtRunner(build_session(folder, device), contract, device=place)
