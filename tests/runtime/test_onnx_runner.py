@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lpdeploy.errors import ArtifactError, MissingDependencyError
-from lpdeploy.runtime import onnx_runner
+from lpdeploy.runtime import ort_session
 from lpdeploy.runtime.onnx_runner import load_onnx_runner
 from tests.helpers import copy_export, make_batch, make_export
 
@@ -146,7 +146,7 @@ def test_cuda_provider_that_does_not_start(monkeypatch):
         SessionOptions=onnxruntime.SessionOptions,
         InferenceSession=lambda *_, **__: session,
     )
-    monkeypatch.setattr(onnx_runner, "_import_runtime", lambda _: fake)
+    monkeypatch.setattr(ort_session, "_import_runtime", lambda _: fake)
     with pytest.raises(MissingDependencyError, match=r"cannot start it here.*lpdeploy\[gpu\]"):
         load_onnx_runner(make_export("per-layer")[2], device="cuda:1")
 
