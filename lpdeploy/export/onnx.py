@@ -1,4 +1,7 @@
-"""A checkpoint as an ONNX graph with a KV cache: torch's exporter is met here and nowhere else."""
+"""A checkpoint as an ONNX graph with a KV cache.
+
+torch's exporter is met here and nowhere else, but for the operator that ``traced.py`` writes.
+"""
 
 import logging
 import os

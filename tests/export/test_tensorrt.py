@@ -17,7 +17,7 @@ from lpdeploy.export import tensorrt as module
 from lpdeploy.export.tensorrt import build_engine, build_profiles, export_tensorrt
 from lpdeploy.models.loading import compute_model_sha256
 from lpdeploy.runtime.tensorrt_library import load_library, wrap_module
-from lpdeploy.runtime.trt_runner import load_trt_runner
+from lpdeploy.runtime.trt_runner import _load_engine, load_trt_runner
 from tests import fake_tensorrt
 from tests.helpers import EXPORTS, copy_export, make_export, make_tiny_model
 
@@ -109,11 +109,12 @@ def test_networks_have_the_tensors_of_the_contract(name, cache):
 
 @pytest.mark.trt
 @needs_rtx
-def test_bf16_engine_is_built(tmp_path):
+@pytest.mark.parametrize(("opset", "cache"), [(None, "in-place"), (23, "concat")])
+def test_bf16_engine_is_built(opset, cache, tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    contract = export_tensorrt(model, tmp_path / "trt", precision="bf16", max_batch=2)
-    assert (contract["precision"], contract["cache"]) == ("bf16", "in-place")
-    assert contract["inputs"][4]["dtype"] == "bfloat16"
+    contract = export_tensorrt(model, tmp_path / "trt", precision="bf16", opset=opset, max_batch=2)
+    assert (contract["precision"], contract["cache"]) == ("bf16", cache)
+    assert contract["inputs"][-1]["dtype"] == "bfloat16"
     assert (tmp_path / "trt" / "timing.cache").stat().st_size > 0
 
 
@@ -131,6 +132,12 @@ def test_the_command_builds_an_engine_that_says_what_it_needs(tmp_path):
         pytest.skip("there is a GPU: it would run")
     with pytest.raises(LpdeployError, match="needs an NVIDIA GPU with its driver"):
         load_trt_runner(model / "trt")
+    # What the library itself says, were it asked.
+    with pytest.raises(
+        ArtifactError, match=r"cannot load .*(?i:cuda).*Build it again with"
+    ) as told:
+        _load_engine(model / "trt", load_library("tensorrt_rtx"))
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.trt
@@ -314,6 +321,15 @@ def test_a_failed_build_leaves_nothing(model_folder, tmp_path, fake, quick, monk
         match=r"cannot build the engine: Could not find any implementation. Try a smaller --max-b",
     ):
         export_tensorrt(model_folder, tmp_path / "trt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_it_in_a_sentence(model_folder, tmp_path, fake, quick, monkeypatch):
+    monkeypatch.setattr(fake_tensorrt.Builder, "fails", True)
+    words = ["export", str(model_folder), "--engine", "trt", "--output", str(tmp_path / "trt")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: tensorrt_rtx 1.7.1.116 cannot build .*\n", result.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
