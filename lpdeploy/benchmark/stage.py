@@ -12,7 +12,7 @@ from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.table import render_latency
 from lpdeploy.benchmark.variants import Variant, list_variants
-from lpdeploy.benchmark.worker import Worker, Workload
+from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
 from lpdeploy.models.loading import resolve_device
 
 BENCH = "bench.json"
@@ -51,7 +51,7 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         variants = list_variants(
             targets, engines=engines, forms=forms, device=device, scratch=Path(scratch), log=log
         )
-        with _start(variants, device=device) as (subjects, probe):
+        with start_workers(variants, device=device) as (subjects, probe):
             result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)
     folder = output or _first_run(targets)
     save_json(folder / BENCH, result)
@@ -62,19 +62,21 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
 
 
 @contextmanager
-def _start(variants: Sequence[Variant], *, device: str) -> Iterator[tuple[list[Subject], Probe]]:
+def start_workers(
+    variants: Sequence[Variant], *, device: str
+) -> Iterator[tuple[list[Subject], Probe]]:
     """Load every engine's variants in a process of its own; end them all on the way out."""
     with ExitStack() as stack:
         subjects = []
         for engine in dict.fromkeys(variant.engine for variant in variants):
             chosen = [variant for variant in variants if variant.engine == engine]
-            worker = stack.enter_context(Worker(chosen))
-            for index, (variant, loaded) in enumerate(zip(chosen, worker.loaded, strict=True)):
+            worker = stack.enter_context(Worker(functools.partial(load_all, chosen)))
+            for index, (variant, loaded) in enumerate(zip(chosen, worker.described, strict=True)):
                 time = functools.partial(worker.time, index)
                 subjects.append(Subject(variant, loaded, time))
         precision = subjects[0].loaded.precision
-        limits = stack.enter_context(Worker(probe={"device": device, "precision": precision}))
-        yield subjects, Probe(limits.units, functools.partial(limits.time, 0))
+        limits = stack.enter_context(Worker(functools.partial(build_probe, device, precision)))
+        yield subjects, Probe(limits.described, functools.partial(limits.time, 0))
 
 
 def _first_run(targets: Sequence[str]) -> Path:

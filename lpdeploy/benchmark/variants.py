@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lpdeploy.artifacts import load_json
+from lpdeploy.benchmark.random_models import save_random_adapter
 from lpdeploy.errors import ArtifactError
 from lpdeploy.export.stage import export_folder
-from lpdeploy.models.adapters import attach_lora, get_lora_weights, load_adapter
+from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.compact import find_base, load_record
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import (
     list_weight_files,
     load_config,
@@ -55,8 +53,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """A model on disk that is to be timed, and the folder where its exports are."""
+class Checkpoint:
+    """A model on disk that is to be timed.
+
+    Attributes:
+        name: For the table.
+        folder: A Hugging Face folder.
+        ratio: Share of groups removed.
+        adapter: A peft adapter that stays unmerged.
+        exports: Folder of its exports, ``ort`` or ``ort-unmerged`` and so on; None for none.
+    """
 
     name: str
     folder: Path
@@ -91,13 +97,13 @@ def list_variants(
     Raises:
         ArtifactError: A run has no compacted, or no unmerged, model.
     """
-    checkpoints: dict[tuple[Path, bool], _Checkpoint] = {}
+    checkpoints: dict[tuple[Path, bool], Checkpoint] = {}
     for target in targets:
         for checkpoint in _list_checkpoints(target, forms=forms, scratch=scratch):
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
-        _describe(checkpoint, engine=engine, device=device, scratch=scratch, log=log)
+        build_variant(checkpoint, engine=engine, device=device, scratch=scratch, log=log)
         for engine in engines
         for checkpoint in sorted(
             checkpoints.values(), key=lambda c: (c.ratio, c.adapter is not None)
@@ -105,23 +111,23 @@ def list_variants(
     ]
 
 
-def _list_checkpoints(target: str, *, forms: Sequence[bool], scratch: Path) -> list[_Checkpoint]:
+def _list_checkpoints(target: str, *, forms: Sequence[bool], scratch: Path) -> list[Checkpoint]:
     run = Path(target)
     if not (run / "plan.json").is_file():
         folder = resolve_model(target)
-        return [_Checkpoint(target, folder, load_record(folder).get("ratio", 0.0), None, folder)]
+        return [Checkpoint(target, folder, load_record(folder).get("ratio", 0.0), None, folder)]
     plan = load_plan(run)
     base = find_base(plan)
     listed = []
     if True in forms:
-        listed.append(_Checkpoint(plan.base_model, base, 0.0, None, None))
+        listed.append(Checkpoint(plan.base_model, base, 0.0, None, None))
         model = _require(run / "model", f"lpdeploy compact {run}")
-        listed.append(_Checkpoint(str(model), model, plan.ratio, None, run))
+        listed.append(Checkpoint(str(model), model, plan.ratio, None, run))
     if False in forms:
         fresh = _save_fresh_adapter(base, like=run / "adapter", folder=scratch / "dense-adapter")
-        listed.append(_Checkpoint(plan.base_model, base, 0.0, fresh, None))
+        listed.append(Checkpoint(plan.base_model, base, 0.0, fresh, None))
         model = _require(run / "unmerged", f"lpdeploy compact {run} --keep-adapter")
-        listed.append(_Checkpoint(str(model), model, plan.ratio, model / "adapter", run))
+        listed.append(Checkpoint(str(model), model, plan.ratio, model / "adapter", run))
     return listed
 
 
@@ -132,28 +138,22 @@ def _require(folder: Path, command: str) -> Path:
 
 
 def _save_fresh_adapter(base: Path, *, like: Path, folder: Path) -> Path:
-    """Save a random adapter for the unpruned base: its values cost the same as trained ones."""
     if not folder.is_dir():
         first = next(iter(load_adapter(like).values()))
         rank = first.lora_a.shape[0]
-        model = load_model(base)
-        wrapped = attach_lora(model, rank=rank, alpha=first.scaling * rank, dropout=0.0, seed=0)
-        with torch.no_grad():
-            for spec in list_group_specs(model.config):
-                for piece in spec.slices:
-                    get_lora_weights(model.get_submodule(piece.module)).lora_b.normal_(std=0.01)
-        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+        save_random_adapter(load_model(base), folder, rank=rank, alpha=first.scaling * rank)
     return folder
 
 
-def _describe(
-    checkpoint: _Checkpoint,
+def build_variant(
+    checkpoint: Checkpoint,
     *,
     engine: str,
     device: str,
     scratch: Path,
-    log: Callable[[str], None],
+    log: Callable[[str], None] = lambda _: None,
 ) -> Variant:
+    """Describe a checkpoint on an engine, exporting it to ``scratch`` where that is still to do."""
     engine, _, precision = engine.partition(":")
     exported = None
     if engine != "torch":
@@ -180,7 +180,7 @@ def _describe(
     )
 
 
-def _find_export(checkpoint: _Checkpoint, engine: str, precision: str) -> Path | None:
+def _find_export(checkpoint: Checkpoint, engine: str, precision: str) -> Path | None:
     if checkpoint.exports is None:
         return None
     merged = checkpoint.adapter is None
@@ -192,7 +192,7 @@ def _find_export(checkpoint: _Checkpoint, engine: str, precision: str) -> Path |
 
 
 def _export(
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     engine: str,
     precision: str,
     *,
@@ -214,7 +214,7 @@ def _export(
     return folder
 
 
-def _count_bytes(checkpoint: _Checkpoint, engine: str, exported: Path | None) -> int:
+def _count_bytes(checkpoint: Checkpoint, engine: str, exported: Path | None) -> int:
     if exported is not None:
         files = load_json(exported / EXPORTS[engine][0], fix="Export again.")["files"]
         return sum(entry["bytes"] for entry in files.values())

@@ -161,30 +161,48 @@ def load_timed(variant: Variant) -> tuple[TimedRunner, Loaded]:
 
 
 _Answer = Callable[[int, Workload, str], Timing]
+Served = tuple[Any, _Answer]
+"""What a worker says of what it has loaded, and what it answers a call with."""
+
+
+def load_all(variants: Sequence[Variant]) -> Served:
+    """Load the variants of one engine; describes each by ``Loaded``."""
+    pairs = [load_timed(variant) for variant in variants]
+
+    def answer(index: int, workload: Workload, phase: str) -> Timing:
+        return pairs[index][0].time(workload, phase)
+
+    return [loaded for _, loaded in pairs], answer
+
+
+def build_probe(device: str, precision: str) -> Served:
+    """Build the probe of the machine's limits; describes what each of its works does."""
+    works = LimitsProbe(device=device, precision=precision)
+
+    def answer(_index: int, _workload: Workload, work: str) -> Timing:
+        return time_work(lambda: works.run(work), device=device)
+
+    return works.units, answer
 
 
 class Worker:
-    """A process that holds the variants of one engine, or the probe of the machine's limits.
+    """A process that holds what is timed of one engine.
 
     It does nothing until it is asked, and answers one call at a time, so that the caller decides
     which of several workers is timed next.
 
     Attributes:
-        loaded: What each variant says of itself.
-        units: Of the probe, what each of its works does; empty for variants.
+        described: What was loaded says of itself.
     """
 
-    def __init__(
-        self, variants: Sequence[Variant] = (), *, probe: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, load: Callable[[], Served]) -> None:
+        """Start the process; ``load`` is called in it, and must be a name of a module."""
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(other, tuple(variants), probe), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(other, load), daemon=True)
         self._process.start()
         other.close()
-        self.loaded, self.units = self._receive()
+        self.described = self._receive()
 
     def time(self, index: int, workload: Workload, phase: str) -> Timing:
         """Run one trial of one variant.
@@ -223,11 +241,9 @@ class Worker:
             self._process.terminate()
 
 
-def _serve(
-    connection: Connection, variants: tuple[Variant, ...], probe: dict[str, str] | None
-) -> None:
+def _serve(connection: Connection, load: Callable[[], Served]) -> None:
     try:
-        described, answer = _load_all(variants) if probe is None else _build_probe(probe)
+        described, answer = load()
         connection.send(described)
         gc.collect()
         gc.disable()  # a collection in the middle would hit one trial alone
@@ -238,21 +254,3 @@ def _serve(
         return
     except LpdeployError as error:
         connection.send(LpdeployError(str(error)))
-
-
-def _load_all(variants: tuple[Variant, ...]) -> tuple[Any, _Answer]:
-    pairs = [load_timed(variant) for variant in variants]
-
-    def answer(index: int, workload: Workload, phase: str) -> Timing:
-        return pairs[index][0].time(workload, phase)
-
-    return ([loaded for _, loaded in pairs], {}), answer
-
-
-def _build_probe(probe: dict[str, str]) -> tuple[Any, _Answer]:
-    works = LimitsProbe(**probe)
-
-    def answer(_index: int, _workload: Workload, work: str) -> Timing:
-        return time_work(lambda: works.run(work), device=probe["device"])
-
-    return ((), works.units), answer

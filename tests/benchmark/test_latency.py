@@ -1,5 +1,6 @@
 """What the latency benchmark times, in which order, and what it makes of it; no time itself."""
 
+import functools
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_latency, render_latency
 from lpdeploy.benchmark.variants import Variant
-from lpdeploy.benchmark.worker import Loaded, TimedRunner, Timing, Worker, Workload
+from lpdeploy.benchmark.worker import Loaded, TimedRunner, Timing, Worker, Workload, load_all
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
@@ -152,7 +153,7 @@ def test_more_tokens_than_positions_are_refused(model):
 def test_a_worker_hands_on_what_cannot_be_loaded(tmp_path):
     missing = Variant("m", 0.0, "onnx", True, 1, 1, "cpu", tmp_path, exported=tmp_path)
     with pytest.raises(LpdeployError, match=r"No io.json in .*Export the model again"):
-        Worker([missing])
+        Worker(functools.partial(load_all, [missing]))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from lpdeploy.runtime.torch_runner import load_torch_runner
 from tests.helpers import make_export
 
 PROMPTS = [[5, 17, 40], [9], [33, 2, 8, 61, 7, 29, 11]]
-NEW = 12
+NEW = 64
 
 
 @pytest.fixture(scope="module", params=["torch", "onnx"])

@@ -63,7 +63,7 @@ def test_no_contract(tmp_path):
 
 def test_contract_of_something_else(tmp_path):
     (tmp_path / "io.json").write_text('{"engine": "trt"}')
-    with pytest.raises(ArtifactError, match=r"describes no export for onnx. Export the model again"):
+    with pytest.raises(ArtifactError, match=r"no export for onnx. Export the model again"):
         load_onnx_runner(tmp_path)
 
 
