@@ -24,10 +24,10 @@ from lpdeploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 # One of these lies in every folder that may be replaced: a checkpoint, an export, an adapter.
-_OWN_MARKS = ("lpdeploy.json", "io.json", "adapter_config.json")
+_OWN_MARKS = ("lpdeploy.json", "io.json", "engine.json", "adapter_config.json")
 _LIBRARIES = (
     *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
-    *("onnx", "onnxruntime"),
+    *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"),
 )
 _BLOCK_BYTES = 1 << 22
 

@@ -156,11 +156,17 @@ EXPORTS = {
 _FOLDER = tempfile.TemporaryDirectory(prefix="lpdeploy-tests-")
 
 
-@functools.cache
-def make_export(name):
+def make_export(name, *, in_place=False):
     """Export a tiny model once for all tests: (model folder, adapter or None, ONNX folder)."""
+    return _export(name, in_place)
+
+
+@functools.cache
+def _export(name, in_place):
     config, options = EXPORTS[name]
-    root = Path(_FOLDER.name) / name
+    if in_place:  # buffers of 32 positions, and the one opset that has them
+        options = {**options, "in_place": True, "opset": None, "max_seq_len": 32}
+    root = Path(_FOLDER.name) / (f"{name}-in-place" if in_place else name)
     model = make_tiny_model(root / "model", **config)
     adapter = make_adapter(model, root / "adapter") if name == "unmerged" else None
     export_onnx(model, root / "onnx", adapter=adapter, **options)

@@ -28,13 +28,15 @@ ALLOWED = {
     "demo": BASE | {"models", "data", "runtime", "export", "evaluation", "benchmark", "pruning"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",
-         "tensorrt", "numpy", "matplotlib", "rich", "lm_eval"}  # fmt: skip
+         "tensorrt", "tensorrt_rtx", "numpy", "matplotlib", "rich", "lm_eval"}  # fmt: skip
 # A library that changes its interface is met in one module.
 ONE_MODULE = {
     "onnxruntime": "runtime/ort_session.py",
     "torch.onnx": "export/onnx.py",
     "bitsandbytes": "models/quantized.py",
     "lm_eval": "evaluation/harness.py",
+    "tensorrt": "runtime/tensorrt_library.py",
+    "tensorrt_rtx": "runtime/tensorrt_library.py",
 }
 
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -49,7 +49,16 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
     device = resolve_device(device)
     with tempfile.TemporaryDirectory(prefix="lpdeploy-bench-") as scratch:
         variants = list_variants(
-            targets, engines=engines, forms=forms, device=device, scratch=Path(scratch), log=log
+            targets,
+            engines=engines,
+            forms=forms,
+            device=device,
+            scratch=Path(scratch),
+            limits={
+                "max_batch": max(workload.batch for workload in workloads),
+                "max_seq_len": max(2, *(work.tokens + work.decode for work in workloads)),
+            },
+            log=log,
         )
         with start_workers(variants, device=device) as (subjects, probe):
             result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)

@@ -1,8 +1,9 @@
 """Which models a latency benchmark compares: on disk, exported, and described."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lpdeploy.artifacts import load_json
 from lpdeploy.benchmark.random_models import save_random_adapter
@@ -78,6 +79,7 @@ def list_variants(
     forms: Sequence[bool],
     device: str,
     scratch: Path,
+    limits: Mapping[str, int] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[Variant]:
     """List every variant of the targets: dense and pruned, merged and unmerged, on each engine.
@@ -92,6 +94,7 @@ def list_variants(
             has no adapter and is timed merged only.
         device: ``cpu`` or ``cuda``.
         scratch: Empty folder for exports and for the adapter of an unpruned base.
+        limits: ``max_batch`` and ``max_seq_len`` of exports that are made here.
         log: Is told what takes time.
 
     Raises:
@@ -103,7 +106,9 @@ def list_variants(
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
-        build_variant(checkpoint, engine=engine, device=device, scratch=scratch, log=log)
+        build_variant(
+            checkpoint, engine=engine, device=device, scratch=scratch, limits=limits, log=log
+        )
         for engine in engines
         for checkpoint in sorted(
             checkpoints.values(), key=lambda c: (c.ratio, c.adapter is not None)
@@ -151,6 +156,7 @@ def build_variant(
     engine: str,
     device: str,
     scratch: Path,
+    limits: Mapping[str, int] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Variant:
     """Describe a checkpoint on an engine, exporting it to ``scratch`` where that is still to do."""
@@ -159,7 +165,8 @@ def build_variant(
     if engine != "torch":
         exported = _find_export(checkpoint, engine, precision)
         if exported is None:
-            exported = _export(checkpoint, engine, precision, scratch=scratch, log=log)
+            log(f"exporting {checkpoint.name} to {engine} for the benchmark")
+            exported = _export(checkpoint, engine, precision, scratch=scratch, limits=limits or {})
     parameters, rank = count_parameters(load_config(checkpoint.folder)), 0
     if checkpoint.adapter is not None:
         weights = load_adapter(checkpoint.adapter).values()
@@ -197,20 +204,14 @@ def _export(
     precision: str,
     *,
     scratch: Path,
-    log: Callable[[str], None],
+    limits: Mapping[str, int],
 ) -> Path:
     folder = scratch / f"{engine}-{len(list(scratch.iterdir()))}"
-    log(f"exporting {checkpoint.name} to {engine} for the benchmark")
-    options = {"precision": precision} if precision else {}
-    positions = load_config(checkpoint.folder).max_position_embeddings
-    export_folder(
-        engine,
-        checkpoint.folder,
-        folder,
-        adapter=checkpoint.adapter,
-        max_seq_len=positions,
-        **options,
-    )
+    options: dict[str, Any] = {**limits, **({"precision": precision} if precision else {})}
+    if "max_seq_len" in options:  # more than the model has is refused later, by its own sentence
+        positions = load_config(checkpoint.folder).max_position_embeddings
+        options["max_seq_len"] = min(options["max_seq_len"], positions)
+    export_folder(engine, checkpoint.folder, folder, adapter=checkpoint.adapter, **options)
     return folder
 
 

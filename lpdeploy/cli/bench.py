@@ -14,7 +14,7 @@ from lpdeploy.cli.common import (
     split_names,
 )
 
-_ENGINES = ("torch", "onnx", "ort")
+_ENGINES = ("torch", "onnx", "ort", "trt")
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 
@@ -26,7 +26,7 @@ def command() -> None:
 @command.command("latency")
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option(
-    "--engine", default="torch,onnx", help="Of torch, onnx, ort; ort:int4 names a precision."
+    "--engine", default="torch,onnx", help="Of torch, onnx, ort, trt; ort:int4 names a precision."
 )
 @click.option("--merged", "form", flag_value="merged", help="Only models with LoRA merged.")
 @click.option("--unmerged", "form", flag_value="unmerged", help="Only models with LoRA apart.")

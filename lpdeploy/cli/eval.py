@@ -57,7 +57,7 @@ class _Names(click.ParamType):
     default=EvalOptions.batch_size,
     help="Segments, or answers of tasks, a forward pass.",
 )
-@click.option("--engine", type=click.Choice(["torch", "onnx", "ort"]), default="torch")
+@click.option("--engine", type=click.Choice(["torch", "onnx", "ort", "trt"]), default="torch")
 @click.option("--with-base", is_flag=True, help="Of a RUN, measure its unpruned base too.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @shared_options()

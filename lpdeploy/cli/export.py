@@ -9,7 +9,7 @@ from lpdeploy.cli.common import FOLDER, format_bytes, print_result, shared_optio
 
 @click.command("export")
 @click.argument("target", metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["onnx", "ort"]), required=True)
+@click.option("--engine", type=click.Choice(["onnx", "ort", "trt"]), required=True)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
@@ -54,7 +54,9 @@ def command(  # noqa: PLR0913 - one parameter an option
 
     onnx is a graph of standard operators, for any runtime. ort is one of ONNX Runtime's own
     operators over a cache that is written in place: the fastest on a CPU, and what ONNX Runtime
-    GenAI opens.
+    GenAI opens. trt is an engine of TensorRT or TensorRT-RTX: it admits --max-batch
+    and --max-seq-len and no more, and runs on the kind of GPU and the version of the library that
+    built it.
     """
     from lpdeploy.export.stage import export
 
@@ -79,6 +81,6 @@ def command(  # noqa: PLR0913 - one parameter an option
         library = result["library"]
         text += (
             f"\nengine built in {result['build_seconds']:.1f} s "
-            f"by {library['name']} {library['version']}"
+            f"by {library['name']} {library['version']}, cache {result['cache']}"
         )
     print_result(result, text, as_json=as_json)

@@ -11,7 +11,7 @@ from lpdeploy.errors import ParityError
 
 @click.command("verify")
 @click.argument("target", type=RUN, metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["torch", "onnx", "ort"]), default="onnx")
+@click.option("--engine", type=click.Choice(["torch", "onnx", "ort", "trt"]), default="onnx")
 @click.option("--atol", type=click.FloatRange(0), help="Tolerance for every pair.")
 @shared_options()
 def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:

@@ -1,4 +1,7 @@
-"""A checkpoint as an ONNX graph with a KV cache: torch's exporter is met here and nowhere else."""
+"""A checkpoint as an ONNX graph with a KV cache.
+
+torch's exporter is met here and nowhere else, but for the operator that ``traced.py`` writes.
+"""
 
 import logging
 import os
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lpdeploy.artifacts import atomic_folder, list_versions, save_json
 from lpdeploy.errors import LpdeployError
@@ -20,6 +23,7 @@ from lpdeploy.export.contract import (
     describe_source,
     resolve_max_seq_len,
 )
+from lpdeploy.export.traced import SCATTER_OPSET, ConcatModel, InPlaceModel
 from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.groups import get_head_dim
 from lpdeploy.models.loading import load_config
@@ -39,35 +43,7 @@ _GROUPED_ATTENTION_OPSET = 23
 
 _CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-class _FlatModel(nn.Module):
-    """A causal LM whose cache is a flat list of tensors: graph inputs have no structure."""
-
-    def __init__(self, causal_lm: nn.Module) -> None:
-        super().__init__()
-        self.causal_lm = causal_lm
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Return logits (B, T, vocab) in float32, then key and value of each layer.
-
-        Logits leave a half-precision graph as float32: every server and every sampler reads that,
-        numpy has no bfloat16, and the cast costs nothing beside the product it follows.
-        """
-        from transformers import DynamicCache
-
-        output = self.causal_lm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
-            use_cache=True,
-        )
-        layers = output.past_key_values.layers
-        present = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        return (output.logits.float(), *present)
+WRITE_INDICES = "write_indices"
 
 
 def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
@@ -79,6 +55,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     adapter: Path | None = None,
     max_batch: int = 8,
     max_seq_len: int | None = None,
+    in_place: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Export a checkpoint with KV cache in and out, and dynamic batch, sequence and past.
@@ -100,6 +77,9 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
             that are built from it read this.
         max_seq_len: Longest past + present to be served, likewise; None for 2048 or the model's
             positions, whichever is less.
+        in_place: Past and present are buffers of ``max_seq_len`` positions that a runtime may
+            keep in one place: ``write_indices`` (B,) says where a call's tokens go, and
+            ``attention_mask`` is as long as the buffers. Opset 24.
         overwrite: Replace what is at ``output``.
 
     Returns:
@@ -110,12 +90,14 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
         LpdeployError: An option is out of range.
     """
     config = load_config(model_folder)
-    opset = DEFAULT_OPSET if opset is None else opset
-    _check_options(precision, opset, max_batch)
+    default = SCATTER_OPSET if in_place else DEFAULT_OPSET
+    opset = default if opset is None else opset
+    _check_options(precision, opset, max_batch, in_place=in_place)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
+    buffer = max_seq_len if in_place else None
     with atomic_folder(output, overwrite=overwrite) as folder:
         model = load_model_with_adapter(model_folder, dtype=precision, adapter=adapter)
-        _save_graph(model, folder / "model.onnx", opset=opset)
+        _save_graph(model, folder / "model.onnx", opset=opset, buffer=buffer)
         carry_files(model_folder, folder)
         shutil.copyfile(model_folder / "config.json", folder / "config.json")
         contract = {
@@ -124,7 +106,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
             "precision": precision,
             "opset": opset,
             "merged": adapter is None,
-            **_describe_tensors(config, precision),
+            **_describe_tensors(config, precision, buffer),
             **describe_model(config, model_folder),
             "max_batch": max_batch,
             "max_seq_len": max_seq_len,
@@ -136,13 +118,18 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     return contract
 
 
-def _check_options(precision: str, opset: int, max_batch: int) -> None:
+def _check_options(precision: str, opset: int, max_batch: int, *, in_place: bool) -> None:
     if precision not in _CACHE_DTYPES:
         raise LpdeployError(
             f"--precision {precision} is not a precision of a plain ONNX graph. "
             f"Use {', '.join(_CACHE_DTYPES)}."
         )
-    if opset not in SUPPORTED_OPSETS:
+    if in_place and opset != SCATTER_OPSET:
+        raise LpdeployError(
+            f"--opset {opset} is not supported with a cache that is written in place; it must be "
+            f"{SCATTER_OPSET}. Leave it out."
+        )
+    if not in_place and opset not in SUPPORTED_OPSETS:
         raise LpdeployError(
             f"--opset {opset} is not supported; it must be {SUPPORTED_OPSETS[0]} to "
             f"{SUPPORTED_OPSETS[-1]}. Leave it out for {DEFAULT_OPSET}."
@@ -151,23 +138,24 @@ def _check_options(precision: str, opset: int, max_batch: int) -> None:
         raise LpdeployError(f"--max-batch {max_batch} serves nothing. Use 1 or more.")
 
 
-def _save_graph(model: nn.Module, path: Path, *, opset: int) -> None:
+def _save_graph(model: nn.Module, path: Path, *, opset: int, buffer: int | None) -> None:
     config = model.config
     model.requires_grad_(requires_grad=False)
-    inputs, outputs = _list_names(config)
+    inputs, outputs = _list_names(config, in_place=buffer is not None)
+    traced = ConcatModel(model) if buffer is None else InPlaceModel(model)
     with _quiet(), _grouped_attention(enabled=opset >= _GROUPED_ATTENTION_OPSET), torch.no_grad():
         program = torch.onnx.export(
-            _FlatModel(model).eval(),
-            _build_example(model),
+            traced.eval(),
+            _build_example(model, buffer),
             dynamo=True,
-            dynamic_shapes=_build_dynamic_shapes(config),
+            dynamic_shapes=_build_dynamic_shapes(config, in_place=buffer is not None),
             input_names=inputs,
             output_names=outputs,
             opset_version=opset,
             verbose=False,
         )
         assert program is not None
-        _apply_names(program.model.graph)
+        _apply_names(program.model.graph, total="total" if buffer is None else None)
         program.save(path, external_data=True)
     _check_graph(path, opset=opset)
 
@@ -184,43 +172,44 @@ def _check_graph(path: Path, *, opset: int) -> None:
     onnx.checker.check_model(path)  # by its path: also right above 2 GB
 
 
-def _list_names(config: Any) -> tuple[list[str], list[str]]:
+def _list_names(config: Any, *, in_place: bool) -> tuple[list[str], list[str]]:
     parts = [f"{n}.{part}" for n in range(config.num_hidden_layers) for part in ("key", "value")]
-    inputs = [*_TOKEN_INPUTS, *(f"past_key_values.{part}" for part in parts)]
+    caches = [f"past_key_values.{part}" for part in parts]
+    inputs = [*_TOKEN_INPUTS, *([WRITE_INDICES] if in_place else []), *caches]
     return inputs, ["logits", *(f"present.{part}" for part in parts)]
 
 
-def _build_example(model: nn.Module) -> tuple[Any, ...]:
+def _build_example(model: nn.Module, buffer: int | None) -> tuple[Any, ...]:
     # Every dynamic dimension is 2 or more, and no two are alike: torch.export takes 0 and 1 for
     # constants, and equal sizes for one size.
-    batch, tokens, length = 2, 3, 5
+    batch, tokens, past = 2, 3, 5
     head_dim = get_head_dim(model.config)
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    past = [
-        torch.zeros(batch, width.kv_heads, length, head_dim, dtype=dtype)
+    caches = [
+        torch.zeros(batch, width.kv_heads, buffer or past, head_dim, dtype=dtype)
         for width in list_widths(model.config)
         for _ in ("key", "value")
     ]
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
-    mask = torch.ones(batch, length + tokens, dtype=torch.int64)
-    positions = torch.arange(length, length + tokens).repeat(batch, 1)  # (T,) -> (B, T)
-    return ids, mask, positions, past
+    mask = torch.ones(batch, buffer or past + tokens, dtype=torch.int64)
+    positions = torch.arange(past, past + tokens).repeat(batch, 1)  # (T,) -> (B, T)
+    write_indices = [] if buffer is None else [torch.full((batch,), past)]
+    return ids, mask, positions, *write_indices, caches
 
 
-def _build_dynamic_shapes(config: Any) -> tuple[Any, ...]:
+def _build_dynamic_shapes(config: Any, *, in_place: bool) -> tuple[Any, ...]:
+    tokens, batch = {0: "batch", 1: "sequence"}, {0: "batch"}
+    caches = 2 * config.num_hidden_layers
+    if in_place:
+        return tokens, batch, tokens, batch, [batch] * caches
     # The mask's length is past + sequence, which torch.export finds out by itself.
-    return (
-        {0: "batch", 1: "sequence"},
-        {0: "batch", 1: "total"},
-        {0: "batch", 1: "sequence"},
-        [{0: "batch", 2: "past"}] * (2 * config.num_hidden_layers),
-    )
+    return tokens, {0: "batch", 1: "total"}, tokens, [{0: "batch", 2: "past"}] * caches
 
 
-def _apply_names(graph: Any) -> None:
-    """Call past + sequence ``total`` in the outputs too, and drop stack traces of this machine."""
-    for value in graph.outputs[1:]:
-        value.shape[2] = "total"
+def _apply_names(graph: Any, *, total: str | None) -> None:
+    """Give past + sequence a name in the outputs too, and drop stack traces of this machine."""
+    for value in graph.outputs[1:] if total else ():
+        value.shape[2] = total
     for node in graph.all_nodes():
         node.metadata_props.clear()
     graph.metadata_props.clear()
@@ -258,11 +247,12 @@ def _grouped_attention(*, enabled: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _describe_tensors(config: Any, precision: str) -> dict[str, Any]:
+def _describe_tensors(config: Any, precision: str, buffer: int | None) -> dict[str, Any]:
     """Name, dtype and shape of every input and output; a string is a dynamic dimension."""
     head_dim, dtype = get_head_dim(config), _CACHE_DTYPES[precision]
+    past, total = buffer or "past", buffer or "total"
 
-    def describe_cache(prefix: str, length: str) -> list[dict[str, Any]]:
+    def describe_cache(prefix: str, length: int | str) -> list[dict[str, Any]]:
         return [
             {
                 "name": f"{prefix}.{layer}.{part}",
@@ -273,14 +263,16 @@ def _describe_tensors(config: Any, precision: str) -> dict[str, Any]:
             for part in ("key", "value")
         ]
 
-    lengths = {"attention_mask": "total"}
-    tokens = [
-        {"name": name, "dtype": "int64", "shape": ["batch", lengths.get(name, "sequence")]}
-        for name in _TOKEN_INPUTS
-    ]
+    def describe(name: str, *shape: int | str) -> dict[str, Any]:
+        return {"name": name, "dtype": "int64", "shape": ["batch", *shape]}
+
+    lengths = {"attention_mask": total}
+    tokens = [describe(name, lengths.get(name, "sequence")) for name in _TOKEN_INPUTS]
+    if buffer is not None:
+        tokens.append(describe(WRITE_INDICES))
     logits_shape = ["batch", "sequence", config.vocab_size]
     logits = {"name": "logits", "dtype": "float32", "shape": logits_shape}
     return {
-        "inputs": tokens + describe_cache("past_key_values", "past"),
-        "outputs": [logits, *describe_cache("present", "total")],
+        "inputs": tokens + describe_cache("past_key_values", past),
+        "outputs": [logits, *describe_cache("present", total)],
     }

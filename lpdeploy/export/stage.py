@@ -9,12 +9,14 @@ from lpdeploy.artifacts import check_apart, compute_sha256, record_stage
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.export.onnx import export_onnx
 from lpdeploy.export.ort import export_ort
+from lpdeploy.export.tensorrt import export_tensorrt
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
 
 # Engine -> what exports to it, and the file that stands for the result in the manifest.
 _EXPORTERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "onnx": (export_onnx, "model.onnx"),
     "ort": (export_ort, "model.onnx"),
+    "trt": (export_tensorrt, "model.engine"),
 }
 
 
@@ -30,10 +32,11 @@ def export(
 
     Args:
         target: Run, model folder or hub name.
-        engine: ``onnx`` or ``ort``.
+        engine: ``onnx``, ``ort`` or ``trt``.
         output: Folder; by default ``ENGINE`` (``ENGINE-unmerged``) in the run or model folder.
         unmerged: Export a run's ``unmerged`` model, with LoRA as separate products.
-        options: Of ``export_onnx`` or ``export_ort``; None is as if not given.
+        options: Of ``export_onnx``, ``export_ort`` or ``export_tensorrt``; None is as if not
+            given.
 
     Returns:
         The contract of the export, and ``output``, ``bytes`` and ``seconds``.

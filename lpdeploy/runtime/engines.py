@@ -6,10 +6,12 @@ from pathlib import Path
 from lpdeploy.runtime.onnx_runner import load_onnx_runner
 from lpdeploy.runtime.ort_runner import load_ort_runner
 from lpdeploy.runtime.runner import Runner
+from lpdeploy.runtime.trt_runner import CONTRACT, load_trt_runner
 
 EXPORTS: Mapping[str, tuple[str, Callable[..., Runner]]] = {
     "onnx": ("io.json", load_onnx_runner),
     "ort": ("io.json", load_ort_runner),
+    "trt": (CONTRACT, load_trt_runner),
 }
 """Engine -> the contract of its exports, and what loads one from a folder onto a ``device``."""
 
@@ -17,12 +19,18 @@ ENGINES = ("torch", *EXPORTS)
 """All that a model runs on; torch runs a checkpoint as it is."""
 
 
-def load_exported(folder: Path, *, engine: str, device: str = "cpu") -> Runner:
+def load_exported(folder: Path, *, engine: str, device: str | None = None) -> Runner:
     """Open an export of any engine.
+
+    Args:
+        folder: Of the export.
+        engine: Of ``EXPORTS``.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None for where the engine runs everywhere: a GPU
+            for ``trt``, the CPU for others.
 
     Raises:
         ArtifactError: A file is missing, damaged or of another engine, or it does not run here.
         MissingDependencyError: The engine is not installed.
     """
     _, load = EXPORTS[engine]
-    return load(folder, device=device)
+    return load(folder) if device is None else load(folder, device=device)

@@ -1,4 +1,4 @@
-"""What export refuses to write over."""
+"""Where export writes, what it records, and what it refuses to write over."""
 
 import json
 
@@ -6,8 +6,11 @@ import pytest
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.export import tensorrt
 from lpdeploy.export.stage import export
+from lpdeploy.runtime.tensorrt_library import wrap_module
 from lpdeploy.runtime.verify import verify
+from tests import fake_tensorrt
 from tests.helpers import make_tiny_model
 from tests.models.families import choose_kept, make_base, make_run
 
@@ -37,6 +40,20 @@ def test_unmerged_needs_a_run(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     with pytest.raises(ArtifactError, match="--unmerged needs a run"):
         export(str(model), unmerged=True)
+
+
+def test_an_engine_has_a_folder_and_an_entry_of_its_own(tmp_path, monkeypatch):
+    library = wrap_module("tensorrt_rtx", fake_tensorrt.make_module())
+    monkeypatch.setattr(tensorrt, "load_library", lambda: library)
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
+    with pytest.raises(ArtifactError, match="no trt export .*export .* --engine trt' first"):
+        verify(model, engine="trt")
+    result = export(str(model), engine="trt", precision="fp16", max_seq_len=32)
+    assert result["output"] == str(model / "trt")
+    assert result["precision"] == "fp16"
+    entry = json.loads((model / "manifest.json").read_text())["stages"]["export trt"]
+    assert entry["options"]["engine"] == "trt"
+    assert entry["outputs"] == {"trt": compute_sha256(model / "trt" / "model.engine")}
 
 
 def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):

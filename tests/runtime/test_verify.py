@@ -49,6 +49,8 @@ def test_all_stages_of_a_run_are_equal(run):
     assert all(pair.ok for pair in pairs)
     assert all(pair.max_abs_logit > 1 for pair in pairs)  # a comparison of zeros proves nothing
     assert json.loads((run / "verify.json").read_text())["ok"] is True
+    with pytest.raises(ArtifactError, match=r"no trt export .*lpdeploy export .* --engine trt' fi"):
+        verify(run, engine="trt")
     without = verify(run, engine="torch")
     assert all("onnx" not in name for pair in names(without) for name in pair)
 
