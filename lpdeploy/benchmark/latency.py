@@ -28,11 +28,13 @@ class Subject:
         variant: What it is.
         loaded: What it says of itself.
         time: Runs one trial of a phase.
+        config: Of the model; None to read it from the variant's folder.
     """
 
     variant: Variant
     loaded: Loaded
     time: Callable[[Workload, str], Timing]
+    config: Any = None
 
 
 @dataclass(frozen=True)
@@ -257,14 +259,13 @@ def _compute_limit_share(
     subject: Subject, workload: Workload, phase: str, seconds: float, limits: Mapping[str, float]
 ) -> float | None:
     variant, precision = subject.variant, subject.loaded.precision
+    config = subject.config or load_config(variant.folder)
     if phase == "prefill" and "matrix" in limits:
-        config = load_config(variant.folder)
         flops = compute_prefill_flops(
             config, tokens=workload.tokens, batch=workload.batch, rank=variant.rank
         )
         return flops / seconds / limits["matrix"]
     if phase == "decode" and "copy" in limits:
-        config = load_config(variant.folder)
         itemsize = _ITEMSIZE.get(precision, 4)
         table = config.vocab_size * config.hidden_size * itemsize
         # The table of embeddings is read whole only where it is the head too.

@@ -27,22 +27,31 @@ def save_random_model(config: Any, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_random_adapter(model: Any, folder: Path, *, rank: int, alpha: float) -> Path:
-    """Save an adapter for a live model; its values cost the same as trained ones.
+def fill_random_adapter(model: Any, *, rank: int, alpha: float) -> Any:
+    """Put random LoRA beside every projection; its values cost the same as trained ones.
 
     Args:
-        model: A transformers causal LM; it is wrapped, and of no use afterwards.
-        folder: Where to.
+        model: A transformers causal LM; it is wrapped, and of no use by itself afterwards.
         rank: Of the adapter.
         alpha: ``scaling * rank``.
 
     Returns:
-        ``folder``.
+        The ``PeftModel``.
     """
     wrapped = attach_lora(model, rank=rank, alpha=alpha, dropout=0.0, seed=0)
     with torch.no_grad():
         for spec in list_group_specs(model.config):
             for piece in spec.slices:
                 get_lora_weights(model.get_submodule(piece.module)).lora_b.normal_(std=0.01)
+    return wrapped
+
+
+def save_random_adapter(model: Any, folder: Path, *, rank: int, alpha: float) -> Path:
+    """Save such an adapter of a live model.
+
+    Returns:
+        ``folder``.
+    """
+    wrapped = fill_random_adapter(model, rank=rank, alpha=alpha)
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
