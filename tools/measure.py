@@ -67,7 +67,8 @@ def list_training(options: argparse.Namespace) -> dict[str, Any]:
 
 def summarise_log(path: Path) -> dict[str, float]:
     """Return the share of scoring, and how the step's time falls as groups go."""
-    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line for line in lines if line["step"]]  # 0 is the calibration
     scored = [step for step in steps if step["scoring_seconds"] > 0]
     last_event = max((s["step"] for s in steps if s["removed"]), default=0)
     first_event = min((s["step"] for s in steps if s["removed"]), default=0)
