@@ -8,15 +8,16 @@ COLORS = ("#1f6f8b", "#e08e45", "#7a9e3f", "#a4508b", "#b23a48", "#5b6c8f", "#8d
 """For series, in their order; they differ in lightness, too."""
 
 
-def make_panels(count: int) -> tuple[Any, list[Any]]:
-    """Return a figure and ``count`` panels of it, side by side."""
+def make_panels(count: int, *, rows: int = 1) -> tuple[Any, list[Any]]:
+    """Return a figure and ``count`` panels of it, side by side in ``rows`` of equal length."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "lpdeploy"  # the same figures give the same file
     mpl.rcParams["svg.fonttype"] = "none"
-    figure = Figure(figsize=(4.6 * count, 3.2), layout="constrained")
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    columns = -(-count // rows)
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)[:count]
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color=GRID, linewidth=0.8)

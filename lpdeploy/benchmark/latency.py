@@ -17,6 +17,7 @@ from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
 from lpdeploy.models.loading import load_config
 
 WARM_UPS = 3
+_TAILS = torch.tensor([0.1, 0.9], dtype=torch.float64)
 _ITEMSIZE = {"fp16": 2, "bf16": 2}
 
 
@@ -231,7 +232,7 @@ def _build_row(
     variant, loaded = subject.variant, subject.loaded
     seconds = [timing.seconds for timing in timings]
     median = statistics.median(seconds)
-    p10, p90 = torch.tensor(seconds).quantile(torch.tensor([0.1, 0.9])).tolist()
+    p10, p90 = torch.tensor(seconds, dtype=torch.float64).quantile(_TAILS).tolist()
     tokens = workload.batch * (workload.tokens if phase == "prefill" else 1)
     return LatencyRow(
         model=variant.model,

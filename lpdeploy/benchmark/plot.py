@@ -9,7 +9,9 @@ _MERGED, _UNMERGED = COLORS[:2]
 
 
 def draw_latency(bench: Mapping[str, Any]) -> str:
-    """Draw prefill medians with their p10 to p90, a panel an engine, merged beside unmerged.
+    """Draw medians with their p10 to p90, a panel an engine and phase, merged beside unmerged.
+
+    Of several batch sizes the first is drawn.
 
     Args:
         bench: What ``bench.json`` holds.
@@ -18,35 +20,54 @@ def draw_latency(bench: Mapping[str, Any]) -> str:
         SVG.
     """
     first = bench["rows"][0]
-    rows = [r for r in bench["rows"] if r["phase"] == "prefill" and r["batch"] == first["batch"]]
-    engines = list(dict.fromkeys((row["engine"], row["precision"]) for row in rows))
-    figure, panels = make_panels(len(engines))
-    for panel, engine in zip(panels, engines, strict=True):
-        _draw_engine(panel, [r for r in rows if (r["engine"], r["precision"]) == engine])
-        panel.set_title(" ".join(engine), loc="left", color=INK)
-    panels[0].set_ylabel(f"prefill of {rows[0]['tokens']} tokens, ms", labelpad=10)
-    panels[-1].legend(frameon=False, loc="upper right")
+    chosen: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in bench["rows"]:
+        if row["batch"] == first["batch"]:
+            key = (row["phase"], row["engine"], row["precision"])
+            chosen.setdefault(key, []).append(row)
+    phases = {phase for phase, *_ in chosen}
+    figure, panels = make_panels(len(chosen), rows=len(phases))
+    for panel, ((phase, *engine), rows) in zip(panels, chosen.items(), strict=True):
+        _draw_engine(panel, rows)
+        what = f"{first['tokens']} tokens" if phase == "prefill" else "a token"
+        panel.set_title(f"{' '.join(engine)}, {phase} of {what}, ms", loc="left", color=INK)
+    fullest = max(panels, key=lambda panel: len(panel.containers))
+    fullest.legend(frameon=False, loc="upper right")
+    _share_scales(dict(zip(panels, (phase for phase, *_ in chosen), strict=True)))
     return to_svg(figure)
+
+
+def _share_scales(phases: Mapping[Any, str]) -> None:
+    """Give the panels of a phase one scale, so that engines can be compared by eye."""
+    for phase in set(phases.values()):
+        panels = [panel for panel, own in phases.items() if own == phase]
+        top = max(panel.get_ylim()[1] for panel in panels)
+        for panel in panels:
+            panel.set_ylim(0, top)
 
 
 def _draw_engine(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     ratios = sorted({row["ratio"] for row in rows})
-    width = 0.38
-    for merged, color, shift in ((True, _MERGED, -width / 2), (False, _UNMERGED, width / 2)):
+    forms = [form for form in (True, False) if any(row["merged"] == form for row in rows)]
+    width = 0.76 / len(forms)
+    for place, merged in enumerate(forms):
         chosen = [row for row in rows if row["merged"] == merged]
-        if not chosen:
-            continue
-        places = [ratios.index(row["ratio"]) + shift for row in chosen]
+        shift = (place - (len(forms) - 1) / 2) * width
         medians = [row["median_ms"] for row in chosen]
         low = [row["median_ms"] - row["p10_ms"] for row in chosen]
         high = [row["p90_ms"] - row["median_ms"] for row in chosen]
-        label = "LoRA merged" if merged else "LoRA unmerged"
         bars = panel.bar(
-            places, medians, width * 0.95, color=color, label=label, yerr=[low, high],
+            [ratios.index(row["ratio"]) + shift for row in chosen],
+            medians,
+            width * 0.95,
+            color=_MERGED if merged else _UNMERGED,
+            label="LoRA merged" if merged else "LoRA unmerged",
+            yerr=[low, high],
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3},
-        )  # fmt: skip
+        )
         panel.bar_label(bars, fmt="%.3g", padding=3, color=INK, fontsize=9)
     panel.set_xticks(range(len(ratios)), [f"{ratio:.0%} pruned" for ratio in ratios])
+    panel.set_xlim(-0.6, len(ratios) - 0.4)
     panel.margins(y=0.2)
 
 

@@ -119,6 +119,12 @@ def test_rows_say_how_near_the_limit_they_are(model):
     assert decode["limit_share"] == pytest.approx(needed / 0.1 / 4e6)
 
 
+def test_one_trial_has_no_spread(model):
+    workload = Workload(tokens=5, repeats=1)
+    (row,) = measure_latency([make_subject(model, warm(0.1))], [workload])["rows"]
+    assert row["p10_ms"] == row["median_ms"] == row["p90_ms"] == 100
+
+
 def test_a_prefill_and_decode_steps_that_grow_the_cache_by_one():
     runner = FakeRunner()
     timed = TimedRunner(runner, device="cpu")
@@ -200,16 +206,18 @@ def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
 
 
 def test_the_plot_shows_every_bar():
-    row = {
-        "phase": "prefill", "precision": "fp32", "batch": 1, "tokens": 8,
-        "p10_ms": 1.0, "p90_ms": 3.0, "median_ms": 2.0,
-    }  # fmt: skip
+    row = {"precision": "fp32", "batch": 1, "tokens": 8,
+           "p10_ms": 1.0, "p90_ms": 3.0, "median_ms": 2.0}  # fmt: skip
     rows = [
-        {**row, "engine": engine, "ratio": ratio, "merged": merged}
+        {**row, "phase": phase, "engine": engine, "ratio": ratio, "merged": merged}
+        for phase in ("prefill", "decode")
         for engine in ("torch", "onnx")
         for ratio in (0.0, 0.5)
         for merged in (True, False)
     ]
     svg = draw_latency({"rows": rows})
-    for text in ("torch", "onnx", "0% pruned", "50% pruned", "LoRA merged", "LoRA unmerged"):
+    for text in ("0% pruned", "50% pruned", "LoRA merged", "LoRA unmerged"):
         assert text in svg
+    for engine in ("torch", "onnx"):
+        assert f"{engine} fp32, prefill of 8 tokens, ms" in svg
+        assert f"{engine} fp32, decode of a token, ms" in svg
