@@ -162,11 +162,7 @@ class _Decoder:
     ) -> ir.Value:
         """Project, rotate, append to the cache and attend: (B, T, hidden) -> (B, T, H*D)."""
         module = f"model.layers.{layer}.self_attn"
-        query, key, value = (
-            self._add_linear(hidden, f"{module}.{part}_proj") for part in ("q", "k", "v")
-        )
-        query = self._add_head_norm(query, f"{module}.q_norm.weight")
-        key = self._add_head_norm(key, f"{module}.k_norm.weight")
+        query, key, value = self._add_projections(hidden, module)
         shape = ("batch", width.kv_heads, "past", self.head_dim)
         past = [
             self._add_input(f"past_key_values.{layer}.{part}", self.dtype, shape)
@@ -189,6 +185,22 @@ class _Decoder:
             shape = ("batch", width.kv_heads, "total", self.head_dim)
             self._add_output(output, f"present.{layer}.{part}", self.dtype, shape)
         return attended
+
+    def _add_projections(
+        self, hidden: ir.Value, module: str
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """Project to queries, keys and values: in one product where nothing comes in between."""
+        parts = [f"{module}.{part}_proj" for part in ("q", "k", "v")]
+        apart = (
+            any(f"{part}.bias" in self.weights or self.weights.has_lora(part) for part in parts)
+            or f"{module}.q_norm.weight" in self.weights
+        )
+        if not apart:  # the operator splits what it gets: (B, T, (H + 2 K) * D)
+            names = [f"{part}.weight" for part in parts]
+            return self._add_product(hidden, *names, module=f"{module}.qkv_proj"), None, None
+        query, key, value = (self._add_linear(hidden, part) for part in parts)
+        query = self._add_head_norm(query, f"{module}.q_norm.weight")
+        return query, self._add_head_norm(key, f"{module}.k_norm.weight"), value
 
     def _add_head_norm(self, states: ir.Value, name: str) -> ir.Value:
         """Normalise each head by itself, where the model has such a norm (Qwen3)."""
@@ -215,7 +227,7 @@ class _Decoder:
                 "FusedMatMul", [hidden, table], {"transB": 1}, domain=_MICROSOFT, name="lm_head"
             )
         else:
-            logits = self._add_product(hidden, name)
+            logits = self._add_product(hidden, name, module="lm_head")
         if self.dtype != ir.DataType.FLOAT:
             logits = self._op("Cast", logits, to=ir.DataType.FLOAT.value)
         shape = ("batch", "num_logits", self.config.vocab_size)
@@ -223,7 +235,7 @@ class _Decoder:
 
     def _add_linear(self, states: ir.Value, module: str) -> ir.Value:
         """Add one projection, with LoRA beside it and a bias where there are."""
-        output = self._add_product(states, f"{module}.weight")
+        output = self._add_product(states, f"{module}.weight", module=module)
         lora = self.weights.build_lora(module)
         if lora is not None:
             down, up = (self.tape.initializer(tensor) for tensor in lora)
@@ -233,14 +245,14 @@ class _Decoder:
             output = self._op("Add", output, self._add_weight(f"{module}.bias"))
         return output
 
-    def _add_product(self, states: ir.Value, name: str) -> ir.Value:
-        module = name.removesuffix(".weight")
+    def _add_product(self, states: ir.Value, *names: str, module: str) -> ir.Value:
         form = self.quantization
         if form is None:
-            weight = self.weights.build_constant(name, transpose=True)
+            weight = self.weights.build_constant(*names, transpose=True)
             return self._op("MatMul", states, self.tape.initializer(weight), name=module)
-        rows, columns = self.weights.get_shape(name)
-        tensors = [self.tape.initializer(t) for t in self.weights.build_quantized(name, form)]
+        rows, columns = self.weights.get_shape(*names)
+        packed = self.weights.build_quantized(*names, form=form)
+        tensors = [self.tape.initializer(tensor) for tensor in packed]
         return self.tape.op(
             "MatMulNBits",
             [states, *tensors],

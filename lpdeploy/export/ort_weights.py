@@ -69,47 +69,59 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def get_shape(self, name: str) -> tuple[int, ...]:
+    def has_lora(self, module: str) -> bool:
+        """Tell whether a projection has LoRA beside it."""
+        return module in self._lora
+
+    def get_shape(self, *names: str) -> tuple[int, ...]:
         """Return the shape of a tensor of the checkpoint, (out, in) for a projection.
+
+        Args:
+            names: Of the tensor, or of several whose rows are put one after the other.
 
         Raises:
             ArtifactError: The checkpoint has no such tensor.
         """
-        if name not in self._files:
-            raise ArtifactError(f"The checkpoint has no {name}. Give a complete checkpoint.")
-        return self._files[name][1]
+        for name in names:
+            if name not in self._files:
+                raise ArtifactError(f"The checkpoint has no {name}. Give a complete checkpoint.")
+        shapes = [self._files[name][1] for name in names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def build_constant(self, name: str, *, transpose: bool = False) -> ir.LazyTensor:
-        """Return a tensor of the checkpoint in the precision of the graph."""
-        shape = self.get_shape(name)
+    def build_constant(self, *names: str, transpose: bool = False) -> ir.LazyTensor:
+        """Return tensors of the checkpoint, as one, in the precision of the graph."""
+        shape = self.get_shape(*names)
         return self._build(
-            name,
+            "+".join(names),
             shape[::-1] if transpose else shape,
             self._dtype,
-            lambda: self._transposed(name) if transpose else self._load(name),
+            lambda: self._load(names).T if transpose else self._load(names),
         )
 
-    def build_quantized(self, name: str, form: BlockFormat) -> tuple[ir.LazyTensor, ir.LazyTensor]:
-        """Return a projection packed in blocks, and its scales.
+    def build_quantized(
+        self, *names: str, form: BlockFormat
+    ) -> tuple[ir.LazyTensor, ir.LazyTensor]:
+        """Return a projection, or several as one, packed in blocks, and its scales.
 
         Returns:
             Packed, shape (out, in / block, block * bits / 8), uint8; and scales, shape
             (out, in / block), in the precision of the graph.
         """
-        rows, columns = self.get_shape(name)
-        form.check(name, columns)
+        rows, columns = self.get_shape(*names)
+        name = "+".join(names)
+        form.check(names[0], columns)
         blocks, blob = columns // form.block_size, form.block_size * form.bits // 8
         packed = self._build(
             f"{name}.q{form.bits}",
             (rows, blocks, blob),
             torch.uint8,
-            lambda: self._quantize(name, form)[0],
+            lambda: self._quantize(names, form)[0],
         )
         scales = self._build(
             f"{name}.scales",
             (rows, blocks),
             self._dtype,
-            lambda: self._quantize(name, form)[1].to(self._dtype),
+            lambda: self._quantize(names, form)[1].to(self._dtype),
         )
         return packed, scales
 
@@ -135,18 +147,15 @@ class Weights:
             name=name,
         )
 
-    def _load(self, name: str) -> Tensor:
-        file, _ = self._files[name]
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(name).to(self._dtype)
+    def _load(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Tensor:
+        parts = []
+        for name in names:
+            with safe_open(self._files[name][0], framework="pt") as tensors:
+                parts.append(tensors.get_tensor(name).to(dtype or self._dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _transposed(self, name: str) -> Tensor:
-        return self._load(name).T  # (out, in) -> (in, out)
-
-    def _quantize_once(self, name: str, form: BlockFormat) -> tuple[Tensor, Tensor]:
-        file, _ = self._files[name]
-        with safe_open(file, framework="pt") as tensors:
-            weight = tensors.get_tensor(name).float()  # from what is stored, rounded once only
+    def _quantize_once(self, names: tuple[str, ...], form: BlockFormat) -> tuple[Tensor, Tensor]:
+        weight = self._load(names, torch.float32)  # from what is stored, rounded once only
         return quantize_blocks(weight, bits=form.bits, block_size=form.block_size)
 
 

@@ -23,13 +23,13 @@ class OrtCache:
 
     Attributes:
         buffers: Key and value of each layer, shape (B, kv_heads, capacity, head_dim).
-        lengths: Tokens of each row, shape (B,), int64, on the CPU.
+        lengths: Tokens of each row.
         capacity: Tokens that there is room for.
         binding: An IO binding that reads and writes the buffers, kept from step to step.
     """
 
     buffers: list[Tensor]
-    lengths: Tensor
+    lengths: list[int]
     capacity: int = 0
     binding: Any = None
 
@@ -86,48 +86,72 @@ class OrtRunner:
             LpdeployError: The longest row is longer than the graph was exported for.
         """
         ids, mask = input_ids.cpu(), attention_mask.cpu()
-        fresh = mask[:, -ids.shape[1] :].sum(dim=1)  # (B,) new tokens of each row
+        tokens = ids.shape[1]
+        fresh = mask[:, -tokens:].sum(dim=1).tolist()  # new tokens of each row
         cache = past or self._build_cache(len(ids))
-        totals = cache.lengths + fresh
-        self._make_room(cache, int(totals.max()), reserve=reserve)
+        totals = [length + count for length, count in zip(cache.lengths, fresh, strict=True)]
+        self._make_room(cache, max(totals), reserve=reserve)
         # The operator takes a batch of prompts or of single tokens; what else there is goes row
         # by row, over the same buffers.
-        whole = bool((fresh > 0).all()) and (past is None or ids.shape[1] == 1)
-        run = self._run_batch if whole else self._run_rows
-        logits = run(ids, fresh, cache, last_only=last_only)
+        if all(fresh) and (past is None or tokens == 1):
+            logits = self._run_batch(ids, fresh, totals, cache, last_only=last_only)
+        else:
+            logits = self._run_rows(ids, fresh, totals, cache, last_only=last_only)
         cache.lengths = totals
         return Output(logits, cache)
 
-    def _run_batch(self, ids: Tensor, fresh: Tensor, cache: OrtCache, *, last_only: bool) -> Tensor:
+    def _run_batch(
+        self,
+        ids: Tensor,
+        fresh: list[int],
+        totals: list[int],
+        cache: OrtCache,
+        *,
+        last_only: bool,
+    ) -> Tensor:
         """Run rows of any lengths together: (B, T) -> (B, T or 1, vocab)."""
-        width = ids.shape[1]
-        longest = int(fresh.max())
-        # Left-aligned: (B, T) -> (B, longest), row b from its first token on.
-        index = (torch.arange(longest) + width - fresh.unsqueeze(1)) % width
-        ids = ids.gather(1, index)
-        logits = self._run(cache.binding, ids, cache.lengths + fresh, last_only=last_only)
-        return logits if last_only else pad(logits, (0, 0, width - longest, 0))
+        width, longest = ids.shape[1], max(fresh)
+        if min(fresh) < width:
+            # Left-aligned: (B, T) -> (B, longest), each row from its first token on.
+            padding = width - torch.tensor(fresh).unsqueeze(1)
+            ids = ids.gather(1, (torch.arange(longest) + padding) % width)
+        logits = self._run(cache.binding, ids, totals, last_only=last_only)
+        if last_only or longest == width:
+            return logits
+        return pad(logits, (0, 0, width - longest, 0))
 
-    def _run_rows(self, ids: Tensor, fresh: Tensor, cache: OrtCache, *, last_only: bool) -> Tensor:
+    def _run_rows(
+        self,
+        ids: Tensor,
+        fresh: list[int],
+        totals: list[int],
+        cache: OrtCache,
+        *,
+        last_only: bool,
+    ) -> Tensor:
         kept = 1 if last_only else ids.shape[1]
         rows = torch.zeros(len(ids), kept, self.vocab_size, device=self._device)
-        for row, count in enumerate(fresh.tolist()):
+        for row, count in enumerate(fresh):
             if count:
                 only = slice(row, row + 1)
                 binding = self._bind([buffer[only] for buffer in cache.buffers])
-                length = cache.lengths[only] + count
-                logits = self._run(binding, ids[only, -count:], length, last_only=last_only)
+                new = ids[only, -count:]
+                logits = self._run(binding, new, totals[only], last_only=last_only)
                 rows[row, -logits.shape[1] :] = logits[0]
         return rows
 
-    def _run(self, binding: Any, ids: Tensor, lengths: Tensor, *, last_only: bool) -> Tensor:
-        """Run the graph on rows that start at 0; ``lengths`` (B,) count past and new tokens."""
+    def _run(self, binding: Any, ids: Tensor, totals: list[int], *, last_only: bool) -> Tensor:
+        """Run the graph on rows that start at 0; ``totals`` count past and new tokens of each."""
         batch, tokens = ids.shape
+        longest = max(totals)
+        mask = torch.ones(batch, longest, dtype=torch.int64)
+        if min(totals) < longest:
+            mask = (torch.arange(longest) < torch.tensor(totals).unsqueeze(1)).long()
         kept = 1 if last_only else tokens
         logits = torch.empty(batch, kept, self.vocab_size, device=self._device)
         inputs = {
             "input_ids": ids.contiguous(),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
+            "attention_mask": mask,
             "logits_offsets": torch.arange(1 - kept, 1),
         }
         inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
@@ -155,7 +179,7 @@ class OrtRunner:
             )
             for item in self._caches
         ]
-        return OrtCache(buffers, torch.zeros(batch, dtype=torch.int64))
+        return OrtCache(buffers, [0] * batch)
 
     def _make_room(self, cache: OrtCache, needed: int, *, reserve: int) -> None:
         if needed > self.max_positions:

@@ -86,9 +86,6 @@ def _build_options(runtime: Any) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors only: a warning a node floods the terminal
     options.intra_op_num_threads = torch.get_num_threads()
-    # Idle threads of the pool spin for a while by default. Engines are timed interleaved in one
-    # process, and a spinning pool would take the cores from the one that is being timed.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

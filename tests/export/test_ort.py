@@ -188,17 +188,26 @@ def test_packed_weights_are_the_nearest_and_compute_what_they_say(tmp_path, prec
     export_ort(model_folder, tmp_path / "ort", precision=precision, block_size=block_size)
     model = load_model(model_folder)
     stored = load_file(model_folder / "model.safetensors")
-    modules = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert len(modules) == 15
-    for module in modules:
-        integers, scales = read_quantized(tmp_path / "ort", module)
-        weight = stored[f"{module}.weight"].numpy()
+    products = {n: [n] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for layer in range(2):  # one product for queries, keys and values
+        own = f"model.layers.{layer}.self_attn"
+        parts = [products.pop(f"{own}.{part}_proj")[0] for part in ("q", "k", "v")]
+        products[f"{own}.qkv_proj"] = parts
+    assert len(products) == 11
+    for product, modules in products.items():
+        integers, scales = read_quantized(tmp_path / "ort", product)
+        weight = np.concatenate([stored[f"{module}.weight"].numpy() for module in modules])
         unpacked = (integers * scales).reshape(weight.shape)
         # Symmetric with one more level below zero than above: at the far end a whole step.
         error = np.abs(unpacked - weight).reshape(integers.shape)
         assert (error <= np.abs(scales) * 1.001).all()
         assert np.median(error / np.abs(scales)) < 0.3  # uniform over half a step: 0.25
-        model.get_submodule(module).weight.data = torch.from_numpy(unpacked)
+        start = 0
+        for module in modules:
+            linear = model.get_submodule(module)
+            stop = start + linear.out_features
+            linear.weight.data = torch.from_numpy(unpacked[start:stop])
+            start = stop
     compute_in_float32(tmp_path / "ort")
     ids, mask = make_batch([9, 4, 11], vocab_size=model.config.vocab_size)
     logits = run_with_cache(load_ort_runner(tmp_path / "ort"), ids, mask, chunks=[9, 1, 1])

@@ -54,7 +54,7 @@ def test_a_cache_with_room_stays_where_it_is(runner):
     places, _, cache = decode(runner, reserve=8)
     assert all(place == places[0] for place in places)
     assert places[0][1] == 17
-    assert cache.lengths.tolist() == [17, 12]
+    assert cache.lengths == [17, 12]
 
 
 def test_a_cache_without_room_doubles(runner):
