@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.benchmark.random_models import save_random_adapter
 from lpdeploy.errors import ArtifactError
 from lpdeploy.export.stage import export_folder
@@ -19,7 +18,7 @@ from lpdeploy.models.loading import (
 )
 from lpdeploy.models.shapes import count_parameters
 from lpdeploy.plan import load_plan
-from lpdeploy.runtime.engines import EXPORTS
+from lpdeploy.runtime.engines import describe_exported
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,8 @@ def _find_export(checkpoint: Checkpoint, engine: str, precision: str) -> Path | 
     folder = checkpoint.exports / (engine if merged else f"{engine}-unmerged")
     if not folder.is_dir():
         return None
-    contract = load_json(folder / EXPORTS[engine][0], fix="Export again.")
-    return folder if precision in ("", contract["precision"]) else None
+    stored = describe_exported(folder, engine=engine)["precision"]
+    return folder if precision in ("", stored) else None
 
 
 def _export(
@@ -217,7 +216,7 @@ def _export(
 
 def _count_bytes(checkpoint: Checkpoint, engine: str, exported: Path | None) -> int:
     if exported is not None:
-        files = load_json(exported / EXPORTS[engine][0], fix="Export again.")["files"]
+        files = describe_exported(exported, engine=engine)["files"]
         return sum(entry["bytes"] for entry in files.values())
     paths = list_weight_files(checkpoint.folder)
     if checkpoint.adapter is not None:

@@ -7,6 +7,7 @@ import click
 
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
+    ENGINES,
     FOLDER,
     log,
     print_result,
@@ -14,7 +15,6 @@ from lpdeploy.cli.common import (
     split_names,
 )
 
-_ENGINES = ("torch", "onnx", "ort", "trt")
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 
@@ -81,9 +81,9 @@ def latency(  # noqa: PLR0913 - one parameter an option
 
 def _parse_engines(text: str) -> tuple[str, ...]:
     engines = split_names(text)
-    unknown = [name for name in engines if name.partition(":")[0] not in _ENGINES]
+    unknown = [name for name in engines if name.partition(":")[0] not in ENGINES]
     if unknown or not engines:
-        known = ", ".join(_ENGINES)
+        known = ", ".join(ENGINES)
         raise click.UsageError(
             f"--engine {text!r}: choose from {known}, with a precision behind a colon where it "
             "matters, such as torch,ort,ort:int4."

@@ -10,6 +10,8 @@ import click
 
 from lpdeploy.recipe import load_recipe
 
+# As in runtime/engines.py, which is too heavy to import before a command runs.
+ENGINES = ("torch", "onnx", "ort", "trt")
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
 

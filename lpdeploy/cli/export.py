@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import FOLDER, format_bytes, print_result, shared_options
+from lpdeploy.cli.common import ENGINES, FOLDER, format_bytes, print_result, shared_options
 
 
 @click.command("export")
 @click.argument("target", metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["onnx", "ort", "trt"]), required=True)
+@click.option("--engine", type=click.Choice(ENGINES[1:]), required=True)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),

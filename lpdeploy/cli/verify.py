@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import RUN, print_result, shared_options
+from lpdeploy.cli.common import ENGINES, RUN, print_result, shared_options
 from lpdeploy.errors import ParityError
 
 
 @click.command("verify")
 @click.argument("target", type=RUN, metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(["torch", "onnx", "ort", "trt"]), default="onnx")
+@click.option("--engine", type=click.Choice(ENGINES), default="onnx")
 @click.option("--atol", type=click.FloatRange(0), help="Tolerance for every pair.")
 @shared_options()
 def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:

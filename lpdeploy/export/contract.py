@@ -1,10 +1,12 @@
 """What every export says of itself, in ``io.json`` or ``engine.json``."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import LpdeployError
+from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.groups import get_head_dim
 from lpdeploy.models.loading import compute_model_sha256
 from lpdeploy.models.shapes import list_widths
@@ -27,6 +29,12 @@ def resolve_max_seq_len(max_seq_len: int | None, config: Any) -> int:
             f"Use 2 to {positions}."
         )
     return max_seq_len
+
+
+def carry_settings(model_folder: Path, folder: Path) -> None:
+    """Copy config, tokenizer and generation config beside a graph."""
+    carry_files(model_folder, folder)
+    shutil.copyfile(model_folder / "config.json", folder / "config.json")
 
 
 def describe_model(config: Any, model_folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ torch's exporter is met here and nowhere else, but for the operator that ``trace
 
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +17,13 @@ from torch import nn
 from lpdeploy.artifacts import atomic_folder, list_versions, save_json
 from lpdeploy.errors import LpdeployError
 from lpdeploy.export.contract import (
+    carry_settings,
     describe_files,
     describe_model,
     describe_source,
     resolve_max_seq_len,
 )
 from lpdeploy.export.traced import SCATTER_OPSET, ConcatModel, InPlaceModel
-from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.groups import get_head_dim
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import list_widths
@@ -98,8 +97,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     with atomic_folder(output, overwrite=overwrite) as folder:
         model = load_model_with_adapter(model_folder, dtype=precision, adapter=adapter)
         _save_graph(model, folder / "model.onnx", opset=opset, buffer=buffer)
-        carry_files(model_folder, folder)
-        shutil.copyfile(model_folder / "config.json", folder / "config.json")
+        carry_settings(model_folder, folder)
         contract = {
             "schema_version": CONTRACT_VERSION,
             "engine": "onnx",

@@ -1,6 +1,5 @@
 """A checkpoint for ONNX Runtime alone: its own operators, packed weights, GenAI's config."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from lpdeploy.artifacts import atomic_folder, list_versions, save_json
 from lpdeploy.errors import LpdeployError
 from lpdeploy.export.contract import (
+    carry_settings,
     describe_files,
     describe_model,
     describe_source,
@@ -18,7 +18,6 @@ from lpdeploy.export.contract import (
 from lpdeploy.export.genai import save_genai_files
 from lpdeploy.export.ort_graph import OPSET, build_decoder
 from lpdeploy.export.ort_weights import BlockFormat, Weights
-from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.loading import load_config
 from lpdeploy.runtime.contract import CONTRACT_VERSION
 
@@ -77,8 +76,7 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
             config, weights, dtype=dtype, max_seq_len=max_seq_len, quantization=quantization
         )
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
-        carry_files(model_folder, folder)
-        shutil.copyfile(model_folder / "config.json", folder / "config.json")
+        carry_settings(model_folder, folder)
         contract = {
             "schema_version": CONTRACT_VERSION,
             "engine": "ort",

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.export.ort_weights import BlockFormat, Weights
@@ -21,8 +22,6 @@ from lpdeploy.models.shapes import LayerWidths, list_widths
 OPSET = 23
 _IR_VERSION = 11
 _MICROSOFT = "com.microsoft"
-_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16,
-           "bfloat16": ir.DataType.BFLOAT16}  # fmt: skip
 # int8 activations inside MatMulNBits: what ONNX Runtime's fast kernels on a CPU compute with.
 _INT8_ACTIVATIONS = 4
 
@@ -91,10 +90,12 @@ class _Decoder:
     ) -> None:
         self.config = config
         self.weights = weights
-        self.dtype = _DTYPES[dtype]
+        self.torch_dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = from_torch_dtype(self.torch_dtype)
         self.quantization = quantization
         self.head_dim = get_head_dim(config)
         self.tape = ir.tape.Tape()
+        self.constants: dict[str, ir.Value] = {}  # those that several nodes read
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
 
@@ -146,9 +147,7 @@ class _Decoder:
     def _add_rotary_tables(self, max_seq_len: int) -> tuple[ir.Value, ir.Value]:
         cos, sin = compute_rotary_tables(self.config, max_seq_len)
         return tuple(
-            self.tape.initializer(
-                ir.tensor(table.to(_TORCH_DTYPES[self.dtype]), name=f"{name}_cache")
-            )
+            self.tape.initializer(ir.tensor(table.to(self.torch_dtype), name=f"{name}_cache"))
             for name, table in (("cos", cos), ("sin", sin))
         )  # type: ignore[return-value]
 
@@ -290,14 +289,16 @@ class _Decoder:
         return normed, total
 
     def _add_weight(self, name: str) -> ir.Value:
-        known = {value.name: value for value in self.tape.initializers}
-        return known.get(name) or self.tape.initializer(self.weights.build_constant(name))
+        if name not in self.constants:
+            self.constants[name] = self.tape.initializer(self.weights.build_constant(name))
+        return self.constants[name]
 
     def _add_int64(self, value: int | Sequence[int]) -> ir.Value:
         name = f"int64_{value}".replace(" ", "")
-        known = {constant.name: constant for constant in self.tape.initializers}
-        tensor = ir.tensor(value, dtype=ir.DataType.INT64, name=name)
-        return known.get(name) or self.tape.initializer(tensor)
+        if name not in self.constants:
+            tensor = ir.tensor(value, dtype=ir.DataType.INT64, name=name)
+            self.constants[name] = self.tape.initializer(tensor)
+        return self.constants[name]
 
     def _op(self, kind: str, *inputs: ir.Value, name: str | None = None, **values: Any) -> ir.Value:
         return self.tape.op(kind, inputs, values, name=name)
@@ -344,13 +345,6 @@ def fix_logits_offsets(model: ir.Model) -> None:
     logits = graph.outputs[0]
     assert logits.shape is not None
     logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
-
-
-_TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 def get_window(config: Any, layer: int) -> int:

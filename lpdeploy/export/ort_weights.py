@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,13 +15,6 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.loading import list_weight_files
 from lpdeploy.runtime.ort_session import quantize_blocks
-
-_IR_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.uint8: ir.DataType.UINT8,
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ class Weights:
     ) -> ir.LazyTensor:
         return ir.LazyTensor(
             lambda: TorchTensor(load().contiguous(), name=name),
-            dtype=_IR_DTYPES[dtype],
+            dtype=from_torch_dtype(dtype),
             shape=ir.Shape(shape),
             name=name,
         )

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from lpdeploy.artifacts import load_json
 from lpdeploy.runtime.onnx_runner import load_onnx_runner
 from lpdeploy.runtime.ort_runner import load_ort_runner
 from lpdeploy.runtime.runner import Runner
@@ -17,6 +19,15 @@ EXPORTS: Mapping[str, tuple[str, Callable[..., Runner]]] = {
 
 ENGINES = ("torch", *EXPORTS)
 """All that a model runs on; torch runs a checkpoint as it is."""
+
+
+def describe_exported(folder: Path, *, engine: str) -> dict[str, Any]:
+    """Return what an export says of itself, without opening it.
+
+    Raises:
+        ArtifactError: It says nothing that can be read.
+    """
+    return load_json(folder / EXPORTS[engine][0], fix="Export again.")
 
 
 def load_exported(folder: Path, *, engine: str, device: str | None = None) -> Runner:

@@ -14,8 +14,6 @@ from lpdeploy.runtime.contract import load_contract
 from lpdeploy.runtime.ort_session import bind_tensor, build_session, split_device
 from lpdeploy.runtime.runner import Output
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass
 class OrtCache:
@@ -174,7 +172,7 @@ class OrtRunner:
         buffers = [
             torch.empty(
                 (batch, item["shape"][1], 0, item["shape"][3]),
-                dtype=_DTYPES[item["dtype"]],
+                dtype=getattr(torch, item["dtype"]),
                 device=self._device,
             )
             for item in self._caches

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpdeploy.artifacts import load_json, save_json
+from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
 from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model
 from lpdeploy.plan import PruningPlan, load_plan
-from lpdeploy.runtime.engines import EXPORTS, load_exported
+from lpdeploy.runtime.engines import EXPORTS, describe_exported, load_exported
 from lpdeploy.runtime.runner import Runner, pad_left
 from lpdeploy.runtime.torch_runner import TorchRunner, load_torch_runner
 
@@ -189,8 +189,7 @@ def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _St
 def _list_exported(folder: Path, engine: str) -> list[_Stage]:
     if engine not in EXPORTS or not folder.is_dir():
         return []
-    contract, _ = EXPORTS[engine]
-    precision = load_json(folder / contract, fix="Export again.")["precision"]
+    precision = describe_exported(folder, engine=engine)["precision"]
     return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
 
 
