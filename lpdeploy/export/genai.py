@@ -7,7 +7,6 @@ from typing import Any
 import onnx_ir as ir
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.export.ort_graph import fix_logits_offsets
 
 _GRAPH = "genai.onnx"
 
@@ -26,10 +25,60 @@ def save_genai_files(folder: Path, config: Any, contract: Mapping[str, Any]) -> 
     if len(set(contract["num_key_value_heads"])) > 1:
         return False
     model = ir.load(folder / "model.onnx")
-    fix_logits_offsets(model)
+    apply_attention_mask(model)
     ir.save(model, folder / _GRAPH)
     save_json(folder / "genai_config.json", build_genai_config(config, contract))
     return True
+
+
+def apply_attention_mask(model: ir.Model) -> None:
+    """Let a graph find the lengths of its rows in an attention mask, and give the last logits only.
+
+    GenAI hands over ``attention_mask`` (B, total), whose row sums are the lengths, with padding on
+    the right. It knows by the declared shape that a graph gives one token's logits.
+
+    Args:
+        model: What ``build_decoder`` built; its three inputs of lengths are replaced.
+    """
+    graph, tape = model.graph, ir.tape.Tape()
+    inputs = {value.name: value for value in graph.inputs}
+    mask = ir.Value(
+        name="attention_mask",
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape(("batch", "total")),
+    )
+    for name, found in _add_lengths(tape, mask, inputs["input_ids"]).items():
+        ir.convenience.replace_all_uses_with(inputs[name], found)
+        graph.inputs.remove(inputs[name])
+    graph.inputs.insert(1, mask)
+    graph.insert_before(graph[0], tape.nodes)
+    for value in tape.initializers:
+        graph.register_initializer(value)
+    logits = graph.outputs[0]
+    assert logits.shape is not None
+    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
+
+
+def _add_lengths(tape: ir.tape.Tape, mask: ir.Value, ids: ir.Value) -> dict[str, ir.Value]:
+    """Compute what ``ort_graph.Lengths`` describes, for the last token of each row."""
+    zero, one, axes = (
+        tape.initializer(ir.tensor(value, dtype=ir.DataType.INT64, name=f"lengths_{name}"))
+        for name, value in (("zero", 0), ("one", 1), ("axes", [1, 2]))
+    )
+    axis = tape.initializer(ir.tensor([1], dtype=ir.DataType.INT64, name="lengths_axis"))
+    length = tape.op("ReduceSum", [mask, axis], {"keepdims": 0})  # (B, total) -> (B,)
+    last = tape.op("Sub", [length, one])
+    total = tape.op("Gather", [tape.op("Shape", [mask]), one])
+    tokens = tape.op("Gather", [tape.op("Shape", [ids]), one])
+    past = tape.op("Sub", [total, tokens])
+    # Rows shorter than the longest have their one new token at 0 when they decode.
+    newest = tape.op("Max", [tape.op("Sub", [last, past]), zero])
+    as_int32 = {"to": ir.DataType.INT32.value}
+    return {
+        "seqlens_k": tape.op("Cast", [last], as_int32),
+        "total_sequence_length": tape.op("Cast", [total], as_int32),
+        "logits_positions": tape.op("Unsqueeze", [newest, axes]),  # (B,) -> (B, 1, 1)
+    }
 
 
 def build_genai_config(config: Any, contract: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,26 +25,24 @@ _MICROSOFT = "com.microsoft"
 # int8 activations inside MatMulNBits: what ONNX Runtime's fast kernels on a CPU compute with.
 _INT8_ACTIVATIONS = 4
 
-LOGITS_OFFSETS = "logits_offsets"
-"""Input, int64 (K,): which logits are computed, counted back from each row's last token.
-
-[0] gives the last token's alone; [-T + 1, ..., 0] gives all, aligned on the right.
-"""
-
 
 @dataclass(frozen=True)
-class _Lengths:
-    """How long each row of the batch is, as ``GroupQueryAttention`` wants to know it.
+class Lengths:
+    """How long each row of the batch is, in the words of ``GroupQueryAttention``.
+
+    They are inputs, so that a caller who decodes binds them once and writes new numbers there. To
+    find them in an attention mask takes a dozen small operators a step, which a small model feels;
+    GenAI's graph has those (``genai.py``).
 
     Attributes:
-        last: Index of each row's last token in its cache, shape (B,), int32.
+        seqlens_k: Index of each row's last token in its cache, shape (B,), int32.
         total: Tokens of the longest row, past and present, a scalar, int32.
-        logits: Where in its new tokens each row's wanted logits are, shape (B, K, 1), int64.
+        positions: Where in its new tokens each row's wanted logits are, shape (B, K, 1), int64.
     """
 
-    last: ir.Value
+    seqlens_k: ir.Value
     total: ir.Value
-    logits: ir.Value
+    positions: ir.Value
 
 
 def build_decoder(
@@ -57,11 +55,10 @@ def build_decoder(
 ) -> ir.Model:
     """Build the graph of a causal LM with a KV cache.
 
-    Inputs are ``input_ids`` (B, T), ``attention_mask`` (B, total), whose row sums say how long
-    each row is (its padding, if any, on the right), ``past_key_values.N.key`` / ``.value``
-    (B, kv_heads_N, P, head_dim) and ``logits_offsets`` (K,); outputs are ``logits`` (B, K, vocab),
-    float32, and ``present.N.key`` / ``.value``, which may be the same memory as the past where that
-    is long enough.
+    Inputs are ``input_ids`` (B, T), with padding, if any, on the right; the three of ``Lengths``;
+    and ``past_key_values.N.key`` / ``.value`` (B, kv_heads_N, P, head_dim). Outputs are ``logits``
+    (B, K, vocab), float32, and ``present.N.key`` / ``.value``, which may be the same memory as the
+    past where that is long enough.
 
     Args:
         config: A config of a supported model type, stock or of per-layer widths.
@@ -102,7 +99,7 @@ class _Decoder:
     def build(self, max_seq_len: int) -> ir.Model:
         """Write all of it, in the order in which it is computed."""
         ids = self._add_input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
-        lengths = self._add_lengths(ids)
+        lengths = self._add_lengths()
         tables = self._add_rotary_tables(max_seq_len)
         embedding = self._add_weight("model.embed_tokens.weight")
         hidden = self._op("Gather", embedding, ids, axis=0)
@@ -113,8 +110,8 @@ class _Decoder:
             attended = self._add_attention(layer, width, normed, lengths, tables)
             if layer == len(widths) - 1:
                 # From here on a token sees no other: go on with those whose logits are wanted.
-                attended = self._op("GatherND", attended, lengths.logits, batch_dims=1)
-                hidden = self._op("GatherND", hidden, lengths.logits, batch_dims=1)
+                attended = self._op("GatherND", attended, lengths.positions, batch_dims=1)
+                hidden = self._op("GatherND", hidden, lengths.positions, batch_dims=1)
             attended = self._add_linear(attended, f"{prefix}.self_attn.o_proj")
             norm = f"{prefix}.post_attention_layernorm.weight"
             normed, hidden = self._add_residual(hidden, attended, norm)
@@ -125,23 +122,13 @@ class _Decoder:
         self._add_head(normed)
         return self._finish()
 
-    def _add_lengths(self, ids: ir.Value) -> _Lengths:
-        mask = self._add_input("attention_mask", ir.DataType.INT64, ("batch", "total"))
-        offsets = self._add_input(LOGITS_OFFSETS, ir.DataType.INT64, ("num_logits",))
-        one, zero = self._add_int64(1), self._add_int64(0)
-        axis = self._add_int64([1])
-        length = self._op("ReduceSum", mask, axis, keepdims=0)  # (B, total) -> (B,)
-        last = self._op("Sub", length, one)
-        total = self._op("Gather", self._op("Shape", mask), one)
-        tokens = self._op("Gather", self._op("Shape", ids), one)
-        past = self._op("Sub", total, tokens)
-        # Rows shorter than the longest have their one new token at 0 when they decode.
-        newest = self._op("Max", self._op("Sub", last, past), zero)
-        wanted = self._op("Add", self._op("Unsqueeze", newest, axis), offsets)  # (B, K)
-        return _Lengths(
-            last=self._op("Cast", last, to=ir.DataType.INT32.value),
-            total=self._op("Cast", total, to=ir.DataType.INT32.value),
-            logits=self._op("Unsqueeze", wanted, self._add_int64([2])),  # (B, K, 1)
+    def _add_lengths(self) -> Lengths:
+        return Lengths(
+            seqlens_k=self._add_input("seqlens_k", ir.DataType.INT32, ("batch",)),
+            total=self._add_input("total_sequence_length", ir.DataType.INT32, ()),
+            positions=self._add_input(
+                "logits_positions", ir.DataType.INT64, ("batch", "num_logits", 1)
+            ),
         )
 
     def _add_rotary_tables(self, max_seq_len: int) -> tuple[ir.Value, ir.Value]:
@@ -156,7 +143,7 @@ class _Decoder:
         layer: int,
         width: LayerWidths,
         hidden: ir.Value,
-        lengths: _Lengths,
+        lengths: Lengths,
         tables: tuple[ir.Value, ir.Value],
     ) -> ir.Value:
         """Project, rotate, append to the cache and attend: (B, T, hidden) -> (B, T, H*D)."""
@@ -169,7 +156,7 @@ class _Decoder:
         ]
         attended, *present = self.tape.op_multi_out(
             "GroupQueryAttention",
-            [query, key, value, *past, lengths.last, lengths.total, *tables],
+            [query, key, value, *past, lengths.seqlens_k, lengths.total, *tables],
             {
                 "num_heads": width.heads,
                 "kv_num_heads": width.kv_heads,
@@ -279,11 +266,13 @@ class _Decoder:
         self, hidden: ir.Value, update: ir.Value, norm: str
     ) -> tuple[ir.Value, ir.Value]:
         """Return norm(hidden + update) and hidden + update."""
-        normed, _, _, total = self.tape.op_multi_out(
+        normed, total = ir.Value(), ir.Value()
+        mean, deviation = ir.Value(name=""), ir.Value(name="")  # left out: only training wants them
+        self.tape.op_multi_out(
             "SkipSimplifiedLayerNormalization",
             [hidden, update, self._add_weight(norm)],
             {"epsilon": self.config.rms_norm_eps},
-            num_outputs=4,
+            outputs=[normed, mean, deviation, total],
             domain=_MICROSOFT,
         )
         return normed, total
@@ -330,21 +319,6 @@ class _Decoder:
             name="decoder",
         )
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="lpdeploy")
-
-
-def fix_logits_offsets(model: ir.Model) -> None:
-    """Turn a graph into one that gives the last token's logits, and has no input to ask for more.
-
-    ONNX Runtime GenAI knows by the declared shape that a graph gives one token's logits.
-    """
-    graph = model.graph
-    offsets = next(value for value in graph.inputs if value.name == LOGITS_OFFSETS)
-    graph.inputs.remove(offsets)
-    offsets.const_value = ir.tensor([0], dtype=ir.DataType.INT64, name=LOGITS_OFFSETS)
-    graph.register_initializer(offsets)
-    logits = graph.outputs[0]
-    assert logits.shape is not None
-    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
 
 
 def get_window(config: Any, layer: int) -> int:

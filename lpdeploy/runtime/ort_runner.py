@@ -24,12 +24,14 @@ class OrtCache:
         lengths: Tokens of each row.
         capacity: Tokens that there is room for.
         binding: An IO binding that reads and writes the buffers, kept from step to step.
+        step: What is bound as the graph's other inputs while single tokens are decoded.
     """
 
     buffers: list[Tensor]
     lengths: list[int]
     capacity: int = 0
     binding: Any = None
+    step: dict[str, Tensor] | None = None
 
 
 class OrtRunner:
@@ -91,21 +93,17 @@ class OrtRunner:
         self._make_room(cache, max(totals), reserve=reserve)
         # The operator takes a batch of prompts or of single tokens; what else there is goes row
         # by row, over the same buffers.
-        if all(fresh) and (past is None or tokens == 1):
-            logits = self._run_batch(ids, fresh, totals, cache, last_only=last_only)
+        if past is None and all(fresh):
+            logits = self._prefill(ids, fresh, cache, last_only=last_only)
+        elif tokens == 1 and all(fresh):
+            logits = self._decode(ids, totals, cache)
         else:
             logits = self._run_rows(ids, fresh, totals, cache, last_only=last_only)
         cache.lengths = totals
         return Output(logits, cache)
 
-    def _run_batch(
-        self,
-        ids: Tensor,
-        fresh: list[int],
-        totals: list[int],
-        cache: OrtCache,
-        *,
-        last_only: bool,
+    def _prefill(
+        self, ids: Tensor, fresh: list[int], cache: OrtCache, *, last_only: bool
     ) -> Tensor:
         """Run rows of any lengths together: (B, T) -> (B, T or 1, vocab)."""
         width, longest = ids.shape[1], max(fresh)
@@ -113,10 +111,24 @@ class OrtRunner:
             # Left-aligned: (B, T) -> (B, longest), each row from its first token on.
             padding = width - torch.tensor(fresh).unsqueeze(1)
             ids = ids.gather(1, (torch.arange(longest) + padding) % width)
-        logits = self._run(cache.binding, ids, totals, last_only=last_only)
+        inputs = self._build_inputs(ids, fresh, fresh, last_only=last_only)
+        logits = self._bind_and_run(cache.binding, inputs)
         if last_only or longest == width:
             return logits
         return pad(logits, (0, 0, width - longest, 0))
+
+    def _decode(self, ids: Tensor, totals: list[int], cache: OrtCache) -> Tensor:
+        """Run one token of every row: (B, 1) -> (B, 1, vocab)."""
+        if cache.step is None:
+            cache.step = self._build_inputs(ids, [1] * len(ids), totals, last_only=True)
+            self._bind_inputs(cache.binding, cache.step)
+        else:
+            # What is bound stays where it is and takes new numbers: after a run of the graph the
+            # processor's caches hold weights, so that every call from Python costs a multiple.
+            cache.step["input_ids"].copy_(ids)
+            cache.step["seqlens_k"].copy_(torch.tensor(totals)).sub_(1)
+            cache.step["total_sequence_length"].fill_(max(totals))
+        return self._run(cache.binding, batch=len(ids), kept=1)
 
     def _run_rows(
         self,
@@ -133,28 +145,49 @@ class OrtRunner:
             if count:
                 only = slice(row, row + 1)
                 binding = self._bind([buffer[only] for buffer in cache.buffers])
-                new = ids[only, -count:]
-                logits = self._run(binding, new, totals[only], last_only=last_only)
+                inputs = self._build_inputs(
+                    ids[only, -count:], fresh[only], totals[only], last_only=last_only
+                )
+                logits = self._bind_and_run(binding, inputs)
                 rows[row, -logits.shape[1] :] = logits[0]
         return rows
 
-    def _run(self, binding: Any, ids: Tensor, totals: list[int], *, last_only: bool) -> Tensor:
-        """Run the graph on rows that start at 0; ``totals`` count past and new tokens of each."""
-        batch, tokens = ids.shape
-        longest = max(totals)
-        mask = torch.ones(batch, longest, dtype=torch.int64)
-        if min(totals) < longest:
-            mask = (torch.arange(longest) < torch.tensor(totals).unsqueeze(1)).long()
-        kept = 1 if last_only else tokens
-        logits = torch.empty(batch, kept, self.vocab_size, device=self._device)
+    def _build_inputs(
+        self, ids: Tensor, fresh: list[int], totals: list[int], *, last_only: bool
+    ) -> dict[str, Tensor]:
+        """Build what the graph is told beside its cache (``Lengths`` of the exporter).
+
+        Args:
+            ids: Shape (B, T), rows that start at 0.
+            fresh: New tokens of each row.
+            totals: Past and new tokens of each row.
+            last_only: Only the logits of the last token are wanted.
+        """
+        kept = 1 if last_only else ids.shape[1]
+        newest = torch.tensor(fresh).view(-1, 1, 1) - 1  # (B, 1, 1)
         inputs = {
-            "input_ids": ids.contiguous(),
-            "attention_mask": mask,
-            "logits_offsets": torch.arange(1 - kept, 1),
+            # A copy: decoding writes later tokens into it.
+            "input_ids": ids.clone(memory_format=torch.contiguous_format),
+            "seqlens_k": torch.tensor(totals, dtype=torch.int32) - 1,
+            "logits_positions": newest + torch.arange(1 - kept, 1).view(-1, 1),  # (B, K, 1)
         }
         inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
+        # The operator reads this one on the CPU, wherever it runs.
+        inputs["total_sequence_length"] = torch.tensor(max(totals), dtype=torch.int32)
+        return inputs
+
+    def _bind_and_run(self, binding: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        self._bind_inputs(binding, inputs)
+        batch, kept, _ = inputs["logits_positions"].shape
+        return self._run(binding, batch=batch, kept=kept)
+
+    def _bind_inputs(self, binding: Any, inputs: Mapping[str, Tensor]) -> None:
         for name, tensor in inputs.items():
             bind_tensor(binding, name, tensor)
+
+    def _run(self, binding: Any, *, batch: int, kept: int) -> Tensor:
+        """Run the graph on what is bound: logits of shape (B, K, vocab)."""
+        logits = torch.empty(batch, kept, self.vocab_size, device=self._device)
         bind_tensor(binding, "logits", logits, output=True)
         self._session.run_with_iobinding(binding)
         return logits
@@ -194,7 +227,7 @@ class OrtRunner:
             grown = old.new_empty(*old.shape[:2], cache.capacity, old.shape[3])
             grown[:, :, : old.shape[2]] = old
             cache.buffers[index] = grown
-        cache.binding = self._bind(cache.buffers)
+        cache.binding, cache.step = self._bind(cache.buffers), None
 
 
 def load_ort_runner(folder: Path, *, device: str = "cpu") -> OrtRunner:

@@ -64,6 +64,30 @@ def test_a_cache_without_room_doubles(runner):
     assert torch.equal(logits, expected)
 
 
+def test_what_the_caller_gave_is_left_alone(runner):
+    ids = torch.tensor([[5, 17, 40]])
+    past = runner.forward(ids, attention_mask=torch.ones(1, 3, dtype=torch.int64), reserve=2).past
+    tokens = [torch.tensor([[9]]), torch.tensor([[33]])]
+    for count, token in enumerate(tokens, start=4):
+        mask = torch.ones(1, count, dtype=torch.int64)
+        past = runner.forward(token, attention_mask=mask, past=past).past
+    assert [token.item() for token in tokens] == [9, 33]
+    assert ids.tolist() == [[5, 17, 40]]
+
+
+def test_logits_of_a_step_outlive_the_next(runner):
+    ids = torch.tensor([[5, 17, 40]])
+    output = runner.forward(ids, attention_mask=torch.ones(1, 3, dtype=torch.int64), reserve=2)
+    kept, copies = [], []
+    for count, token in enumerate((9, 33), start=4):
+        mask = torch.ones(1, count, dtype=torch.int64)
+        output = runner.forward(torch.tensor([[token]]), attention_mask=mask, past=output.past)
+        kept.append(output.logits)
+        copies.append(output.logits.clone())
+    assert all(map(torch.equal, kept, copies))
+    assert not torch.equal(*kept)
+
+
 def test_greedy_equals_transformers(folders, tmp_path):
     export_ort(folders[0], tmp_path / "ort")
     runner = load_ort_runner(tmp_path / "ort")
