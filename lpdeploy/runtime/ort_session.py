@@ -12,8 +12,11 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 _TORCH_TYPES = {
-    **{torch.float32: 1, torch.float16: 10, torch.bfloat16: 16},
-    **{torch.int32: 6, torch.int64: 7},
+    torch.float32: 1,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+    torch.int32: 6,
+    torch.int64: 7,
 }
 FIX = "Export the model again with 'lpdeploy export'."
 """What a user does where an export cannot be used."""
