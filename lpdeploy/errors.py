@@ -25,5 +25,13 @@ class NonFiniteError(LpdeployError):
     """A loss or gradient became NaN or infinite."""
 
 
+class RankLostError(LpdeployError):
+    """Another process of a run with several is gone or does not answer."""
+
+
+class RunEndedError(LpdeployError):
+    """A run was told to end before it was complete."""
+
+
 class ParityError(LpdeployError):
     """Two stages that must compute the same thing do not."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,8 +71,15 @@ def split_names(value: Any) -> tuple[str, ...]:
     return tuple(str(part).strip() for part in parts if str(part).strip())
 
 
+def is_first_rank() -> bool:
+    """Tell whether this process speaks to the user: alone, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result to stdout: for people, then, with --json, for scripts on the last line."""
+    if not is_first_rank():
+        return
     click.echo(text)
     if as_json:
         click.echo(json.dumps(data))
@@ -79,7 +87,8 @@ def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 def log(message: str) -> None:
     """Tell the user something on stderr, where it does not disturb the result."""
-    click.echo(message, err=True)
+    if is_first_rank():
+        click.echo(message, err=True)
 
 
 def format_bytes(count: float) -> str:

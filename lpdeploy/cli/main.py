@@ -5,14 +5,15 @@ import logging
 import os
 import signal
 import threading
+import time
 import warnings
 from typing import Any
 
 import click
 
 from lpdeploy import __version__
-from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG
-from lpdeploy.errors import LpdeployError, RecipeError
+from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank
+from lpdeploy.errors import LpdeployError, RankLostError, RecipeError
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
@@ -27,6 +28,9 @@ _COMMANDS = (
     "doctor",
     "demo",
 )
+
+
+_FIRST_RANK_SECONDS = 5.0
 
 
 class _LazyGroup(click.Group):
@@ -47,10 +51,16 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except RecipeError as error:
+            _let_first_rank_speak()
             raise click.UsageError(str(error)) from error
+        except click.ClickException:
+            _let_first_rank_speak()
+            raise
         except (LpdeployError, OSError) as error:
             if ctx.meta.get(DEBUG):
                 raise
+            if not isinstance(error, RankLostError):
+                _let_first_rank_speak()
             raise click.ClickException(str(error)) from error
 
 
@@ -61,6 +71,17 @@ def _quieten_libraries() -> None:
     # What libraries announce to each other's authors; --debug and -W show it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _let_first_rank_speak() -> None:
+    """Wait on the other ranks of a run, where the first one may be failing in the same way.
+
+    It says what is wrong and ends, and the launcher then ends the others, in silence. One that is
+    still there after a while has failed alone, and speaks.
+    """
+    if not is_first_rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_FIRST_RANK_SECONDS)
 
 
 def _end_as_interrupted() -> None:

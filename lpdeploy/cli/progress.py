@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lpdeploy.cli.common import format_bytes
+from lpdeploy.cli.common import format_bytes, is_first_rank
 
 
 def _build_progress(*columns: str) -> Any:
@@ -25,7 +25,7 @@ def _build_progress(*columns: str) -> Any:
         *[TextColumn(column) for column in columns],
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and is_first_rank()),
     )
 
 

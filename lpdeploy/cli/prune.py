@@ -127,6 +127,12 @@ _LAYERS = click.IntRange(min=0)
     type=click.Choice(["8bit", "4bit"]),
     help="Quantise the frozen base while pruning; 4bit is masked, not cut.",
 )
+@click.option(
+    "--shard",
+    is_flag=True,
+    help="Spread the base over the ranks (FSDP2), for one that fits no single GPU; it is masked, "
+    "not cut.",
+)
 @click.option("--train-on-prompt", is_flag=True, help="Learn the prompts of instructions too.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option(
@@ -192,11 +198,16 @@ def command(
 
 
 def _choose_removal(values: dict[str, Any]) -> None:
-    """Mask a 4-bit base, which cannot be cut, where the user did not say how to remove."""
+    """Mask a base that cannot be cut, where the user did not say how to remove."""
     source = click.get_current_context().get_parameter_source("removal")
-    if values["load_in"] == "4bit" and source is click.core.ParameterSource.DEFAULT:
+    if source is not click.core.ParameterSource.DEFAULT:
+        return
+    if values["load_in"] == "4bit":
         values["removal"] = "mask"
         log("--load-in 4bit: groups are masked until the end, since nf4 weights cannot be cut.")
+    elif values["shard"]:
+        values["removal"] = "mask"
+        log("--shard: groups are masked until the end, since sharded weights cannot be cut.")
 
 
 def _describe(result: Any) -> str:

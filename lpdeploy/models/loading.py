@@ -1,5 +1,6 @@
 """Loading a checkpoint, from a folder or the hub, with a clear word where it cannot be."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -172,22 +173,29 @@ def load_model(
             f"The weights of '{folder}' cannot be loaded: {reason}. Copy the checkpoint anew."
         ) from error
     # transformers fills what is missing with random values and only logs it.
-    wrong = sorted(
-        {
-            *info["missing_keys"],
-            *(name for name, *_ in info["mismatched_keys"]),
-            *(list_misshapen(model) if load_in else ()),
-        }
-    )
-    if wrong:
-        raise ArtifactError(
-            f"'{folder}' lacks {len(wrong)} weights of its architecture, or has them in another "
-            f"shape, first {wrong[0]}. Give a complete checkpoint."
-        )
+    wrong = {
+        *info["missing_keys"],
+        *(name for name, *_ in info["mismatched_keys"]),
+        *(list_misshapen(model) if load_in else ()),
+    }
+    refuse_incomplete(folder, wrong)
     if load_in is not None:
         apply_training_layout(model)
         return model.eval()  # on its device already: weights are quantised there
     return model.to(device).eval()
+
+
+def refuse_incomplete(folder: Path, wrong: Collection[str]) -> None:
+    """Refuse a checkpoint of which the weights ``wrong`` are missing or of another shape.
+
+    Raises:
+        ArtifactError: There are any; names the first.
+    """
+    if wrong:
+        raise ArtifactError(
+            f"'{folder}' lacks {len(wrong)} weights of its architecture, or has them in another "
+            f"shape, first {min(wrong)}. Give a complete checkpoint."
+        )
 
 
 def _build_quantization(

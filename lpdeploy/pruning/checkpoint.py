@@ -33,6 +33,7 @@ _FREE_OPTIONS = (
     "max_grad_norm",
     "micro_batch_size",
     "offload_gradients",
+    "shard",
 )
 
 

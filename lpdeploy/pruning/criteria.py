@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lpdeploy.models.adapters import LoraWeights, get_base_linear, get_lora_weights
-from lpdeploy.models.quantized import get_rows
+from lpdeploy.models.sharded import get_rows, is_sharded
 from lpdeploy.plan import GroupSpec, Slice
 from lpdeploy.pruning.importance import (
     Importance,
@@ -24,6 +24,7 @@ from lpdeploy.pruning.importance import (
     compute_weight_importance,
 )
 from lpdeploy.pruning.options import CRITERIA
+from lpdeploy.pruning.ranks import Ranks
 
 Positions = Mapping[str, Tensor] | None
 
@@ -69,12 +70,13 @@ class ScoreForm:
 
 @dataclass
 class _Fields:
-    """What all criteria are given: a model, its groups, and how scores are summed."""
+    """What all criteria are given: a model, its groups, how scores are summed, and over whom."""
 
     model: nn.Module
     specs: tuple[GroupSpec, ...]
     form: ScoreForm = field(default_factory=ScoreForm)
     attention_mask: Tensor | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class LoraCriterion(_Fields):
@@ -149,10 +151,14 @@ class GradientCriterion(_Fields):
         return _score_linears(self, self._score, kept)
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
+        gradient = self._gradients.pop(piece.module)
+        if self.ranks.size > 1:  # one layer's at a time, in full precision
+            gradient = gradient.to(self.ranks.device, torch.float32)
+            self.ranks.sum([gradient])
         return compute_gradient_importance(
             get_rows(get_base_linear(linear)),
             lora,
-            self._gradients.pop(piece.module),
+            gradient,
             dim=piece.dim,
             block=piece.block,
             absolute=self.form.absolute,
@@ -217,6 +223,7 @@ class WandaCriterion(_Fields):
     @torch.no_grad()
     def compute_importance(self, kept: Positions = None) -> Importance:
         """Score from the weights and the norms of the batch."""
+        self.ranks.sum(list(self._energies.values()))
         return _score_linears(self, self._score, kept)
 
     def _score(self, piece: Slice, linear: Any, lora: LoraWeights) -> Tensor:
@@ -275,6 +282,7 @@ class GateCriterion(_Fields):
     def compute_importance(self, kept: Positions = None) -> Importance:
         """Return the sums over the batch."""
         scores, self._scores = self._scores, {}
+        self.ranks.sum(list(scores.values()))
         return {name: _select(score, name, kept) for name, score in scores.items()}
 
 
@@ -307,7 +315,10 @@ class RandomCriterion(_Fields):
 
     def compute_importance(self, kept: Positions = None) -> Importance:
         """Draw scores, the same in a resumed run, since training seeds by the step."""
-        return {spec.name: self._draw(spec, kept) for spec in self.specs}
+        scores = {spec.name: self._draw(spec, kept) for spec in self.specs}
+        # On a CPU, dropout draws from the same numbers, as many as a rank's rows need.
+        self.ranks.copy_first(list(scores.values()))
+        return scores
 
     def _draw(self, spec: GroupSpec, kept: Positions) -> Tensor:
         piece = spec.slices[0]
@@ -323,6 +334,7 @@ def build_criterion(
     *,
     form: ScoreForm | None = None,
     offload_gradients: bool = False,
+    ranks: Ranks | None = None,
 ) -> Criterion:
     """Make the criterion that ``--criterion`` names.
 
@@ -332,40 +344,42 @@ def build_criterion(
         specs: The groups to score.
         form: How scores are summed; squares without normalisation if None.
         offload_gradients: Keep the gradients of ``gradient`` in CPU memory.
+        ranks: Over whom the batch is dealt; this process alone if None.
 
     Raises:
         ValueError: There is no such criterion.
     """
-    form = form or ScoreForm()
-    match name:
-        case "lora":
-            return LoraCriterion(model, specs, form)
-        case "gate":
-            return GateCriterion(model, specs, form)
-        case "gradient":
-            return GradientCriterion(model, specs, form, offload=offload_gradients)
-        case "magnitude":
-            return MagnitudeCriterion(model, specs, form)
-        case "wanda":
-            return WandaCriterion(model, specs, form)
-        case "random":
-            return RandomCriterion(model, specs, form)
-    raise ValueError(f"no criterion '{name}'; use one of {', '.join(CRITERIA)}")
+    kinds: dict[str, Callable[..., Criterion]] = {
+        "lora": LoraCriterion,
+        "gate": GateCriterion,
+        "gradient": partial(GradientCriterion, offload=offload_gradients),
+        "magnitude": MagnitudeCriterion,
+        "wanda": WandaCriterion,
+        "random": RandomCriterion,
+    }
+    if name not in kinds:
+        raise ValueError(f"no criterion '{name}'; use one of {', '.join(CRITERIA)}")
+    return kinds[name](model, specs, form=form or ScoreForm(), ranks=ranks or Ranks())
 
 
 def _score_linears(
     criterion: _Fields, score: Callable[[Slice, Any, LoraWeights], Tensor], kept: Positions
 ) -> Importance:
     """Add up the scores of each group's Linears (Eq. 4)."""
-    scores: Importance = {}
+    parts: list[tuple[str, Tensor]] = []
     for spec in criterion.specs:
         for piece in spec.slices:
             linear = criterion.model.get_submodule(piece.module)
             # Before the norm: what is masked must not count in it, since what is cut does not.
             part = _select(score(piece, linear, get_lora_weights(linear)), spec.name, kept)
-            if criterion.form.normalize:
-                part = part / part.norm().clamp_min(torch.finfo(part.dtype).tiny)
-            _accumulate(scores, spec.name, part)
+            parts.append((spec.name, part))
+    if is_sharded(criterion.model):  # each rank has summed over its own rows of the weights
+        criterion.ranks.sum([part for _, part in parts])
+    scores: Importance = {}
+    for name, part in parts:
+        if criterion.form.normalize:
+            part.div_(part.norm().clamp_min(torch.finfo(part.dtype).tiny))
+        _accumulate(scores, name, part)
     return scores
 
 

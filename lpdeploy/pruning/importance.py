@@ -21,7 +21,11 @@ _BLOCK_ELEMENTS = 1 << 18
 
 
 class Rows(Protocol):
-    """A weight of which rows can be read: a tensor, or a quantised weight behind one."""
+    """A weight of which rows can be read: a tensor, or a quantised or sharded weight.
+
+    A sharded one has ``own_rows``, a range: only these can be read, and what is computed is the
+    part of each sum that belongs to them.
+    """
 
     @property
     def shape(self) -> Any:
@@ -173,8 +177,9 @@ def _sum_groups(
     a, b = lora.lora_a.detach().float(), lora.lora_b.detach().float()
     sums = a.new_zeros(weight.shape[dim])
     step = max(1, _BLOCK_ELEMENTS // columns)
-    for start in range(0, out, step):
-        rows = slice(start, min(start + step, out))
+    own = getattr(weight, "own_rows", range(out))
+    for start in range(own.start, own.stop, step):
+        rows = slice(start, min(start + step, own.stop))
         merged = torch.addmm(weight[rows].float(), b[rows], a, alpha=lora.scaling)
         scores = score(rows, merged)
         scores = scores.abs_() if absolute else scores.square_()

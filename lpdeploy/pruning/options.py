@@ -46,6 +46,7 @@ class PruneOptions:
         round_to: Kept channels are multiples of this.
         round_heads_to: Kept KV heads are multiples of this.
         removal: ``cut`` groups out at each event, or ``mask`` them until the end.
+        shard: Spread the weights of the layers over the ranks (masked only).
         load_in: Quantise the frozen base to ``8bit`` or ``4bit`` (masked only); None for neither.
         train_on_prompt: Also learn the prompts of instruction data.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -85,6 +86,7 @@ class PruneOptions:
     round_to: int = 32
     round_heads_to: int = 1
     removal: str = "cut"
+    shard: bool = False
     load_in: str | None = None
     train_on_prompt: bool = False
     gradient_checkpointing: bool = False
@@ -117,6 +119,8 @@ class PruneOptions:
                 f"{self.load_in} has none; use --criterion lora, which needs LoRA's only, or "
                 "leave --load-in out"
             )
+        if self.shard:
+            self._check_shard()
         if self.schedule != "joint" and self.calibration_samples == 0:
             raise ValueError(
                 f"--schedule {self.schedule} prunes before the first step, by the scores of "
@@ -124,6 +128,21 @@ class PruneOptions:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps} is below 1")
+
+    def _check_shard(self) -> None:
+        for refused, why in (
+            (self.removal == "cut" and "--removal cut", "no group can be cut out of its parts"),
+            (self.load_in and f"--load-in {self.load_in}", "quantised weights are not divided"),
+            (
+                self.criterion == "gradient" and "--criterion gradient",
+                "the gradients of all its weights would take as much memory again",
+            ),
+        ):
+            if refused:
+                raise ValueError(
+                    f"--shard cannot go with {refused}: {why}; use --removal mask, "
+                    "--criterion lora and no --load-in, or leave --shard out"
+                )
 
     def _check_names(self) -> None:
         known = {"criterion": CRITERIA, "schedule": SCHEDULES, "ramp": tuple(RAMPS)}

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,13 @@ from lpdeploy.artifacts import (
     remove_leftovers,
     save_json,
 )
-from lpdeploy.errors import ArtifactError, NonFiniteError
+from lpdeploy.errors import (
+    ArtifactError,
+    LpdeployError,
+    NonFiniteError,
+    RankLostError,
+    RunEndedError,
+)
 from lpdeploy.models.loading import (
     compute_model_sha256,
 )
@@ -36,6 +44,7 @@ from lpdeploy.pruning.checkpoint import (
     save_checkpoint,
 )
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.setup import (
     Source,
     build_training,
@@ -92,6 +101,8 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
 ) -> PruneResult:
     """Prune a model while it fine-tunes with LoRA (Algorithm 1), and write a run folder.
 
+    Where a launcher has started several processes, all call this; the first one writes.
+
     Args:
         model: Hugging Face folder or hub name.
         output: The run folder: plan.json, adapter/, importance.safetensors, log.jsonl,
@@ -104,13 +115,17 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
         log: Is told what is about to run, before the first step.
 
     Raises:
-        LpdeployError: Model, data or output cannot be used, or a loss is not finite.
+        LpdeployError: Model, data or output cannot be used, a loss is not finite, or another
+            rank is gone.
     """
     check_load_in(options.load_in, removal=options.removal)  # before anything is read
+    ranks = join_ranks(options)
     source = load_source(model, options)
-    _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
+    if ranks.is_first:
+        _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
-    with record_stage(output, "prune", record) as stage:
+    recording = record_stage(output, "prune", record) if ranks.is_first else nullcontext(Stage())
+    with recording as stage:
         dataset = load_dataset(source, data, options)
         stage.inputs = {
             "base": compute_model_sha256(source.folder),
@@ -119,14 +134,18 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
         checkpoint = (
             load_checkpoint(output, options=options, inputs=stage.inputs) if resume else None
         )
-        training = build_training(source, dataset, options, checkpoint)
-        log(describe_start(source, training))
-        if not resume:
-            _clear_output(output)  # only now: bad input must not cost the run that is there
-        _save_recipe(output, record)
+        training = build_training(source, dataset, options, checkpoint, ranks)
+        _check_same_start(ranks, options, stage, checkpoint)
+        if ranks.is_first:
+            log(describe_start(source, training))
+            if not resume:
+                _clear_output(output)  # only now: bad input must not cost the run that is there
+            _save_recipe(output, record)
+            _trim_log(output, checkpoint.step if checkpoint else 0)
         losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
         plan = _build_plan(source, training.state, options, stage.inputs["base"])
-        _save_run(output, training, plan, stage)
+        if ranks.is_first:
+            _save_run(output, training, plan, stage)
     return PruneResult(
         run=str(output),
         ratio=options.ratio,
@@ -135,6 +154,18 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
         seconds=stage.seconds,
         peak_bytes=stage.peak_bytes,
         loss=sum(losses) / len(losses),
+    )
+
+
+def _check_same_start(
+    ranks: Ranks, options: PruneOptions, stage: Stage, checkpoint: Checkpoint | None
+) -> None:
+    """Refuse to begin where ranks would not do the same."""
+    step = None if checkpoint is None else checkpoint.step
+    ranks.check_same(
+        json.dumps([dataclasses.asdict(options), stage.inputs, step]),
+        otherwise="it has other options, or sees another model, other data or another checkpoint. "
+        "Give every rank the same command, and paths that all of them see.",
     )
 
 
@@ -176,29 +207,53 @@ def _run(
 ) -> list[float]:
     """Run the steps, log each, save checkpoints; return the last losses."""
     done = None if checkpoint is None else checkpoint.step
-    _trim_log(output, done or 0)
     losses: list[float] = []
-    options = training.options
-    try:
-        for info in run_steps(training, start=done):
-            done = info.step
-            # A calibration's loss is that of the unpruned model: it counts where nothing follows.
-            losses = [*(losses if done > 1 else []), info.loss][-_LOSS_WINDOW:]
-            _append_log(output, info)
-            on_step(info)
-            every = options.checkpoint_every
-            if every and done % every == 0 and done < training.steps:
-                _save_checkpoint(output, training, done, stage)
-    except NonFiniteError as error:
-        if done is None:
-            hint = "No step was done: check the model and the data, or use --dtype fp32."
-            raise NonFiniteError(f"{error} {hint}") from error
-        _save_checkpoint(output, training, done, stage)
-        raise NonFiniteError(
-            f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. "
-            f"Lower --lr (it was {options.lr:g}) and go on with --resume."
-        ) from error
+    options, ranks = training.options, training.ranks
+    with ranks.hold_signals():
+        try:
+            for info in run_steps(training, start=done):
+                done = info.step
+                # A calibration's loss is that of the unpruned model: it counts where nothing
+                # follows.
+                losses = [*(losses if done > 1 else []), info.loss][-_LOSS_WINDOW:]
+                if ranks.is_first:
+                    _append_log(output, info)
+                    on_step(info)
+                    if _is_checkpoint_due(options, training, done):
+                        _save_checkpoint(output, training, done, stage)
+                ranks.check_ending()
+        except (NonFiniteError, RankLostError, RunEndedError) as error:
+            raise _break_off(error, output, training, done, stage) from error
     return losses
+
+
+def _is_checkpoint_due(options: PruneOptions, training: Training, done: int) -> bool:
+    every = options.checkpoint_every
+    return bool(every) and done % every == 0 and done < training.steps
+
+
+def _break_off(
+    error: LpdeployError, output: Path, training: Training, done: int | None, stage: Stage
+) -> LpdeployError:
+    """Keep what the last whole step left, and return an error that says so and how to go on."""
+    lost = isinstance(error, RankLostError)
+    if lost and not training.ranks.is_first_to_notice():
+        sys.exit(1)  # in silence: another rank writes and speaks
+    if done is None:
+        hint = "start anew" if lost else "check the model and the data, or use --dtype fp32"
+        return type(error)(f"{error} No step was done: {hint}.")
+    if lost or training.ranks.is_first:
+        _save_checkpoint(output, training, done, stage)
+    match error:
+        case NonFiniteError():
+            how = f"Lower --lr (it was {training.options.lr:g}) and go on with --resume."
+        case RankLostError():
+            how = "Go on with --resume, with as many ranks as you like."
+        case _:
+            how = "Go on with --resume."
+    return type(error)(
+        f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. {how}"
+    )
 
 
 def _save_checkpoint(output: Path, training: Training, step: int, stage: Stage) -> None:

@@ -22,6 +22,7 @@ from lpdeploy.models.loading import (
     resolve_dtype,
     resolve_model,
 )
+from lpdeploy.models.sharded import load_sharded_model
 from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.checkpoint import (
     Checkpoint,
@@ -29,6 +30,7 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps
@@ -95,7 +97,11 @@ def load_dataset(source: Source, data: str, options: PruneOptions) -> TokenDatas
 
 
 def build_training(
-    source: Source, dataset: TokenDataset, options: PruneOptions, checkpoint: Checkpoint | None
+    source: Source,
+    dataset: TokenDataset,
+    options: PruneOptions,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
 ) -> Training:
     """Load the base on its device, put LoRA on it, and go to where a checkpoint left off.
 
@@ -109,25 +115,25 @@ def build_training(
     accelerator = Accelerator(
         cpu=device == "cpu", mixed_precision="bf16" if dtype == "bf16" else "no"
     )
-    if accelerator.num_processes > 1:
-        raise LpdeployError("Pruning runs in one process only. Start it without several ranks.")
-    # A quantised base is made where it stays; any other is cut first, then moved.
-    place = str(accelerator.device) if options.load_in else "cpu"
-    model = load_model(source.folder, dtype=dtype, device=place, load_in=options.load_in)
+    model = _load_base(source, options, dtype=dtype, device=accelerator.device)
     kept = {} if checkpoint is None else checkpoint.select("kept")
     if options.removal == "cut":
         apply_cut(model, source.prunable, kept)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wrapped = _attach_lora(model, source.name, options).to(accelerator.device)
+    wrapped = _attach_lora(model, source.name, options)
+    if not options.shard:  # which is where it belongs, and cannot be moved
+        wrapped = wrapped.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
-    prepared, optimizer = accelerator.prepare(wrapped, optimizer)
+    # Precision alone: what else accelerate wraps a model in would hold on to what is cut out.
+    prepared = accelerator.prepare_model(wrapped, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     state = PruningState(
         model=model,
         specs=source.prunable,
-        criterion=_build_criterion(model, source.prunable, options),
+        criterion=_build_criterion(model, source.prunable, options, ranks),
         removal=options.removal,
         kept=dict(kept),
     )
@@ -139,10 +145,19 @@ def build_training(
         state=state,
         options=options,
         steps=count_steps(options, len(dataset)),
+        ranks=ranks,
     )
     if checkpoint is not None:
         apply_checkpoint(checkpoint, training)
     return training
+
+
+def _load_base(source: Source, options: PruneOptions, *, dtype: str, device: torch.device) -> Any:
+    if options.shard:
+        return load_sharded_model(source.folder, dtype=dtype, device=device)
+    # A quantised base is made where it stays; any other is cut first, then moved.
+    place = str(device) if options.load_in else "cpu"
+    return load_model(source.folder, dtype=dtype, device=place, load_in=options.load_in)
 
 
 def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
@@ -157,10 +172,17 @@ def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
     return wrapped
 
 
-def _build_criterion(model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions) -> Criterion:
+def _build_criterion(
+    model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions, ranks: Ranks
+) -> Criterion:
     form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
     return build_criterion(
-        options.criterion, model, specs, form=form, offload_gradients=options.offload_gradients
+        options.criterion,
+        model,
+        specs,
+        form=form,
+        offload_gradients=options.offload_gradients,
+        ranks=ranks,
     )
 
 

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from lpdeploy.data.batches import TokenDataset, list_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.schedule import RAMPS, Schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState
 
@@ -61,6 +62,7 @@ class Training:
         state: Live groups and their importance.
         options: What the user asked for.
         steps: Optimizer steps of the whole run.
+        ranks: The processes that share each batch.
     """
 
     model: Any
@@ -70,6 +72,7 @@ class Training:
     state: PruningState
     options: PruneOptions
     steps: int
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def schedule(self) -> Schedule:
@@ -122,18 +125,33 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite. The weights are still those after
             the previous step.
+        RankLostError: Another rank is gone; the same is true.
+        LpdeployError: Another rank removed other groups.
     """
     training.model.train()
-    if start is None and training.options.num_calibration_rows:
-        yield _calibrate(training)
-    for step in range((start or 0) + 1, training.steps + 1):
-        yield _run_step(training, step)
+    calibrate = start is None and training.options.num_calibration_rows
+    for step in range(0 if calibrate else (start or 0) + 1, training.steps + 1):
+        with training.ranks.watch():
+            info = _run_step(training, step) if step else _calibrate(training)
+        yield info
+        if info.removed:
+            _check_same_groups(training, step)
+
+
+def _check_same_groups(training: Training, step: int) -> None:
+    """Refuse to go on where ranks have removed different groups."""
+    if training.ranks.size > 1:
+        training.ranks.check_same(
+            str(training.state.list_kept(training.state.specs)),
+            otherwise=f"it removed other groups at step {step}. Check the memory of its machine, "
+            "and go on from the last checkpoint with --resume.",
+        )
 
 
 def _calibrate(training: Training) -> StepInfo:
     """Score rows without training on them; where the schedule prunes at once, prune."""
     options, schedule = training.options, training.schedule
-    _seed(options, 0)
+    _seed(training, 0)
     start = time.perf_counter()
     rows = list_batch(
         len(training.dataset),
@@ -175,7 +193,7 @@ def _calibrate(training: Training) -> StepInfo:
 def _run_step(training: Training, step: int) -> StepInfo:
     options, schedule = training.options, training.schedule
     events = schedule.list_events()
-    _seed(options, step)
+    _seed(training, step)
     start = time.perf_counter()
     lr = compute_learning_rate(
         step,
@@ -212,9 +230,10 @@ def _run_step(training: Training, step: int) -> StepInfo:
     )
 
 
-def _seed(options: PruneOptions, step: int) -> None:
-    # Seeding by the step makes dropout the same in a run that was resumed as in one that was not.
-    torch.manual_seed(options.seed * 1_000_003 + step)
+def _seed(training: Training, step: int) -> None:
+    # Seeding by the step makes dropout the same in a run that was resumed as in one that was not;
+    # by the rank, that ranks do not drop the same of different rows.
+    torch.manual_seed(training.options.seed * 1_000_003 + step + (training.ranks.rank << 40))
 
 
 def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[float, int]:
@@ -225,14 +244,15 @@ def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[float, i
     # split into micro-batches of unequal lengths.
     targets = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in micros)
     total = torch.zeros((), device=training.accelerator.device)
-    for micro in micros:
+    for micro in training.ranks.deal(micros):
         loss = _compute_loss(training, micro, targets=targets)
         training.accelerator.backward(loss)
         total += loss.detach()
+    training.ranks.sum([total, *(p.grad for p in training.trainable if p.grad is not None)])
     return total.item(), sum(micro["input_ids"].numel() for micro in micros)
 
 
-def _compute_loss(training: Training, micro: dict[str, Tensor], *, targets: int) -> Tensor:
+def _compute_loss(training: Training, micro: Mapping[str, Tensor], *, targets: int) -> Tensor:
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
     device = training.accelerator.device
