@@ -64,8 +64,8 @@ def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any
     for module in (decoder.embed_tokens, decoder.norm, model.lm_head):
         module.to_empty(device=device)
     model.tie_weights()
-    # Its table is computed, and in no file.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config, device=device)
+    with device:  # its table is computed, and in no file
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
     _fill(model, folder)
     return model.eval()
 
