@@ -180,6 +180,7 @@ def command(
         raise click.UsageError(str(error)) from error
 
     from lpdeploy.cli.progress import training_progress
+    from lpdeploy.pruning.ranks import leave_ranks
     from lpdeploy.pruning.run import prune
 
     with training_progress() as on_step:
@@ -193,6 +194,7 @@ def command(
             on_step=on_step,
             log=log,
         )
+    leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
     log(f"Next: lpdeploy compact {output}")
 

@@ -199,6 +199,12 @@ def join_ranks(options: PruneOptions) -> Ranks:
     return ranks
 
 
+def leave_ranks() -> None:
+    """Part from the other processes, at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _check_share(options: PruneOptions, size: int) -> None:
     if options.shard and size == 1:
         raise LpdeployError(

@@ -219,12 +219,24 @@ def _run(
                 if ranks.is_first:
                     _append_log(output, info)
                     on_step(info)
-                    if _is_checkpoint_due(options, training, done):
-                        _save_checkpoint(output, training, done, stage)
+                if info.removed:
+                    _check_same_groups(training, done)
+                if ranks.is_first and _is_checkpoint_due(options, training, done):
+                    _save_checkpoint(output, training, done, stage)
                 ranks.check_ending()
         except (NonFiniteError, RankLostError, RunEndedError) as error:
             raise _break_off(error, output, training, done, stage) from error
     return losses
+
+
+def _check_same_groups(training: Training, step: int) -> None:
+    """Refuse to go on where ranks have removed different groups."""
+    if training.ranks.size > 1:
+        training.ranks.check_same(
+            str(training.state.list_kept(training.state.specs)),
+            otherwise=f"it removed other groups at step {step}. Check the memory of its machine, "
+            "and go on from the last checkpoint with --resume.",
+        )
 
 
 def _is_checkpoint_due(options: PruneOptions, training: Training, done: int) -> bool:
@@ -236,14 +248,13 @@ def _break_off(
     error: LpdeployError, output: Path, training: Training, done: int | None, stage: Stage
 ) -> LpdeployError:
     """Keep what the last whole step left, and return an error that says so and how to go on."""
-    lost = isinstance(error, RankLostError)
-    if lost and not training.ranks.is_first_to_notice():
-        sys.exit(1)  # in silence: another rank writes and speaks
+    ranks, lost = training.ranks, isinstance(error, RankLostError)
+    if not (ranks.is_first_to_notice() if lost else ranks.is_first):
+        sys.exit(1)  # in silence: another rank meets the same, writes and speaks
     if done is None:
         hint = "start anew" if lost else "check the model and the data, or use --dtype fp32"
         return type(error)(f"{error} No step was done: {hint}.")
-    if lost or training.ranks.is_first:
-        _save_checkpoint(output, training, done, stage)
+    _save_checkpoint(output, training, done, stage)
     match error:
         case NonFiniteError():
             how = f"Lower --lr (it was {training.options.lr:g}) and go on with --resume."

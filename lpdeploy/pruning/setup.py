@@ -101,7 +101,7 @@ def build_training(
     dataset: TokenDataset,
     options: PruneOptions,
     checkpoint: Checkpoint | None,
-    ranks: Ranks,
+    ranks: Ranks | None = None,
 ) -> Training:
     """Load the base on its device, put LoRA on it, and go to where a checkpoint left off.
 
@@ -110,6 +110,7 @@ def build_training(
     """
     from accelerate import Accelerator
 
+    ranks = ranks or Ranks()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, source.config, device=device)
     accelerator = Accelerator(
@@ -199,8 +200,12 @@ def describe_start(source: Source, training: Training) -> str:
         for spec in source.prunable[:2]
     )
     dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
+    where = str(training.accelerator.device)
+    if (size := training.ranks.size) > 1:
+        where = f"{size} ranks on {training.accelerator.device.type}"
+        base += ", sharded" if options.shard else ""
     return (
-        f"{training.accelerator.device}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
+        f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
         f"of at most {options.seq_len} tokens{dropped}; {training.steps} steps, "
         f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
         + (" on average" if options.scope == "global" else "")

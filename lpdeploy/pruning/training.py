@@ -126,7 +126,6 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
         NonFiniteError: Loss or gradient is NaN or infinite. The weights are still those after
             the previous step.
         RankLostError: Another rank is gone; the same is true.
-        LpdeployError: Another rank removed other groups.
     """
     training.model.train()
     calibrate = start is None and training.options.num_calibration_rows
@@ -134,18 +133,6 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
         with training.ranks.watch():
             info = _run_step(training, step) if step else _calibrate(training)
         yield info
-        if info.removed:
-            _check_same_groups(training, step)
-
-
-def _check_same_groups(training: Training, step: int) -> None:
-    """Refuse to go on where ranks have removed different groups."""
-    if training.ranks.size > 1:
-        training.ranks.check_same(
-            str(training.state.list_kept(training.state.specs)),
-            otherwise=f"it removed other groups at step {step}. Check the memory of its machine, "
-            "and go on from the last checkpoint with --resume.",
-        )
 
 
 def _calibrate(training: Training) -> StepInfo:
