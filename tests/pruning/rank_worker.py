@@ -1,0 +1,117 @@
+"""What each rank of tests/pruning/test_ranks.py runs: ``python -m tests.pruning.rank_worker ROOT``.
+
+``run_alone`` makes the runs of one process that theirs are compared with.
+"""
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from lpdeploy.errors import LpdeployError
+from lpdeploy.models.loading import load_model
+from lpdeploy.models.sharded import list_own_rows, load_sharded_model
+from lpdeploy.pruning import criteria, ranks, run
+from lpdeploy.pruning.options import PruneOptions
+
+# Without dropout, whose masks are a rank's own.
+OPTIONS = {
+    "ratio": 0.5, "steps": 6, "batch_size": 8, "micro_batch_size": 2, "seq_len": 24, "lr": 1e-2,
+    "prune_every": 2, "ramp": "authors", "round_to": 4, "lora_dropout": 0.0, "device": "cpu",
+}  # fmt: skip
+SHARD = {"removal": "mask", "shard": True}
+# name -> (model, data, options)
+CASES = {
+    "mha-lora": ("mha", "text.txt", {}),
+    "mha-gradient": ("mha", "text.txt", {"criterion": "gradient", "offload_gradients": True}),
+    "mha-random": ("mha", "text.txt", {"criterion": "random"}),
+    "mha-wanda-mask": ("mha", "text.txt", {"criterion": "wanda", "removal": "mask"}),
+    # Rows of unequal lengths; 10 rows of calibration leave one micro-batch for two ranks.
+    "gqa-gate": ("gqa", "pairs.jsonl", {"criterion": "gate", "calibration_samples": 10}),
+    "gqa-wanda": ("gqa", "pairs.jsonl", {"criterion": "wanda", "calibration_samples": 10}),
+    "gqa-lora-mask": ("gqa", "text.txt", {"removal": "mask"}),
+    "mha-shard": ("mha", "text.txt", SHARD),
+    "gqa-shard-gate": ("gqa", "pairs.jsonl", SHARD | {"criterion": "gate"}),
+    "gqa-shard-recomputed": ("gqa", "text.txt", SHARD | {"gradient_checkpointing": True}),
+    # Biases, tied embeddings, per-Linear norms of scores, and a number of rows that is odd.
+    "odd-shard-wanda": ("odd", "text.txt", SHARD | {"criterion": "wanda", "normalize": True}),
+}  # fmt: skip
+
+
+def prune(root, name, output, **changes):
+    model, data, options = CASES[name]
+    chosen = PruneOptions(**{**OPTIONS, **options, **changes})
+    run.prune(str(root / model), root / output, data=str(root / data), options=chosen)
+
+
+def run_alone(root):
+    for name in CASES:
+        prune(root, name, f"one/{name}", shard=False)
+
+
+def run_with_others(root, rank):
+    for name in CASES:
+        prune(root, name, f"two/{name}")
+    answers = {
+        "own_rows": compare_rows(root),
+        "refused": catch(prune, root, "mha-lora", "two/refused", micro_batch_size=8),
+        "options": catch(prune, root, "mha-lora", "two/options", seed=rank),
+    }
+    # A rank that does not take part in what makes random scores the same.
+    if rank == 1:
+        criteria.RandomCriterion.compute_importance = draw_alone
+    answers["groups"] = catch(prune, root, "mha-random", "two/groups", checkpoint_every=2)
+    return answers
+
+
+def draw_alone(self, kept=None):
+    scores = {spec.name: torch.randn(spec.num_groups).abs() for spec in self.specs}
+    own = {spec.name: self._draw(spec, kept) for spec in self.specs}
+    self.ranks.copy_first(list(own.values()))
+    return {name: scores[name][: len(values)] for name, values in own.items()}
+
+
+def catch(work, *arguments, **options):
+    try:
+        work(*arguments, **options)
+    except LpdeployError as error:
+        return str(error)
+    return None
+
+
+def compare_rows(root):
+    """Compare what a rank holds with its rows of the whole model, and list how many they are."""
+    whole = load_model(root / "odd", dtype="fp32")
+    shard = load_sharded_model(root / "odd", dtype="fp32", device=torch.device("cpu"))
+    counts = {}
+    for (name, expected), (_, own) in zip(
+        whole.named_parameters(), shard.named_parameters(), strict=True
+    ):
+        rows = list_own_rows(own)
+        local = own.to_local() if hasattr(own, "to_local") else own
+        assert torch.equal(local, expected[rows.start : rows.stop])
+        counts[name] = len(rows)
+    return counts
+
+
+def wait_for_peer(folder, rank):
+    """Sum with a rank that answers at first and then no more, in a group that waits 2 seconds."""
+    dist.destroy_process_group()
+    place = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", place, timedelta(seconds=2), world_size=2, rank=rank)
+    joined, value = ranks.Ranks(rank, 2), torch.ones(3)
+    joined.sum([value])
+    assert value.tolist() == [2, 2, 2]
+    return catch(joined.sum, [value]) if rank == 0 else time.sleep(4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    answers = run_with_others(folder, rank) | {"hanging": wait_for_peer(folder, rank)}
+    (folder / f"answers-{rank}.json").write_text(json.dumps(answers))

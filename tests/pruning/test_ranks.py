@@ -1,0 +1,302 @@
+"""Two ranks give what one process gives; a rank that is lost ends the run and loses nothing.
+
+Ranks are real processes that torchrun or accelerate starts, over gloo on the loopback. Starting
+one takes seconds, so that all comparisons share one launch.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lpdeploy.errors import LpdeployError
+from lpdeploy.models.compact import compact
+from lpdeploy.pruning.checkpoint import CHECKPOINT
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.ranks import Ranks, join_ranks
+from lpdeploy.pruning.run import prune
+from tests.helpers import make_text, make_tiny_model
+from tests.pruning import rank_worker
+from tests.pruning.rank_worker import CASES
+
+ROOT = Path(__file__).parent.parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+ACCELERATE = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+    "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
+]  # fmt: skip
+SECONDS = 240
+
+
+def start(launcher, *arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
+
+
+def finish(process):
+    """Wait for a launcher, bounded, and leave none of its ranks behind."""
+    try:
+        return process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its ranks then
+            process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Runs of two ranks, ``two/NAME``, beside those of one process, ``one/NAME``."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_tiny_model(folder / "mha", heads=4)
+    make_tiny_model(folder / "gqa", heads=4, kv_heads=2)
+    make_tiny_model(
+        folder / "odd", model_type="qwen2", heads=4, kv_heads=2, intermediate_size=49,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    make_text(folder / "text.txt")
+    make_pairs(folder / "pairs.jsonl")
+    launched = start(TORCHRUN, "tests.pruning.rank_worker", folder, stderr=subprocess.PIPE)
+    rank_worker.run_alone(folder)
+    _, errors = finish(launched)
+    assert launched.returncode == 0, errors
+    return folder
+
+
+def make_pairs(path):
+    lines = [
+        {
+            "instruction": " ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 5)),
+            "response": " ".join(f"w{(row + 7 * word) % 60}" for word in range(2 + row % 9)),
+        }
+        for row in range(60)
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_do_what_one_process_does(root, name):
+    one, two = root / "one" / name, root / "two" / name
+    plans = [json.loads((run / "plan.json").read_text()) for run in (one, two)]
+    assert plans[0]["kept"] == plans[1]["kept"]
+    expected, actual = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (one, two))
+    assert expected.keys() == actual.keys()
+    for key, tensor in expected.items():
+        # The same sums of the same float32 numbers in another order, through 6 steps of AdamW,
+        # whose division by the root of a small second moment amplifies their noise. The largest
+        # weight is about 0.2, a step of the learning rate 0.01.
+        torch.testing.assert_close(actual[key], tensor, rtol=1e-3, atol=2e-5)
+    scores = [load_file(run / "importance.safetensors") for run in (one, two)]
+    for key, tensor in scores[0].items():
+        atol = 1e-4 * tensor.max().item()
+        torch.testing.assert_close(scores[1][key], tensor, rtol=1e-3, atol=atol)
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in (one, two)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_what_two_ranks_wrote_is_compacted_as_always(root):
+    for name in ("gqa-lora-mask", "gqa-shard-gate"):
+        compact(root / "one" / name)
+        compact(root / "two" / name)
+        one, two = (
+            load_file(root / n / name / "model" / "model.safetensors") for n in ("one", "two")
+        )
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=2e-5)  # as above
+
+
+def read_answers(root):
+    return [json.loads((root / f"answers-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_rank_holds_its_rows_of_the_layers_alone(root):
+    first, second = (answers["own_rows"] for answers in read_answers(root))
+    prefix = "model.layers.1"
+    for name, counts in {
+        f"{prefix}.mlp.up_proj.weight": (25, 24),
+        f"{prefix}.mlp.down_proj.weight": (16, 16),
+        f"{prefix}.self_attn.q_proj.bias": (16, 16),
+        "model.embed_tokens.weight": (72, 72),
+        "model.norm.weight": (32, 32),
+    }.items():
+        assert (first[name], second[name]) == counts
+
+
+def test_ranks_that_differ_do_not_go_on(root):
+    for answers in read_answers(root):
+        assert answers["options"].startswith(
+            "Rank 1 of 2 differs from rank 0: it has other options"
+        )
+        assert "Give every rank the same command" in answers["options"]
+        assert answers["groups"].startswith(
+            "Rank 1 of 2 differs from rank 0: it removed other groups at step 2."
+        )
+    # Nothing of what they disagree about was kept.
+    assert sorted(path.name for path in (root / "two" / "groups").iterdir()) == [
+        "log.jsonl", "recipe.yaml",
+    ]  # fmt: skip
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(root):
+    for answers in read_answers(root):
+        assert answers["refused"] == (
+            "--batch-size 8 cannot be dealt evenly over 2 ranks in micro-batches of 8. "
+            "Choose a multiple of 16, or another --micro-batch-size."
+        )
+
+
+def test_one_process_alone_cannot_shard():
+    with pytest.raises(LpdeployError, match="--shard spreads the base over several ranks"):
+        join_ranks(PruneOptions(shard=True, removal="mask", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"removal": "cut"}, "--removal cut: no group can be cut out of its parts"),
+        ({"load_in": "8bit"}, "--load-in 8bit: quantised weights are not divided"),
+        ({"criterion": "gradient"}, "--criterion gradient: the gradients of all its weights"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(options, refused):
+    with pytest.raises(ValueError, match=f"--shard cannot go with {refused}.* use --removal mask"):
+        PruneOptions(**{"shard": True, "removal": "mask", **options})
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_an_accelerate_that_would_wrap_the_model_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(LpdeployError, match=f"configured for {name}.* Launch with --multi_gpu"):
+        join_ranks(PruneOptions(device="cpu"))
+
+
+def test_micro_batches_are_dealt_in_turn_and_evenly():
+    def make(index):
+        ids = torch.full((1, 2), index)
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    dealt = [Ranks(rank, 3).deal([make(index) for index in range(4)]) for rank in range(3)]
+    assert [[int(m["labels"][0, 0]) for m in own] for own in dealt] == [
+        [0, 3],
+        [1, -100],
+        [2, -100],
+    ]
+    for own in dealt[1:]:
+        assert not own[1]["attention_mask"].any()
+    assert all(own[0]["attention_mask"].all() for own in dealt)
+
+
+def list_ranks(launcher):
+    """Find the pids of a launcher's ranks, in their order."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            values = (process / "environ").read_bytes().decode().split("\0")
+        except (OSError, IndexError, ValueError):
+            continue  # no process, or gone
+        if parent == launcher.pid:
+            found |= {int(v[5:]): int(process.name) for v in values if v.startswith("RANK=")}
+    return [pid for _, pid in sorted(found.items())]
+
+
+STEPS = 60
+
+
+def prune_command(root, output):
+    return [
+        "lpdeploy", "prune", root / "gqa", "--data", root / "text.txt", "--output", output,
+        "--steps", STEPS, "--batch-size", 8, "--micro-batch-size", 2, "--seq-len", 24,
+        "--round-to", 4, "--device", "cpu", "--ramp", "authors", "--prune-every", 10,
+        "--removal", "mask", "--lora-dropout", 0, "--checkpoint-every", 0,
+    ]  # fmt: skip
+
+
+def prune_alone(root, output, **arguments):
+    options = PruneOptions(
+        steps=STEPS, batch_size=8, micro_batch_size=2, seq_len=24, round_to=4, device="cpu",
+        ramp="authors", removal="mask", lora_dropout=0.0, checkpoint_every=0,
+    )  # fmt: skip
+    data = str(root / "text.txt")
+    prune(str(root / "gqa"), output, data=data, options=options, **arguments)
+    return json.loads((output / "plan.json").read_text())["kept"]
+
+
+def count_lines(log):
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def break_off(launched, output, *, lines, end):
+    """Let a run log some lines, end it, check what it leaves, and return what it said."""
+    log = output / "log.jsonl"
+    wanted, deadline = count_lines(log) + lines, time.monotonic() + SECONDS
+    while count_lines(log) < wanted:
+        assert launched.poll() is None, launched.stderr.read()
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.01)
+    end(launched)
+    _, errors = finish(launched)
+    assert launched.returncode == 1
+    names = sorted(path.name for path in output.rglob("*") if path.is_file())
+    assert names == ["log.jsonl", "recipe.yaml", "state.safetensors"]
+    load_file(output / "checkpoint" / "state.safetensors")
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    kept = f"The state after step {count_lines(log)} is kept in '{output / CHECKPOINT}'."
+    assert kept in sentence
+    return sentence.replace(kept, "KEPT")
+
+
+def kill_rank(rank):
+    return lambda launched: os.kill(list_ranks(launched)[rank], signal.SIGKILL)
+
+
+def test_a_run_that_is_broken_off_again_and_again(root, tmp_path):
+    """Kill a rank; tell the next launch to end; kill the rank that writes; end it otherwise."""
+    output = tmp_path / "run"
+    command = prune_command(root, output)
+    launched = start(TORCHRUN, *command, stderr=subprocess.PIPE)
+    assert break_off(launched, output, lines=12, end=kill_rank(1)) == (  # one event is past
+        "Error: Rank 0 of 2 lost another rank, which was killed or has failed. KEPT "
+        "Go on with --resume, with as many ranks as you like."
+    )
+    launched = start(ACCELERATE, *command, "--resume", stderr=subprocess.PIPE)
+    assert break_off(launched, output, lines=3, end=subprocess.Popen.terminate) == (
+        "Error: The run was told to end. KEPT Go on with --resume."
+    )
+    launched = start(TORCHRUN, *command, "--resume", stderr=subprocess.PIPE)
+    assert break_off(launched, output, lines=3, end=kill_rank(0)) == (
+        "Error: Rank 1 of 2 lost another rank, which was killed or has failed. KEPT "
+        "Go on with --resume, with as many ranks as you like."
+    )
+    shutil.copytree(output, tmp_path / "alone")
+    # Through the command line to the end, in another way than it began: sharded.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    launched = start(ACCELERATE, *command, "--resume", "--shard", "--json", **pipes)
+    whole = prune_alone(root, tmp_path / "whole")
+    assert prune_alone(root, tmp_path / "alone", resume=True) == whole
+    answer, errors = finish(launched)
+    assert launched.returncode == 0, errors
+    assert errors.count("2 ranks on cpu, fp32, sharded") == 1
+    text, document = answer.splitlines()
+    assert text.startswith(f"{output}: 50.0% of the heads")
+    assert json.loads(document)["achieved"]["groups"] == 0.5
+    assert json.loads((output / "plan.json").read_text())["kept"] == whole
+    lines = (output / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_a_rank_that_hangs_ends_the_wait(root):
+    assert read_answers(root)[0]["hanging"] == (
+        "Rank 0 of 2 lost another rank, which was killed or has failed."
+    )
