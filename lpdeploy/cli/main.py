@@ -86,8 +86,13 @@ def _let_first_rank_speak() -> None:
 
 def _end_as_interrupted() -> None:
     # SIGTERM ends a command as Ctrl-C does: with its processes stopped and its scratch removed.
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if is_first_rank():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    else:  # in silence
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)

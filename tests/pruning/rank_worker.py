@@ -5,11 +5,13 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed as dist
 
@@ -59,6 +61,7 @@ def run_with_others(root, rank):
         prune(root, name, f"two/{name}")
     answers = {
         "own_rows": compare_rows(root),
+        "messages": count_messages(root),
         "refused": catch(prune, root, "mha-lora", "two/refused", micro_batch_size=8),
         "options": catch(prune, root, "mha-lora", "two/options", seed=rank),
     }
@@ -67,6 +70,31 @@ def run_with_others(root, rank):
         criteria.RandomCriterion.compute_importance = draw_alone
     answers["groups"] = catch(prune, root, "mha-random", "two/groups", checkpoint_every=2)
     return answers
+
+
+def count_messages(root):
+    """Prune nothing, and list the bytes of each message: sums over the ranks, gathered weights."""
+    sizes = {"summed": [], "gathered": []}
+
+    def counted(function, kind):
+        def call(tensor, *arguments, **options):
+            sizes[kind].append(tensor.numel() * tensor.element_size())
+            return function(tensor, *arguments, **options)
+
+        return call
+
+    names = {"all_reduce": "summed", "all_gather_into_tensor": "gathered"}
+    counts = {}
+    for name in ("mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate", "mha-shard"):
+        sizes["summed"], sizes["gathered"] = [], []
+        with pytest.MonkeyPatch.context() as patch:
+            for function, kind in names.items():
+                patch.setattr(dist, function, counted(getattr(dist, function), kind))
+            prune(root, name, "two/counted", ratio=0.0, calibration_samples=0)
+        shutil.rmtree(root / "two" / "counted", ignore_errors=True)
+        dist.barrier()
+        counts[name] = dict(sizes)
+    return counts
 
 
 def draw_alone(self, kept=None):

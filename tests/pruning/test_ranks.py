@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.compact import compact
+from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.run import prune
+from lpdeploy.pruning.travel import compute_travel
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning import rank_worker
 from tests.pruning.rank_worker import CASES
@@ -114,6 +116,34 @@ def test_what_two_ranks_wrote_is_compacted_as_always(root):
         )
         for key, tensor in one.items():
             torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=2e-5)  # as above
+
+
+@pytest.mark.parametrize(
+    "name", ["mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate", "mha-shard"]
+)
+def test_what_travels_is_what_is_counted_from_shapes(root, name):
+    """Two layers, hidden 32, 4 heads of 8, 48 channels, rank 8; all by hand."""
+    key = 32 if name.startswith("mha") else 16
+    shapes = [(32, 32), (key, 32), (key, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    weights = sum(out * columns for out, columns in shapes)
+    groups = key // 8 + 48
+    lora = 4 * (2 * 8 * sum(out + columns for out, columns in shapes) + 1)
+    model, _, options = CASES[name]
+    chosen = PruneOptions(**{**rank_worker.OPTIONS, **options, "ratio": 0.0})
+    travel = compute_travel(load_config(root / model), chosen, ranks=2, itemsize=4)
+    assert travel.gradients == lora
+    numbers = {"gradient": weights, "wanda": 6 * 32 + 48, "gate": groups, "lora": 0}
+    scores = 4 * 2 * numbers[chosen.criterion] + 4 * 2 * (4 * 4 + 3 * 48) * chosen.shard
+    assert travel.scores == scores
+    layer = 4 * (weights + 2 * 32)
+    # Eight rows are two micro-batches for each rank, there and back through two layers.
+    assert travel.weights == (2 * 2 * 2 * layer if chosen.shard else 0)
+    counted = read_answers(root)[0]["messages"][name]
+    last = 4  # event of those every 2 steps, in 90 % of 6; the steps after it score no more
+    assert counted["summed"].count(lora) == 6
+    observed = [size for size in counted["summed"] if size not in (lora, 8, 256)]
+    assert sum(observed) == last * scores
+    assert counted["gathered"] == [layer] * (6 * 8 if chosen.shard else 0)
 
 
 def read_answers(root):

@@ -1,0 +1,73 @@
+"""What travels between ranks in a step, counted from shapes: bytes a rank puts into messages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lpdeploy.models.groups import count_group_parameters, list_group_specs
+from lpdeploy.pruning.options import PruneOptions
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Sizes of the messages of one step of an unpruned model, in bytes; each shrinks with it.
+
+    Attributes:
+        gradients: LoRA's gradients and the loss, summed over the ranks in one message.
+        scores: What the criterion sums besides, in steps that score.
+        weights: Weights of the layers that are gathered on every rank, with ``--shard``.
+    """
+
+    gradients: int
+    scores: int
+    weights: int
+
+    def count_sent(self, ranks: int) -> float:
+        """Return the bytes a rank sends: a ring sum sends all but its part twice, a gather once.
+
+        Args:
+            ranks: How many there are.
+        """
+        others = (ranks - 1) / ranks
+        return others * (2 * (self.gradients + self.scores) + self.weights)
+
+
+def compute_travel(config: Any, options: PruneOptions, *, ranks: int, itemsize: int) -> Travel:
+    """Count what travels in one step.
+
+    Args:
+        config: Of the unpruned base.
+        options: Of the run.
+        ranks: How many share a batch.
+        itemsize: Bytes of one weight of the base.
+    """
+    specs, hidden = list_group_specs(config), config.hidden_size
+    groups = sum(spec.num_groups for spec in specs)
+    # Rows of q, k, v, gate and up with the hidden size beside them, columns of o and down.
+    cut = sum(spec.num_groups * piece.block for spec in specs for piece in spec.slices)
+    linears = sum(len(spec.slices) for spec in specs)
+    projections = sum(spec.num_groups * count_group_parameters(spec, config) for spec in specs)
+    features = sum(
+        spec.num_groups * piece.block if piece.dim else hidden
+        for spec in specs
+        for piece in spec.slices
+    )
+    numbers = {
+        "gate": groups,
+        "random": groups,
+        "wanda": features,
+        "gradient": cut * hidden,
+    }.get(options.criterion, 0)
+    weights = 0
+    if options.shard:
+        if options.criterion not in ("gate", "random"):  # each Linear's sums over a rank's rows
+            numbers += sum(spec.num_groups * len(spec.slices) for spec in specs)
+        norms = 2 * hidden * config.num_hidden_layers
+        passes = 2 * options.batch_size // (options.micro_batch_size * ranks)  # there and back
+        weights = passes * (projections + norms) * itemsize
+    return Travel(
+        gradients=_FLOAT_BYTES * (options.lora_rank * (cut + linears * hidden) + 1),
+        scores=_FLOAT_BYTES * numbers,
+        weights=weights,
+    )

@@ -1,0 +1,159 @@
+"""Measure what a rank holds of a sharded base, and what travels between two ranks.
+
+    python tools/measure_ranks.py --output docs/measurements/ranks-cpu.json
+
+Starts two ranks over gloo on this machine, with a LLaMA of random weights. Memory is that of the
+process without what it maps from files (RssAnon), sampled while the base is loaded. Messages are
+those that torch.distributed was given in two steps, beside what `compute_travel` counts.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import distributed as dist
+from transformers import LlamaConfig
+
+from lpdeploy.artifacts import describe_machine, save_json
+from lpdeploy.benchmark.random_models import save_random_model
+from lpdeploy.models.loading import load_config, load_model
+from lpdeploy.models.sharded import load_sharded_model
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.ranks import join_ranks
+from lpdeploy.pruning.run import prune
+from lpdeploy.pruning.travel import compute_travel
+
+RANKS = 2
+SHAPE = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512,
+}  # fmt: skip
+OPTIONS: dict[str, Any] = {
+    "steps": 2, "batch_size": 4, "micro_batch_size": 1, "seq_len": 32, "ratio": 0.0,
+    "calibration_samples": 0, "prune_every": 1, "device": "cpu",
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "wanda": {"criterion": "wanda"},
+    "lora, sharded": {"shard": True, "removal": "mask"},
+}
+
+
+def read_anonymous_bytes() -> int:
+    """Return the memory of this process that belongs to no file."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def measure_load(load: Callable[[], Any]) -> dict[str, int]:
+    """Return what loading a model adds to the process: while it goes on, and afterwards."""
+    gc.collect()
+    before, samples, done = read_anonymous_bytes(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(read_anonymous_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    model = load()
+    done.set()
+    sampler.join()
+    held = read_anonymous_bytes() - before
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"weight_bytes": weights, "held_bytes": held, "peak_bytes": max(samples) - before}
+
+
+def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
+    """Return the bytes a step put into messages: summed over the ranks, and gathered from them."""
+    counts = {"summed": 0, "gathered": 0}
+
+    def counted(name: str, kind: str) -> Any:
+        function = getattr(dist, name)
+
+        def call(tensor: Any, *arguments: Any, **rest: Any) -> Any:
+            counts[kind] += tensor.numel() * tensor.element_size()
+            return function(tensor, *arguments, **rest)
+
+        return mock.patch.object(dist, name, call)
+
+    with ExitStack() as stack:
+        stack.enter_context(counted("all_reduce", "summed"))
+        stack.enter_context(counted("all_gather_into_tensor", "gathered"))
+        data, output = str(folder / "text.txt"), folder / "run"
+        prune(str(folder / "model"), output, data=data, options=options, overwrite=True)
+    return {kind: count // OPTIONS["steps"] for kind, count in counts.items()}
+
+
+def measure_rank(folder: Path) -> None:
+    """Measure on one of the ranks; the first writes."""
+    torch.set_num_threads(1)
+    ranks = join_ranks(PruneOptions(device="cpu", batch_size=8))
+    model = folder / "model"
+    loads = {
+        "sharded": measure_load(
+            lambda: load_sharded_model(model, dtype="fp32", device=torch.device("cpu"))
+        ),
+        "whole": measure_load(lambda: load_model(model, dtype="fp32")),
+    }
+    messages = {}
+    for name, changes in RUNS.items():
+        options = PruneOptions(**{**OPTIONS, **changes})
+        travel = compute_travel(load_config(model), options, ranks=RANKS, itemsize=4)
+        messages[name] = count_messages(folder, options) | {
+            "computed": dataclasses.asdict(travel),
+        }
+    if ranks.is_first:
+        (folder / "measured.json").write_text(json.dumps({"loads": loads, "messages": messages}))
+
+
+def main() -> None:
+    """Make the model, start the ranks, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    output = parser.parse_args().output
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_random_model(LlamaConfig(**SHAPE), folder / "model")
+        save_tokenizer(folder / "model")
+        (folder / "text.txt").write_text("a b c d e f g h " * 400, encoding="utf-8")
+        start = time.perf_counter()
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        subprocess.run([sys.executable, *launcher, __file__, str(folder)], check=True)
+        measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    machine = describe_machine()
+    command = f"python tools/measure_ranks.py --output {output}"
+    about = {"machine": machine | {"command": command}, "command": command, "ranks": RANKS}
+    seconds = round(time.perf_counter() - start, 1)
+    save_json(output, {**about, "shape": SHAPE, "options": OPTIONS, "seconds": seconds, **measured})
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of a few words beside a model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["<unk>", *"abcdefgh"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 - no password
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)  # noqa: S106
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        measure_rank(Path(sys.argv[1]))
+    else:
+        main()
