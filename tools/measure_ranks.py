@@ -24,26 +24,28 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import distributed as dist
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.benchmark.random_models import save_random_model
-from lpdeploy.models.loading import load_config, load_model
-from lpdeploy.models.sharded import load_sharded_model
+from lpdeploy.models.loading import load_config
+from lpdeploy.models.sharded import is_shard, load_sharded_model
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import join_ranks
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.travel import compute_travel
 
 RANKS = 2
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
     "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "steps": 2, "batch_size": 4, "micro_batch_size": 1, "seq_len": 32, "ratio": 0.0,
-    "calibration_samples": 0, "prune_every": 1, "device": "cpu",
+    "calibration_samples": 0, "prune_every": 1, "ramp": "paper", "device": "cpu",
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -73,8 +75,14 @@ def measure_load(load: Callable[[], Any]) -> dict[str, int]:
     done.set()
     sampler.join()
     held = read_anonymous_bytes() - before
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"weight_bytes": weights, "held_bytes": held, "peak_bytes": max(samples) - before}
+    parameters = list(model.parameters())
+    own = sum(p.to_local().nbytes if is_shard(p) else p.nbytes for p in parameters)
+    return {
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "own_bytes": own,
+        "held_bytes": held,
+        "peak_bytes": max(samples) - before,
+    }
 
 
 def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
@@ -92,7 +100,7 @@ def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
 
     with ExitStack() as stack:
         stack.enter_context(counted("all_reduce", "summed"))
-        stack.enter_context(counted("all_gather_into_tensor", "gathered"))
+        stack.enter_context(counted(_GATHER, "gathered"))
         data, output = str(folder / "text.txt"), folder / "run"
         prune(str(folder / "model"), output, data=data, options=options, overwrite=True)
     return {kind: count // OPTIONS["steps"] for kind, count in counts.items()}
@@ -103,12 +111,7 @@ def measure_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = join_ranks(PruneOptions(device="cpu", batch_size=8))
     model = folder / "model"
-    loads = {
-        "sharded": measure_load(
-            lambda: load_sharded_model(model, dtype="fp32", device=torch.device("cpu"))
-        ),
-        "whole": measure_load(lambda: load_model(model, dtype="fp32")),
-    }
+    load = measure_load(lambda: load_sharded_model(model, dtype="fp32", device=torch.device("cpu")))
     messages = {}
     for name, changes in RUNS.items():
         options = PruneOptions(**{**OPTIONS, **changes})
@@ -117,7 +120,7 @@ def measure_rank(folder: Path) -> None:
             "computed": dataclasses.asdict(travel),
         }
     if ranks.is_first:
-        (folder / "measured.json").write_text(json.dumps({"loads": loads, "messages": messages}))
+        (folder / "measured.json").write_text(json.dumps({"load": load, "messages": messages}))
 
 
 def main() -> None:
@@ -143,9 +146,6 @@ def main() -> None:
 
 def save_tokenizer(folder: Path) -> None:
     """Save a tokenizer of a few words beside a model."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = {word: index for index, word in enumerate(["<unk>", *"abcdefgh"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 - no password
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -83,7 +83,8 @@ def count_messages(root):
 
         return call
 
-    names = {"all_reduce": "summed", "all_gather_into_tensor": "gathered"}
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    names = {"all_reduce": "summed", gather: "gathered"}
     counts = {}
     for name in ("mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate", "mha-shard"):
         sizes["summed"], sizes["gathered"] = [], []
