@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from transformers import LlamaConfig
 
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.cli.main import main as root
 from lpdeploy.paper.render import render_markdown
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.travel import compute_travel
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "docs" / "cli.md"
-DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "engines"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "engines", "scaling")),
+]
 _CLI_INTRODUCTION = """\
 # Commands
 
@@ -127,8 +133,73 @@ def render_bench(data: dict[str, Any]) -> str:
     return render_latency_table(data).split("\n", 2)[2].rstrip()
 
 
+# (name, config) of what docs/scaling.md plans for: LLaMA (arXiv:2302.13971), Llama 3
+# (arXiv:2407.21783).
+LARGE = {
+    "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "LLaMA-65B": {
+        "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "Llama-3-70B": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+
+
+def render_travel(data: dict[str, Any]) -> str:  # noqa: ARG001 - from shapes, not from the file
+    """Return what travels between eight ranks, for the shapes of large models."""
+    lines = [
+        "| base | LoRA's gradients | a rank sends | gathered with `--shard` | a rank sends |",
+        "|---|---|---|---|---|",
+    ]
+    for name, shape in LARGE.items():
+        plain, sharded = (
+            compute_travel(LlamaConfig(**shape), options, ranks=8, itemsize=2)
+            for options in (PruneOptions(), PruneOptions(shard=True, removal="mask"))
+        )
+        lines.append(
+            f"| {name} | {plain.gradients / 1e6:,.0f} MB | {plain.count_sent(8) / 1e6:,.0f} MB "
+            f"| {sharded.weights / 1e9:,.0f} GB | {sharded.count_sent(8) / 1e9:,.0f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def render_messages(data: dict[str, Any]) -> str:
+    """Return what was put into messages in a step, beside what is counted from shapes."""
+    lines = [
+        "| criterion | summed, counted from shapes | summed | gathered, counted | gathered |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in data["messages"].items():
+        computed = row["computed"]
+        lines.append(
+            f"| {name} | {computed['gradients'] + computed['scores']:,} | {row['summed']:,} "
+            f"| {computed['weights']:,} | {row['gathered']:,} |"
+        )
+    about = "Bytes; what is summed beyond is the ranks' agreement about how to go on."
+    return "\n".join([*lines, "", about, describe(data)])
+
+
+def render_load(data: dict[str, Any]) -> str:
+    """Return the memory of a rank that loads its share of a base."""
+    load = data["load"]
+    names = {
+        "the whole base": "weight_bytes",
+        "what the rank keeps of it": "own_bytes",
+        "memory after loading": "held_bytes",
+        "most memory while loading": "peak_bytes",
+    }
+    rows = [f"| {name} | {load[key] / 1e6:.0f} |" for name, key in names.items()]
+    return "\n".join(["| | MB |", "|---|---|", *rows, "", describe(data)])
+
+
 RENDERERS = {
     "bench": render_bench,
+    "load": render_load,
+    "messages": render_messages,
+    "travel": render_travel,
     "quality": render_quality,
     "latency": render_latency,
     "paper": render_paper,
