@@ -51,7 +51,12 @@ _LAYERS = click.IntRange(min=0)
 )
 @click.option("--epochs", type=_COUNT, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--steps", type=_COUNT, help="Optimizer steps, instead of epochs.")
-@click.option("--batch-size", type=_COUNT, default=_DEFAULT.batch_size, help="Sequences a step.")
+@click.option(
+    "--batch-size",
+    type=_COUNT,
+    default=_DEFAULT.batch_size,
+    help="Sequences a step, over all ranks.",
+)
 @click.option(
     "--micro-batch-size",
     type=_COUNT,

@@ -24,7 +24,7 @@ class PruneOptions:
             them; None for 128, or 0 in ``joint`` where the ramp does without.
         epochs: Passes over the data; ignored where ``steps`` is given.
         steps: Optimizer steps.
-        batch_size: Sequences an optimizer step.
+        batch_size: Sequences an optimizer step, over all ranks.
         micro_batch_size: Sequences a forward pass; divides ``batch_size``.
         seq_len: Tokens a sequence.
         lr: Peak learning rate of AdamW.

@@ -168,11 +168,12 @@ class Ranks:
 
     def _finish(self, work: dist.Work) -> None:
         # Not ``wait`` alone: while a backend waits for a dead peer, no signal would get through.
-        patience = _PATIENCE_SECONDS
+        deadline = None
         while not work.is_completed():
             time.sleep(_POLL_SECONDS)
-            patience -= _POLL_SECONDS if self.ending.is_set() else 0
-            if patience < 0:
+            if self.ending.is_set() and deadline is None:
+                deadline = time.monotonic() + _PATIENCE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
                 raise dist.DistBackendError("a rank did not answer while the run was ending")
         work.wait()
 

@@ -320,10 +320,14 @@ def test_another_rank_speaks_only_of_what_the_first_does_not(base, data, tmp_pat
 
 
 def test_another_rank_is_quiet(base, data, tmp_path, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr("lpdeploy.cli.main.signal.signal", handlers.__setitem__)
     monkeypatch.setenv("RANK", "1")
     words = ("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL, "--json")
     result = invoke(*words)
     assert (result.exit_code, result.output) == (0, "")
+    # Also where it is told to end before the first step: not even an "Aborted!".
+    assert handlers == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_DFL}
 
 
 def test_a_sharded_base_is_masked_unless_asked_otherwise(base, data, tmp_path):

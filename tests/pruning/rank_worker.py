@@ -44,6 +44,11 @@ CASES = {
     "odd-shard-wanda": ("odd", "text.txt", SHARD | {"criterion": "wanda", "normalize": True}),
 }  # fmt: skip
 
+COUNTED = (
+    *("mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate"),
+    *("mha-shard", "gqa-shard-recomputed"),
+)
+
 
 def prune(root, name, output, **changes):
     model, data, options = CASES[name]
@@ -86,7 +91,7 @@ def count_messages(root):
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     names = {"all_reduce": "summed", gather: "gathered"}
     counts = {}
-    for name in ("mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate", "mha-shard"):
+    for name in COUNTED:
         sizes["summed"], sizes["gathered"] = [], []
         with pytest.MonkeyPatch.context() as patch:
             for function, kind in names.items():

@@ -118,9 +118,7 @@ def test_what_two_ranks_wrote_is_compacted_as_always(root):
             torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=2e-5)  # as above
 
 
-@pytest.mark.parametrize(
-    "name", ["mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate", "mha-shard"]
-)
+@pytest.mark.parametrize("name", rank_worker.COUNTED)
 def test_what_travels_is_what_is_counted_from_shapes(root, name):
     """Two layers, hidden 32, 4 heads of 8, 48 channels, rank 8; all by hand."""
     key = 32 if name.startswith("mha") else 16
@@ -133,7 +131,7 @@ def test_what_travels_is_what_is_counted_from_shapes(root, name):
     travel = compute_travel(load_config(root / model), chosen, ranks=2, itemsize=4)
     assert travel.gradients == lora
     numbers = {"gradient": weights, "wanda": 6 * 32 + 48, "gate": groups, "lora": 0}
-    scores = 4 * 2 * numbers[chosen.criterion] + 4 * 2 * (4 * 4 + 3 * 48) * chosen.shard
+    scores = 4 * 2 * numbers[chosen.criterion] + 4 * 2 * (4 * (key // 8) + 3 * 48) * chosen.shard
     assert travel.scores == scores
     layer = 4 * (weights + 2 * 32)
     # Eight rows are two micro-batches for each rank, there and back through two layers.
