@@ -3,9 +3,11 @@
 ``run_alone`` makes the runs of one process that theirs are compared with.
 """
 
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -43,17 +45,19 @@ CASES = {
     # Biases, tied embeddings, per-Linear norms of scores, and a number of rows that is odd.
     "odd-shard-wanda": ("odd", "text.txt", SHARD | {"criterion": "wanda", "normalize": True}),
 }  # fmt: skip
-
+if importlib.util.find_spec("bitsandbytes"):
+    CASES["gqa-8bit"] = ("gqa", "text.txt", {"load_in": "8bit"})
 COUNTED = (
     *("mha-lora", "mha-gradient", "mha-wanda-mask", "gqa-gate"),
     *("mha-shard", "gqa-shard-recomputed"),
 )
 
 
-def prune(root, name, output, **changes):
+def prune(root, name, output, *, on_step=lambda _: None, **changes):
     model, data, options = CASES[name]
     chosen = PruneOptions(**{**OPTIONS, **options, **changes})
-    run.prune(str(root / model), root / output, data=str(root / data), options=chosen)
+    data = str(root / data)
+    run.prune(str(root / model), root / output, data=data, options=chosen, on_step=on_step)
 
 
 def run_alone(root):
@@ -68,6 +72,8 @@ def run_with_others(root, rank):
         "own_rows": compare_rows(root),
         "messages": count_messages(root),
         "refused": catch(prune, root, "mha-lora", "two/refused", micro_batch_size=8),
+        "infinite": catch(prune, root, "mha-lora", "two/infinite", lr=1e30, lr_warmup=0.0),
+        "ended": catch(prune, root, "mha-lora", "two/ended", on_step=end_at_step_3),
         "options": catch(prune, root, "mha-lora", "two/options", seed=rank),
     }
     # A rank that does not take part in what makes random scores the same.
@@ -75,6 +81,12 @@ def run_with_others(root, rank):
         criteria.RandomCriterion.compute_importance = draw_alone
     answers["groups"] = catch(prune, root, "mha-random", "two/groups", checkpoint_every=2)
     return answers
+
+
+def end_at_step_3(info):
+    """Be told to end while the step's results are written, as the first rank is asked to."""
+    if info.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def count_messages(root):
@@ -115,6 +127,8 @@ def catch(work, *arguments, **options):
         work(*arguments, **options)
     except LpdeployError as error:
         return str(error)
+    except SystemExit as error:
+        return f"exit {error.code}"
     return None
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,8 +39,8 @@ ACCELERATE = [
 SECONDS = 240
 
 
-def start(launcher, *arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(launcher, *arguments, extra=None, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(extra or {})}
     command = [sys.executable, *launcher, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
 
@@ -176,6 +177,25 @@ def test_ranks_that_differ_do_not_go_on(root):
     ]  # fmt: skip
 
 
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_one_keeps_the_state(root):
+    first, second = (answers["infinite"] for answers in read_answers(root))
+    assert "is kept in" in first
+    assert "Lower --lr (it was 1e+30) and go on with --resume." in first
+    assert second == "exit 1"  # in silence
+    assert (root / "two" / "infinite" / CHECKPOINT).is_file()
+
+
+def test_ranks_of_which_one_is_told_to_end_all_do_after_the_same_step(root):
+    first, second = (answers["ended"] for answers in read_answers(root))
+    path = root / "two" / "ended"
+    assert first == (
+        f"The run was told to end. The state after step 3 is kept in '{path / CHECKPOINT}'. "
+        "Go on with --resume."
+    )
+    assert second == "exit 1"
+    assert count_lines(path / "log.jsonl") == 3
+
+
 def test_a_batch_that_cannot_be_dealt_is_refused(root):
     for answers in read_answers(root):
         assert answers["refused"] == (
@@ -265,17 +285,17 @@ def count_lines(log):
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def break_off(launched, output, *, lines, end):
+def break_off(processes, output, *, lines, end):
     """Let a run log some lines, end it, check what it leaves, and return what it said."""
     log = output / "log.jsonl"
     wanted, deadline = count_lines(log) + lines, time.monotonic() + SECONDS
     while count_lines(log) < wanted:
-        assert launched.poll() is None, launched.stderr.read()
+        assert all(process.poll() is None for process in processes), "the run ended by itself"
         assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.01)
-    end(launched)
-    _, errors = finish(launched)
-    assert launched.returncode == 1
+    end(processes)
+    errors = "".join(finish(process)[1] for process in processes)
+    assert {process.returncode for process in processes} <= {1, -signal.SIGKILL}
     names = sorted(path.name for path in output.rglob("*") if path.is_file())
     assert names == ["log.jsonl", "recipe.yaml", "state.safetensors"]
     load_file(output / "checkpoint" / "state.safetensors")
@@ -285,25 +305,40 @@ def break_off(launched, output, *, lines, end):
     return sentence.replace(kept, "KEPT")
 
 
-def kill_rank(rank):
-    return lambda launched: os.kill(list_ranks(launched)[rank], signal.SIGKILL)
+def start_without_launcher(*command):
+    """Start two ranks whose store is held by the first, so that it is gone with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(
+            ["-m"], *command, stderr=subprocess.PIPE,
+            extra={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
 
 
 def test_a_run_that_is_broken_off_again_and_again(root, tmp_path):
-    """Kill a rank; tell the next launch to end; kill the rank that writes; end it otherwise."""
+    """Kill a rank; go on and kill the rank that writes; then end it in two ways."""
     output = tmp_path / "run"
     command = prune_command(root, output)
     launched = start(TORCHRUN, *command, stderr=subprocess.PIPE)
-    assert break_off(launched, output, lines=12, end=kill_rank(1)) == (  # one event is past
+
+    def kill_last(processes):
+        os.kill(list_ranks(processes[0])[1], signal.SIGKILL)
+
+    assert break_off([launched], output, lines=12, end=kill_last) == (  # one event is past
         "Error: Rank 0 of 2 lost another rank, which was killed or has failed. KEPT "
         "Go on with --resume, with as many ranks as you like."
     )
-    launched = start(ACCELERATE, *command, "--resume", stderr=subprocess.PIPE)
-    assert break_off(launched, output, lines=3, end=subprocess.Popen.terminate) == (
-        "Error: The run was told to end. KEPT Go on with --resume."
-    )
-    launched = start(TORCHRUN, *command, "--resume", stderr=subprocess.PIPE)
-    assert break_off(launched, output, lines=3, end=kill_rank(0)) == (
+
+    def kill_first(processes):
+        processes[0].kill()
+
+    ranks = start_without_launcher(*command, "--resume")
+    assert break_off(ranks, output, lines=3, end=kill_first) == (
         "Error: Rank 1 of 2 lost another rank, which was killed or has failed. KEPT "
         "Go on with --resume, with as many ranks as you like."
     )
