@@ -64,8 +64,8 @@ def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any
     for module in (decoder.embed_tokens, decoder.norm, model.lm_head):
         module.to_empty(device=device)
     model.tie_weights()
-    with device:  # its table is computed, and in no file
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
+    # Its table is in no file; it is computed on the CPU, as for a model that is not sharded.
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
     _fill(model, folder)
     return model.eval()
 

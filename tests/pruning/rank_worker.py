@@ -70,6 +70,10 @@ def run_with_others(root, rank):
         prune(root, name, f"two/{name}")
     answers = {
         "own_rows": compare_rows(root),
+        "unusable": {
+            name: catch(load_sharded_model, root / name, dtype="fp32", device=torch.device("cpu"))
+            for name in ("lacking", "misshapen", "damaged")
+        },
         "messages": count_messages(root),
         "refused": catch(prune, root, "mha-lora", "two/refused", micro_batch_size=8),
         "infinite": catch(prune, root, "mha-lora", "two/infinite", lr=1e30, lr_warmup=0.0),

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
 
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, RankLostError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.checkpoint import CHECKPOINT
@@ -65,6 +66,7 @@ def root(tmp_path_factory):
         folder / "odd", model_type="qwen2", heads=4, kv_heads=2, intermediate_size=49,
         tie_word_embeddings=True,
     )  # fmt: skip
+    make_unusable(folder)
     make_text(folder / "text.txt")
     make_pairs(folder / "pairs.jsonl")
     launched = start(TORCHRUN, "tests.pruning.rank_worker", folder, stderr=subprocess.PIPE)
@@ -72,6 +74,19 @@ def root(tmp_path_factory):
     _, errors = finish(launched)
     assert launched.returncode == 0, errors
     return folder
+
+
+def make_unusable(folder):
+    """Save models of which a weight is missing, has another shape, or cannot be read."""
+    for name in ("lacking", "misshapen", "damaged"):
+        make_tiny_model(folder / name, heads=4)
+        file = folder / name / "model.safetensors"
+        tensors = load_file(file)
+        weight = tensors.pop("model.layers.1.mlp.up_proj.weight")
+        if name == "misshapen":
+            tensors["model.layers.1.mlp.up_proj.weight"] = weight[:-1].clone()
+        save_file(tensors, file)
+    (folder / "damaged" / "model.safetensors").write_bytes(file.read_bytes()[:500])
 
 
 def make_pairs(path):
@@ -160,6 +175,38 @@ def test_a_rank_holds_its_rows_of_the_layers_alone(root):
         "model.norm.weight": (32, 32),
     }.items():
         assert (first[name], second[name]) == counts
+
+
+def test_a_checkpoint_that_cannot_be_divided_is_refused(root):
+    for answers in read_answers(root):
+        refused = answers["unusable"]
+        for name in ("lacking", "misshapen"):
+            assert "lacks 1 weights of its architecture" in refused[name]
+            assert "first model.layers.1.mlp.up_proj.weight." in refused[name]
+        assert "damaged' cannot be loaded" in refused["damaged"]
+        assert refused["damaged"].endswith("Copy the checkpoint anew.")
+
+
+def test_only_what_is_about_peers_becomes_a_lost_rank():
+    with pytest.raises(RankLostError, match="Rank 0 of 2 lost another rank"), Ranks(0, 2).watch():
+        raise dist.DistBackendError("NCCL error")
+    for size, error in ((2, RuntimeError("out of memory")), (1, dist.DistBackendError("NCCL"))):
+        with pytest.raises(RuntimeError) as caught, Ranks(0, size).watch():
+            raise error
+        assert caught.value is error
+
+
+def test_a_rank_that_is_to_end_waits_for_no_one_for_long(monkeypatch):
+    class Work:
+        def is_completed(self):
+            return False
+
+    monkeypatch.setattr("lpdeploy.pruning.ranks.dist.all_reduce", lambda *_, **__: Work())
+    monkeypatch.setattr("lpdeploy.pruning.ranks._PATIENCE_SECONDS", 0.01)
+    ranks = Ranks(0, 2)
+    ranks.ending.set()
+    with pytest.raises(RankLostError, match="Rank 0 of 2 lost another rank"):
+        ranks.sum([torch.ones(2)])
 
 
 def test_ranks_that_differ_do_not_go_on(root):
