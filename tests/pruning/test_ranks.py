@@ -1,18 +1,11 @@
-"""Two ranks give what one process gives; a rank that is lost ends the run and loses nothing.
+"""Two ranks give what one process gives, and refuse to differ.
 
-Ranks are real processes that torchrun or accelerate starts, over gloo on the loopback. Starting
-one takes seconds, so that all comparisons share one launch.
+Ranks are real processes that torchrun starts, over gloo on the loopback. Starting one takes
+seconds, so all comparisons share one launch: ``rank_worker`` runs, and the tests here look.
 """
 
 import json
-import os
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,35 +18,11 @@ from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
-from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.travel import compute_travel
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning import rank_worker
+from tests.pruning.launching import TORCHRUN, finish, start
 from tests.pruning.rank_worker import CASES
-
-ROOT = Path(__file__).parent.parent.parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-ACCELERATE = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-    "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
-]  # fmt: skip
-SECONDS = 240
-
-
-def start(launcher, *arguments, extra=None, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(extra or {})}
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
-
-
-def finish(process):
-    """Wait for a launcher, bounded, and leave none of its ranks behind."""
-    try:
-        return process.communicate(timeout=SECONDS)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # torchrun ends its ranks then
-            process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +209,7 @@ def test_ranks_of_which_one_is_told_to_end_all_do_after_the_same_step(root):
         "Go on with --resume."
     )
     assert second == "exit 1"
-    assert count_lines(path / "log.jsonl") == 3
+    assert (path / "log.jsonl").read_text().count("\n") == 3
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(root):
@@ -290,120 +259,6 @@ def test_micro_batches_are_dealt_in_turn_and_evenly():
     for own in dealt[1:]:
         assert not own[1]["attention_mask"].any()
     assert all(own[0]["attention_mask"].all() for own in dealt)
-
-
-def list_ranks(launcher):
-    """Find the pids of a launcher's ranks, in their order."""
-    found = {}
-    for process in Path("/proc").iterdir():
-        try:
-            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            values = (process / "environ").read_bytes().decode().split("\0")
-        except (OSError, IndexError, ValueError):
-            continue  # no process, or gone
-        if parent == launcher.pid:
-            found |= {int(v[5:]): int(process.name) for v in values if v.startswith("RANK=")}
-    return [pid for _, pid in sorted(found.items())]
-
-
-STEPS = 60
-
-
-def prune_command(root, output):
-    return [
-        "lpdeploy", "prune", root / "gqa", "--data", root / "text.txt", "--output", output,
-        "--steps", STEPS, "--batch-size", 8, "--micro-batch-size", 2, "--seq-len", 24,
-        "--round-to", 4, "--device", "cpu", "--ramp", "authors", "--prune-every", 10,
-        "--removal", "mask", "--lora-dropout", 0, "--checkpoint-every", 0,
-    ]  # fmt: skip
-
-
-def prune_alone(root, output, **arguments):
-    options = PruneOptions(
-        steps=STEPS, batch_size=8, micro_batch_size=2, seq_len=24, round_to=4, device="cpu",
-        ramp="authors", removal="mask", lora_dropout=0.0, checkpoint_every=0,
-    )  # fmt: skip
-    data = str(root / "text.txt")
-    prune(str(root / "gqa"), output, data=data, options=options, **arguments)
-    return json.loads((output / "plan.json").read_text())["kept"]
-
-
-def count_lines(log):
-    return log.read_text().count("\n") if log.exists() else 0
-
-
-def break_off(processes, output, *, lines, end):
-    """Let a run log some lines, end it, check what it leaves, and return what it said."""
-    log = output / "log.jsonl"
-    wanted, deadline = count_lines(log) + lines, time.monotonic() + SECONDS
-    while count_lines(log) < wanted:
-        assert all(process.poll() is None for process in processes), "the run ended by itself"
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.01)
-    end(processes)
-    errors = "".join(finish(process)[1] for process in processes)
-    assert {process.returncode for process in processes} <= {1, -signal.SIGKILL}
-    names = sorted(path.name for path in output.rglob("*") if path.is_file())
-    assert names == ["log.jsonl", "recipe.yaml", "state.safetensors"]
-    load_file(output / "checkpoint" / "state.safetensors")
-    (sentence,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
-    kept = f"The state after step {count_lines(log)} is kept in '{output / CHECKPOINT}'."
-    assert kept in sentence
-    return sentence.replace(kept, "KEPT")
-
-
-def start_without_launcher(*command):
-    """Start two ranks whose store is held by the first, so that it is gone with it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        start(
-            ["-m"], *command, stderr=subprocess.PIPE,
-            extra={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-
-
-def test_a_run_that_is_broken_off_again_and_again(root, tmp_path):
-    """Kill a rank; go on and kill the rank that writes; then end it in two ways."""
-    output = tmp_path / "run"
-    command = prune_command(root, output)
-    launched = start(TORCHRUN, *command, stderr=subprocess.PIPE)
-
-    def kill_last(processes):
-        os.kill(list_ranks(processes[0])[1], signal.SIGKILL)
-
-    assert break_off([launched], output, lines=12, end=kill_last) == (  # one event is past
-        "Error: Rank 0 of 2 lost another rank, which was killed or has failed. KEPT "
-        "Go on with --resume, with as many ranks as you like."
-    )
-
-    def kill_first(processes):
-        processes[0].kill()
-
-    ranks = start_without_launcher(*command, "--resume")
-    assert break_off(ranks, output, lines=3, end=kill_first) == (
-        "Error: Rank 1 of 2 lost another rank, which was killed or has failed. KEPT "
-        "Go on with --resume, with as many ranks as you like."
-    )
-    shutil.copytree(output, tmp_path / "alone")
-    # Through the command line to the end, in another way than it began: sharded.
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    launched = start(ACCELERATE, *command, "--resume", "--shard", "--json", **pipes)
-    whole = prune_alone(root, tmp_path / "whole")
-    assert prune_alone(root, tmp_path / "alone", resume=True) == whole
-    answer, errors = finish(launched)
-    assert launched.returncode == 0, errors
-    assert errors.count("2 ranks on cpu, fp32, sharded") == 1
-    text, document = answer.splitlines()
-    assert text.startswith(f"{output}: 50.0% of the heads")
-    assert json.loads(document)["achieved"]["groups"] == 0.5
-    assert json.loads((output / "plan.json").read_text())["kept"] == whole
-    lines = (output / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
 def test_a_rank_that_hangs_ends_the_wait(root):
