@@ -145,18 +145,30 @@ def load_json(path: Path, *, fix: str) -> Any:
         raise ArtifactError(f"'{path}' is not valid JSON ({error}). {fix}") from error
 
 
-def compute_sha256(path: Path, *, patterns: tuple[str, ...] = ("*.safetensors", "*.json")) -> str:
+def compute_sha256(
+    path: Path,
+    *,
+    patterns: tuple[str, ...] = ("*.safetensors", "*.json"),
+    known: Mapping[str, str] | None = None,
+) -> str:
     """Hash a file, or the files of a folder that match ``patterns`` (names and contents).
 
     A folder's ``lpdeploy.json`` is left out: it records hashes itself.
+
+    Args:
+        path: File or folder.
+        patterns: Which files of the folder count.
+        known: Hashes of files in the folder that were computed already, by name.
     """
     if path.is_file():
         return _hash_file(path)
+    known = known or {}
     total = hashlib.sha256()
     names = {file for pattern in patterns for file in path.glob(pattern)}
     for file in sorted(names):
         if file.name != "lpdeploy.json":
-            total.update(f"{file.name} {_hash_file(file)}\n".encode())
+            digest = known.get(file.name) or _hash_file(file)
+            total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()
 
 

@@ -1,19 +1,24 @@
-"""Writing a pruned checkpoint by streaming the base: cut, merge, next tensor."""
+"""Writing a pruned checkpoint by streaming the base: cut, merge, next block of rows."""
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.adapters import LoraWeights
 from lpdeploy.models.groups import expand_index
 from lpdeploy.models.loading import list_weight_files
+from lpdeploy.models.tensor_files import (
+    TensorInfo,
+    iterate_blocks,
+    load_layout,
+    write_tensors,
+)
 from lpdeploy.plan import PruningPlan, Slice
 
 CARRIED_FILES = (
@@ -36,40 +41,83 @@ def carry_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def stream_pruned_tensors(
-    base: Path, plan: PruningPlan, lora: Mapping[str, LoraWeights]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the pruned model, one at a time, in the base's dtype.
+Layout = dict[str, TensorInfo]
+
+
+def compute_pruned_layout(base: Path, plan: PruningPlan, lora: Mapping[str, LoraWeights]) -> Layout:
+    """Say which tensors the pruned model has, in the order in which the base holds them.
 
     Args:
         base: Folder of the unpruned model.
         plan: What stays.
         lora: Adapter of the pruned model by module name; empty to leave the base unmerged.
 
-    Yields:
-        (name, tensor): cut to the plan and merged, ``W + scaling B A`` in float32.
-
     Raises:
-        ArtifactError: A weight of the plan is missing, damaged, or does not fit its adapter.
+        ArtifactError: A weight of the plan is missing, its file damaged, or the adapter of a
+            weight does not fit it.
     """
     cuts = _index_cuts(plan)
-    missing = {f"{module}.weight" for module in cuts}
+    layout: Layout = {}
     for file in list_weight_files(base):
-        for name, tensor in _stream_file(file):
-            module, _, leaf = name.rpartition(".")
-            missing.discard(name)
-            cut = _cut_tensor(tensor, *cuts[module], leaf=leaf) if module in cuts else tensor
-            if leaf == "weight" and module in lora:
-                cut = _merge(cut, lora[module], name=name)
-            yield name, cut
+        for name, info in load_layout(file).items():
+            if not _is_table(name):
+                module, _, leaf = name.rpartition(".")
+                layout[name] = _cut_info(info, cuts.get(module), leaf=leaf)
+                if leaf == "weight" and module in lora:
+                    _check_fit(layout[name], lora[module], name=name)
+    missing = {f"{module}.weight" for module in cuts} - layout.keys()
     if missing:
         raise ArtifactError(
             f"'{base}' lacks {len(missing)} weights of its plan, first {min(missing)}. "
             "Give the complete base model."
         )
+    return layout
 
 
-def _index_cuts(plan: PruningPlan) -> dict[str, tuple[Slice, Tensor]]:
+def stream_pruned_blocks(
+    base: Path,
+    plan: PruningPlan,
+    lora: Mapping[str, LoraWeights],
+    *,
+    hashes: MutableMapping[str, str],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the pruned model in blocks of rows, in the base's dtype.
+
+    Args:
+        base: Folder of the unpruned model.
+        plan: What stays.
+        lora: Adapter of the pruned model by module name; empty to leave the base unmerged.
+        hashes: Gets the SHA-256 of each file of the base, under its name, when it was read.
+
+    Yields:
+        (name, rows): cut to the plan and merged, ``W + scaling B A`` in float32. The rows are
+        overwritten by the next ones.
+
+    Raises:
+        ArtifactError: A file is missing or damaged.
+    """
+    cuts = _index_cuts(plan)
+    for file in list_weight_files(base):
+        for name, first, block in iterate_blocks(file, hashes=hashes):
+            if _is_table(name):
+                continue
+            module, _, leaf = name.rpartition(".")
+            start, rows = _cut_rows(block, first, cuts.get(module), leaf=leaf)
+            if leaf == "weight" and module in lora:
+                rows = _merge(rows, lora[module], start=start)
+            if rows.numel():
+                yield name, rows
+
+
+def _is_table(name: str) -> bool:
+    # Old LLaMA checkpoints store this table; transformers computes it.
+    return name.endswith("rotary_emb.inv_freq")
+
+
+_Cut = tuple[Slice, Tensor]
+
+
+def _index_cuts(plan: PruningPlan) -> dict[str, _Cut]:
     """Map each module to its slice and the rows or columns of it that stay."""
     return {
         piece.module: (piece, expand_index(torch.tensor(plan.kept[spec.name]), piece.block))
@@ -78,73 +126,83 @@ def _index_cuts(plan: PruningPlan) -> dict[str, tuple[Slice, Tensor]]:
     }
 
 
-def _stream_file(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                # Old LLaMA checkpoints store this table; transformers computes it.
-                if not name.endswith("rotary_emb.inv_freq"):
-                    yield name, tensors.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+def _is_whole(cut: _Cut | None, leaf: str) -> bool:
+    # A bias belongs to the rows; columns leave it alone.
+    return cut is None or (leaf == "bias" and cut[0].dim == 1)
+
+
+def _cut_info(info: TensorInfo, cut: _Cut | None, *, leaf: str) -> TensorInfo:
+    if cut is None or _is_whole(cut, leaf):
+        return info
+    piece, index = cut
+    shape = list(info.shape)
+    shape[piece.dim] = len(index)
+    return replace(info, shape=tuple(shape))
+
+
+def _cut_rows(block: Tensor, first: int, cut: _Cut | None, *, leaf: str) -> tuple[int, Tensor]:
+    """Return what stays of rows ``first`` and after, and its first row in the pruned tensor."""
+    if cut is None or _is_whole(cut, leaf):
+        return first, block
+    piece, index = cut
+    if piece.dim == 1:
+        return first, block.index_select(1, index)
+    start, stop = torch.searchsorted(index, torch.tensor([first, first + len(block)])).tolist()
+    return start, block.index_select(0, index[start:stop] - first)
+
+
+def _check_fit(info: TensorInfo, lora: LoraWeights, *, name: str) -> None:
+    rows, columns = lora.lora_b.shape[0], lora.lora_a.shape[1]
+    if (rows, columns) != info.shape:
         raise ArtifactError(
-            f"'{file}' cannot be read: {error}. Copy the base model anew."
-        ) from error
-
-
-def _cut_tensor(tensor: Tensor, piece: Slice, index: Tensor, *, leaf: str) -> Tensor:
-    if leaf == "bias" and piece.dim == 1:
-        return tensor  # a bias belongs to the rows; columns leave it alone
-    return tensor.index_select(piece.dim, index)
-
-
-def _merge(weight: Tensor, lora: LoraWeights, *, name: str) -> Tensor:
-    if lora.lora_b.shape[0] != weight.shape[0] or lora.lora_a.shape[1] != weight.shape[1]:
-        raise ArtifactError(
-            f"The adapter of {name} has shape {lora.lora_b.shape[0]} x {lora.lora_a.shape[1]}, "
-            f"its pruned weight {tuple(weight.shape)}. Plan and adapter are of different runs."
+            f"The adapter of {name} has shape {rows} x {columns}, its pruned weight {info.shape}. "
+            "Plan and adapter are of different runs."
         )
-    merged = torch.addmm(
-        weight.float(), lora.lora_b.float(), lora.lora_a.float(), alpha=lora.scaling
-    )
-    return merged.to(weight.dtype)
+
+
+def _merge(rows: Tensor, lora: LoraWeights, *, start: int) -> Tensor:
+    factor = lora.lora_b[start : start + len(rows)].float()
+    merged = torch.addmm(rows.float(), factor, lora.lora_a.float(), alpha=lora.scaling)
+    return merged.to(rows.dtype)
 
 
 def save_shards(
-    folder: Path, tensors: Iterator[tuple[str, Tensor]], *, max_shard_bytes: int
-) -> None:
-    """Write tensors as safetensors in shards of bounded size, with an index where there are many.
+    folder: Path, layout: Layout, blocks: Iterator[tuple[str, Tensor]], *, max_shard_bytes: int
+) -> dict[str, str]:
+    """Write safetensors files of bounded size, with an index where there are many.
 
-    Only one shard, and the first tensor of the next, are in memory at a time.
+    Args:
+        folder: Where to.
+        layout: All tensors, in the order in which their blocks come.
+        blocks: (name, rows).
+        max_shard_bytes: Bytes of tensors a file; one that is larger gets its own.
+
+    Returns:
+        File name -> its SHA-256.
     """
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    written = pending_bytes = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            shards.append(_save_shard(folder, pending, number=len(shards) + 1))
-            pending, pending_bytes = {}, 0
-        pending[name] = tensor.contiguous()
-        pending_bytes += size
-        written += size
-    shards.append(_save_shard(folder, pending, number=len(shards) + 1))
-    _name_shards(folder, shards, total_size=written)
-
-
-def _save_shard(folder: Path, tensors: dict[str, Tensor], *, number: int) -> list[str]:
-    save_file(tensors, folder / f"shard-{number}", metadata={"format": "pt"})
-    return list(tensors)
-
-
-def _name_shards(folder: Path, shards: list[list[str]], *, total_size: int) -> None:
-    """Give shards the names that transformers looks for, now that their number is known."""
-    if len(shards) == 1:
-        (folder / "shard-1").rename(folder / "model.safetensors")
-        return
+    shards = _split_layout(layout, max_shard_bytes)
+    hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for number, shard in enumerate(shards, start=1):
+        single = len(shards) == 1
+        file = f"model{'' if single else f'-{number:05d}-of-{len(shards):05d}'}.safetensors"
+        hashes[file] = write_tensors(folder / file, shard, blocks)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(info.num_bytes for info in layout.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return hashes
+
+
+def _split_layout(layout: Layout, max_shard_bytes: int) -> list[Layout]:
+    shards: list[Layout] = [{}]
+    size = 0
+    for name, info in layout.items():
+        # Readers map numbers in place, so each begins at a multiple of its size.
+        if shards[-1] and (size + info.num_bytes > max_shard_bytes or size % info.item_bytes):
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.num_bytes
+    return shards

@@ -19,7 +19,12 @@ from lpdeploy.errors import ArtifactError
 from lpdeploy.models import modeling_per_layer
 from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
-from lpdeploy.models.checkpoint import carry_files, save_shards, stream_pruned_tensors
+from lpdeploy.models.checkpoint import (
+    carry_files,
+    compute_pruned_layout,
+    save_shards,
+    stream_pruned_blocks,
+)
 from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import (
     PER_LAYER_PREFIX,
@@ -81,7 +86,7 @@ def compact(
         output: Where to; ``run/model``, or ``run/unmerged`` with ``keep_adapter``.
         keep_adapter: Leave LoRA unmerged: the pruned base, and a stock PEFT adapter in its
             folder ``adapter``.
-        max_shard_bytes: Size of a weight file; also what bounds memory.
+        max_shard_bytes: Size of a weight file.
         overwrite: Replace what is there.
 
     Raises:
@@ -90,7 +95,7 @@ def compact(
     """
     plan = load_plan(run)
     target = output or run / ("unmerged" if keep_adapter else "model")
-    base = find_base(plan)
+    base = _locate_base(plan)
     adapter = load_run_adapter(run)
     check_adapter(adapter, plan)
     check_apart(target, inputs=(run, base))
@@ -101,8 +106,8 @@ def compact(
     options = {"output": str(target), "max_shard_bytes": max_shard_bytes}
     with record_stage(run, stage_name, options) as stage:
         with atomic_folder(target, overwrite=overwrite) as folder:
-            tensors = stream_pruned_tensors(base, plan, {} if keep_adapter else adapter)
-            save_shards(folder, tensors, max_shard_bytes=max_shard_bytes)
+            lora = {} if keep_adapter else adapter
+            hashes = _save_weights(folder, base, plan, lora, max_shard_bytes=max_shard_bytes)
             pruned.save_pretrained(folder)
             _carry_tokenizer(base, folder, before=config, after=pruned)
             if pruned.model_type.startswith(PER_LAYER_PREFIX):
@@ -118,14 +123,41 @@ def compact(
                 kv_heads=[w.kv_heads for w in widths],
                 channels=[w.channels for w in widths],
             )
-            _save_record(folder, plan, result)
+            sha256 = compute_model_sha256(folder, known=hashes)
+            _save_record(folder, plan, result, sha256=sha256)
             card = build_model_card(plan, config, result, merged=not keep_adapter)
             (folder / "README.md").write_text(card, encoding="utf-8")
         stage.inputs = {"base": plan.base_sha256, "adapter": compute_sha256(run / "adapter")}
-        stage.outputs = {target.name: compute_model_sha256(target)}
+        stage.outputs = {target.name: sha256}
     return CompactResult(
         **{**vars(result), "seconds": stage.seconds, "peak_bytes": stage.peak_bytes}
     )
+
+
+def _save_weights(
+    folder: Path,
+    base: Path,
+    plan: PruningPlan,
+    lora: Mapping[str, LoraWeights],
+    *,
+    max_shard_bytes: int,
+) -> dict[str, str]:
+    """Write the pruned weights, and check on the way that the base is the one that was pruned.
+
+    Returns:
+        File name -> SHA-256 of what was written.
+    """
+    read: dict[str, str] = {}
+    try:
+        layout = compute_pruned_layout(base, plan, lora)
+        blocks = stream_pruned_blocks(base, plan, lora, hashes=read)
+        written = save_shards(folder, layout, blocks, max_shard_bytes=max_shard_bytes)
+        next(blocks, None)  # the end of the last file
+    except ArtifactError:
+        _check_base(base, plan)  # that it is another says more than what came of it
+        raise
+    _check_base(base, plan, known=read)
+    return written
 
 
 def _carry_tokenizer(base: Path, folder: Path, *, before: Any, after: Any) -> None:
@@ -146,16 +178,35 @@ def find_base(plan: PruningPlan) -> Path:
         ArtifactError: It is gone, has changed, or has other groups than the plan.
     """
     base = resolve_model(plan.base_model)
-    if compute_model_sha256(base) != plan.base_sha256:
+    _check_base(base, plan)
+    _check_groups(base, plan)
+    return base
+
+
+def _locate_base(plan: PruningPlan) -> Path:
+    """Find a plan's base whose weights are checked later, as they are read."""
+    base = resolve_model(plan.base_model)
+    try:
+        _check_groups(base, plan)
+    except ArtifactError:
+        _check_base(base, plan)
+        raise
+    return base
+
+
+def _check_base(base: Path, plan: PruningPlan, *, known: Mapping[str, str] | None = None) -> None:
+    if compute_model_sha256(base, known=known) != plan.base_sha256:
         raise ArtifactError(
             f"The base model '{plan.base_model}' is not the one that was pruned: its hash "
             "differs. Restore it, or prune again."
         )
+
+
+def _check_groups(base: Path, plan: PruningPlan) -> None:
     if list_group_specs(load_config(base)) != plan.specs:
         raise ArtifactError(
             f"plan.json lists other groups than '{plan.base_model}' has. Prune again."
         )
-    return base
 
 
 def load_run_adapter(run: Path) -> dict[str, LoraWeights]:
@@ -183,7 +234,7 @@ def _measure_weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in list_weight_files(folder))
 
 
-def _save_record(folder: Path, plan: PruningPlan, result: CompactResult) -> None:
+def _save_record(folder: Path, plan: PruningPlan, result: CompactResult, *, sha256: str) -> None:
     record = {
         "schema_version": plan.schema_version,
         "base_model": plan.base_model,
@@ -197,6 +248,6 @@ def _save_record(folder: Path, plan: PruningPlan, result: CompactResult) -> None
         "heads": result.heads,
         "kv_heads": result.kv_heads,
         "channels": result.channels,
-        "sha256": compute_model_sha256(folder),
+        "sha256": sha256,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

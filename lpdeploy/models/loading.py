@@ -1,6 +1,6 @@
 """Loading a checkpoint, from a folder or the hub, with a clear word where it cannot be."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,11 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def compute_model_sha256(folder: Path) -> str:
-    """Hash what a model computes with: its safetensors files and its config."""
-    return compute_sha256(folder, patterns=("*.safetensors", "config.json"))
+def compute_model_sha256(folder: Path, *, known: Mapping[str, str] | None = None) -> str:
+    """Hash what a model computes with: its safetensors files and its config.
+
+    Args:
+        folder: Of the model.
+        known: Hashes of files in it that were computed already, by name.
+    """
+    return compute_sha256(folder, patterns=("*.safetensors", "config.json"), known=known)

@@ -116,7 +116,7 @@ def test_a_truncated_base_is_refused(base, run):
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     rehash(run, base)
-    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the base model anew"):
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the model anew"):
         compact(run)
     assert_nothing_left(run)
 
