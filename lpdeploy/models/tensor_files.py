@@ -168,7 +168,7 @@ def write_tensors(
 def _write_block(stream: BinaryIO, block: Tensor, digest: "_BackgroundHash") -> None:
     data = block.contiguous().view(-1).view(torch.uint8).numpy()
     digest.update(data)
-    stream.write(data)
+    stream.write(data.data)
     digest.wait()  # its buffer may be used again
 
 
