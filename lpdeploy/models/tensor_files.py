@@ -129,7 +129,7 @@ def _describe_unreadable(file: Path, error: Exception) -> ArtifactError:
 
 
 def _read_into(stream: Any, block: Tensor) -> None:
-    view = memoryview(block.numpy())
+    view = block.numpy().data
     while view:
         count = stream.readinto(view)
         if not count:
