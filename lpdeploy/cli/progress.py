@@ -38,29 +38,41 @@ def training_progress() -> Iterator[Callable[[Any], None]]:
         "{task.fields[tokens_per_s]:,.0f} tokens/s",
         "{task.fields[memory]}",
     )
-    with progress:
-        task = progress.add_task(
-            "prune", total=None, loss=float("nan"), ratio=0.0, tokens_per_s=0.0, memory=""
+    task = progress.add_task(
+        "prune", total=None, loss=float("nan"), ratio=0.0, tokens_per_s=0.0, memory=""
+    )
+
+    def show(info: Any) -> None:
+        progress.update(
+            task,
+            total=info.steps,
+            completed=info.step,
+            loss=info.loss,
+            ratio=info.ratio,
+            tokens_per_s=info.tokens_per_s,
+            memory=format_bytes(info.peak_bytes),
         )
+        progress.start()  # only now: a bar of what comes before a run may have stood here
 
-        def show(info: Any) -> None:
-            progress.update(
-                task,
-                total=info.steps,
-                completed=info.step,
-                loss=info.loss,
-                ratio=info.ratio,
-                tokens_per_s=info.tokens_per_s,
-                memory=format_bytes(info.peak_bytes),
-            )
-
+    try:
         yield show
+    finally:
+        progress.stop()
 
 
 @contextmanager
 def counting_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback ``(done, total)``."""
+    """Yield a callback ``(done, total)``; the bar stands from its first call to all done."""
     progress = _build_progress()
-    with progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    task = progress.add_task(description, total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        progress.start()
+        if done >= total:
+            progress.stop()
+
+    try:
+        yield show
+    finally:
+        progress.stop()

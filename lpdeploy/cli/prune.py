@@ -164,6 +164,11 @@ _LAYERS = click.IntRange(min=0)
     default=_DEFAULT.seed,
     help="Of LoRA's start, the data order and dropout.",
 )
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    help="Keep the tokens of SOURCE for later runs, in $LPDEPLOY_CACHE or the hub's own cache.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in RUN.")
 @shared_options()
@@ -172,6 +177,7 @@ def command(
     model: str,
     data: str,
     output: Path,
+    cache: bool,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -184,18 +190,20 @@ def command(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
-    from lpdeploy.cli.progress import training_progress
+    from lpdeploy.cli.progress import counting_progress, training_progress
     from lpdeploy.pruning.ranks import leave_ranks
     from lpdeploy.pruning.run import prune
 
-    with training_progress() as on_step:
+    with counting_progress("tokenise") as on_tokenise, training_progress() as on_step:
         result = prune(
             model,
             output,
             data=data,
             options=options,
+            cache=cache,
             resume=resume,
             overwrite=overwrite,
+            on_tokenise=on_tokenise,
             on_step=on_step,
             log=log,
         )

@@ -1,10 +1,12 @@
 """Text and instruction pairs, read from a local file or folder or from the Hugging Face hub."""
 
 import difflib
+import hashlib
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,6 +151,37 @@ def load_corpus(source: str, *, split: str = "train") -> Corpus:
     return corpus
 
 
+def compute_source_sha256(source: str, *, split: str = "train") -> str | None:
+    """Hash what ``load_corpus`` would read, without parsing it.
+
+    Returns:
+        Of a local source, the hash of its files; of one of the hub, of datasets' fingerprint,
+        which changes with its revision, configuration and split. None where the hub's data is
+        streamed, since nothing is known of it before.
+
+    Raises:
+        DataError: The source is unknown, unreadable or out of reach.
+    """
+    path = Path(source)
+    digest = hashlib.sha256()
+    if path.exists():
+        for file in _list_files(path):
+            try:
+                with file.open("rb") as stream:
+                    own = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise _describe_unreadable(file, error) from error
+            digest.update(f"{file.suffix.lower()} {own}\n".encode())
+        return digest.hexdigest()
+    hub, wanted = _find_hub(source, split)
+    # A property of its own does not exist; without this one the rows are made anew each time.
+    fingerprint = getattr(_open_hub(hub, wanted, source=source), "_fingerprint", None)
+    if fingerprint is None:
+        return None
+    digest.update(f"{hub} {fingerprint}".encode())
+    return digest.hexdigest()
+
+
 def parse_row(row: Any, where: str) -> Example:
     """Turn one row into an example.
 
@@ -187,20 +220,21 @@ def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _load_local(path: Path) -> Iterator[Example]:
+def _list_files(path: Path) -> list[Path]:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
     known = ", ".join(_READERS)
     if not files:
         raise DataError(f"The folder '{path}' holds no data file. Put {known} files in it.")
-    for file in files:
-        reader = _READERS.get(file.suffix.lower())
-        if reader is None:
-            raise DataError(
-                f"'{file}' has the suffix '{file.suffix}', which is not read. Use {known}."
-            )
-        yield from reader(file)
+    if path.suffix.lower() not in _READERS and path.is_file():
+        raise DataError(f"'{path}' has the suffix '{path.suffix}', which is not read. Use {known}.")
+    return files
+
+
+def _load_local(path: Path) -> Iterator[Example]:
+    for file in _list_files(path):
+        yield from _READERS[file.suffix.lower()](file)
 
 
 def _read_text(path: Path) -> str:
@@ -209,7 +243,11 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8 ({error}). Convert it to UTF-8.") from error
     except OSError as error:
-        raise DataError(f"'{path}' cannot be read ({error}). Check the file.") from error
+        raise _describe_unreadable(path, error) from error
+
+
+def _describe_unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"'{path}' cannot be read ({error}). Check the file.")
 
 
 def _read_documents(path: Path) -> Iterator[Example]:
@@ -282,6 +320,15 @@ _READERS: dict[str, Callable[[Path], Iterable[Example]]] = {
 
 
 def _load_hub(source: str, split: str) -> Iterator[Example]:
+    hub, wanted = _find_hub(source, split)
+    rows = _iterate_hub(hub, wanted, source=source)
+    if hub.separator is not None:
+        return iter([Example("", hub.separator.join(row.text for row in rows))])
+    return rows
+
+
+def _find_hub(source: str, split: str) -> tuple[HubSource, str]:
+    """Return how a name of the hub is read, and the split that is wanted of it."""
     name, _, given = source.partition(":")
     hub = HUB_SOURCES.get(name)
     if hub is None:
@@ -294,22 +341,32 @@ def _load_hub(source: str, split: str) -> Iterator[Example]:
             f"'{name}' has no split to evaluate on. Use '{name}:train', or a local file of text "
             "that was not trained on."
         )
-    rows = _iterate_hub(hub, wanted, source=source)
-    if hub.separator is not None:
-        return iter([Example("", hub.separator.join(row.text for row in rows))])
-    return rows
+    return hub, wanted
 
 
 def _iterate_hub(hub: HubSource, split: str, *, source: str) -> Iterator[Example]:
+    rows = _open_hub(hub, split, source=source)
+    with _explained(source):
+        for number, row in enumerate(itertools.islice(rows, hub.max_rows.get(split)), start=1):
+            renamed = {"text": row.get(hub.column)} if hub.column in row else row
+            yield parse_row(renamed, f"'{source}', row {number},")
+
+
+def _open_hub(hub: HubSource, split: str, *, source: str) -> Any:
     import datasets
+
+    with _explained(source):
+        return datasets.load_dataset(hub.repository, split=split, **hub.options)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what the hub's libraries raise into one sentence."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever the hub uses
 
     try:
-        rows = datasets.load_dataset(hub.repository, split=split, **hub.options)
-        for number, row in enumerate(itertools.islice(rows, hub.max_rows.get(split)), start=1):
-            renamed = {"text": row.get(hub.column)} if hub.column in row else row
-            yield parse_row(renamed, f"'{source}', row {number},")
+        yield
     except ConnectionError as error:
         raise DataError(
             f"The hub is out of reach for '{source}' ({_get_reason(error)}). Check the network, or "

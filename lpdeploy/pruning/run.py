@@ -24,6 +24,7 @@ from lpdeploy.artifacts import (
     remove_leftovers,
     save_json,
 )
+from lpdeploy.data.batches import Progress
 from lpdeploy.errors import (
     ArtifactError,
     LpdeployError,
@@ -88,14 +89,16 @@ class PruneResult:
     loss: float
 
 
-def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
+def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     model: str,
     output: Path,
     *,
     data: str,
     options: PruneOptions,
+    cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    on_tokenise: Progress | None = None,
     on_step: Callable[[StepInfo], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
 ) -> PruneResult:
@@ -109,8 +112,10 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
             manifest.json, recipe.yaml, and checkpoint/ while running.
         data: Data source (file, folder or hub name).
         options: How to prune.
+        cache: Keep the tokens of ``data`` for later runs, and use those of an earlier one.
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
+        on_tokenise: Is told (examples tokenised, all examples).
         on_step: Called after every optimizer step.
         log: Is told what is about to run, before the first step.
 
@@ -126,7 +131,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     recording = record_stage(output, "prune", record) if ranks.is_first else nullcontext(Stage())
     with recording as stage:
-        dataset = load_dataset(source, data, options)
+        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise, log=log)
         stage.inputs = {
             "base": compute_model_sha256(source.folder),
             "data": dataset.compute_sha256(),

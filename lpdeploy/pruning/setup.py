@@ -1,13 +1,22 @@
 """What a run needs before its first step: base model, tokens, LoRA, optimizer, criterion."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lpdeploy.data.batches import TokenDataset, build_token_dataset
-from lpdeploy.data.sources import load_corpus
+from lpdeploy.artifacts import compute_sha256
+from lpdeploy.data.batches import (
+    Progress,
+    TokenDataset,
+    build_token_dataset,
+    estimate_padding,
+)
+from lpdeploy.data.cache import find_cache, load_or_build
+from lpdeploy.data.sources import compute_source_sha256, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.cutting import apply_cut
@@ -34,6 +43,9 @@ from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps
+
+# All that a tokenizer may be made of.
+_TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -82,18 +94,50 @@ def load_source(model: str, options: PruneOptions) -> Source:
     return Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
 
 
-def load_dataset(source: Source, data: str, options: PruneOptions) -> TokenDataset:
-    """Tokenise what the base is pruned with.
+def load_dataset(
+    source: Source,
+    data: str,
+    options: PruneOptions,
+    *,
+    cache: bool = True,
+    on_progress: Progress | None = None,
+    log: Callable[[str], None] = lambda _: None,
+) -> TokenDataset:
+    """Tokenise what the base is pruned with, or find it as it was tokenised before.
+
+    Args:
+        source: The base.
+        data: File, folder or hub name.
+        options: How to prune.
+        cache: Whether to look for the tokens of an earlier run, and to keep them for later ones.
+        on_progress: Is told (examples tokenised, all examples).
+        log: Is told where kept tokens lie.
 
     Raises:
         LpdeployError: The data cannot be read, or gives no row.
     """
-    return build_token_dataset(
-        load_corpus(data),
-        source.tokenizer,
-        seq_len=options.seq_len,
-        train_on_prompt=options.train_on_prompt,
-    )
+
+    def build() -> TokenDataset:
+        return build_token_dataset(
+            load_corpus(data),
+            source.tokenizer,
+            seq_len=options.seq_len,
+            train_on_prompt=options.train_on_prompt,
+            on_progress=on_progress,
+        )
+
+    text = compute_source_sha256(data) if cache else None
+    if text is None:
+        return build()
+    identity = {
+        "text": text,
+        "tokenizer": type(source.tokenizer).__name__,
+        "files": compute_sha256(source.folder, patterns=_TOKENIZER_FILES),
+        "versions": {name: version(name) for name in ("lpdeploy", "tokenizers", "transformers")},
+        "seq_len": options.seq_len,
+        "train_on_prompt": options.train_on_prompt,
+    }
+    return load_or_build(find_cache(), identity, build=build, log=log)
 
 
 def build_training(
@@ -199,6 +243,14 @@ def describe_start(source: Source, training: Training) -> str:
         f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
         for spec in source.prunable[:2]
     )
+    share = estimate_padding(
+        dataset.lengths,
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
+        steps=training.steps,
+        seed=options.seed,
+    )
+    padding = f", padding {share:.1%} of what is computed" if share else ""
     dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
     where = str(training.accelerator.device)
     if (size := training.ranks.size) > 1:
@@ -206,7 +258,7 @@ def describe_start(source: Source, training: Training) -> str:
         base += ", sharded" if options.shard else ""
     return (
         f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
-        f"of at most {options.seq_len} tokens{dropped}; {training.steps} steps, "
+        f"of at most {options.seq_len} tokens{dropped}{padding}; {training.steps} steps, "
         f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
         + (" on average" if options.scope == "global" else "")
     )

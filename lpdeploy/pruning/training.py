@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import measure_peak_bytes
-from lpdeploy.data.batches import TokenDataset, list_batch
+from lpdeploy.data.batches import TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.options import PruneOptions
@@ -36,6 +36,7 @@ class StepInfo:
         scoring_seconds: Part of it that scoring took.
         peak_bytes: Peak memory so far, of the device or the process.
         removed: Whether groups were removed after the step.
+        padding: Share of padding among the tokens of the batch.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepInfo:
     scoring_seconds: float
     peak_bytes: int
     removed: bool
+    padding: float = 0.0
 
 
 @dataclass
@@ -174,6 +176,7 @@ def _calibrate(training: Training) -> StepInfo:
         scoring_seconds=scoring,
         peak_bytes=measure_peak_bytes(),
         removed=removed,
+        padding=_compute_padding(training, rows, tokens),
     )
 
 
@@ -214,7 +217,12 @@ def _run_step(training: Training, step: int) -> StepInfo:
         scoring_seconds=scoring,
         peak_bytes=measure_peak_bytes(),
         removed=removed,
+        padding=_compute_padding(training, rows, tokens),
     )
+
+
+def _compute_padding(training: Training, rows: list[int], tokens: int) -> float:
+    return 1 - int(training.dataset.lengths[rows].sum()) / tokens
 
 
 def _seed(training: Training, step: int) -> None:
@@ -225,8 +233,9 @@ def _seed(training: Training, step: int) -> None:
 
 def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[float, int]:
     """Run forward and backward over a batch; return its mean loss a token, and its tokens."""
-    size = training.options.micro_batch_size
-    micros = [training.dataset.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    size, dataset = training.options.micro_batch_size, training.dataset
+    split = split_batch(rows, dataset.lengths, micro_batch_size=size)
+    micros = [dataset.collate(micro) for micro in split]
     # Dividing by the targets of the whole batch makes the gradient independent of how it is
     # split into micro-batches of unequal lengths.
     targets = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in micros)

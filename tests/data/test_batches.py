@@ -1,5 +1,6 @@
 """Rows against plain loops over the tokenizer's own encode, batches against their definition."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from lpdeploy.data import batches
-from lpdeploy.data.batches import build_token_dataset, build_token_stream, list_batch
+from lpdeploy.data.batches import (
+    build_token_dataset,
+    build_token_stream,
+    estimate_padding,
+    list_batch,
+    split_batch,
+)
 from lpdeploy.data.sources import Corpus, Example
 from lpdeploy.errors import DataError
 
@@ -234,3 +241,55 @@ class TestListBatch:
         given = {"num_rows": 3, "step": 0, "batch_size": 2, "seed": 0, **wrong}
         with pytest.raises(ValueError, match=r"must be at least 1, step .* at least 0"):
             list_batch(given.pop("num_rows"), **given)
+
+
+def count_computed(micros, lengths):
+    return sum(max(lengths[row] for row in micro) for micro in micros for _ in micro)
+
+
+class TestSplitBatch:
+    LENGTHS = np.array([3, 9, 4, 4, 9, 2, 7])
+
+    def test_longest_first_and_equals_in_their_order(self):
+        micros = split_batch([6, 4, 2, 0, 1, 3, 5], self.LENGTHS, micro_batch_size=2)
+        assert micros == [[4, 1], [6, 2], [3, 0], [5]]
+        assert all(type(row) is int for micro in micros for row in micro)
+
+    def test_rows_of_one_length_stay_as_they_are(self):
+        rows = [5, 1, 4, 0, 2, 3]
+        micros = split_batch(rows, np.full(6, 8), micro_batch_size=4)
+        assert micros == [[5, 1, 4, 0], [2, 3]]
+
+    def test_a_row_may_come_twice(self):
+        assert split_batch([0, 1, 0], np.array([2, 5]), micro_batch_size=2) == [[1, 0], [0]]
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_no_split_pads_less(self, size):
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            lengths = rng.integers(1, 20, size=6)
+            found = count_computed(split_batch(range(6), lengths, micro_batch_size=size), lengths)
+            for order in itertools.permutations(range(6)):
+                micros = [order[i : i + size] for i in range(0, 6, size)]
+                assert found <= count_computed(micros, lengths)
+
+
+class TestEstimatePadding:
+    def test_share_of_what_is_computed(self):
+        lengths = np.array([1, 2, 3, 10])
+        # Whatever the order, a step of all rows is split into (10, 3), (2, 1).
+        share = estimate_padding(lengths, batch_size=4, micro_batch_size=2, steps=7, seed=0)
+        assert share == pytest.approx(1 - 16 / 24)
+        share = estimate_padding(lengths, batch_size=4, micro_batch_size=4, steps=1, seed=0)
+        assert share == pytest.approx(1 - 16 / 40)
+        assert estimate_padding(lengths, batch_size=4, micro_batch_size=1, steps=1, seed=0) == 0
+
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_packed_text_has_none(self, steps):
+        lengths = np.full(5, 8)
+        options = {"batch_size": 4, "micro_batch_size": 2, "steps": steps, "seed": 0}
+        assert estimate_padding(lengths, **options) == 0
+
+    def test_no_steps_have_none(self):
+        options = {"batch_size": 4, "micro_batch_size": 2, "steps": 0, "seed": 0}
+        assert estimate_padding(np.array([1, 2]), **options) == 0

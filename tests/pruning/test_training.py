@@ -1,10 +1,11 @@
 """Algorithm 1 end to end on a tiny model: cutting equals masking, and the target is met."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from lpdeploy.data.batches import build_token_dataset, list_batch
+from lpdeploy.data.batches import TokenDataset, build_token_dataset, list_batch
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.groups import expand_index, list_group_specs
@@ -12,7 +13,7 @@ from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.criteria import ScoreForm, build_criterion
 from lpdeploy.pruning.options import CRITERIA, PruneOptions
 from lpdeploy.pruning.state import PruningState
-from lpdeploy.pruning.training import Training, count_steps, run_steps
+from lpdeploy.pruning.training import Training, _accumulate_gradients, count_steps, run_steps
 from tests.helpers import make_lora_model, make_text
 
 
@@ -278,3 +279,66 @@ def test_one_shot_has_no_steps():
 def test_the_rate_is_held_until_the_last_event_of_an_early_ramp(tmp_path, options, peak_until):
     training = make_training(tmp_path, steps=12, lr_warmup=0.0, **options)
     assert training.hold_steps == peak_until
+
+
+def make_instructions(training, count=16):
+    """Give a training rows of very different lengths, with prompts that are not trained on."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 24, size=count)
+    training.dataset = TokenDataset(
+        tokens=rng.integers(3, 40, size=lengths.sum(), dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prompt_lengths=rng.integers(0, 3, size=count, dtype=np.int32),
+    )
+    return training
+
+
+@pytest.mark.parametrize("criterion", ["lora", "gate", "gradient", "wanda"])
+def test_rows_sorted_by_length_train_and_score_as_rows_alone(tmp_path, criterion):
+    """Eight rows in micro-batches of like length, against a loop over unpadded single rows."""
+    options = {"criterion": criterion, "batch_size": 8, "micro_batch_size": 4, "lora_dropout": 0.0}
+    training = make_instructions(make_training(tmp_path, **options))
+    alone = make_instructions(make_training(tmp_path, **options))
+    rows = list_batch(16, step=0, batch_size=8, seed=0)
+    with training.state.criterion.observe():
+        loss, tokens = _accumulate_gradients(training, rows)
+    batches = [alone.dataset.collate([row]) for row in rows]
+    targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    total = 0.0
+    with alone.state.criterion.observe():
+        for batch in batches:
+            alone.state.criterion.attention_mask = batch["attention_mask"]
+            logits = alone.model(input_ids=batch["input_ids"]).logits[0, :-1].float()
+            losses = torch.nn.functional.cross_entropy(
+                logits, batch["labels"][0, 1:], ignore_index=-100, reduction="sum"
+            )
+            (losses / targets).backward()
+            total += losses.item() / targets
+    assert loss == pytest.approx(total, rel=1e-5)
+    for mine, expected in zip(training.trainable, alone.trainable, strict=True):
+        # Batches of four rows against single rows: float32 sums in another order.
+        torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    scores = alone.state.criterion.compute_importance()
+    for name, score in training.state.criterion.compute_importance().items():
+        torch.testing.assert_close(score, scores[name], rtol=2e-3, atol=0)
+    lengths = sorted((len(batch["input_ids"][0]) for batch in batches), reverse=True)
+    assert tokens == 4 * (lengths[0] + lengths[4])
+
+
+def test_a_step_says_how_much_was_padding(tmp_path):
+    options = {"batch_size": 4, "micro_batch_size": 2, "steps": 2, "calibration_samples": 8}
+    training = make_instructions(make_training(tmp_path, **options))
+    infos = list(run_steps(training))
+    for info, (first, size) in zip(infos, [(0, 8), (0, 4), (4, 4)], strict=True):
+        computed = used = 0
+        for start in range(first, first + size, 4):
+            batch = list_batch(16, step=start // 4, batch_size=4, seed=0)
+            lengths = sorted(int(training.dataset.lengths[row]) for row in batch)
+            computed += 2 * (lengths[1] + lengths[3])
+            used += sum(lengths)
+        assert info.padding == pytest.approx(1 - used / computed)
+        assert info.padding > 0.01
+
+
+def test_packed_text_has_no_padding(tmp_path):
+    assert [info.padding for info in run_steps(make_training(tmp_path, steps=2))] == [0.0, 0.0]

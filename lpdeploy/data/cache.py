@@ -1,0 +1,100 @@
+"""Tokenised rows on disk: made once, checked and mapped into memory by later runs.
+
+One safetensors file a data set, under a name that is the hash of what determines its rows. It is
+renamed into place whole, so several processes may make the same one at once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lpdeploy.artifacts import atomic_file, remove_leftovers
+from lpdeploy.data.batches import TokenDataset
+
+CACHE_VARIABLE = "LPDEPLOY_CACHE"
+# To be raised where the same text and tokenizer give other rows than before.
+_ROWS_VERSION = 1
+_UNREADABLE = (OSError, SafetensorError, RuntimeError)  # the last is how torch maps a file
+_ARRAYS = ("tokens", "offsets", "prompt_lengths")
+
+
+def find_cache() -> Path:
+    """Return the folder for what is made once: ``$LPDEPLOY_CACHE``, or beside the hub's own."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(HF_HOME) / "lpdeploy").expanduser()
+
+
+def load_or_build(
+    folder: Path,
+    identity: Mapping[str, Any],
+    *,
+    build: Callable[[], TokenDataset],
+    log: Callable[[str], None] = lambda _: None,
+) -> TokenDataset:
+    """Return the rows that ``identity`` determines, from the cache or else made and kept there.
+
+    Args:
+        folder: Of the cache.
+        identity: All that the rows depend on, as JSON: hashes of text and tokenizer, options.
+        build: Tokenises.
+        log: Is told where rows come from, and why a file of the cache cannot be used.
+
+    Returns:
+        Rows mapped into memory, checked against the hash that was kept with them; those of
+        ``build`` where they cannot be kept.
+    """
+    text = json.dumps({"rows_version": _ROWS_VERSION, **identity}, sort_keys=True)
+    path = folder / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    if path.exists():
+        try:
+            dataset = _load(path, text)
+        except (*_UNREADABLE, ValueError, KeyError) as error:
+            log(f"'{path}' is damaged or not of lpdeploy ({error}): tokenising anew.")
+        else:
+            log(f"Tokenised before: {len(dataset)} rows from '{path}'.")
+            return dataset
+    dataset = build()
+    try:
+        _save(path, dataset, text)
+        return _map(path)[0]
+    except _UNREADABLE as error:
+        log(f"The tokens cannot be kept for later runs in '{path.parent}' ({error}).")
+        return dataset
+
+
+def _save(path: Path, dataset: TokenDataset, identity: str) -> None:
+    arrays = {name: getattr(dataset, name) for name in _ARRAYS}
+    metadata = {
+        "identity": identity,
+        "sha256": dataset.compute_sha256(),
+        "num_dropped": str(dataset.num_dropped),
+    }
+    remove_leftovers(path)
+    with atomic_file(path) as temporary:
+        save_file(arrays, temporary, metadata=metadata)
+
+
+def _load(path: Path, identity: str) -> TokenDataset:
+    dataset, metadata = _map(path)
+    if metadata["identity"] != identity:
+        raise ValueError("it was made of something else")
+    if dataset.compute_sha256() != metadata["sha256"]:
+        raise ValueError("its rows differ from their hash")
+    return dataset
+
+
+def _map(path: Path) -> tuple[TokenDataset, Mapping[str, str]]:
+    # Through torch, whose tensors are views of the mapped file; numpy's reader copies.
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        arrays = {name: file.get_tensor(name).numpy() for name in _ARRAYS}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return TokenDataset(**arrays, num_dropped=int(metadata["num_dropped"])), metadata
