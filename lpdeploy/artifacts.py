@@ -38,12 +38,20 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; rename it to ``path`` on success, remove it on any failure."""
+def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path; rename it to ``path`` on success, remove it on any failure.
+
+    Args:
+        path: The file.
+        durable: Wait until it is on the disk, so that it survives a loss of power, too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
         yield temporary
+        if durable:
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,23 +5,33 @@ not in it: it is loaded and cut again.
 """
 
 import dataclasses
+import errno
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpdeploy.artifacts import atomic_file
+from lpdeploy.artifacts import atomic_file, list_versions
 from lpdeploy.errors import ArtifactError
+from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.state import PruningState
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
+RECIPE = "recipe.yaml"
+SCHEMA_VERSION = 1
+# Where these differ, a run goes on, but sums are rounded in another order.
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 # The learning rate is among them because lowering it is the way on after a loss became NaN.
@@ -73,46 +83,184 @@ def save_checkpoint(
     for kind, values in _list_scores(state).items():
         tensors |= {f"{kind}.{name}": value for name, value in values.items()}
     metadata = {
-        "step": json.dumps(step),
-        "inputs": json.dumps(dict(inputs)),
-        "options": json.dumps(dataclasses.asdict(options)),
+        "schema_version": SCHEMA_VERSION,
+        "lpdeploy": list_versions()["lpdeploy"],
+        "step": step,
+        "inputs": dict(inputs),
+        "options": dataclasses.asdict(options),
+        "environment": _describe_environment(options),
     }
-    with atomic_file(run / CHECKPOINT) as temporary:
+    with atomic_file(run / CHECKPOINT, durable=True) as temporary:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, temporary, metadata=metadata)
+        save_file(plain, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
 
 
-def load_checkpoint(run: Path, *, options: PruneOptions, inputs: Mapping[str, str]) -> Checkpoint:
-    """Read a checkpoint and check that it belongs to this base, data and options.
+def check_resumable(run: Path) -> None:
+    """Check that there is a checkpoint.
 
     Raises:
-        ArtifactError: There is none, it is damaged, or something differs (named).
+        ArtifactError: There is none.
     """
-    path = run / CHECKPOINT
-    if not path.is_file():
+    if not (run / CHECKPOINT).is_file():
         raise ArtifactError(
             f"Nothing to resume: '{run}' holds no checkpoint. Run without --resume to start anew."
         )
+
+
+def load_checkpoint(
+    run: Path,
+    *,
+    options: PruneOptions,
+    inputs: Mapping[str, str],
+    names: Mapping[str, str],
+    log: Callable[[str], None] = lambda _: None,
+) -> Checkpoint:
+    """Read a checkpoint and check that it belongs to this base, data and options.
+
+    Args:
+        run: The run folder.
+        options: With which it is to go on.
+        inputs: Hashes of the base model and the data.
+        names: What the user calls them.
+        log: Is told where it will not go on to the bit.
+
+    Raises:
+        ArtifactError: There is none, it is damaged or of another version, or something differs
+            (all that does is named).
+    """
+    check_resumable(run)
+    metadata, tensors = _read(run / CHECKPOINT)
+    differences = [
+        *_compare_inputs(metadata["inputs"], inputs, old=_load_names(run), new=names),
+        *_compare_options(metadata["options"], dataclasses.asdict(options)),
+    ]
+    if differences:
+        raise ArtifactError(
+            f"The checkpoint in '{run}' is of another run: {'; '.join(differences)}. Use the same, "
+            "or --overwrite to start anew."
+        )
+    _warn_of_environment(metadata["environment"], options, log)
+    return Checkpoint(step=metadata["step"], inputs=inputs, tensors=tensors)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = _parse_metadata(file.metadata())
+            _check_version(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(
             f"'{path}' is damaged ({error}). Run with --overwrite to start anew."
         ) from error
-    _check_same("input", json.loads(metadata["inputs"]), inputs)
-    _check_same("option", json.loads(metadata["options"]), dataclasses.asdict(options))
-    return Checkpoint(step=json.loads(metadata["step"]), inputs=inputs, tensors=tensors)
+    return metadata, tensors
 
 
-def _check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        if name not in _FREE_OPTIONS and saved.get(name) != value:
-            raise ArtifactError(
-                f"The checkpoint was made with another {what}: {name} was {saved.get(name)!r} "
-                f"and is {value!r} now. Use the same, or --overwrite to start anew."
-            )
+def _compare_inputs(
+    saved: Mapping[str, str],
+    given: Mapping[str, str],
+    *,
+    old: Mapping[str, str],
+    new: Mapping[str, str],
+) -> list[str]:
+    return [
+        f"{name} was {_name_input(old.get(name), saved[name])} and is "
+        f"{_name_input(new.get(name), sha256)} now"
+        for name, sha256 in given.items()
+        if saved[name] != sha256
+    ]
+
+
+def _compare_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} was {saved.get(name)!r} and is {value!r} now"
+        for name, value in given.items()
+        if name not in _FREE_OPTIONS and saved.get(name) != value
+    ]
+
+
+def _parse_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    return {name: json.loads(value) for name, value in (metadata or {}).items()}
+
+
+def _check_version(path: Path, metadata: Mapping[str, Any]) -> None:
+    version = metadata.get("schema_version")
+    if version != SCHEMA_VERSION:
+        writer = f" (lpdeploy {metadata['lpdeploy']})" if "lpdeploy" in metadata else ""
+        raise ArtifactError(
+            f"'{path}' has schema version {version!r}, and this lpdeploy reads {SCHEMA_VERSION}. "
+            f"Go on with the version that wrote it{writer}, or use --overwrite to start anew."
+        )
+
+
+def _load_names(run: Path) -> dict[str, str]:
+    """Return what base and data were called when the run began, as far as its recipe says it."""
+    try:
+        recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))["prune"]
+        return {"base": recipe["model"], "data": recipe["data"]}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return {}
+
+
+def _name_input(name: str | None, sha256: str) -> str:
+    return f"{'another' if name is None else repr(name)} (sha256 {sha256[:12]})"
+
+
+def _describe_environment(options: PruneOptions) -> dict[str, Any]:
+    device = resolve_device(options.device)
+    found = {name: list_versions().get(name) for name in _LIBRARIES}
+    return {**found, "device": device, "threads": torch.get_num_threads()}
+
+
+def _warn_of_environment(
+    saved: Mapping[str, Any], options: PruneOptions, log: Callable[[str], None]
+) -> None:
+    changes = [
+        f"{name} was {saved.get(name)} and is {value}"
+        for name, value in _describe_environment(options).items()
+        if saved.get(name) != value
+    ]
+    if changes:
+        log(
+            f"Going on where other software or hardware left off ({'; '.join(changes)}): the "
+            "result will be as good, but not the same to the bit."
+        )
+
+
+@contextmanager
+def explain_full_disk(run: Path) -> Iterator[None]:
+    """Turn a write that found no room into one sentence that says what is left of the run.
+
+    Raises:
+        ArtifactError: That.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _find_full(error)
+        if number is None:
+            raise
+        raise ArtifactError(
+            f"The disk of '{run}' takes no more ({os.strerror(number)}). {_describe_rest(run)}"
+        ) from error
+
+
+def _find_full(error: Exception) -> int | None:
+    """Return the system's number for a disk without room, where that was the cause."""
+    for number in _FULL:
+        # safetensors' errors carry the system's only in their text.
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return number
+    return None
+
+
+def _describe_rest(run: Path) -> str:
+    try:
+        with safe_open(run / CHECKPOINT, framework="pt") as file:
+            step = _parse_metadata(file.metadata())["step"]
+    except (OSError, SafetensorError):
+        return "There is no checkpoint yet: make room, then start anew with --overwrite."
+    return f"The checkpoint of step {step} is whole: make room, then go on with --resume."
 
 
 def apply_checkpoint(checkpoint: Checkpoint, training: Any) -> None:

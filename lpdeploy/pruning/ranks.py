@@ -9,10 +9,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,21 +140,42 @@ class Ranks:
             ) from error
 
     @contextmanager
-    def hold_signals(self) -> Iterator[None]:
+    def hold_signals(self, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
         """Note SIGINT and SIGTERM instead of breaking off in the middle of a step.
 
-        A launcher sends SIGTERM to the ranks that are left where one has died; they are to end
-        with a checkpoint, which they can write after a step only.
+        One process ends at once when it is told a second time. A launcher tells its ranks with
+        several signals, and sends SIGTERM to those that are left where one has died; they are to
+        end with a checkpoint, which they can write after a step only.
+
+        Args:
+            log: Is told that the signal was noted.
         """
-        if self.size == 1 or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda *_: self.ending.set()) for number in numbers]
-        yield
-        # Not after an error: the process is about to say what it was, and must come to that.
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        before: dict[int, Any] = {}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+        def note(*_: object) -> None:
+            self.ending.set()
+            if self.size == 1:
+                restore()
+                with suppress(RuntimeError):  # it came in the middle of another message
+                    log("Ending after this step, with a checkpoint. Again to end at once.")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+        try:
+            yield
+        except BaseException:
+            # With others: the process is about to say what it was, and must come to that.
+            if self.size == 1:
+                restore()
+            raise
+        restore()
 
     def is_first_to_notice(self) -> bool:
         """Tell whether this rank is the first of those left that found another gone.

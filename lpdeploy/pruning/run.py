@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -40,10 +40,14 @@ from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.checkpoint import (
     CHECKPOINT,
+    RECIPE,
     Checkpoint,
+    check_resumable,
+    explain_full_disk,
     load_checkpoint,
     save_checkpoint,
 )
+from lpdeploy.pruning.log import LOG, append_log, load_losses, trim_log
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.setup import (
@@ -56,10 +60,9 @@ from lpdeploy.pruning.setup import (
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import StepInfo, Training, run_steps
 
-LOG = "log.jsonl"
 # What lpdeploy's stages write into a run, and so what --overwrite may delete.
 _OWN_FILES = (
-    *("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, "recipe.yaml"),
+    *("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, RECIPE),
     *("checkpoint", "model", "unmerged", "onnx", "onnx-unmerged", "verify.json", "eval.json"),
     *("bench.json", "bench.md", "bench.svg", "samples.json", "report.html"),
 )
@@ -130,27 +133,28 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     recording = record_stage(output, "prune", record) if ranks.is_first else nullcontext(Stage())
-    with recording as stage:
-        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise, log=log)
-        stage.inputs = {
-            "base": compute_model_sha256(source.folder),
-            "data": dataset.compute_sha256(),
-        }
-        checkpoint = (
-            load_checkpoint(output, options=options, inputs=stage.inputs) if resume else None
-        )
-        training = build_training(source, dataset, options, checkpoint, ranks)
-        _check_same_start(ranks, options, stage, checkpoint)
+    with explain_full_disk(output):
+        with recording as stage:
+            dataset = load_dataset(
+                source, data, options, cache=cache, on_progress=on_tokenise, log=log
+            )
+            stage.inputs = {
+                "base": compute_model_sha256(source.folder),
+                "data": dataset.compute_sha256(),
+            }
+            checkpoint = _load_checkpoint(output, record, options, stage, log) if resume else None
+            training = build_training(source, dataset, options, checkpoint, ranks)
+            _check_same_start(ranks, options, stage, checkpoint)
+            if ranks.is_first:
+                log(describe_start(source, training))
+                _prepare_output(output, record, checkpoint)
+            with ranks.hold_signals(log):
+                losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
+                plan = _build_plan(source, training.state, options, stage.inputs["base"])
+                if ranks.is_first:
+                    _save_results(output, training, stage)
         if ranks.is_first:
-            log(describe_start(source, training))
-            if not resume:
-                _clear_output(output)  # only now: bad input must not cost the run that is there
-            _save_recipe(output, record)
-            _trim_log(output, checkpoint.step if checkpoint else 0)
-        losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
-        plan = _build_plan(source, training.state, options, stage.inputs["base"])
-        if ranks.is_first:
-            _save_run(output, training, plan, stage)
+            _complete(output, plan)
     return PruneResult(
         run=str(output),
         ratio=options.ratio,
@@ -158,7 +162,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         steps=training.steps,
         seconds=stage.seconds,
         peak_bytes=stage.peak_bytes,
-        loss=sum(losses) / len(losses),
+        loss=sum(losses) / len(losses) if losses else math.nan,
     )
 
 
@@ -188,18 +192,40 @@ def _check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) ->
             f"Nothing to resume: the run in '{output}' is complete. "
             f"Go on with 'lpdeploy compact {output}'."
         )
+    if resume:
+        check_resumable(output)
 
 
-def _clear_output(output: Path) -> None:
-    """Delete what lpdeploy wrote to a run before, and nothing else."""
+def _load_checkpoint(
+    output: Path,
+    record: Mapping[str, Any],
+    options: PruneOptions,
+    stage: Stage,
+    log: Callable[[str], None],
+) -> Checkpoint:
+    names = {"base": record["model"], "data": record["data"]}
+    return load_checkpoint(output, options=options, inputs=stage.inputs, names=names, log=log)
+
+
+def _prepare_output(output: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Leave in a run only what it begins or goes on with; called when all input is known good."""
     output.mkdir(parents=True, exist_ok=True)
     for name in _OWN_FILES:
-        path = output / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        remove_leftovers(path)
+        if checkpoint is None:
+            _delete(output / name)
+        remove_leftovers(output / name)
+    remove_leftovers(output / CHECKPOINT)
+    with atomic_file(output / RECIPE) as temporary:
+        temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
+    if checkpoint is not None:
+        trim_log(output, checkpoint.step)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _run(
@@ -212,26 +238,25 @@ def _run(
 ) -> list[float]:
     """Run the steps, log each, save checkpoints; return the last losses."""
     done = None if checkpoint is None else checkpoint.step
-    losses: list[float] = []
+    losses = [] if done is None else load_losses(output, done)
     options, ranks = training.options, training.ranks
-    with ranks.hold_signals():
-        try:
-            for info in run_steps(training, start=done):
-                done = info.step
-                # A calibration's loss is that of the unpruned model: it counts where nothing
-                # follows.
-                losses = [*(losses if done > 1 else []), info.loss][-_LOSS_WINDOW:]
-                if ranks.is_first:
-                    _append_log(output, info)
-                    on_step(info)
-                if info.removed:
-                    _check_same_groups(training, done)
-                if ranks.is_first and _is_checkpoint_due(options, training, done):
-                    _save_checkpoint(output, training, done, stage)
+    try:
+        for info in run_steps(training, start=done):
+            done = info.step
+            # A calibration's loss is that of the unpruned model: it counts where nothing follows.
+            losses = [*(losses if done > 1 else []), info.loss]
+            if ranks.is_first:
+                append_log(output, info)
+                on_step(info)
+            if info.removed:
+                _check_same_groups(training, done)
+            if ranks.is_first and _is_checkpoint_due(options, training, done):
+                _save_checkpoint(output, training, done, stage)
+            if done < training.steps:  # else nothing is left to break off
                 ranks.check_ending()
-        except (NonFiniteError, RankLostError, RunEndedError) as error:
-            raise _break_off(error, output, training, done, stage) from error
-    return losses
+    except (NonFiniteError, RankLostError, RunEndedError) as error:
+        raise _break_off(error, output, training, done, stage) from error
+    return losses[-_LOSS_WINDOW:]
 
 
 def _check_same_groups(training: Training, step: int) -> None:
@@ -278,31 +303,6 @@ def _save_checkpoint(output: Path, training: Training, step: int, stage: Stage) 
     )
 
 
-def _append_log(output: Path, info: StepInfo) -> None:
-    # One write to a file opened for appending: a kill leaves whole lines only.
-    line = json.dumps(dataclasses.asdict(info)) + "\n"
-    handle = os.open(output / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
-
-
-def _trim_log(output: Path, done: int) -> None:
-    """Drop the log's lines of steps that a resumed run does again."""
-    path = output / LOG
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        with atomic_file(path) as temporary:
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _save_recipe(output: Path, record: Mapping[str, Any]) -> None:
-    with atomic_file(output / "recipe.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
-
-
 def _build_plan(
     source: Source, state: PruningState, options: PruneOptions, sha256: str
 ) -> PruningPlan:
@@ -317,8 +317,7 @@ def _build_plan(
     )
 
 
-def _save_run(output: Path, training: Training, plan: PruningPlan, stage: Stage) -> None:
-    """Write the results; plan.json comes last, so that a run with a plan is complete."""
+def _save_results(output: Path, training: Training, stage: Stage) -> None:
     training.state.cut_masked()
     with atomic_folder(output / "adapter", overwrite=True) as temporary:
         # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
@@ -326,5 +325,9 @@ def _save_run(output: Path, training: Training, plan: PruningPlan, stage: Stage)
     with atomic_file(output / "importance.safetensors") as path:
         save_file(training.state.last_seen, path)
     stage.outputs = {"adapter": compute_sha256(output / "adapter")}
+
+
+def _complete(output: Path, plan: PruningPlan) -> None:
+    """Save the plan, the last of all files: a run with a plan is complete."""
     save_json(output / "plan.json", plan.to_json())
-    shutil.rmtree(output / "checkpoint", ignore_errors=True)
+    shutil.rmtree(output / CHECKPOINT.parent, ignore_errors=True)

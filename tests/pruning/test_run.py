@@ -248,25 +248,6 @@ def test_an_existing_run_is_not_overwritten_unasked(base, data, tmp_path):
     assert (tmp_path / "run" / "plan.json").read_bytes() != before
 
 
-def test_resume_says_what_is_wrong(base, data, tmp_path):
-    with pytest.raises(ArtifactError, match="Nothing to resume: .* holds no checkpoint"):
-        run(base, tmp_path / "run", data, resume=True)
-    with pytest.raises(StoppedError):
-        run(base, tmp_path / "run", data, on_step=stop_after(5), overwrite=True)
-    with pytest.raises(ArtifactError, match="another option: ratio was 0.5 and is 0.25 now"):
-        run(base, tmp_path / "run", data, resume=True, options={"ratio": 0.25})
-    other = make_tiny_model(tmp_path / "other", heads=4, kv_heads=2, seed=5)
-    with pytest.raises(ArtifactError, match="another input: base was"):
-        run(other, tmp_path / "run", data, resume=True)
-    checkpoint = tmp_path / "run" / "checkpoint" / "state.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(ArtifactError, match="is damaged"):
-        run(base, tmp_path / "run", data, resume=True)
-    run(base, tmp_path / "done", data)
-    with pytest.raises(ArtifactError, match="the run in .* is complete"):
-        run(base, tmp_path / "done", data, resume=True)
-
-
 def test_a_sequence_longer_than_the_model_is_refused(base, data, tmp_path):
     with pytest.raises(LpdeployError, match="--seq-len 500 is longer than the 128 positions"):
         run(base, tmp_path / "run", data, options={"seq_len": 500})
