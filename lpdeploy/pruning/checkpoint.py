@@ -102,8 +102,9 @@ def check_resumable(run: Path) -> None:
         ArtifactError: There is none.
     """
     if not (run / CHECKPOINT).is_file():
+        how = "with --overwrite" if (run / RECIPE).exists() else "without --resume"
         raise ArtifactError(
-            f"Nothing to resume: '{run}' holds no checkpoint. Run without --resume to start anew."
+            f"Nothing to resume: '{run}' holds no checkpoint. Run {how} to start anew."
         )
 
 

@@ -1,6 +1,7 @@
 """Going on with a run: to the bit, after a signal, after a full disk; and what is refused."""
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -62,8 +63,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("step", [4, 7])
+# In turn: an event after the checkpoint has to be repeated, or is the next thing to come.
+@pytest.mark.parametrize(("case", "step"), zip(CASES, itertools.cycle([4, 7]), strict=False))
 def test_a_resumed_run_is_the_same_to_the_bit(base, data, tmp_path, case, step):
     """Dropout is on, the rate changes at each step, and groups go at every second one."""
     text = make_pairs(tmp_path / "pairs.json") if case == "pairs" else data
@@ -79,11 +80,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(base, data, tmp_path, case, step):
 
 def test_a_run_may_be_resumed_again_and_again(base, data, tmp_path):
     whole = run(base, tmp_path / "whole", data, options={"checkpoint_every": 1})
-    for step in range(1, 9):  # each time one step further
+    for step in range(2, 9):  # each time one step further: the checkpoint is of the one before
         with pytest.raises(StoppedError):
-            run(base, tmp_path / "run", data, options={"checkpoint_every": 1}, resume=step > 1,
+            run(base, tmp_path / "run", data, options={"checkpoint_every": 1}, resume=step > 2,
                 on_step=stop_after(step))  # fmt: skip
-    # Step 8 was logged, and its checkpoint would be the run's end.
     resumed = run(base, tmp_path / "run", data, options={"checkpoint_every": 1}, resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert resumed.loss == whole.loss
@@ -300,10 +300,11 @@ class TestFullDisk:
 
 
 class TestRefusals:
-    def test_nothing_to_resume(self, base, data, tmp_path):
-        sentence = "Nothing to resume: '.*' holds no checkpoint. Run without --resume to start anew"
-        for folder in ("never", "begun"):
-            (tmp_path / "begun").mkdir(exist_ok=True)
+    def test_nothing_to_resume(self, base, tmp_path):
+        (tmp_path / "begun").mkdir()
+        (tmp_path / "begun" / "recipe.yaml").touch()
+        for folder, how in (("never", "without --resume"), ("begun", "with --overwrite")):
+            sentence = f"Nothing to resume: '.*' holds no checkpoint. Run {how} to start anew."
             with pytest.raises(ArtifactError, match=sentence):  # before any data is read
                 run(base, tmp_path / folder, tmp_path / "no data", resume=True)
         assert not (tmp_path / "never").exists()
@@ -380,8 +381,7 @@ class TestRefusals:
             run(base, stopped, data, resume=True)
 
     def test_other_libraries_are_told(self, base, data, tmp_path, stopped):
-        told = []
-        run(base, tmp_path / "copy", data, on_step=told.append)  # a run that was never stopped
+        run(base, tmp_path / "whole", data)
         self.edit(stopped, environment=lambda e: e | {"torch": "1.0", "threads": 99})
         told = []
         run(base, stopped, data, resume=True, log=told.append)
@@ -389,7 +389,7 @@ class TestRefusals:
         assert f"torch was 1.0 and is {torch.__version__}".split("+")[0] in line
         assert f"threads was 99 and is {torch.get_num_threads()}" in line
         assert "not the same to the bit" in line
-        assert_same_run(stopped, tmp_path / "copy")
+        assert_same_run(stopped, tmp_path / "whole")
 
     def test_the_same_libraries_are_not_told(self, base, data, stopped):
         told = []

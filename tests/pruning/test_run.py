@@ -17,7 +17,6 @@ from lpdeploy.models.compact import compact
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
-from tests.helpers import make_tiny_model
 
 OPTIONS = {
     "ratio": 0.5, "steps": 8, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
