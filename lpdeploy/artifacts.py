@@ -4,6 +4,7 @@ Standard library only. Every writer here makes a temporary sibling and renames i
 that is killed leaves no half-written artifact under its final name.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -190,6 +191,11 @@ def _hash_file(path: Path) -> str:
 
 def list_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed libraries that shape a result."""
+    return dict(_find_versions())
+
+
+@functools.cache  # some milliseconds a library
+def _find_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -209,7 +209,8 @@ def _name_input(name: str | None, sha256: str) -> str:
 
 def _describe_environment(options: PruneOptions) -> dict[str, Any]:
     device = resolve_device(options.device)
-    found = {name: list_versions().get(name) for name in _LIBRARIES}
+    versions = list_versions()
+    found = {name: versions.get(name) for name in _LIBRARIES}
     return {**found, "device": device, "threads": torch.get_num_threads()}
 
 
