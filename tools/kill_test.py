@@ -155,17 +155,21 @@ def compute_hashes(run: Path) -> dict[str, str]:
     return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in RESULTS}
 
 
-def describe_moment(run: Path) -> str:
+def count_steps(run: Path) -> int:
+    """Count the steps that a run has logged."""
+    path = run / "log.jsonl"
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def describe_moment(run: Path, steps_before: int) -> str:
     """Say where a kill came, from what it left."""
     if (run / "plan.json").exists():
         return "after the plan was written"
     if any(run.rglob(".*.tmp-*")) or any(run.rglob(".*.old-*")):
         return "while a file was written"
-    if (run / "adapter").exists():
+    if (run / "manifest.json").exists() or (run / "adapter").exists():
         return "between the results"
-    if (run / CHECKPOINT).exists():
-        return "after a checkpoint"
-    return "before the first checkpoint"
+    return "while loading" if count_steps(run) <= steps_before else "in training"
 
 
 def save_pairs(path: Path) -> Path:
@@ -204,16 +208,22 @@ def kill_often(kills: int, scratch: Path, *, seed: int) -> dict[str, Any]:
         run = scratch / "run"
         while not (run / "plan.json").exists():
             moment = generator.uniform(0, 1.05 * seconds[case])
+            steps = count_steps(run)
             if moments.total() >= kills:
                 attempt(run, case, texts[case], kill_after=None)
             elif attempt(run, case, texts[case], kill_after=moment):
-                moments[describe_moment(run)] += 1
+                came = describe_moment(run, steps)
+                moments[came] += 1
+                # Where the machine has become slower or faster, so has a run.
+                seconds[case] *= 1.1 if came == "while loading" else 0.98
+            else:
+                seconds[case] = min(seconds[case], moment)
             check_whole(run)
         if compute_hashes(run) != expected[case]:
             raise KillTestError(f"{case}: the run that was killed ended otherwise")
         runs[case] += 1
         shutil.rmtree(run)
-        print(f"{moments.total()} kills, {runs.total()} runs", file=sys.stderr, flush=True)
+        print(f"{dict(moments)}, {runs.total()} runs", file=sys.stderr, flush=True)
     return {"kills": moments.total(), "moments": dict(moments), "runs": dict(runs)}
 
 
