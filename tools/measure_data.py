@@ -4,9 +4,9 @@ r"""Measure what sorting the rows of a step by length, and keeping tokens on dis
         --output docs/measurements/data-cpu.json
 
 Padding: instruction pairs in the order in which they are drawn and sorted by length: the share of
-padding over a pass, for several sizes; and in turns the processor's time of forward and backward of a
-step, and how far the gradients of the two are apart. Cache: the time to tokenise a text, to hash it (what
-finding its tokens costs), and to find, check and map them.
+padding over a pass, for several sizes; and in turns the processor's time of forward and backward
+of a step, and how far the gradients of the two are apart. Cache: the time to tokenise a text, to
+hash it (what finding its tokens costs), and to find, check and map them.
 """
 
 import argparse
