@@ -152,12 +152,11 @@ def measure(name: str, *, repeats: int, scratch: Path) -> dict[str, Any]:
     run = save_run(scratch / "run", base)
     size = sum(file.stat().st_size for file in list_weight_files(base))
     copies, compacts = [], []
-    for trial in range(repeats + 1):  # the first warms the page cache
+    for _ in range(repeats):  # what was just written is in the page cache
         copied, compacted = time_copy(base, scratch / "copy"), time_compact(run)
         print(f"{name}: copy {copied}, compact {compacted}", file=sys.stderr, flush=True)
-        if trial:
-            copies.append(copied)
-            compacts.append(compacted)
+        copies.append(copied)
+        compacts.append(compacted)
     result = {
         "base": name,
         "bytes": size,
@@ -165,6 +164,9 @@ def measure(name: str, *, repeats: int, scratch: Path) -> dict[str, Any]:
         "compact": compacts,
         "time_over_copy": statistics.median(
             c["seconds"] / copy["seconds"] for c, copy in zip(compacts, copies, strict=True)
+        ),
+        "cpu_over_copy": statistics.median(
+            c["cpu_s"] / copy["cpu_s"] for c, copy in zip(compacts, copies, strict=True)
         ),
         "peak_bytes": max(c["peak_bytes"] for c in compacts),
     }
@@ -183,9 +185,11 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(BASES)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        rows = [measure(n, repeats=arguments.repeats, scratch=Path(scratch)) for n in names]
-    machine = {**describe_machine(), "command": f"python {' '.join(sys.argv)}"}
-    save_json(arguments.output, {"machine": machine, "rows": rows})
+        rows = []
+        for name in names:
+            rows.append(measure(name, repeats=arguments.repeats, scratch=Path(scratch)))
+            machine = {**describe_machine(), "command": f"python {' '.join(sys.argv)}"}
+            save_json(arguments.output, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":
