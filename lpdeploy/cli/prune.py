@@ -140,6 +140,7 @@ _LAYERS = click.IntRange(min=0)
 )
 @click.option("--train-on-prompt", is_flag=True, help="Learn the prompts of instructions too.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--compile", is_flag=True, help="torch.compile after the last event, for a GPU.")
 @click.option(
     "--checkpoint-every",
     type=_LAYERS,

@@ -50,6 +50,7 @@ class PruneOptions:
         load_in: Quantise the frozen base to ``8bit`` or ``4bit`` (masked only); None for neither.
         train_on_prompt: Also learn the prompts of instruction data.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: torch.compile the decoder layers after the last pruning event.
         checkpoint_every: Steps between checkpoints; 0 for none.
         dtype: ``auto``, ``fp32`` or ``bf16``.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -90,6 +91,7 @@ class PruneOptions:
     load_in: str | None = None
     train_on_prompt: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False
     checkpoint_every: int = 50
     dtype: str = "auto"
     device: str = "auto"

@@ -37,6 +37,7 @@ from lpdeploy.pruning.checkpoint import (
     Checkpoint,
     apply_checkpoint,
 )
+from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
@@ -160,6 +161,8 @@ def build_training(
     accelerator = Accelerator(
         cpu=device == "cpu", mixed_precision="bf16" if dtype == "bf16" else "no"
     )
+    if options.compile:
+        check_compile(accelerator.device)
     model = _load_base(source, options, dtype=dtype, device=accelerator.device)
     kept = {} if checkpoint is None else checkpoint.select("kept")
     if options.removal == "cut":

@@ -15,6 +15,7 @@ from lpdeploy.artifacts import measure_peak_bytes
 from lpdeploy.data.batches import TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
+from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.schedule import RAMPS, Schedule, compute_learning_rate
@@ -131,7 +132,11 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
     """
     training.model.train()
     calibrate = start is None and training.options.num_calibration_rows
-    for step in range(0 if calibrate else (start or 0) + 1, training.steps + 1):
+    first = 0 if calibrate else (start or 0) + 1
+    settled = max(first, training.schedule.list_events()[-1] + 1)
+    for step in range(first, training.steps + 1):
+        if training.options.compile and step == settled:
+            apply_compile(training.state.model)
         with training.ranks.watch():
             info = _run_step(training, step) if step else _calibrate(training)
         yield info
@@ -149,22 +154,22 @@ def _calibrate(training: Training) -> StepInfo:
         seed=options.seed,
     )
     losses: list[float] = []
-    tokens, scoring = 0, 0.0
+    scoring: list[_Seconds] = []
+    tokens = 0
     for start_row in range(0, len(rows), options.batch_size):
         with training.state.criterion.observe():
             loss, count = _accumulate_gradients(
                 training, rows[start_row : start_row + options.batch_size]
             )
-        _check_finite(training, 0, loss=loss)
+        losses.append(_check_finite(0, loss=loss, norm=_compute_norm(training)))
         # The plain mean over the batches, whatever the moving average forgets later.
-        decay = len(losses) / (len(losses) + 1)
-        scoring += _time(partial(training.state.update_average, decay=decay))
+        decay = 1 - 1 / len(losses)
+        scoring.append(_time(training, partial(training.state.update_average, decay=decay)))
         training.optimizer.zero_grad()
-        losses.append(loss)
         tokens += count
     if removed := 0 in schedule.list_events():
         _remove(training, schedule.compute_ratio(0))
-    seconds = time.perf_counter() - start
+    seconds = _finish(training, start)
     return StepInfo(
         step=0,
         steps=training.steps,
@@ -173,7 +178,7 @@ def _calibrate(training: Training) -> StepInfo:
         lr=0.0,
         tokens_per_s=tokens / seconds,
         seconds=seconds,
-        scoring_seconds=scoring,
+        scoring_seconds=sum(part() for part in scoring),
         peak_bytes=measure_peak_bytes(),
         removed=removed,
         padding=_compute_padding(training, rows, tokens),
@@ -198,23 +203,23 @@ def _run_step(training: Training, step: int) -> StepInfo:
     scored = step <= events[-1]
     with training.state.criterion.observe() if scored else nullcontext():
         loss, tokens = _accumulate_gradients(training, rows)
-    norm = _check_finite(training, step, loss=loss)
-    scoring = (
-        _time(partial(training.state.update_average, decay=options.ema_decay)) if scored else 0.0
-    )
+    norm = _compute_norm(training)
+    mean_loss = _check_finite(step, loss=loss, norm=norm)
+    score = partial(training.state.update_average, decay=options.ema_decay)
+    scoring = _time(training, score) if scored else None
     _apply_step(training, lr=lr, norm=norm)
     if removed := step in events:
         _remove(training, schedule.compute_ratio(step))
-    seconds = time.perf_counter() - start
+    seconds = _finish(training, start)
     return StepInfo(
         step=step,
         steps=training.steps,
-        loss=loss,
+        loss=mean_loss,
         ratio=schedule.compute_ratio(step),
         lr=lr,
         tokens_per_s=tokens / seconds,
         seconds=seconds,
-        scoring_seconds=scoring,
+        scoring_seconds=scoring() if scoring else 0.0,
         peak_bytes=measure_peak_bytes(),
         removed=removed,
         padding=_compute_padding(training, rows, tokens),
@@ -231,8 +236,11 @@ def _seed(training: Training, step: int) -> None:
     torch.manual_seed(training.options.seed * 1_000_003 + step + (training.ranks.rank << 40))
 
 
-def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[float, int]:
-    """Run forward and backward over a batch; return its mean loss a token, and its tokens."""
+def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[Tensor, int]:
+    """Run forward and backward over a batch; return its mean loss a token, and its tokens.
+
+    The host does not wait for the device: the loss is a number that is still to come.
+    """
     size, dataset = training.options.micro_batch_size, training.dataset
     split = split_batch(rows, dataset.lengths, micro_batch_size=size)
     micros = [dataset.collate(micro) for micro in split]
@@ -245,31 +253,42 @@ def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[float, i
         training.accelerator.backward(loss)
         total += loss.detach()
     training.ranks.sum([total, *(p.grad for p in training.trainable if p.grad is not None)])
-    return total.item(), sum(micro["input_ids"].numel() for micro in micros)
+    return total, sum(micro["input_ids"].numel() for micro in micros)
 
 
 def _compute_loss(training: Training, micro: Mapping[str, Tensor], *, targets: int) -> Tensor:
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
-    device = training.accelerator.device
     training.state.criterion.attention_mask = micro["attention_mask"]
+    device = training.accelerator.device
     output = training.model(
-        input_ids=micro["input_ids"].to(device),
-        labels=micro["labels"].to(device),
-        num_items_in_batch=torch.tensor(targets, device=device),
+        input_ids=_move(micro["input_ids"], device),
+        labels=_move(micro["labels"], device),
+        num_items_in_batch=torch.full((), targets, device=device),
         use_cache=False,
     )
     return output.loss
 
 
-def _check_finite(training: Training, step: int, *, loss: float) -> Tensor:
-    """Return the gradient's norm; refuse a NaN before it reaches the average or the weights."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in training.trainable if p.grad is not None])
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"The loss became {loss} at step {step}.")
-    if not math.isfinite(norm.item()):
-        raise NonFiniteError(f"The gradient became {norm.item()} at step {step}.")
-    return norm
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory a copy needs no wait; the allocator keeps the memory until it is made.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _compute_norm(training: Training) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in training.trainable if p.grad is not None])
+
+
+def _check_finite(step: int, *, loss: Tensor, norm: Tensor) -> float:
+    """Return the loss; refuse a NaN before it reaches the average or the weights.
+
+    This is where the host waits for the device, once a step: nothing may be changed before.
+    """
+    values = torch.stack([loss, norm.to(loss.device, loss.dtype)]).tolist()
+    for name, value in zip(("loss", "gradient"), values, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"The {name} became {value} at step {step}.")
+    return values[0]
 
 
 def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
@@ -296,9 +315,26 @@ def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _time(work: Callable[[], None]) -> float:
+_Seconds = Callable[[], float]
+"""Tells how long something took, once the device has come to its end."""
+
+
+def _time(training: Training, work: Callable[[], None]) -> _Seconds:
+    """Run something; on a GPU it is only begun, and its time is told by events."""
+    if training.accelerator.device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return lambda: seconds
+
+
+def _finish(training: Training, start: float) -> float:
+    """Wait for what was begun since ``start``, and return the seconds since."""
+    if training.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(training.accelerator.device)
     return time.perf_counter() - start
