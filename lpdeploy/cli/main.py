@@ -16,6 +16,7 @@ from lpdeploy.errors import LpdeployError, RecipeError
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
+    "check",
     "prune",
     "compact",
     "export",

@@ -27,8 +27,10 @@ from lpdeploy.models.loading import (
     compute_model_sha256,
 )
 from lpdeploy.models.quantized import check_load_in
+from lpdeploy.models.servers import list_verdicts
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
+from lpdeploy.pruning.check import describe_servers, forecast_config
 from lpdeploy.pruning.checkpoint import (
     CHECKPOINT,
     Checkpoint,
@@ -121,6 +123,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and two callbacks
         )
         training = build_training(source, dataset, options, checkpoint)
         log(describe_start(source, training))
+        log(describe_servers(list_verdicts(forecast_config(source.config, options))))
         if not resume:
             _clear_output(output)  # only now: bad input must not cost the run that is there
         _save_recipe(output, record)
