@@ -23,7 +23,10 @@ class Finding(NamedTuple):
 
 
 Rule = Callable[[Any, int], Finding | None]
-"""Looks at a config and the number of tensor-parallel ranks; None where it has no objection."""
+"""Looks at a config and the number of tensor-parallel ranks; None where it has no objection.
+
+The first line of a rule's docstring is what it objects to: docs/serving.md shows it.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Server:
     Attributes:
         name: As users know it.
         version: The one that the rules were checked against.
-        checked: How: the test that loads shapes into it, ``by hand``, or ``read`` (its source).
+        checked: How: the test that loads shapes into it, ``by hand``,
+            ``read`` (its source), or ``not tried``.
         how: What to give it, where nothing stands against a shape.
         rules: What may stand against one.
     """
@@ -86,14 +90,14 @@ def _is_per_layer(config: Any) -> bool:
 
 
 def refuse_per_layer(config: Any, _: int) -> Finding | None:
-    """Most servers know one number of heads and channels for all layers."""
+    """Layers of different widths."""
     if not _is_per_layer(config):
         return None
     return Finding("no", "Its layers have different widths. Prune with --scope layer.")
 
 
 def need_own_code(config: Any, _: int) -> Finding | None:
-    """Per-layer widths come with a modelling file."""
+    """Layers of different widths, unless trust_remote_code lets their modelling file run."""
     if not _is_per_layer(config):
         return None
     return Finding(
@@ -103,7 +107,7 @@ def need_own_code(config: Any, _: int) -> Finding | None:
 
 
 def divide_over_ranks(config: Any, ranks: int) -> Finding | None:
-    """Tensor parallelism gives each rank whole heads, and as many channels."""
+    """Heads or channels that do not divide over the ranks of tensor parallelism."""
     for width in list_widths(config):
         if width.heads % ranks:
             per_group = width.heads // width.kv_heads
@@ -133,14 +137,14 @@ def divide_over_ranks(config: Any, ranks: int) -> Finding | None:
 
 
 def run_on_one_gpu(_: Any, ranks: int) -> Finding | None:
-    """Graphs and engines are not divided."""
+    """Several ranks: graphs and engines are not divided."""
     if ranks == 1:
         return None
     return Finding("no", "A graph runs on one GPU. Use --tensor-parallel 1, or another server.")
 
 
 def need_same_heads(config: Any, _: int) -> Finding | None:
-    """GenAI allocates the cache of all layers by one number of heads."""
+    """Layers with different numbers of heads: one number makes the cache of all."""
     if len({width.kv_heads for width in list_widths(config)}) == 1:
         return None
     return Finding(
@@ -150,7 +154,7 @@ def need_same_heads(config: Any, _: int) -> Finding | None:
 
 
 def need_heads_of_16(config: Any, _: int) -> Finding | None:
-    """GroupQueryAttention wants heads of a multiple of 16 numbers."""
+    """Heads of no multiple of 16 numbers, which GroupQueryAttention wants."""
     head_dim = get_head_dim(config)
     if head_dim % _ORT_HEAD_MULTIPLE == 0:
         return None
@@ -158,7 +162,7 @@ def need_heads_of_16(config: Any, _: int) -> Finding | None:
 
 
 def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
-    """llama.cpp quantises rows in blocks, and keeps a tensor in another type where they differ."""
+    """Rows of no multiple of 256, which it then quantises in other types, or not at all."""
     head_dim = get_head_dim(config)
     rows = {config.hidden_size}
     rows |= {size for w in list_widths(config) for size in (w.channels, w.heads * head_dim)}
@@ -196,7 +200,7 @@ SERVERS: Sequence[Server] = (
         "lpdeploy export --engine trt.", (run_on_one_gpu,),
     ),
     Server(
-        "tensorrt-llm", "1.2.1", "read",
+        "tensorrt-llm", "", "not tried",
         f"{_FOLDER}, with its PyTorch backend: trtllm-serve FOLDER.",
         (refuse_per_layer, divide_over_ranks),
     ),
