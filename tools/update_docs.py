@@ -1,9 +1,11 @@
 """Write what documents take from elsewhere: docs/cli.md from the commands, tables from JSON.
 
 `python tools/update_docs.py` writes; with `--check` it changes nothing and fails where a document
-is not what it would write. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`.
+is not what it would write. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`,
+that of servers between `<!-- servers -->` and `<!-- end -->`.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -16,6 +18,7 @@ from transformers import LlamaConfig
 
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.cli.main import main as root
+from lpdeploy.models.servers import SERVERS
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.travel import compute_travel
@@ -24,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "docs" / "cli.md"
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "engines", "scaling")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "engines", "scaling", "serving")),
 ]
 _CLI_INTRODUCTION = """\
 # Commands
@@ -33,6 +36,7 @@ Made by `tools/update_docs.py` from the commands themselves. A recipe is YAML wi
 a command (`prune`, `bench latency`) and option names with underscores below it; the command line
 wins over it.
 """
+_SERVERS = re.compile(r"(<!-- servers -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -206,6 +210,21 @@ RENDERERS = {
 }
 
 
+def render_servers() -> str:
+    """Return the servers, what each is given, and what its rules were checked against."""
+    lines = ["| server | give it | objects to | checked |", "|---|---|---|---|"]
+    for server in SERVERS:
+        objections = "; ".join(summarise(rule) for rule in server.rules)
+        checked = " ".join(part for part in (server.version, f"({server.checked})") if part)
+        lines.append(f"| {server.name} | {server.how} | {objections} | {checked} |")
+    return "\n".join(lines)
+
+
+def summarise(function: Any) -> str:
+    """Return the first line of a docstring, without its full stop."""
+    return inspect.getdoc(function).split("\n")[0].removesuffix(".")
+
+
 def fill_tables(text: str) -> str:
     """Replace what stands between the markers of a document."""
 
@@ -213,7 +232,9 @@ def fill_tables(text: str) -> str:
         data = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
         return f"{match[1]}{RENDERERS[match[2]](data)}\n{match[4]}"
 
-    return _TABLE.sub(fill, text)
+    return _SERVERS.sub(
+        lambda match: f"{match[1]}{render_servers()}\n{match[2]}", _TABLE.sub(fill, text)
+    )
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from lpdeploy.errors import LpdeployError, RankLostError, RecipeError
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
+    "check",
     "prune",
     "compact",
     "export",

@@ -32,21 +32,37 @@ def resolve_model(model: str) -> Path:
     if not folder.is_dir():
         folder = _download(model)
     if not (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"'{model}' is no Hugging Face model: it has no config.json. "
-            "Give a folder that 'save_pretrained' wrote, or a hub name."
-        )
+        raise _describe_no_config(model)
     if not list_weight_files(folder):
         _refuse_without_safetensors(model, folder)
     return folder
 
 
-def _download(model: str) -> Path:
+def find_config(model: str) -> Any:
+    """Load the config of a folder or hub name, without its weights.
+
+    Raises:
+        ArtifactError: As ``resolve_model`` and ``load_config``.
+    """
+    folder = Path(model) if Path(model).is_dir() else _download(model, files=["config.json"])
+    if not (folder / "config.json").is_file():
+        raise _describe_no_config(model)
+    return load_config(folder)
+
+
+def _describe_no_config(model: str) -> ArtifactError:
+    return ArtifactError(
+        f"'{model}' is no Hugging Face model: it has no config.json. "
+        "Give a folder that 'save_pretrained' wrote, or a hub name."
+    )
+
+
+def _download(model: str, *, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ArtifactError(

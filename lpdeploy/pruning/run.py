@@ -36,8 +36,10 @@ from lpdeploy.models.loading import (
     compute_model_sha256,
 )
 from lpdeploy.models.quantized import check_load_in
+from lpdeploy.models.servers import list_verdicts
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
+from lpdeploy.pruning.check import describe_servers, forecast_config
 from lpdeploy.pruning.checkpoint import (
     CHECKPOINT,
     RECIPE,
@@ -147,6 +149,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             _check_same_start(ranks, options, stage, checkpoint)
             if ranks.is_first:
                 log(describe_start(source, training))
+                log(describe_servers(list_verdicts(forecast_config(source.config, options))))
                 _prepare_output(output, record, checkpoint)
             with ranks.hold_signals(log):
                 losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
