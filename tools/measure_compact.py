@@ -5,7 +5,8 @@
 The checkpoints have random weights, 2.7 GB each: in float32 and in bfloat16, as one file and in
 shards; the plan keeps half of all heads and channels, with a random adapter of rank 8. Copying and
 compacting take turns. Compact is a process of its own, whose peak (VmHWM) counts the libraries and
-whatever it maps of the base; its seconds begin when the libraries are imported. Files are in the page cache and are not synced to the disk, in both.
+whatever it maps of the base; its seconds begin when the libraries are imported. Files are in the
+page cache and are not synced to the disk, in both.
 """
 
 import argparse
