@@ -244,12 +244,38 @@ def measure_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def read_process_bytes(*, peak: bool = False) -> int | None:
+    """Return the memory of this process now, or its largest; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    name = "VmHWM:" if peak else "VmRSS:"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people: 23.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 @dataclass
 class Stage:
-    """What a running stage adds to its manifest entry: ``inputs`` and ``outputs`` with hashes."""
+    """What a running stage adds to its manifest entry: ``inputs`` and ``outputs`` with hashes.
+
+    Attributes:
+        inputs: Name -> hash of what it read.
+        outputs: Name -> hash of what it wrote.
+        planned: Bytes of memory that it was planned to need, by what for; empty without a plan.
+    """
 
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
+    planned: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     peak_bytes: int = 0
 
@@ -270,6 +296,7 @@ def record_stage(folder: Path, name: str, options: Mapping[str, Any]) -> Iterato
         "outputs": stage.outputs,
         "seconds": stage.seconds,
         "peak_bytes": stage.peak_bytes,
+        **({"planned_bytes": stage.planned} if stage.planned else {}),
         "versions": list_versions(),
         "finished": now(),
     }

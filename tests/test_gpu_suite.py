@@ -10,11 +10,14 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "tools" / "gpu_suite.py"
 
 
+PARTS = ("table-3", "decode", "ort", "trt", "pruning", "pruning-offload", "pruning-65b")
+
+
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("suite") / "gpu.json"
     path.write_text('{"parts": {"earlier": {"rows": []}}}')
-    words = ["table-3", "decode", "ort", "trt", "--size", "tiny", "--device", "cpu"]
+    words = [*PARTS, "--size", "tiny", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, SCRIPT, *words, "--output", path], capture_output=True, check=False
     )
@@ -54,3 +57,25 @@ def test_what_cannot_run_says_so_and_earlier_parts_stay(document):
     assert "GPU alone" in document["parts"]["trt"]["skipped"]
     assert document["parts"]["earlier"] == {"rows": []}
     assert document["parts"]["ort"]["machine"]["versions"]["torch"]
+
+
+def test_pruning_is_measured_by_criterion_at_both_micro_batches(document):
+    part = document["parts"]["pruning"]
+    assert "failed" not in part
+    for result in (part, part["micro_batch_1"]):
+        found = [(row["criterion"], row["load_in"]) for row in result["rows"]]
+        assert found == [
+            ("lora", None), ("gradient", None), ("magnitude", None), ("lora", "8bit"),
+        ]  # fmt: skip
+        assert all(row["relative_time"] > 0 and row["peak_bytes"] for row in result["rows"])
+    assert part["workload"]["micro_batch_size"] == 4  # all of a tiny batch fits
+    assert part["micro_batch_1"]["workload"]["micro_batch_size"] == 1
+
+
+def test_off_loading_and_65b_are_parts_of_their_own(document):
+    rows = document["parts"]["pruning-offload"]["rows"]
+    assert [row["offload_gradients"] for row in rows] == [False, True]
+    part = document["parts"]["pruning-65b"]
+    assert part["workload"]["gradient_checkpointing"]
+    assert part["rows"][0]["load_in"] == "8bit"
+    assert part["planned_bytes"]["weights"] == part["rows"][0]["weight_bytes"]

@@ -23,7 +23,8 @@ ALLOWED = {
     "export": BASE | {"models", "runtime"},
     "evaluation": BASE | {"models", "data", "runtime"},
     "plotting": set(),
-    "benchmark": BASE | {"models", "data", "runtime", "export", "plotting"},
+    # What it measures: engines, and pruning itself.
+    "benchmark": BASE | {"models", "data", "runtime", "export", "pruning", "plotting"},
     "paper": BASE | {"models", "pruning", "evaluation", "plotting"},
     "demo": BASE | {"models", "data", "runtime", "export", "evaluation", "benchmark", "pruning"},
 }

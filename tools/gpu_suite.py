@@ -1,4 +1,4 @@
-"""Measure what only a GPU shows, with LLaMA-7B's shapes and random weights made on the device.
+"""Measure what only a GPU shows, with random weights of LLaMA-7B's and 65B's shapes made on it.
 
     python tools/gpu_suite.py --output docs/measurements/gpu.json                 all parts
     python tools/gpu_suite.py table-3 decode --output docs/measurements/gpu.json  some of them
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_pruning import run_65b, run_offloading, run_pruning
 from transformers import MistralConfig, MistralForCausalLM
 
 from lpdeploy.artifacts import describe_machine, load_json, save_json
@@ -68,9 +69,14 @@ SIZES = {
 class Suite:
     """Where and what to measure."""
 
-    size: Size
+    name: str
     device: str
     precision: str
+
+    @property
+    def size(self) -> Size:
+        """The shapes of that name."""
+        return SIZES[self.name]
 
     def list_shapes(self) -> list[tuple[float, bool, Any]]:
         """List (ratio, whether its channels are rounded, config); the dense one is round anyway."""
@@ -240,6 +246,9 @@ PARTS: dict[str, Callable[[Suite], Any]] = {
     "table-3": run_table_3,
     "decode": run_decode,
     **{engine: functools.partial(run_engine, engine) for engine in LIBRARIES},
+    "pruning": run_pruning,
+    "pruning-offload": run_offloading,
+    "pruning-65b": run_65b,
 }
 
 
@@ -258,7 +267,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no part '{sorted(unknown)[0]}'; choose from {', '.join(PARTS)}")
     precision = options.precision or ("fp32" if options.device == "cpu" else "bf16")
-    suite = Suite(SIZES[options.size], options.device, precision)
+    suite = Suite(options.size, options.device, precision)
     for name in options.parts or PARTS:
         print(f"== {name}", file=sys.stderr, flush=True)
         keep(options.output, name, run_part(suite, name))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from cost_tables import render_memory, render_pruning, render_run, render_scaling
 from transformers import LlamaConfig
 
 from lpdeploy.benchmark.table import render_latency as render_latency_table
@@ -27,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "docs" / "cli.md"
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "engines", "scaling", "serving")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("results", "engines", "scaling", "serving", "costs")
+    ),
 ]
 _CLI_INTRODUCTION = """\
 # Commands
@@ -202,6 +206,10 @@ def render_load(data: dict[str, Any]) -> str:
 RENDERERS = {
     "bench": render_bench,
     "load": render_load,
+    "memory": render_memory,
+    "pruning": render_pruning,
+    "run": render_run,
+    "scaling": render_scaling,
     "messages": render_messages,
     "travel": render_travel,
     "quality": render_quality,

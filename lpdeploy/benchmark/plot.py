@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lpdeploy.benchmark.pruning_table import name_variant
 from lpdeploy.plotting import COLORS, INK, make_panels, to_svg
 
 _MERGED, _UNMERGED = COLORS[:2]
@@ -88,4 +89,66 @@ def draw_training(log: Sequence[Mapping[str, Any]]) -> str:
     ratio.set_title("groups removed, %", loc="left", color=INK)
     for panel in (loss, ratio):
         panel.set_xlabel("step")
+    return to_svg(figure)
+
+
+def draw_pruning(bench: Mapping[str, Any]) -> str:
+    """Draw what a step costs by criterion: its time, and memory above the weights.
+
+    Args:
+        bench: What ``bench-pruning.json`` holds.
+
+    Returns:
+        SVG.
+    """
+    rows = bench["rows"]
+    names = [name_variant(row) for row in rows]
+    figure, (time, memory) = make_panels(2)
+    training = [(row["step_ms"] - row["scoring_ms"]) / 1e3 for row in rows]
+    _stack(time, names, {"training": training, "scoring": [r["scoring_ms"] / 1e3 for r in rows]})
+    time.set_title("a step, s", loc="left", color=INK)
+    weights = [row["weight_bytes"] / 1e9 for row in rows]
+    beside = [(row["beside_bytes"] or 0) / 1e9 for row in rows]
+    _stack(memory, names, {"weights": weights, "beside them": beside})
+    memory.set_title("memory at its peak, GB", loc="left", color=INK)
+    return to_svg(figure)
+
+
+def _stack(panel: Any, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+    bottom = [0.0] * len(names)
+    for color, (label, values) in zip(COLORS, parts.items(), strict=False):
+        panel.bar(range(len(names)), values, 0.7, bottom=bottom, color=color, label=label)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    for place, top in enumerate(bottom):
+        panel.annotate(
+            f"{top:.3g}", (place, top), xytext=(0, 3), textcoords="offset points", ha="center",
+            color=INK, fontsize=9,
+        )  # fmt: skip
+    panel.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
+    panel.margins(y=0.25)
+    panel.legend(frameon=False, loc="upper left")
+
+
+def draw_run_costs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Draw seconds and memory of each step over whole runs.
+
+    Args:
+        runs: Name -> its steps, with ``seconds``, ``peak_bytes`` and ``ratio``.
+
+    Returns:
+        SVG.
+    """
+    figure, (time, memory, ratio) = make_panels(3)
+    for color, (name, steps) in zip(COLORS, runs.items(), strict=False):
+        places = range(1, len(steps) + 1)
+        own = {"color": color, "label": name, "linewidth": 1.4}
+        time.plot(places, [step["seconds"] for step in steps], **own)
+        memory.plot(places, [(step["peak_bytes"] or 0) / 1e9 for step in steps], **own)
+        ratio.step(places, [100 * step["ratio"] for step in steps], where="post", **own)
+    titles = ("a step, s", "memory in it at its peak, GB", "groups removed, %")
+    for panel, title in zip((time, memory, ratio), titles, strict=True):
+        panel.set_title(title, loc="left", color=INK)
+        panel.set_xlabel("step")
+        panel.set_ylim(bottom=0)
+    time.legend(frameon=False, loc="lower left")
     return to_svg(figure)

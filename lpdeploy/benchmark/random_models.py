@@ -1,13 +1,17 @@
-"""Checkpoints of a shape with random weights: latency depends on the shape alone."""
+"""Models of a shape with random weights: time and memory depend on the shape alone."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
-from lpdeploy.models.groups import list_group_specs
-from lpdeploy.models.loading import get_model_classes
+from lpdeploy.models.groups import LINEARS, list_group_specs
+from lpdeploy.models.loading import PRECISIONS, get_model_classes
+from lpdeploy.models.quantized import apply_training_layout, build_random_8bit
+
+_DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 
 
 def save_random_model(config: Any, folder: Path, *, seed: int = 0) -> Path:
@@ -25,6 +29,50 @@ def save_random_model(config: Any, folder: Path, *, seed: int = 0) -> Path:
     _, model_class = get_model_classes(config.model_type)
     model_class(config).save_pretrained(folder)
     return folder
+
+
+def build_random_model(config: Any, *, dtype: str, device: str, load_in: str | None = None) -> Any:
+    """Build a model on its device, a module at a time, so that nothing larger than it is made.
+
+    Args:
+        config: Of a supported model type.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        device: ``cpu``, ``cuda``.
+        load_in: ``8bit`` for 8-bit projections, or None.
+
+    Returns:
+        A transformers causal LM, as ``load_model`` gives it.
+
+    Raises:
+        ValueError: ``load_in`` is ``4bit``.
+    """
+    if load_in not in (None, "8bit"):
+        raise ValueError(f"load_in is {load_in!r}; random weights come in full or in 8bit")
+    _, model_class = get_model_classes(config.model_type)
+    with torch.device("meta"):
+        model = model_class(config)
+    for name, module in list(model.named_modules()):
+        if load_in and name.rsplit(".", 1)[-1] in LINEARS:
+            model.set_submodule(name, build_random_8bit(module, device=device))
+        else:
+            _fill(module, dtype=_DTYPES[dtype], device=device)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers are computed
+    model.tie_weights()
+    model.generation_config = None
+    if load_in:
+        model.is_loaded_in_8bit = True  # what peft looks at
+        apply_training_layout(model)
+    return model.eval()
+
+
+def _fill(module: nn.Module, *, dtype: torch.dtype, device: str) -> None:
+    """Make a module's own parameters: norms of ones, the others of an untrained model."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        values = torch.ones(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() > 1:
+            values.normal_(std=0.02)
+        setattr(module, name, nn.Parameter(values, requires_grad=False))
 
 
 def fill_random_adapter(model: Any, *, rank: int, alpha: float) -> Any:

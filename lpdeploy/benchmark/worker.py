@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from lpdeploy.artifacts import read_process_bytes
 from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.errors import LpdeployError
@@ -100,8 +101,8 @@ class TimedRunner:
 
 def time_work(work: Callable[[], Any], *, device: str) -> Timing:
     """Time something: by events on a GPU, by the clock on a CPU."""
-    _reset_peak(device)
-    before = _read_bytes(device)
+    reset_peak(device)
+    before = read_bytes(device)
     if device == "cpu":
         start = time.perf_counter()
         work()
@@ -114,11 +115,12 @@ def time_work(work: Callable[[], Any], *, device: str) -> Timing:
         end.record()
         torch.cuda.synchronize(device)
         seconds = begin.elapsed_time(end) / 1e3
-    peak = _read_bytes(device, peak=True)
+    peak = read_bytes(device, peak=True)
     return Timing(seconds, None if before is None or peak is None else max(0, peak - before))
 
 
-def _reset_peak(device: str) -> None:
+def reset_peak(device: str) -> None:
+    """Let the peak that ``read_bytes`` tells begin anew, where the system can."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -128,23 +130,18 @@ def _reset_peak(device: str) -> None:
         return
 
 
-def _read_bytes(device: str, *, peak: bool = False) -> int | None:
-    """Return the memory of this process, or its peak since the last reset."""
+def read_bytes(device: str, *, peak: bool = False) -> int | None:
+    """Return the memory of this process, or its peak since the last reset; None if unknown."""
     if device != "cpu":  # what torch allocates; other engines keep their own books
         count = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
         return int(count(device))
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    name = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return read_process_bytes(peak=peak)
 
 
 def load_timed(variant: Variant) -> tuple[TimedRunner, Loaded]:
     """Load one variant in this process."""
     gc.collect()
-    before = _read_bytes(variant.device)
+    before = read_bytes(variant.device)
     if variant.exported is None:
         runner: Runner = load_torch_runner(
             variant.folder, device=variant.device, adapter=variant.adapter
@@ -154,13 +151,13 @@ def load_timed(variant: Variant) -> tuple[TimedRunner, Loaded]:
     # A checkpoint may be mapped from its file: its pages are there once they have been read.
     runner.forward(torch.zeros(1, 2, dtype=torch.int64), attention_mask=torch.ones(1, 2).long())
     gc.collect()
-    after = _read_bytes(variant.device)
+    after = read_bytes(variant.device)
     added = None if before is None or after is None else max(0, after - before)
     loaded = Loaded(runner.precision, runner.max_positions, added)
     return TimedRunner(runner, device=variant.device), loaded
 
 
-_Answer = Callable[[int, Workload, str], Timing]
+_Answer = Callable[..., Any]
 Served = tuple[Any, _Answer]
 """What a worker says of what it has loaded, and what it answers a call with."""
 
@@ -210,7 +207,15 @@ class Worker:
         Raises:
             LpdeployError: It failed there, or the process has died.
         """
-        self._connection.send((index, workload, phase))
+        return self.call(index, workload, phase)
+
+    def call(self, *arguments: Any) -> Any:
+        """Ask for one answer of whatever kind.
+
+        Raises:
+            LpdeployError: It failed there, or the process has died.
+        """
+        self._connection.send(arguments)
         return self._receive()
 
     def _receive(self) -> Any:

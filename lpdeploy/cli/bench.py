@@ -1,7 +1,8 @@
-"""`lpdeploy bench`: how fast models are."""
+"""`lpdeploy bench`: how fast models are, and what pruning them costs."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,13 +15,16 @@ from lpdeploy.cli.common import (
     shared_options,
     split_names,
 )
+from lpdeploy.pruning.options import CRITERIA, PruneOptions
 
+_COUNT = click.IntRange(min=1)
+_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 
 @click.group("bench", context_settings=CONTEXT_SETTINGS)
 def command() -> None:
-    """Measure what pruning gains."""
+    """Measure what pruning gains, and what it costs."""
 
 
 @command.command("latency")
@@ -77,6 +81,84 @@ def latency(  # noqa: PLR0913 - one parameter an option
         )
     log(f"Written: {folder / 'bench.json'}, .md, .svg")
     print_result(result, format_latency(result), as_json=as_json)
+
+
+@command.command("pruning")
+@click.argument("model")
+@click.option(
+    "--criterion",
+    default="lora,gradient,magnitude",
+    help=f"Of {', '.join(CRITERIA)}; several with commas between them.",
+)
+@click.option("--load-in", type=click.Choice(["8bit"]), help="Also lora over a base in 8 bits.")
+@click.option("--steps", type=_COUNT, default=10, help="Steps that count, before the removal.")
+@click.option("--ratio", type=_SHARE, default=0.5, help="Removed after the steps.")
+@click.option("--batch-size", type=_COUNT, default=8, help="Sequences a step.")
+@click.option("--micro-batch-size", type=_COUNT, default=1, help="Sequences a forward pass.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, help="Tokens a sequence.")
+@click.option("--lora-rank", type=_COUNT, default=8, help="Rank of A and B.")
+@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.05)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
+@click.option("--data", metavar="SOURCE", help="What to train on.  [default: random tokens]")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--output",
+    type=FOLDER,
+    default=Path(),
+    help="Where bench-pruning.json goes.",
+    show_default="the working folder",
+)
+@shared_options()
+def pruning(
+    *,
+    model: str,
+    criterion: str,
+    load_in: str | None,
+    steps: int,
+    data: str | None,
+    output: Path,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Measure what a step costs by criterion (the paper's Tables 4 and 6).
+
+    Time, memory and operations of steps of MODEL, scoring included, and after a removal. Nothing
+    is kept. A MODEL with a config.json alone is given random weights, which cost the same. On a
+    GPU, gradient is also measured with its gradients off-loaded to the CPU.
+    """
+    try:
+        workload_options = PruneOptions(**values)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    criteria = _parse_criteria(criterion)
+    from lpdeploy.benchmark.pruning import PruningWorkload
+    from lpdeploy.benchmark.pruning_stage import bench_pruning
+    from lpdeploy.benchmark.pruning_table import format_pruning
+    from lpdeploy.cli.progress import counting_progress
+
+    with counting_progress("bench") as on_progress:
+        result = bench_pruning(
+            model,
+            PruningWorkload(workload_options, steps),
+            criteria=criteria,
+            load_in=(load_in,) if load_in else (),
+            data=data,
+            output=output,
+            on_progress=on_progress,
+            log=log,
+        )
+    log(f"Written: {output / 'bench-pruning.json'}, .md, .svg")
+    print_result(result, format_pruning(result), as_json=as_json)
+
+
+def _parse_criteria(text: str) -> tuple[str, ...]:
+    criteria = split_names(text)
+    if not criteria or set(criteria) - set(CRITERIA):
+        raise click.UsageError(
+            f"--criterion {text!r}: choose from {', '.join(CRITERIA)}, with commas between them."
+        )
+    return criteria
 
 
 def _parse_engines(text: str) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import format_bytes, print_result, shared_options
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import print_result, shared_options
 from lpdeploy.pruning.options import PruneOptions
 
 _DEFAULT = PruneOptions()

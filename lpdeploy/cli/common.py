@@ -89,12 +89,3 @@ def log(message: str) -> None:
     """Tell the user something on stderr, where it does not disturb the result."""
     if is_first_rank():
         click.echo(message, err=True)
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes for people: 23.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, RUN, format_bytes, print_result, shared_options
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import FOLDER, RUN, print_result, shared_options
 
 
 @click.command("compact")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import ENGINES, FOLDER, format_bytes, print_result, shared_options
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import ENGINES, FOLDER, print_result, shared_options
 
 
 @click.command("export")

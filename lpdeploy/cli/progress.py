@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lpdeploy.cli.common import format_bytes, is_first_rank
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import is_first_rank
 
 
 def _build_progress(*columns: str) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, format_bytes, log, print_result, shared_options
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
 from lpdeploy.pruning.options import CRITERIA, SCHEDULES, PruneOptions
 from lpdeploy.pruning.schedule import RAMPS
 
@@ -141,6 +142,9 @@ _LAYERS = click.IntRange(min=0)
 @click.option("--train-on-prompt", is_flag=True, help="Learn the prompts of instructions too.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @click.option("--compile", is_flag=True, help="torch.compile after the last event, for a GPU.")
+@click.option(
+    "--ignore-memory", is_flag=True, help="Start where memory will not suffice by the plan, too."
+)
 @click.option(
     "--checkpoint-every",
     type=_LAYERS,

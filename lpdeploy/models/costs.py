@@ -1,9 +1,9 @@
-"""What a forward pass has to do at least: operations of a prefill, bytes of a decoded token."""
+"""What a pass has to do at least: operations of a prefill and a training step, bytes of a token."""
 
 from typing import Any
 
 from lpdeploy.models.groups import get_head_dim
-from lpdeploy.models.shapes import list_widths
+from lpdeploy.models.shapes import list_projections, list_widths
 
 
 def compute_prefill_flops(config: Any, *, tokens: int, batch: int, rank: int = 0) -> float:
@@ -20,17 +20,78 @@ def compute_prefill_flops(config: Any, *, tokens: int, batch: int, rank: int = 0
     Returns:
         Floating-point operations, two a product and sum.
     """
-    hidden, head_dim = config.hidden_size, get_head_dim(config)
-    total = 2.0 * batch * hidden * config.vocab_size  # the head, once a row
+    head_dim = get_head_dim(config)
+    total = 2.0 * batch * config.hidden_size * config.vocab_size  # the head, once a row
     for width in list_widths(config):
-        query, key = width.heads * head_dim, width.kv_heads * head_dim
-        # (in, out) of q, k, v, o, gate, up, down
-        sizes = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-        sizes += [(hidden, width.channels)] * 2 + [(width.channels, hidden)]
+        sizes = list_projections(config, width)
         weights = sum(rows * columns + rank * (rows + columns) for rows, columns in sizes)
         # A token sees half of the others on average: scores and weighted values, 2 T / 2 each.
-        total += 2.0 * batch * tokens * (weights + query * tokens)
+        total += 2.0 * batch * tokens * (weights + width.heads * head_dim * tokens)
     return total
+
+
+def compute_training_flops(
+    config: Any,
+    *,
+    tokens: int,
+    batch: int,
+    rank: int,
+    weight_gradients: bool = False,
+    checkpointing: bool = False,
+) -> float:
+    """Count the multiplications and additions of one training step over a frozen base with LoRA.
+
+    Matrix products only, forward and backward: of the base, gradients of the inputs, which the
+    first layer's q, k and v do not need; of LoRA, those of A and B too; of attention, the scores
+    once more in its backward pass, which does not keep them. Checkpointing asks for the gradient
+    of the embeddings' output too, and its second pass ends before the layer's last product.
+
+    Args:
+        config: A model's config, uniform or of per-layer widths.
+        tokens: T, of each row.
+        batch: Rows of the step.
+        rank: Of LoRA beside every projection.
+        weight_gradients: Also count the gradients of the projections themselves (Eq. 3).
+        checkpointing: Also count the layers' second forward pass.
+
+    Returns:
+        Floating-point operations, two a product and sum.
+    """
+    total = 4.0 * config.hidden_size * config.vocab_size  # the head: output, gradient of its input
+    passes = 2 if checkpointing else 1
+    for layer, width in enumerate(list_widths(config)):
+        for place, (columns, rows) in enumerate(list_projections(config, width)):
+            to_input = 0 if layer == 0 and place < 3 and not checkpointing else 1
+            base, lora = rows * columns, rank * (rows + columns)
+            total += 2.0 * base * (passes + to_input + weight_gradients)
+            # A and B forward, the gradients of both, of A's output, and of A's input.
+            total += 2.0 * (lora * (passes + 1) + rank * (rows + columns * to_input))
+            total -= 2.0 * rank * rows * (checkpointing and place == 6)
+        # A token sees half of the others: two products forward, five backward, 2 T / 2 each.
+        attended = width.heads * get_head_dim(config) * tokens
+        total += attended * (2 * passes + 5)
+    return total * batch * tokens
+
+
+def compute_scoring_flops(config: Any, *, rank: int, criterion: str) -> float:
+    """Count the operations of scoring every weight once, whatever the batch.
+
+    ``W + scaling B A`` is a product of rank ``rank`` and one of ``lora`` has another of twice
+    that (Eq. 10); then a few operations a weight. ``random`` and ``gate`` score no weight.
+
+    Returns:
+        Floating-point operations, two a product and sum.
+    """
+    products = {"lora": 3 * rank, "gradient": rank, "magnitude": rank, "wanda": rank}
+    if criterion not in products:
+        return 0.0
+    weights = sum(
+        rows * columns
+        for width in list_widths(config)
+        for columns, rows in list_projections(config, width)
+    )
+    # scaled sum, product with the gradient, square, sum over the group
+    return weights * (2.0 * products[criterion] + 4)
 
 
 def compute_decode_bytes(

@@ -107,6 +107,31 @@ def apply_training_layout(model: nn.Module) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
+def build_random_8bit(linear: nn.Linear, *, device: str) -> nn.Module:
+    """Build an 8-bit Linear of the shape of another with random codes; they cost what real ones do.
+
+    Args:
+        linear: Of which the shape is taken; it may be on the meta device.
+        device: Where to make it.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+    """
+    bnb = import_bitsandbytes()
+    out, columns = linear.weight.shape
+    with torch.device("meta"):
+        made = bnb.nn.Linear8bitLt(
+            columns, out, linear.bias is not None, has_fp16_weights=False,
+            threshold=_OUTLIER_THRESHOLD,
+        )  # fmt: skip
+    codes = torch.randint(-127, 128, (out, columns), dtype=torch.int8, device=device)
+    scales = torch.full((out,), 0.035, device=device)  # weights of about 0.02
+    made.weight = bnb.nn.Int8Params(
+        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+    )
+    return made
+
+
 def list_misshapen(model: nn.Module) -> list[str]:
     """List the quantised weights of another shape than their Linear's.
 

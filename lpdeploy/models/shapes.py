@@ -40,6 +40,16 @@ def list_widths(config: Any) -> list[LayerWidths]:
     return [LayerWidths(kv_heads * n_rep, kv_heads, channels) for kv_heads, channels in pairs]
 
 
+def list_projections(config: Any, width: LayerWidths) -> list[tuple[int, int]]:
+    """List (in, out) of the projections of a layer: q, k, v, o, gate, up, down."""
+    hidden, head_dim = config.hidden_size, get_head_dim(config)
+    query, key = width.heads * head_dim, width.kv_heads * head_dim
+    return [
+        *((hidden, query), (hidden, key), (hidden, key), (query, hidden)),
+        *((hidden, width.channels), (hidden, width.channels), (width.channels, hidden)),
+    ]
+
+
 def compute_widths(config: Any, specs: Sequence[GroupSpec], kept: Kept) -> list[LayerWidths]:
     """Return the widths that ``kept`` leaves in each layer of the unpruned ``config``."""
     n_rep = config.num_attention_heads // config.num_key_value_heads

@@ -39,6 +39,7 @@ _FREE_OPTIONS = (
     "checkpoint_every",
     "device",
     "gradient_checkpointing",
+    "ignore_memory",
     "lr",
     "max_grad_norm",
     "micro_batch_size",

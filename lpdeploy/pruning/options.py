@@ -51,6 +51,7 @@ class PruneOptions:
         train_on_prompt: Also learn the prompts of instruction data.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: torch.compile the decoder layers after the last pruning event.
+        ignore_memory: Start even where the plan says that memory will not suffice.
         checkpoint_every: Steps between checkpoints; 0 for none.
         dtype: ``auto``, ``fp32`` or ``bf16``.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -92,6 +93,7 @@ class PruneOptions:
     train_on_prompt: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
+    ignore_memory: bool = False
     checkpoint_every: int = 50
     dtype: str = "auto"
     device: str = "auto"

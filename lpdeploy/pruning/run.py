@@ -49,6 +49,7 @@ from lpdeploy.pruning.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.log import LOG, append_log, load_losses, trim_log
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
@@ -125,18 +126,26 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         log: Is told what is about to run, before the first step.
 
     Raises:
-        LpdeployError: Model, data or output cannot be used, a loss is not finite, or another
-            rank is gone.
+        LpdeployError: Model, data or output cannot be used, memory will not suffice, a loss is
+            not finite, or another rank is gone.
     """
     check_load_in(options.load_in, removal=options.removal)  # before anything is read
     ranks = join_ranks(options)
     source = load_source(model, options)
     if ranks.is_first:
         _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
+    memory = check_memory(
+        source.config,
+        options,
+        log=log,
+        refuse=not resume,
+        shards=ranks.size if options.shard else 1,
+    )
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     recording = record_stage(output, "prune", record) if ranks.is_first else nullcontext(Stage())
     with explain_full_disk(output):
         with recording as stage:
+            stage.planned = memory.to_json()
             dataset = load_dataset(
                 source, data, options, cache=cache, on_progress=on_tokenise, log=log
             )

@@ -31,6 +31,7 @@ from lpdeploy.models.loading import (
     resolve_dtype,
     resolve_model,
 )
+from lpdeploy.models.quantized import get_quantization
 from lpdeploy.models.sharded import load_sharded_model
 from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.checkpoint import (
@@ -147,8 +148,18 @@ def build_training(
     options: PruneOptions,
     checkpoint: Checkpoint | None,
     ranks: Ranks | None = None,
+    *,
+    load: Callable[..., Any] = load_model,
 ) -> Training:
     """Load the base on its device, put LoRA on it, and go to where a checkpoint left off.
+
+    Args:
+        source: The base, and what of it may go.
+        dataset: Tokens.
+        options: How to prune.
+        checkpoint: Where to go on from; None for a new run.
+        ranks: The processes that share each batch; None for this one alone.
+        load: What gives the base; called as ``load_model`` is.
 
     Raises:
         LpdeployError: Device or weights cannot be used.
@@ -163,12 +174,12 @@ def build_training(
     )
     if options.compile:
         check_compile(accelerator.device)
-    model = _load_base(source, options, dtype=dtype, device=accelerator.device)
+    model = _load_base(source, options, load, dtype=dtype, device=accelerator.device)
     kept = {} if checkpoint is None else checkpoint.select("kept")
     if options.removal == "cut":
         apply_cut(model, source.prunable, kept)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        apply_checkpointing(model)
     wrapped = _attach_lora(model, source.name, options)
     if not options.shard:  # which is where it belongs, and cannot be moved
         wrapped = wrapped.to(accelerator.device)
@@ -200,12 +211,29 @@ def build_training(
     return training
 
 
-def _load_base(source: Source, options: PruneOptions, *, dtype: str, device: torch.device) -> Any:
+def _load_base(
+    source: Source,
+    options: PruneOptions,
+    load: Callable[..., Any],
+    *,
+    dtype: str,
+    device: torch.device,
+) -> Any:
     if options.shard:
         return load_sharded_model(source.folder, dtype=dtype, device=device)
     # A quantised base is made where it stays; any other is cut first, then moved.
     place = str(device) if options.load_in else "cpu"
-    return load_model(source.folder, dtype=dtype, device=place, load_in=options.load_in)
+    return load(source.folder, dtype=dtype, device=place, load_in=options.load_in)
+
+
+def apply_checkpointing(model: Any) -> None:
+    """Let the layers of a model compute their activations again in the backward pass."""
+    # An 8-bit product keeps its input outside of what autograd saves, where only the reentrant
+    # kind lets go of it; that in turn wants an input with a gradient.
+    reentrant = any(get_quantization(module) == "8bit" for module in model.modules())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
 
 
 def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:

@@ -35,6 +35,7 @@ class StepInfo:
         tokens_per_s: Tokens of the batch (padding included) over the step's time.
         seconds: Time of the step.
         scoring_seconds: Part of it that scoring took.
+        cutting_seconds: Part of it that choosing and removing groups took.
         peak_bytes: Peak memory so far, of the device or the process.
         removed: Whether groups were removed after the step.
         padding: Share of padding among the tokens of the batch.
@@ -48,6 +49,7 @@ class StepInfo:
     tokens_per_s: float
     seconds: float
     scoring_seconds: float
+    cutting_seconds: float
     peak_bytes: int
     removed: bool
     padding: float = 0.0
@@ -167,8 +169,9 @@ def _calibrate(training: Training) -> StepInfo:
         scoring.append(_time(training, partial(training.state.update_average, decay=decay)))
         training.optimizer.zero_grad()
         tokens += count
-    if removed := 0 in schedule.list_events():
-        _remove(training, schedule.compute_ratio(0))
+    removed = 0 in schedule.list_events()
+    remove = partial(_remove, training, schedule.compute_ratio(0))
+    cutting = _time(training, remove) if removed else None
     seconds = _finish(training, start)
     return StepInfo(
         step=0,
@@ -179,6 +182,7 @@ def _calibrate(training: Training) -> StepInfo:
         tokens_per_s=tokens / seconds,
         seconds=seconds,
         scoring_seconds=sum(part() for part in scoring),
+        cutting_seconds=cutting() if cutting else 0.0,
         peak_bytes=measure_peak_bytes(),
         removed=removed,
         padding=_compute_padding(training, rows, tokens),
@@ -208,8 +212,9 @@ def _run_step(training: Training, step: int) -> StepInfo:
     score = partial(training.state.update_average, decay=options.ema_decay)
     scoring = _time(training, score) if scored else None
     _apply_step(training, lr=lr, norm=norm)
-    if removed := step in events:
-        _remove(training, schedule.compute_ratio(step))
+    removed = step in events
+    remove = partial(_remove, training, schedule.compute_ratio(step))
+    cutting = _time(training, remove) if removed else None
     seconds = _finish(training, start)
     return StepInfo(
         step=step,
@@ -220,6 +225,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
         tokens_per_s=tokens / seconds,
         seconds=seconds,
         scoring_seconds=scoring() if scoring else 0.0,
+        cutting_seconds=cutting() if cutting else 0.0,
         peak_bytes=measure_peak_bytes(),
         removed=removed,
         padding=_compute_padding(training, rows, tokens),

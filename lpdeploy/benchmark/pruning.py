@@ -1,0 +1,259 @@
+"""What pruning costs by criterion (the paper's Tables 4 and 6): time, memory, operations."""
+
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from lpdeploy.artifacts import describe_machine
+from lpdeploy.benchmark.pruning_worker import Prepared, StepCost
+from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
+from lpdeploy.models.shapes import LayerWidths, build_pruned_config, list_widths
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.selection import round_kept
+
+WARM_UPS = 1
+_TAILS = torch.tensor([0.1, 0.9], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class PruningWorkload:
+    """What is measured of every variant.
+
+    ``steps`` steps of the whole model, each scored, the last of which removes the share that the
+    options name; then half as many of what is left, which are not scored any more.
+
+    Attributes:
+        options: Of all variants; criterion, load_in and off-loading differ.
+        steps: Steps before the removal that count.
+    """
+
+    options: PruneOptions
+    steps: int
+
+    @property
+    def steps_after(self) -> int:
+        """Steps after the removal."""
+        return max(1, self.steps // 2)
+
+    def build_options(self, **changes: Any) -> PruneOptions:
+        """Return the options of one variant: its only event comes after the counted steps."""
+        event = WARM_UPS + self.steps
+        fixed: dict[str, Any] = {
+            "schedule": "joint",
+            "removal": "cut",
+            "ramp": "paper",
+            "warmup": 0.0,
+            "cooldown": 0.0,
+            "calibration_samples": 0,
+            "prune_every": event,
+            "steps": event + self.steps_after,
+        }
+        return replace(self.options, **fixed, **changes)
+
+
+class Running(Protocol):
+    """A run that takes a step when it is asked for one."""
+
+    described: Prepared
+
+    def call(self, what: str, /) -> StepCost:
+        """Take the next step (``step``)."""
+
+
+@dataclass(frozen=True)
+class PruningRow:
+    """One variant. Times are medians of a step of the whole model; memory is the peak of its steps.
+
+    Attributes:
+        criterion: How groups are scored.
+        load_in: ``8bit`` for a quantised base.
+        offload_gradients: Whether the gradients of ``gradient`` lie in CPU memory.
+        precision: What it computes in.
+        step_ms: A step, scoring included.
+        p10_ms: 10th percentile.
+        p90_ms: 90th percentile.
+        scoring_ms: The part of it that scoring took.
+        cutting_ms: The one removal, of all groups that go; a run spreads it over its events.
+        after_ms: A step after the removal, which is not scored.
+        tokens_per_s: Tokens of a step over ``step_ms``.
+        flops: Floating-point operations of a step, see ``compute_training_flops``, and of scoring.
+        after_flops: Of a step after the removal.
+        total_s: Time of all measured steps: training, scoring, cutting.
+        peak_bytes: Peak memory, of the device, or on a CPU of the process; None if unknown.
+        after_bytes: The same after the removal.
+        weight_bytes: Of the frozen base.
+        beside_bytes: The peak without the base and without what the process held before it.
+        planned_bytes: What the plan says of ``peak_bytes``.
+        relative_time: ``step_ms`` over that of ``gradient``; None where that was not measured.
+        relative_memory: ``peak_bytes``, likewise.
+        relative_beside: ``beside_bytes``, likewise.
+        steps: Steps before the removal.
+    """
+
+    criterion: str
+    load_in: str | None
+    offload_gradients: bool
+    precision: str
+    step_ms: float
+    p10_ms: float
+    p90_ms: float
+    scoring_ms: float
+    cutting_ms: float
+    after_ms: float
+    tokens_per_s: float
+    flops: float
+    after_flops: float
+    total_s: Mapping[str, float]
+    peak_bytes: int | None
+    after_bytes: int | None
+    weight_bytes: int
+    beside_bytes: int | None
+    planned_bytes: int
+    relative_time: float | None
+    relative_memory: float | None
+    relative_beside: float | None
+    steps: int
+
+
+def run_interleaved(
+    runs: Sequence[Running], rounds: int, on_round: Callable[[], None]
+) -> list[list[StepCost]]:
+    """Take a step of every run in turn, in an order that changes: what slows one slows all."""
+    costs: list[list[StepCost]] = [[] for _ in runs]
+    order = list(range(len(runs)))
+    shuffle = random.Random(0)  # noqa: S311 - an order, no secret
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for index in order:
+            costs[index].append(runs[index].call("step"))
+        on_round()
+    return costs
+
+
+def build_result(
+    config: Any,
+    workload: PruningWorkload,
+    measured: Iterable[tuple[PruneOptions, Prepared, Sequence[StepCost]]],
+    *,
+    interleaved: bool,
+) -> dict[str, Any]:
+    """Make the rows, relative to ``gradient`` over a base in full precision on the same device.
+
+    Returns:
+        ``{"machine": ..., "workload": ..., "rows": [PruningRow as dict, ...]}``.
+    """
+    rows = [build_row(config, workload, *one) for one in measured]
+    reference = next(
+        (r for r in rows if r.criterion == "gradient" and not r.offload_gradients), None
+    )
+    if reference is not None:
+        rows = [relate(row, reference) for row in rows]
+    options = workload.options
+    return {
+        "machine": describe_machine(),
+        "workload": {
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "batch_size": options.batch_size,
+            "micro_batch_size": options.micro_batch_size,
+            "seq_len": options.seq_len,
+            "gradient_checkpointing": options.gradient_checkpointing,
+            "ratio": options.ratio,
+            "interleaved": interleaved,
+        },
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def build_row(
+    config: Any,
+    workload: PruningWorkload,
+    options: PruneOptions,
+    prepared: Prepared,
+    costs: Sequence[StepCost],
+) -> PruningRow:
+    """Make the row of one variant, not related to any other."""
+    event = WARM_UPS + workload.steps
+    before, after = costs[WARM_UPS:event], costs[event:]
+    # The last of them also cuts, which is not what a step is.
+    seconds = [cost.seconds - cost.cutting for cost in before]
+    median = statistics.median(seconds)
+    p10, p90 = torch.tensor(seconds, dtype=torch.float64).quantile(_TAILS).tolist()
+    scoring = [cost.scoring for cost in before]
+    peak = _find_peak(costs[:event])
+    weights, process = prepared.weight_bytes, prepared.process_bytes
+    return PruningRow(
+        criterion=options.criterion,
+        load_in=options.load_in,
+        offload_gradients=options.offload_gradients,
+        precision=prepared.precision,
+        step_ms=median * 1e3,
+        p10_ms=p10 * 1e3,
+        p90_ms=p90 * 1e3,
+        scoring_ms=statistics.median(scoring) * 1e3,
+        cutting_ms=before[-1].cutting * 1e3,
+        after_ms=statistics.median(cost.seconds for cost in after) * 1e3,
+        tokens_per_s=options.batch_size * options.seq_len / median,
+        flops=count_flops(config, options),
+        after_flops=count_flops(prune_config(config, options), options, scored=False),
+        total_s={
+            "training": sum(seconds) + sum(cost.seconds for cost in after) - sum(scoring),
+            "scoring": sum(scoring),
+            "cutting": before[-1].cutting,
+        },
+        peak_bytes=peak,
+        after_bytes=_find_peak(after),
+        weight_bytes=weights,
+        beside_bytes=None if peak is None else peak - process - weights,
+        planned_bytes=prepared.planned_bytes,
+        relative_time=None,
+        relative_memory=None,
+        relative_beside=None,
+        steps=len(before),
+    )
+
+
+def _find_peak(costs: Iterable[StepCost]) -> int | None:
+    known = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+    return max(known, default=None)
+
+
+def relate(row: PruningRow, reference: PruningRow) -> PruningRow:
+    """Divide by the reference."""
+
+    def divide(mine: int | None, theirs: int | None) -> float | None:
+        return mine / theirs if mine is not None and theirs else None
+
+    return replace(
+        row,
+        relative_time=row.step_ms / reference.step_ms,
+        relative_memory=divide(row.peak_bytes, reference.peak_bytes),
+        relative_beside=divide(row.beside_bytes, reference.beside_bytes),
+    )
+
+
+def count_flops(config: Any, options: PruneOptions, *, scored: bool = True) -> float:
+    """Count the operations of one step: matrix products of the batch, and scoring."""
+    own = compute_training_flops(
+        config,
+        tokens=options.seq_len,
+        batch=options.batch_size,
+        rank=options.lora_rank,
+        weight_gradients=scored and options.criterion == "gradient",
+        checkpointing=options.gradient_checkpointing,
+    )
+    scoring = compute_scoring_flops(config, rank=options.lora_rank, criterion=options.criterion)
+    return own + (scoring if scored else 0)
+
+
+def prune_config(config: Any, options: PruneOptions) -> Any:
+    """Return the config of what the options leave, with the same widths in every layer."""
+    width = list_widths(config)[0]
+    heads = round_kept(width.kv_heads, options.ratio, multiple=options.round_heads_to)
+    channels = round_kept(width.channels, options.ratio, multiple=options.round_to)
+    kept = LayerWidths(heads * (width.heads // width.kv_heads), heads, channels)
+    return build_pruned_config(config, [kept] * config.num_hidden_layers)

@@ -1,0 +1,145 @@
+"""The stage of `bench pruning`: start what is compared, let it step, write JSON, table and plot."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import atomic_file, save_json
+from lpdeploy.benchmark.plot import draw_pruning
+from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
+from lpdeploy.benchmark.pruning_table import render_pruning
+from lpdeploy.benchmark.pruning_worker import PruningVariant, load_pruning
+from lpdeploy.benchmark.worker import Worker
+from lpdeploy.models.loading import load_config, resolve_device, resolve_model
+from lpdeploy.models.quantized import check_load_in
+from lpdeploy.pruning.fit import measure_free_bytes, plan_run
+from lpdeploy.pruning.options import PruneOptions
+
+BENCH = "bench-pruning.json"
+
+Log = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
+    model: str,
+    workload: PruningWorkload,
+    *,
+    criteria: Sequence[str],
+    load_in: Sequence[str] = (),
+    data: str | None = None,
+    output: Path,
+    on_progress: Progress = lambda *_: None,
+    log: Log = lambda _: None,
+) -> dict[str, Any]:
+    """Measure what a step costs by criterion, and write JSON, Markdown and SVG.
+
+    Each variant is a run in a process of its own. Where all of them fit into memory at once, they
+    take their steps in turn; else each takes all of its steps before the next one starts.
+
+    Args:
+        model: Folder or hub name; a folder with a config alone gives random weights.
+        workload: Batches, and how many steps.
+        criteria: What to compare; ``gradient`` on a GPU also with its gradients off-loaded.
+        load_in: Also measure ``lora`` over a base in ``8bit``.
+        data: Data source; None for random tokens.
+        output: Folder for the files.
+        on_progress: Is told (steps done, all steps).
+        log: Is told what is measured, and what is not.
+
+    Returns:
+        What ``bench-pruning.json`` holds.
+
+    Raises:
+        LpdeployError: Model, data, device or memory are not what is needed.
+    """
+    folder = _find_folder(model)
+    config = load_config(folder)
+    device = resolve_device(workload.options.device)
+    options = _list_options(workload, criteria, load_in, device=device, log=log)
+    variants = [PruningVariant(folder, own, data) for own in options]
+    together = _fit_together(config, options, device)
+    log(f"{len(variants)} runs, {'in turn step by step' if together else 'one after another'}")
+    measured = _measure(variants, workload, together=together, on_progress=on_progress)
+    result = build_result(
+        config,
+        workload,
+        [(own, *one) for own, one in zip(options, measured, strict=True)],
+        interleaved=together,
+    )
+    save_json(output / BENCH, result)
+    texts = {"bench-pruning.md": render_pruning(result), "bench-pruning.svg": draw_pruning(result)}
+    for name, text in texts.items():
+        with atomic_file(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return result
+
+
+def _find_folder(model: str) -> Path:
+    folder = Path(model)
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return folder.resolve()  # weights or none: random ones cost the same
+    return resolve_model(model)
+
+
+def _list_options(
+    workload: PruningWorkload,
+    criteria: Sequence[str],
+    load_in: Sequence[str],
+    *,
+    device: str,
+    log: Log,
+) -> list[PruneOptions]:
+    changes: list[dict[str, Any]] = [{"criterion": name} for name in criteria]
+    if "gradient" in criteria:
+        if device == "cpu":
+            log("gradient with off-loading is left out: on a CPU it is the same as gradient.")
+        else:
+            changes.append({"criterion": "gradient", "offload_gradients": True})
+    for kind in load_in:
+        check_load_in(kind, removal="cut")
+        changes.append({"criterion": "lora", "load_in": kind})
+    return [workload.build_options(**change) for change in changes]
+
+
+def _fit_together(config: Any, options: Sequence[PruneOptions], device: str) -> bool:
+    """Tell whether all runs may be alive at once; only one of them is in a step."""
+    plans = [plan_run(config, own) for own in options]
+    free = measure_free_bytes(device)
+    if free is None:
+        return True
+    largest = max(plan.total for plan in plans)
+    # While it waits a run holds its libraries, its weights and LoRA.
+    waiting = sum(plan.process + plan.weights + plan.adapters for plan in plans)
+    return waiting + largest < 0.8 * free
+
+
+def _measure(
+    variants: Sequence[PruningVariant],
+    workload: PruningWorkload,
+    *,
+    together: bool,
+    on_progress: Progress,
+) -> list[tuple[Any, Any]]:
+    """Return (prepared, costs) of each variant."""
+    rounds = WARM_UPS + workload.steps + workload.steps_after
+    batches = [variants] if together else [[variant] for variant in variants]
+    total, done = rounds * len(batches), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    measured = []
+    for batch in batches:
+        with ExitStack() as stack:
+            workers = [
+                stack.enter_context(Worker(functools.partial(load_pruning, variant)))
+                for variant in batch
+            ]
+            costs = run_interleaved(workers, rounds, advance)
+        measured += [(worker.described, own) for worker, own in zip(workers, costs, strict=True)]
+    return measured

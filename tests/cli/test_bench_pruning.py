@@ -1,0 +1,59 @@
+"""`lpdeploy bench pruning`: what it hands on, and wrong usage."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lpdeploy.benchmark import pruning_stage
+from lpdeploy.cli.main import main
+
+ROW = {
+    "criterion": "lora", "load_in": None, "offload_gradients": False, "step_ms": 2000.0,
+    "p10_ms": 1900.0, "p90_ms": 2100.0, "scoring_ms": 20.0, "cutting_ms": 5.0, "after_ms": 900.0,
+    "relative_time": 0.7, "relative_memory": None, "relative_beside": None, "peak_bytes": 10**9,
+    "beside_bytes": 10**8, "planned_bytes": 10**9, "flops": 1e12,
+}  # fmt: skip
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, ["bench", "pruning", *words])
+
+
+def test_options_reach_the_workload_and_json_ends_stdout(tmp_path, monkeypatch):
+    seen = {}
+
+    def bench(model, workload, **arguments):
+        seen.update(model=model, workload=workload, **arguments)
+        return {"rows": [ROW]}
+
+    monkeypatch.setattr(pruning_stage, "bench_pruning", bench)
+    done = invoke(
+        "m", "--criterion", "lora,gate", "--load-in", "8bit", "--steps", "4", "--batch-size", "6",
+        "--micro-batch-size", "3", "--seq-len", "32", "--ratio", "0.2", "--gradient-checkpointing",
+        "--data", "d.txt", "--output", str(tmp_path), "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1]) == {"rows": [ROW]}
+    assert "0.70" in done.stdout
+    assert (seen["model"], seen["data"], seen["output"]) == ("m", "d.txt", tmp_path)
+    assert (seen["criteria"], seen["load_in"]) == (("lora", "gate"), ("8bit",))
+    options = seen["workload"].options
+    assert seen["workload"].steps == 4
+    assert (options.batch_size, options.micro_batch_size, options.seq_len) == (6, 3, 32)
+    assert (options.ratio, options.gradient_checkpointing) == (0.2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--criterion", "loa"], "--criterion 'loa': choose from lora, gate, gradient"),
+        (["--criterion", ","], "--criterion ',': choose from lora"),
+        (["--batch-size", "4", "--micro-batch-size", "3"], "--micro-batch-size 3 does not divide"),
+        (["--ratio", "1"], "Invalid value for '--ratio'"),
+    ],
+)
+def test_wrong_usage_is_named(words, sentence):
+    done = invoke("m", *words)
+    assert done.exit_code == 2
+    assert sentence in done.stderr

@@ -1,0 +1,130 @@
+"""Compare the memory that `prune` plans with what runs then take, on a CPU.
+
+    python tools/measure_memory.py --output docs/measurements/memory-plan-cpu.json
+    python tools/measure_memory.py --size tiny --output x.json
+
+Each case is a process of its own: a LLaMA of random weights takes two steps of two micro-batches,
+as `lpdeploy prune` takes them. The models are large enough that the libraries' own memory hides
+nothing; their tokens are random.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from lpdeploy.artifacts import describe_machine, save_json
+from lpdeploy.benchmark.pruning_worker import PruningVariant, load_pruning
+from lpdeploy.benchmark.worker import Worker
+from lpdeploy.pruning.memory import plan_memory
+from lpdeploy.pruning.options import PruneOptions
+
+SHAPES = {
+    "109M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+             "num_attention_heads": 12},
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+             "num_attention_heads": 16, "num_key_value_heads": 4},
+    "deep": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 20,
+             "num_attention_heads": 8},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4},
+}  # fmt: skip
+# Shape, and what differs from lora with micro-batches of 1 x 512.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("109M", {}),
+    ("109M", {"seq_len": 256}),
+    ("109M", {"micro_batch_size": 2, "batch_size": 4}),
+    ("109M", {"gradient_checkpointing": True}),
+    ("109M", {"criterion": "gradient"}),
+    ("109M", {"lora_dropout": 0.0}),
+    ("109M", {"load_in": "8bit"}),
+    ("wide", {}),
+    ("wide", {"gradient_checkpointing": True, "criterion": "gradient"}),
+    ("deep", {"criterion": "wanda"}),
+]
+
+
+def build_case(shape: str, changes: dict[str, Any]) -> tuple[LlamaConfig, PruneOptions]:
+    """Return the model of a case, and how it is pruned."""
+    vocab = 64 if shape == "tiny" else 32000
+    config = LlamaConfig(
+        vocab_size=vocab, max_position_embeddings=2048, tie_word_embeddings=True, **SHAPES[shape]
+    )
+    base: dict[str, Any] = {"batch_size": 2, "micro_batch_size": 1, "seq_len": 512, "device": "cpu"}
+    return config, PruneOptions(**{**base, "steps": 2, "calibration_samples": 0, **changes})
+
+
+def measure(shape: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run one case in a process of its own."""
+    config, options = build_case(shape, changes)
+    config.save_pretrained(folder)
+    with Worker(functools.partial(load_pruning, PruningVariant(folder, options))) as worker:
+        peaks = [worker.call("step").peak_bytes for _ in range(2)]
+        process = worker.described.process_bytes
+    return {
+        "shape": shape,
+        "options": changes,
+        "process_bytes": process,
+        "measured_bytes": max(peaks),
+    }
+
+
+def plan(row: dict[str, Any]) -> dict[str, Any]:
+    """Put the plan beside what was measured."""
+    config, options = build_case(row["shape"], row["options"])
+    parts = plan_memory(config, options, dtype="fp32", device="cpu", process=row["process_bytes"])
+    error = parts.total / row["measured_bytes"] - 1
+    return {**row, "planned_bytes": parts.to_json(), "error": error}
+
+
+def main() -> None:
+    """Read the command line, measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument(
+        "--replan", action="store_true", help="plan anew for what --output says was measured"
+    )
+    options = parser.parse_args()
+    if options.replan:
+        document = json.loads(options.output.read_text(encoding="utf-8"))
+    else:
+        command = " ".join(["python", "tools/measure_memory.py", *sys.argv[1:]])
+        rows = measure_all(CASES if options.size == "full" else [("tiny", {"seq_len": 16})])
+        document = {"machine": {**describe_machine(), "command": command}, "rows": rows}
+    document["rows"] = [report(plan(row)) for row in document["rows"]]
+    save_json(options.output, document)
+    print(f"largest error {max(abs(row['error']) for row in document['rows']):.1%}")
+
+
+def measure_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Run the cases, one after another."""
+    rows = []
+    for shape, changes in cases:
+        with tempfile.TemporaryDirectory(prefix="lpdeploy-memory-") as folder:
+            rows.append(measure(shape, changes, Path(folder)))
+        report(plan(rows[-1]))
+    return rows
+
+
+def report(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row."""
+    planned, measured = row["planned_bytes"]["total"] / 1e6, row["measured_bytes"] / 1e6
+    print(
+        f"{row['shape']} {json.dumps(row['options'])}: planned {planned:,.0f} MB, "
+        f"measured {measured:,.0f} MB, {row['error']:+.1%}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return row
+
+
+if __name__ == "__main__":
+    main()
