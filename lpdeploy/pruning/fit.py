@@ -25,13 +25,13 @@ Planner = Callable[[PruneOptions], MemoryPlan]
 _Values = dict[str, list[Any]]
 
 
-def plan_run(config: Any, options: PruneOptions, *, shards: int = 1) -> MemoryPlan:
+def plan_run(config: Any, options: PruneOptions, *, ranks: int = 1) -> MemoryPlan:
     """Plan the memory of a run in this process, on the device and in the precision it will have.
 
     Args:
         config: Of the unpruned base.
         options: How it is pruned.
-        shards: Processes that the layers' weights are divided over.
+        ranks: Processes; those of a sharded run divide the layers' weights.
 
     Raises:
         ArtifactError: The device is not there.
@@ -39,6 +39,7 @@ def plan_run(config: Any, options: PruneOptions, *, shards: int = 1) -> MemoryPl
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, config, device=device)
     process = _measure_process() if device == "cpu" else 0
+    shards = ranks if options.shard else 1
     return plan_memory(config, options, dtype=dtype, device=device, process=process, shards=shards)
 
 
@@ -56,7 +57,7 @@ def check_memory(
     *,
     log: Callable[[str], None],
     refuse: bool = True,
-    shards: int = 1,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Say what a run will need, and refuse one that cannot have it.
 
@@ -65,19 +66,17 @@ def check_memory(
         options: How it is pruned.
         log: Is told the plan.
         refuse: Whether to refuse; a run that goes on is smaller than its plan, and did fit.
-        shards: Processes that the layers' weights are divided over.
+        ranks: Processes; those of a sharded run divide the layers' weights.
 
     Raises:
         LpdeployError: It needs more than is free, by more than the plan may be wrong.
     """
-    plan = plan_run(config, options, shards=shards)
+    plan = plan_run(config, options, ranks=ranks)
     free = measure_free_bytes(resolve_device(options.device))
     log(describe_plan(plan, free))
     if not refuse or options.ignore_memory or free is None or _is_enough(plan, free):
         return plan
-    change = suggest_options(
-        options, free, lambda changed: plan_run(config, changed, shards=shards), shards=shards
-    )
+    change = suggest_options(options, free, lambda changed: plan_run(config, changed, ranks=ranks))
     where = "memory" if plan.process else "GPU memory"
     raise LpdeployError(
         f"This run needs about {format_bytes(_beyond(plan))} of {where}, and "
@@ -115,7 +114,7 @@ def _is_enough(plan: MemoryPlan, free: int) -> bool:
 
 
 def suggest_options(
-    options: PruneOptions, free: int, plan: Planner, *, shards: int = 1
+    options: PruneOptions, free: int, plan: Planner
 ) -> tuple[str, MemoryPlan] | None:
     """Find the first change, of the least harm, that makes a run fit.
 
@@ -127,12 +126,11 @@ def suggest_options(
         options: What does not fit.
         free: Bytes that are free.
         plan: Plans changed options.
-        shards: Processes that the layers' weights are divided over, which 8-bit ones cannot be.
 
     Returns:
         What to write on the command line, and its plan; None where nothing helps.
     """
-    values = _list_values(options, shards=shards)
+    values = _list_values(options)
     for words, changed in [*_list_single(options, values), *_list_combined(options, values)]:
         planned = plan(changed)
         if _beyond(planned) <= free:
@@ -156,7 +154,7 @@ def _list_combined(options: PruneOptions, values: _Values) -> Iterator[tuple[str
             yield " ".join(words), options
 
 
-def _list_values(options: PruneOptions, *, shards: int) -> _Values:
+def _list_values(options: PruneOptions) -> _Values:
     """List what each option could become, the least change first."""
     batch, micro = options.batch_size, options.micro_batch_size
     gradient = options.criterion == "gradient"
@@ -165,7 +163,7 @@ def _list_values(options: PruneOptions, *, shards: int) -> _Values:
         "micro_batch_size": [n for n in range(micro - 1, 0, -1) if batch % n == 0],
         "offload_gradients": [True] if gradient and on_gpu else [],
         "gradient_checkpointing": [] if options.gradient_checkpointing else [True],
-        "load_in": [] if gradient or options.load_in or shards > 1 else ["8bit"],
+        "load_in": [] if gradient or options.load_in or options.shard else ["8bit"],
         "seq_len": list(_halve(options.seq_len)),
     }
 

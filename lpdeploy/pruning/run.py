@@ -134,13 +134,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     source = load_source(model, options)
     if ranks.is_first:
         _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
-    memory = check_memory(
-        source.config,
-        options,
-        log=log,
-        refuse=not resume,
-        shards=ranks.size if options.shard else 1,
-    )
+    memory = check_memory(source.config, options, log=log, refuse=not resume, ranks=ranks.size)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     recording = record_stage(output, "prune", record) if ranks.is_first else nullcontext(Stage())
     with explain_full_disk(output):

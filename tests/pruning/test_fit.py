@@ -90,13 +90,13 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch):
 
 
 def test_a_base_in_shards_needs_a_share_of_its_layers_and_stays_in_full():
-    whole, half = (fit.plan_run(CONFIG, OPTIONS, shards=shards) for shards in (1, 2))
+    sharded = dataclasses.replace(OPTIONS, shard=True, removal="mask")
+    whole, half = (fit.plan_run(CONFIG, sharded, ranks=ranks) for ranks in (1, 2))
     layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert whole.weights - half.weights == 16 * layer - 2 * layer  # two are gathered at a time
     assert half.activations == whole.activations
-    options = PruneOptions(micro_batch_size=1, device="cpu")
-    planner = plan_by(lambda o: 5 if o.load_in else 9)
-    assert suggest_options(options, 5, planner, shards=2) is None
+    one = dataclasses.replace(sharded, micro_batch_size=1)
+    assert suggest(one, 5, lambda o: 5 if o.load_in else 9) is None
 
 
 def test_where_nothing_helps_it_says_so(monkeypatch):
