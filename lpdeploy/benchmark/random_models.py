@@ -53,7 +53,11 @@ def build_random_model(config: Any, *, dtype: str, device: str, load_in: str | N
         model = model_class(config)
     for name, module in list(model.named_modules()):
         if load_in and name.rsplit(".", 1)[-1] in LINEARS:
-            model.set_submodule(name, build_random_8bit(module, device=device))
+            made = build_random_8bit(module, device=device)
+            if made.bias is not None:
+                bias = torch.zeros(len(made.bias), dtype=_DTYPES[dtype], device=device)
+                made.bias = nn.Parameter(bias, requires_grad=False)
+            model.set_submodule(name, made)
         else:
             _fill(module, dtype=_DTYPES[dtype], device=device)
     rotary = model.model.rotary_emb

@@ -107,11 +107,11 @@ def apply_training_layout(model: nn.Module) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def build_random_8bit(linear: nn.Linear, *, device: str) -> nn.Module:
+def build_random_8bit(linear: Any, *, device: str) -> Any:
     """Build an 8-bit Linear of the shape of another with random codes; they cost what real ones do.
 
     Args:
-        linear: Of which the shape is taken; it may be on the meta device.
+        linear: Of which the shape is taken; it may be on the meta device. A bias is left there.
         device: Where to make it.
 
     Raises:
