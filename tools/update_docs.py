@@ -67,28 +67,6 @@ def walk_commands(
             yield f"{prefix} {name}", command
 
 
-def render_quality(data: dict[str, Any]) -> str:
-    """Return what pruning did to size and perplexity."""
-    lines = [
-        "| pruned | parameters | MB | perplexity | bits per byte |",
-        "|---|---|---|---|---|",
-    ]
-    first = data["runs"][0]
-    sizes, base = first["compact"], first["base_perplexity"]
-    lines.append(
-        f"| 0 % | {sizes['parameters']['before']:,} | {sizes['bytes']['before'] / 1e6:.1f} "
-        f"| {base['perplexity']:.2f} | {base['bits_per_byte']:.3f} |"
-    )
-    for run in data["runs"]:
-        sizes, score = run["compact"], run["perplexity"]
-        lines.append(
-            f"| {run['ratio'] * 100:.0f} % | {sizes['parameters']['after']:,} "
-            f"| {sizes['bytes']['after'] / 1e6:.1f} | {score['perplexity']:.2f} "
-            f"| {score['bits_per_byte']:.3f} |"
-        )
-    return "\n".join([*lines, "", describe(data)])
-
-
 def render_latency(data: dict[str, Any]) -> str:
     """Return the paper's Table 3 as measured here."""
     lines = [
@@ -212,7 +190,6 @@ RENDERERS = {
     "scaling": render_scaling,
     "messages": render_messages,
     "travel": render_travel,
-    "quality": render_quality,
     "latency": render_latency,
     "paper": render_paper,
 }
