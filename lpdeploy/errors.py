@@ -30,7 +30,9 @@ class RankLostError(LpdeployError):
 
 
 class RunEndedError(LpdeployError):
-    """A run was told to end before it was complete."""
+    """A run was told to end before it was complete; its message ends with how to go on."""
+
+    HINT = "Go on with --resume."
 
 
 class ParityError(LpdeployError):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import describe_machine, load_json, save_json
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
 from lpdeploy.paper.cells import (
     Cell,
     Study,
@@ -90,7 +90,7 @@ class Commands:
             finally:
                 self._live.discard(process)
             if code:
-                killed = code < 0 or last == "Aborted!"
+                killed = code < 0 or last == "Aborted!" or last.endswith(RunEndedError.HINT)
                 raise CommandError(last or f"exit code {code}", killed=killed)
             output.seek(0)
             return json.loads(output.read().decode().splitlines()[-1])

@@ -297,7 +297,7 @@ def _break_off(
         case RankLostError():
             how = "Go on with --resume, with as many ranks as you like."
         case _:
-            how = "Go on with --resume."
+            how = RunEndedError.HINT
     return type(error)(
         f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. {how}"
     )

@@ -7,7 +7,7 @@ from lpdeploy.pruning.training import StepInfo
 
 INFO = StepInfo(
     step=3, steps=10, loss=2.5, ratio=0.125, lr=1e-3, tokens_per_s=1234.0, seconds=1.0,
-    scoring_seconds=0.01, peak_bytes=2_120_000_000, removed=False,
+    scoring_seconds=0.01, cutting_seconds=0.0, peak_bytes=2_120_000_000, removed=False,
 )  # fmt: skip
 
 
