@@ -173,10 +173,12 @@ def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
             "tensors stay in f16.",
         )
     if odd := [row for row in sorted(rows) if row % _GGUF_K_BLOCK]:
+        channels = {width.channels for width in list_widths(config)}
+        way = f"--round-to {_GGUF_K_BLOCK}, or " if set(odd) <= channels else ""
         return Finding(
             "condition",
             f"K-quants want rows of a multiple of {_GGUF_K_BLOCK}, and {odd[0]} is none: such "
-            "tensors take a type of more bits. Use --round-to 256, or Q8_0 and Q4_0.",
+            f"tensors take a type of more bits. Use {way}Q8_0 or Q4_0.",
         )
     return None
 

@@ -287,9 +287,11 @@ def describe_start(source: Source, training: Training) -> str:
     if (size := training.ranks.size) > 1:
         where = f"{size} ranks on {training.accelerator.device.type}"
         base += ", sharded" if options.shard else ""
+    scored = options.num_calibration_rows
+    first = f"{scored} rows are scored before the first step; " if scored else ""
     return (
         f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
-        f"of at most {options.seq_len} tokens{dropped}{padding}; {training.steps} steps, "
-        f"{len(training.schedule.list_events())} pruning events; a layer keeps {kept}"
+        f"of at most {options.seq_len} tokens{dropped}{padding}; {first}{training.steps} steps, "
+        f"pruning events: {len(training.schedule.list_events())}; a layer keeps {kept}"
         + (" on average" if options.scope == "global" else "")
     )

@@ -135,13 +135,19 @@ def test_graphs_run_on_one_gpu():
 
 @pytest.mark.parametrize(
     ("channels", "words"),
-    [(8704, None), (8832, "K-quants want rows of a multiple of 256, and 8832 is none"),
+    [(8704, None), (8832, "8832 is none: such tensors take a type of more bits. Use --round-to"),
      (8808, "multiple of 32, and 8808 is none: such tensors stay in f16")],
 )  # fmt: skip
 def test_blocks_of_gguf(channels, words):
     verdict = get_verdict(build_7b(26, channels), "llama.cpp")
     assert verdict.loads == ("yes" if words is None else "condition")
     assert words is None or words in verdict.why
+
+
+def test_rounding_channels_is_no_advice_where_heads_are_the_cause():
+    why = get_verdict(build_7b(27, 8704), "llama.cpp").why  # 27 heads of 128 are 3456 columns
+    assert "and 3456 is none" in why
+    assert "--round-to" not in why
 
 
 def test_tiles():
