@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lpdeploy.benchmark.table import describe_origin, format_lines, render_lines
+
 _HEADER = (
     "criterion",
     "s/iter",
@@ -59,19 +61,12 @@ def _show_megabytes(count: int | None) -> str:
 
 def format_pruning(result: Mapping[str, Any]) -> str:
     """Write the table for a terminal."""
-    lines = list_cells(result["rows"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return format_lines(list_cells(result["rows"]))
 
 
 def render_pruning(result: Mapping[str, Any]) -> str:
     """Write the table as Markdown, with what it was measured on."""
-    header, *lines = list_cells(result["rows"])
-    table = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    table += [f"| {' | '.join(line)} |" for line in lines]
+    table = render_lines(list_cells(result["rows"]))
     notes = [f"{note}\n" for note in _list_notes(result)]
     return "\n".join(["# What pruning costs", "", *table, "", *_list_totals(result), "", *notes])
 
@@ -86,8 +81,7 @@ def _list_totals(result: Mapping[str, Any]) -> list[str]:
 
 
 def _list_notes(result: Mapping[str, Any]) -> list[str]:
-    machine, work, first = result["machine"], result["workload"], result["rows"][0]
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    work, first = result["workload"], result["rows"][0]
     order = "in turn, step by step" if work["interleaved"] else "one after another"
     checkpointing = ", gradient checkpointing" if work["gradient_checkpointing"] else ""
     how = (
@@ -105,8 +99,4 @@ def _list_notes(result: Mapping[str, Any]) -> list[str]:
         "GFLOP: matrix products of the batch, forward and backward, attention by half, and the "
         "score of every weight; the head included."
     )
-    where = (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
-        f"{machine['date'][:10]}: `{machine['command']}`"
-    )
-    return [how, memory, operations, where]
+    return [how, memory, operations, describe_origin(result["machine"])]

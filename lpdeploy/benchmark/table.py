@@ -41,27 +41,43 @@ def list_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [_HEADER, *cells]
 
 
-def format_latency(result: Mapping[str, Any]) -> str:
-    """Write the table for a terminal."""
-    lines = list_cells(result["rows"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+def format_lines(lines: Sequence[Sequence[str]]) -> str:
+    """Write a header and rows for a terminal, their columns aligned on the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
 
 
+def render_lines(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Write a header and rows as the lines of a Markdown table."""
+    header, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return [header, f"|{' --- |' * len(lines[0])}", *rows]
+
+
+def describe_origin(machine: Mapping[str, Any]) -> str:
+    """Say on what, with which versions, when and by which command something was measured."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
+        f"{machine['date'][:10]}: `{machine['command']}`"
+    )
+
+
+def format_latency(result: Mapping[str, Any]) -> str:
+    """Write the table for a terminal."""
+    return format_lines(list_cells(result["rows"]))
+
+
 def render_latency(result: Mapping[str, Any]) -> str:
     """Write the table as Markdown, with what it was measured on."""
-    header, *lines = list_cells(result["rows"])
-    table = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    table += [f"| {' | '.join(line)} |" for line in lines]
+    table = render_lines(list_cells(result["rows"]))
     return "\n".join(["# Latency", "", *table, "", *(f"{note}\n" for note in _list_notes(result))])
 
 
 def _list_notes(result: Mapping[str, Any]) -> list[str]:
-    machine, first = result["machine"], result["rows"][0]
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    first = result["rows"][0]
     rates = result["limits"]
     flops, copied = rates.get("flops_per_s", 0) / 1e9, rates.get("bytes_per_s", 0) / 1e9
     how = (
@@ -74,8 +90,4 @@ def _list_notes(result: Mapping[str, Any]) -> list[str]:
         f"machine reached in between ({flops:,.0f} GFLOP/s in a product of large matrices, "
         f"{copied:,.1f} GB/s in a copy, which writes what decoding only reads)."
     )
-    where = (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
-        f"{machine['date'][:10]}: `{machine['command']}`"
-    )
-    return [how, limit, where]
+    return [how, limit, describe_origin(result["machine"])]
