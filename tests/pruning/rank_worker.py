@@ -113,7 +113,9 @@ def count_messages(root):
             for function, kind in names.items():
                 patch.setattr(dist, function, counted(getattr(dist, function), kind))
             prune(root, name, "two/counted", ratio=0.0, calibration_samples=0)
-        shutil.rmtree(root / "two" / "counted", ignore_errors=True)
+        dist.barrier()  # the first rank writes after the others are done
+        if dist.get_rank() == 0:
+            shutil.rmtree(root / "two" / "counted")
         dist.barrier()
         counts[name] = dict(sizes)
     return counts
