@@ -24,8 +24,10 @@ from typing import Any
 from lpdeploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-# One of these lies in every folder that may be replaced: a checkpoint, an export, an adapter.
-_OWN_MARKS = ("lpdeploy.json", "io.json", "engine.json", "adapter_config.json")
+PACKAGE = "lpdeploy-package.json"
+# One of these lies in every folder that may be replaced: a checkpoint, an export, an adapter, what
+# a server opens.
+_OWN_MARKS = ("lpdeploy.json", "io.json", "engine.json", "adapter_config.json", PACKAGE)
 _LIBRARIES = (
     *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
     *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"),

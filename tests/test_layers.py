@@ -21,6 +21,7 @@ ALLOWED = {
     "pruning": BASE | {"models", "data"},
     "runtime": BASE | {"models", "data"},
     "export": BASE | {"models", "runtime"},
+    "packaging": BASE | {"models", "runtime", "export"},
     "evaluation": BASE | {"models", "data", "runtime"},
     "plotting": set(),
     # What it measures: engines, and pruning itself.

@@ -21,6 +21,7 @@ _COMMANDS = (
     "prune",
     "compact",
     "export",
+    "package",
     "verify",
     "bench",
     "eval",

@@ -12,8 +12,8 @@ from lpdeploy.cli.main import main
 from tests.helpers import make_text, make_tiny_model
 
 COMMANDS = [
-    "check", "prune", "compact", "export", "verify", "bench", "eval", "paper", "report", "doctor",
-    "demo",
+    "check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper", "report",
+    "doctor", "demo",
 ]  # fmt: skip
 SMALL = [
     "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",

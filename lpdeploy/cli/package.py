@@ -1,0 +1,44 @@
+"""`lpdeploy package`: a folder that a server opens as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import FOLDER, TARGETS, print_result, shared_options
+
+_COUNT = click.IntRange(min=1)
+
+
+@click.command("package")
+@click.argument("model", metavar="RUN|MODEL")
+@click.option("--target", type=click.Choice(TARGETS), required=True, help="The server.")
+@click.option("--output", type=FOLDER, required=True, help="The folder to write.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Of genai and llamacpp (which has no int4).  [default: fp32; llamacpp: the checkpoint's]",
+)
+@click.option(
+    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer together."
+)
+@click.option("--tensor-parallel", type=_COUNT, help="GPUs that share the heads, of vllm.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@shared_options()
+def command(*, model: str, target: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Write the folder that a server opens as it is, with its command in a README.md.
+
+    genai is for ONNX Runtime GenAI, vllm for vLLM, transformers serve and SGLang, llamacpp a GGUF
+    file for llama.cpp. Of a RUN it takes the compacted model.
+    """
+    from lpdeploy.packaging.stage import package
+
+    result = package(model, kind=target, output=output, **options)
+    text = (
+        f"{result['output']}: {len(result['files'])} files, {format_bytes(result['bytes'])}, "
+        f"{result['seconds']:.1f} s\n{result['command']}"
+    )
+    if "condition" in result:
+        text += f"\n{result['condition']}"
+    print_result(result, text, as_json=as_json)

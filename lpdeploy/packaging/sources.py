@@ -1,0 +1,49 @@
+"""What a package is filled with: files of a checkpoint, and exports that were made of it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import compute_sha256, load_json
+from lpdeploy.models.loading import compute_model_sha256
+
+_CONTRACTS = {"onnx": "io.json", "ort": "io.json", "trt": "engine.json"}
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file into a package, as a second name of the same bytes where the disk can do that.
+
+    Large files then take no room and no time, and unlike a symbolic link the name is good inside a
+    container that sees this folder alone. lpdeploy replaces files and never writes into them.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another disk, a file system without links, or a file of another user
+        shutil.copyfile(source, target)
+
+
+def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
+    """Find what ``lpdeploy export`` made of this very checkpoint, merged, and left by default.
+
+    Args:
+        model: The checkpoint: ``RUN/model``, or a folder of its own.
+        engine: ``onnx``, ``ort`` or ``trt``.
+
+    Returns:
+        The folder and its contract, or None where there is none, it was made of other weights, or
+        one of its files has changed.
+    """
+    is_of_run = (model.parent / "plan.json").is_file() and model.name == "model"
+    folder = (model.parent if is_of_run else model) / engine
+    contract_file = folder / _CONTRACTS[engine]
+    if not contract_file.is_file():
+        return None
+    contract = load_json(contract_file, fix="Export again with --overwrite.")
+    if not contract["merged"] or contract["source"]["sha256"] != compute_model_sha256(model):
+        return None
+    for name, recorded in contract["files"].items():
+        path = folder / name
+        if not path.is_file() or compute_sha256(path) != recorded["sha256"]:
+            return None
+    return folder, contract
