@@ -22,6 +22,7 @@ ALLOWED = {
     "runtime": BASE | {"models", "data"},
     "export": BASE | {"models", "runtime"},
     "packaging": BASE | {"models", "runtime", "export"},
+    "serving": BASE | {"models", "runtime"},
     "evaluation": BASE | {"models", "data", "runtime"},
     "plotting": set(),
     # What it measures: engines, and pruning itself.

@@ -18,7 +18,21 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
-    help="Of genai and llamacpp (which has no int4).  [default: fp32; llamacpp: the checkpoint's]",
+    help="Of genai and llamacpp (which has no int4), and of triton.  [default: fp32; llamacpp: the "
+    "checkpoint's]",
+)
+@click.option("--engine", type=click.Choice(["ort", "trt"]), help="Of triton.  [default: ort]")
+@click.option("--name", help="Of the models of triton.  [default: the name of DIR]")
+@click.option(
+    "--max-batch", type=_COUNT, help="Requests that triton decodes at once.  [default: 8]"
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    type=click.IntRange(min=0),
+    multiple=True,
+    callback=lambda _context, _option, value: value or None,
+    help="Of triton, may be repeated: one instance on each.  [default: the CPU]",
 )
 @click.option(
     "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer together."
@@ -29,8 +43,9 @@ _COUNT = click.IntRange(min=1)
 def command(*, model: str, target: str, output: Path, as_json: bool, **options: Any) -> None:
     """Write the folder that a server opens as it is, with its command in a README.md.
 
-    genai is for ONNX Runtime GenAI, vllm for vLLM, transformers serve and SGLang, llamacpp a GGUF
-    file for llama.cpp. Of a RUN it takes the compacted model.
+    triton is a model repository of Triton, text in and text out over --engine ort or trt. genai is
+    for ONNX Runtime GenAI, vllm for vLLM, transformers serve and SGLang, llamacpp a GGUF file for
+    llama.cpp. Of a RUN it takes the compacted model.
     """
     from lpdeploy.packaging.stage import package
 

@@ -18,6 +18,7 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.models.servers import list_verdicts
 from lpdeploy.models.shapes import list_widths
+from lpdeploy.packaging.triton import package_triton
 from lpdeploy.packaging.vllm import package_vllm
 
 Packager = Callable[..., dict[str, Any]]
@@ -27,7 +28,7 @@ Packager = Callable[..., dict[str, Any]]
 least ``command``, the words that start the server.
 """
 
-PACKAGERS: dict[str, Packager] = {"vllm": package_vllm}
+PACKAGERS: dict[str, Packager] = {"triton": package_triton, "vllm": package_vllm}
 # Kind -> the row of models/servers.py that says which shapes it takes.
 _SERVERS = {
     "genai": "onnxruntime-genai",

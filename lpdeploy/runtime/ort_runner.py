@@ -33,6 +33,18 @@ class OrtCache:
     binding: Any = None
     step: dict[str, Tensor] | None = None
 
+    def view(self, start: int, stop: int) -> "OrtCache":
+        """Return some of the rows as a cache of their own, over the same memory."""
+        buffers = [buffer[start:stop] for buffer in self.buffers]
+        return OrtCache(buffers, self.lengths[start:stop], self.capacity)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy what a row holds over another."""
+        length = self.lengths[source]
+        for buffer in self.buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
+        self.lengths[target] = length
+
 
 class OrtRunner:
     """An ONNX Runtime session over a graph with ``GroupQueryAttention``.
@@ -88,12 +100,12 @@ class OrtRunner:
         ids, mask = input_ids.cpu(), attention_mask.cpu()
         tokens = ids.shape[1]
         fresh = mask[:, -tokens:].sum(dim=1).tolist()  # new tokens of each row
-        cache = past or self._build_cache(len(ids))
+        cache = past or self._build_cache(len(ids), capacity=0)
         totals = [length + count for length, count in zip(cache.lengths, fresh, strict=True)]
         self._make_room(cache, max(totals), reserve=reserve)
         # The operator takes a batch of prompts or of single tokens; what else there is goes row
         # by row, over the same buffers.
-        if past is None and all(fresh):
+        if all(fresh) and not any(cache.lengths):
             logits = self._prefill(ids, fresh, cache, last_only=last_only)
         elif tokens == 1 and all(fresh):
             logits = self._decode(ids, totals, cache)
@@ -201,16 +213,23 @@ class OrtRunner:
             bind_tensor(binding, present, buffer, output=True)
         return binding
 
-    def _build_cache(self, batch: int) -> OrtCache:
+    def build_cache(self, rows: int) -> OrtCache:
+        """Build an empty cache whose rows have room for ``max_positions`` tokens each.
+
+        For batches whose rows come and go: ``view`` gives the rows that a call is to run.
+        """
+        return self._build_cache(rows, capacity=self.max_positions)
+
+    def _build_cache(self, rows: int, *, capacity: int) -> OrtCache:
         buffers = [
             torch.empty(
-                (batch, item["shape"][1], 0, item["shape"][3]),
+                (rows, item["shape"][1], capacity, item["shape"][3]),
                 dtype=getattr(torch, item["dtype"]),
                 device=self._device,
             )
             for item in self._caches
         ]
-        return OrtCache(buffers, [0] * batch)
+        return OrtCache(buffers, [0] * rows, capacity)
 
     def _make_room(self, cache: OrtCache, needed: int, *, reserve: int) -> None:
         if needed > self.max_positions:
@@ -219,6 +238,8 @@ class OrtRunner:
                 "Shorten the prompt, or export again with a larger --max-seq-len."
             )
         if needed <= cache.capacity:
+            if cache.binding is None:
+                cache.binding = self._bind(cache.buffers)
             return
         # Twice as much where it was not said how many will come, so that copies stay few.
         wanted = needed + reserve if cache.capacity == 0 else max(needed + reserve, 2 * needed)

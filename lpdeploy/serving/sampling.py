@@ -1,0 +1,67 @@
+"""How the next token is chosen from logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; the names and meanings are those of transformers.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: Choose among so many of the most likely; 0 for all.
+        top_p: Choose among the most likely that together have this probability.
+        seed: Of the draws; None for a new one each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more, and below 2**63")
+
+
+class Sampler:
+    """Chooses the tokens of one request, with draws of its own: no other row changes them."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        self._greedy = sampling.temperature == 0
+        self._warpers = []
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def choose(self, logits: Tensor, best: int) -> int:
+        """Choose a token.
+
+        Args:
+            logits: Shape (vocab,).
+            best: Their argmax, found for all rows at once.
+        """
+        if self._greedy:
+            return best
+        scores = logits.float().cpu().unsqueeze(0)  # (1, vocab)
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))

@@ -1,0 +1,131 @@
+"""``NAME`` of a Triton repository, for its Python backend: text in, text out.
+
+Triton imports it through the ``model.py`` that ``lpdeploy package --target triton`` writes.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpdeploy.errors import LpdeployError
+from lpdeploy.serving.sampling import Sampling
+from lpdeploy.serving.service import Piece, Question, TextService
+from lpdeploy.serving.triton_whole import OUTPUTS
+
+
+def read_question(read: Callable[[str], Any]) -> Question:
+    """Build a question from a request's tensors.
+
+    Args:
+        read: Gives the values of an input as a flat list, or None where the client gave none.
+
+    Raises:
+        ValueError: A value is out of range, or there is not one prompt.
+    """
+    texts = read("text_input") or []
+    if len(texts) != 1:
+        raise ValueError(f"text_input has {len(texts)} prompts; send one in each request")
+
+    return Question(
+        text=_decode(texts[0], "text_input"),
+        stop=tuple(_decode(text, "stop") for text in read("stop") or ()),
+        **_read_given(read, ("max_tokens", "ignore_eos")),
+        sampling=Sampling(**_read_given(read, ("temperature", "top_k", "top_p", "seed"))),
+    )
+
+
+def _read_given(read: Callable[[str], Any], names: Sequence[str]) -> dict[str, Any]:
+    given = {name: values for name in names if (values := read(name)) is not None}
+    for name, values in given.items():
+        if len(values) != 1:
+            raise ValueError(f"{name} has {len(values)} values; send one")
+    return {name: values[0] for name, values in given.items()}
+
+
+def _decode(value: bytes, name: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is no UTF-8: byte {error.start} is {value[error.start]}"
+        ) from None
+
+
+class TextModel:
+    """``NAME``: answers in pieces where ``stream`` is set, else as a whole, in one response."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the export, which lies in a model folder of its own."""
+        import triton_python_backend_utils as backend
+
+        self._backend = backend
+        config = json.loads(args["model_config"])
+        settings = {
+            name: value["string_value"] for name, value in config.get("parameters", {}).items()
+        }
+        kind, device = args["model_instance_kind"], args["model_instance_device_id"]
+        self._service = TextService(
+            Path(args["model_repository"]).parent / settings["export"],
+            engine=settings["engine"],
+            device=f"cuda:{device}" if kind == "GPU" else None,
+            max_batch=config["max_batch_size"],
+        )
+
+    def execute(self, requests: list[Any]) -> None:
+        """Let requests join the running batch; they are answered from its thread."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                read = self._build_reader(request)
+                self._service.ask(
+                    read_question(read),
+                    on_piece=self._build_listener(sender, stream=(read("stream") or [False])[0]),
+                    on_error=partial(self._refuse, sender),
+                    is_cancelled=sender.is_cancelled,
+                )
+            except (ValueError, LpdeployError) as error:
+                self._refuse(sender, error)
+
+    def _build_reader(self, request: Any) -> Callable[[str], Any]:
+        def read(name: str) -> Any:
+            tensor = self._backend.get_input_tensor_by_name(request, name)
+            return None if tensor is None else tensor.as_numpy().reshape(-1).tolist()
+
+        return read
+
+    def _build_listener(self, sender: Any, *, stream: bool) -> Callable[[Piece], None]:
+        pieces: list[Piece] = []
+
+        def listen(piece: Piece) -> None:
+            pieces.append(piece)
+            if not (stream or piece.reason):
+                return
+            response = self._build_response(pieces)
+            pieces.clear()
+            final = self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL if piece.reason else 0
+            sender.send(response, flags=final)
+
+        return listen
+
+    def _build_response(self, pieces: list[Piece]) -> Any:
+        text = "".join(piece.text for piece in pieces)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        values = (
+            np.array([[text.encode()]], dtype=object),  # (1, 1)
+            np.array([tokens], dtype=np.int32),  # (1, tokens)
+            np.array([[(pieces[-1].reason or "").encode()]], dtype=object),  # (1, 1)
+        )
+        tensors = [self._backend.Tensor(*pair) for pair in zip(OUTPUTS, values, strict=True)]
+        return self._backend.InferenceResponse(tensors)
+
+    def _refuse(self, sender: Any, error: Exception) -> None:
+        answer = self._backend.InferenceResponse(error=self._backend.TritonError(str(error)))
+        sender.send(answer, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def finalize(self) -> None:
+        """Answer what was asked before the model is unloaded."""
+        self._service.close()
