@@ -28,7 +28,6 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option(
     "--gpu",
-    "gpus",
     type=click.IntRange(min=0),
     multiple=True,
     callback=lambda _context, _option, value: value or None,

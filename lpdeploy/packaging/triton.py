@@ -36,7 +36,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     name: str | None = None,
     max_batch: int | None = None,
     max_seq_len: int | None = None,
-    gpus: Sequence[int] = (),
+    gpu: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Fill a model repository of three models that share one export.
 
@@ -54,7 +54,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         name: Of the models; None for the name of ``output``.
         max_batch: Requests that decode at once; None for what the export is made for.
         max_seq_len: Longest prompt and answer together; likewise.
-        gpus: Devices that serve, one instance each; none for the CPU (and for ``trt``, GPU 0).
+        gpu: Devices that serve, one instance each; none for the CPU (and for ``trt``, GPU 0).
 
     Returns:
         ``command``, ``name``, ``engine``, ``precision``, ``max_batch``, ``max_seq_len``, and
@@ -76,7 +76,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     values = {
         "name": name,
         "engine": engine,
-        "gpus": list(gpus) or ([0] if engine == "trt" else []),
+        "gpus": list(gpu) or ([0] if engine == "trt" else []),
         "max_batch": contract["max_batch"],
         "max_seq_len": contract["max_seq_len"],
     }
