@@ -69,6 +69,7 @@ def demo(arguments: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     """Run lint, formatting, types and tests; extra arguments go to pytest."""
     setup()
+    run(BIN / "python", "tools/triton_server.py", "setup")  # a server that tests ask
     run(BIN / "ruff", "check", ".")
     run(BIN / "ruff", "format", "--check", ".")
     run(BIN / "mypy")

@@ -1,6 +1,6 @@
 """Clients of a Triton that serves text: they ask for some time, and note what they were told.
 
-Runs in the environment that tools/triton.py makes, which has tritonclient:
+Runs in the environment that tools/triton_server.py makes, which has tritonclient:
 
     .triton/bin/python tools/triton_load.py --model NAME --questions questions.json --output FILE
 """

@@ -13,7 +13,7 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.export.stage import export
 from lpdeploy.packaging.stage import package
 from tests.helpers import make_tiny_model
-from tools import triton
+from tools import triton_server
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_port_in_use():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(LpdeployError, match=f"Port {port} cannot be used"):
-            triton.check_ports(port)
+            triton_server.check_ports(port)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def server(tmp_path):
 
 
 def test_which_models_are_loaded(repository, server):
-    options = triton.list_options(repository, [], server)
+    options = triton_server.list_options(repository, [], server)
     assert options == [
         "--model-control-mode=explicit", "--load-model=tiny", "--load-model=tiny_whole",
     ]  # fmt: skip
@@ -152,12 +152,12 @@ def test_which_models_are_loaded(repository, server):
 )
 def test_models_that_cannot_be_loaded(repository, server, extra, sentence):
     with pytest.raises(LpdeployError, match=sentence):
-        triton.list_options(repository, [extra], server)
+        triton_server.list_options(repository, [extra], server)
 
 
 def test_a_folder_that_is_no_repository(model, tmp_path, server):
     with pytest.raises(LpdeployError, match="--target triton"):
-        triton.list_options(tmp_path, [], server)
+        triton_server.list_options(tmp_path, [], server)
     package(str(model), kind="vllm", output=tmp_path / "vllm")
     with pytest.raises(LpdeployError, match="is for vllm"):
-        triton.list_options(tmp_path / "vllm", [], server)
+        triton_server.list_options(tmp_path / "vllm", [], server)

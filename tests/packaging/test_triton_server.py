@@ -15,7 +15,7 @@ import torch
 
 from lpdeploy.models.loading import load_model, load_tokenizer
 from lpdeploy.packaging.stage import package
-from tools import triton
+from tools import triton_server
 
 MODEL = Path("lpdeploy/demo/assets/story-llama-1M").resolve()
 ROOT = Path(__file__).parent.parent.parent
@@ -41,7 +41,7 @@ class Server:
         words = ["serve", repository, "--http-port", self.http, "--grpc-port", self.grpc]
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "tools/triton.py", *map(str, words), "--stop-after", "600"],
+                [sys.executable, "tools/triton_server.py", *map(str, words), "--stop-after", "600"],
                 cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -89,7 +89,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    triton.setup()
+    triton_server.setup()
     root = tmp_path_factory.mktemp("server")
     package(str(MODEL), kind="triton", output=root / NAME, max_batch=8)
     made = Server(root / NAME, root / "log.txt")

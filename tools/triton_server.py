@@ -1,4 +1,6 @@
-"""Start Triton Inference Server without a container: `python tools/triton.py serve REPOSITORY`.
+"""Start Triton Inference Server without a container.
+
+    python tools/triton_server.py serve REPOSITORY
 
 The server is that of the package nvidia-pytriton, which has the Python backend alone. It gets an
 environment of its own beside the checkout, `.triton`, since its Python backend needs numpy 1;
