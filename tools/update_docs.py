@@ -30,7 +30,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("results", "engines", "scaling", "serving", "costs")
+        for name in ("results", "engines", "scaling", "serving", "triton", "costs")
     ),
 ]
 _CLI_INTRODUCTION = """\
@@ -181,7 +181,28 @@ def render_load(data: dict[str, Any]) -> str:
     return "\n".join(["| | MB |", "|---|---|", *rows, "", describe(data)])
 
 
+def render_triton(data: dict[str, Any]) -> str:
+    """Return what Triton gives to many clients, beside the runner alone."""
+    options, rounds = data["options"], data["rounds"]
+    shares = [f"{each['relative']:.2f}" for each in rounds]
+    alone, served = (sorted(each[name] for each in rounds) for name in ("alone", "served"))
+    lines = ["| | p50 | p95 | p99 |", "|---|---|---|---|"]
+    for name, key in (("first token", "first_token"), ("each next token", "next_token")):
+        cells = (f"{data[key][f'p{cut}_ms']:.0f}" for cut in (50, 95, 99))
+        lines.append(f"| {name}, ms | {' | '.join(cells)} |")
+    about = (
+        f"{options['clients']} clients, prompts of {options['prompt']} tokens and "
+        f"{options['tokens']} new ones, {options['precision']}, {data['answers']} answers in "
+        f"{len(rounds)} rounds. Triton: {served[0]:.0f} to {served[-1]:.0f} tokens/s; the same "
+        f"runner in one process with the same batch: {alone[0]:.0f} to {alone[-1]:.0f}; a round's "
+        f"ratio: {', '.join(shares)}, their median {data['relative']:.2f}."
+    )
+    machine = f"Triton {data['triton']}, {describe(data | {'command': data['machine']['command']})}"
+    return "\n".join([*lines, "", about, machine])
+
+
 RENDERERS = {
+    "triton": render_triton,
     "bench": render_bench,
     "load": render_load,
     "memory": render_memory,

@@ -105,11 +105,13 @@ class OrtRunner:
         self._make_room(cache, max(totals), reserve=reserve)
         # The operator takes a batch of prompts or of single tokens; what else there is goes row
         # by row, over the same buffers.
-        if all(fresh) and not any(cache.lengths):
-            logits = self._prefill(ids, fresh, cache, last_only=last_only)
-        elif tokens == 1 and all(fresh):
+        if tokens == 1 and all(fresh) and any(cache.lengths):
             logits = self._decode(ids, totals, cache)
+        elif all(fresh) and not any(cache.lengths):
+            cache.step = None
+            logits = self._prefill(ids, fresh, cache, last_only=last_only)
         else:
+            cache.step = None
             logits = self._run_rows(ids, fresh, totals, cache, last_only=last_only)
         cache.lengths = totals
         return Output(logits, cache)
@@ -138,8 +140,8 @@ class OrtRunner:
             # What is bound stays where it is and takes new numbers: after a run of the graph the
             # processor's caches hold weights, so that every call from Python costs a multiple.
             cache.step["input_ids"].copy_(ids)
-            cache.step["seqlens_k"].copy_(torch.tensor(totals)).sub_(1)
-            cache.step["total_sequence_length"].fill_(max(totals))
+            cache.step["seqlens_k"].add_(1)
+            cache.step["total_sequence_length"].add_(1)
         return self._run(cache.binding, batch=len(ids), kept=1)
 
     def _run_rows(
