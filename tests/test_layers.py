@@ -38,6 +38,7 @@ ONE_MODULE = {
     "torch.onnx": "export/onnx.py",
     "bitsandbytes": "models/quantized.py",
     "lm_eval": "evaluation/harness.py",
+    "gguf": "packaging/gguf_file.py",
     "tensorrt": "runtime/tensorrt_library.py",
     "tensorrt_rtx": "runtime/tensorrt_library.py",
 }

@@ -17,7 +17,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 STAMP = VENV / "lpdeploy-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "cpu,dev,eval,genai,quant,trt-rtx"
+EXTRAS = "cpu,dev,eval,genai,gguf,quant,serve,trt-rtx"
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:

@@ -72,7 +72,8 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # What libraries announce to each other's authors; --debug and -W show it.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("gguf", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _let_first_rank_speak() -> None:

@@ -49,10 +49,6 @@ def command(*, model: str, target: str, output: Path, as_json: bool, **options: 
     from lpdeploy.packaging.stage import package
 
     result = package(model, kind=target, output=output, **options)
-    text = (
-        f"{result['output']}: {len(result['files'])} files, {format_bytes(result['bytes'])}, "
-        f"{result['seconds']:.1f} s\n{result['command']}"
-    )
-    if "condition" in result:
-        text += f"\n{result['condition']}"
-    print_result(result, text, as_json=as_json)
+    size = f"{len(result['files'])} files, {format_bytes(result['bytes'])}"
+    lines = [f"{output}: {size}, {result['seconds']:.1f} s", result["command"], *result["notes"]]
+    print_result(result, "\n".join(lines), as_json=as_json)

@@ -1,4 +1,4 @@
-"""What a package is filled with: files of a checkpoint, and exports that were made of it."""
+"""What a package is filled with: files of a checkpoint, exports made of it, and what they say."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import compute_sha256, load_json
+from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import compute_model_sha256
 
 _CONTRACTS = {"onnx": "io.json", "ort": "io.json", "trt": "engine.json"}
@@ -47,3 +48,25 @@ def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
         if not path.is_file() or compute_sha256(path) != recorded["sha256"]:
             return None
     return folder, contract
+
+
+def resolve_length(max_seq_len: int | None, config: Any) -> int:
+    """Return the longest prompt and answer together: the model's positions, or fewer.
+
+    Raises:
+        LpdeployError: The model has fewer positions.
+    """
+    positions = config.max_position_embeddings
+    if max_seq_len is not None and not 2 <= max_seq_len <= positions:
+        raise LpdeployError(
+            f"--max-seq-len {max_seq_len} does not fit a model of {positions} positions. "
+            f"Use 2 to {positions}."
+        )
+    return max_seq_len or positions
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Tell whether a tokenizer knows turns of a chat; without, servers complete text only."""
+    path = folder / "tokenizer_config.json"
+    settings = load_json(path, fix="Copy the tokenizer anew.") if path.is_file() else {}
+    return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))

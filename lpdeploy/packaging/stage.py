@@ -18,6 +18,8 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.models.servers import list_verdicts
 from lpdeploy.models.shapes import list_widths
+from lpdeploy.packaging.genai import package_genai
+from lpdeploy.packaging.llamacpp import package_llamacpp
 from lpdeploy.packaging.triton import package_triton
 from lpdeploy.packaging.vllm import package_vllm
 
@@ -25,10 +27,15 @@ Packager = Callable[..., dict[str, Any]]
 """``package_X(model, folder, *, output, ...)``: fills a temporary folder from a checkpoint.
 
 ``output`` is where the folder will be, for the commands that name it. Returns what is printed: at
-least ``command``, the words that start the server.
+least ``command``, the words that start the server, and ``notes`` where there is more to know.
 """
 
-PACKAGERS: dict[str, Packager] = {"triton": package_triton, "vllm": package_vllm}
+PACKAGERS: dict[str, Packager] = {
+    "triton": package_triton,
+    "genai": package_genai,
+    "vllm": package_vllm,
+    "llamacpp": package_llamacpp,
+}
 # Kind -> the row of models/servers.py that says which shapes it takes.
 _SERVERS = {
     "genai": "onnxruntime-genai",
@@ -54,8 +61,8 @@ def package(
 
     Returns:
         What the packager says (``command`` and more), ``target`` (the kind), ``output``,
-        ``files`` (names in the folder), ``bytes`` and ``seconds``; ``condition`` where the server
-        takes the shape on one.
+        ``files`` (names in the folder), ``bytes``, ``seconds``, and ``notes``: the condition on
+        which the server takes the shape, and what else to know.
 
     Raises:
         ArtifactError: The run has no model yet, the server does not take its shape, or ``output``
@@ -86,7 +93,7 @@ def package(
         "files": [str(path.relative_to(output)) for path in files],
         "bytes": sum(path.stat().st_size for path in files),
         "seconds": stage.seconds,
-        **({"condition": condition} if condition else {}),
+        "notes": [*([condition] if condition else []), *result.get("notes", [])],
     }
 
 

@@ -1,16 +1,15 @@
 """The folder that vLLM opens, and with it transformers serve and SGLang: a stock checkpoint."""
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import load_json
-from lpdeploy.errors import LpdeployError
 from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.loading import list_weight_files, load_config, load_tokenizer
 from lpdeploy.models.servers import SERVERS, divide_over_ranks
 from lpdeploy.packaging.readme import save_readme
-from lpdeploy.packaging.sources import link_or_copy
+from lpdeploy.packaging.sources import has_chat_template, link_or_copy, resolve_length
 
 _RANKS = (1, 2, 4, 8)
 _INDEX = "model.safetensors.index.json"
@@ -43,13 +42,13 @@ def package_vllm(
     """
     config = load_config(model)
     load_tokenizer(model, config)
-    length = _resolve_length(max_seq_len, config)
+    length = resolve_length(max_seq_len, config)
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     for file in list_weight_files(model):
         link_or_copy(file, folder / file.name)
     for name in ("config.json", _INDEX):
         if (model / name).is_file():
-            link_or_copy(model / name, folder / name)
+            shutil.copyfile(model / name, folder / name)
     carry_files(model, folder)
     _complete_generation_config(folder, config)
     options = ["--dtype", dtype, "--max-model-len", str(length)]
@@ -78,26 +77,9 @@ def package_vllm(
     }
 
 
-def _resolve_length(max_seq_len: int | None, config: Any) -> int:
-    positions = config.max_position_embeddings
-    if max_seq_len is not None and not 2 <= max_seq_len <= positions:
-        raise LpdeployError(
-            f"--max-seq-len {max_seq_len} does not fit a model of {positions} positions. "
-            f"Use 2 to {positions}."
-        )
-    return max_seq_len or positions
-
-
 def _complete_generation_config(folder: Path, config: Any) -> None:
     """Write the tokens that end a text where the checkpoint leaves them to its config."""
     if not (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Tell whether a tokenizer knows turns of a chat; without, servers complete text only."""
-    path = folder / "tokenizer_config.json"
-    settings = load_json(path, fix="Copy the tokenizer anew.") if path.is_file() else {}
-    return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
