@@ -34,6 +34,12 @@ _COUNT = click.IntRange(min=1)
     help="Of triton, may be repeated: one instance on each.  [default: the CPU]",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of genai, beside int8 and int4 weights.",
+)
+@click.option("--block-size", type=_COUNT, help="Of genai: weights that share a scale.")
+@click.option(
     "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer together."
 )
 @click.option("--tensor-parallel", type=_COUNT, help="GPUs that share the heads, of vllm.")

@@ -183,6 +183,13 @@ def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
     return None
 
 
+def need_no_output_bias(config: Any, _: int) -> Finding | None:
+    """A Qwen3 with biases of attention, for which its architecture there has no place."""
+    if not config.model_type.endswith("qwen3") or not config.attention_bias:
+        return None
+    return Finding("no", "Its architecture for Qwen3 has no place for a bias of o_proj.")
+
+
 _TEST = "tests/pruning/test_check.py"
 _FOLDER = "The folder as it is"
 
@@ -217,7 +224,7 @@ SERVERS: Sequence[Server] = (
     ),
     Server(
         "llama.cpp", "", "by hand",
-        "A GGUF of its convert_hf_to_gguf.py.", (refuse_per_layer, fit_gguf_blocks),
+        "A GGUF of its convert_hf_to_gguf.py.", (refuse_per_layer, need_no_output_bias, fit_gguf_blocks),
     ),
 )  # fmt: skip
 """A rule says what stands against a shape; a server whose rules are silent loads it."""

@@ -76,8 +76,7 @@ def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str
     for source, tensor in _iterate_weights(model, names, config):
         writer.write_tensor_data(_encode(gguf, tensor, kinds[source], name=source))
     writer.close()
-    wide = any(kind == "F16" for kind in kinds.values()) and precision == "int8"
-    return vocabulary.notes + (["Rows of no multiple of 32 are in fp16."] if wide else [])
+    return vocabulary.notes
 
 
 def _load_library() -> Any:

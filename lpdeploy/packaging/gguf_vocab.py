@@ -4,12 +4,12 @@ llama.cpp knows tokenizers by their algorithm and by the name of how text is spl
 description of both as ``tokenizer.json`` is. What it has no name for is refused.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.packaging.tokenizers import describe_tokenizer, list_notes, list_steps
 
 # As llama.cpp numbers them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -20,8 +20,8 @@ _WORDS = (
 )
 # How byte-level BPE splits text into words -> llama.cpp's name for it.
 _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2", None: "gpt-2"}
-# Changes of the text that both sides make, or that leave most text as it is.
-_HARMLESS = {"Prepend", "Replace", "NFC"}
+# Changes of the text that both sides make, and two that ``list_notes`` tells the user of.
+_CHANGES = {"Prepend", "Replace", "Lowercase", "NFC"}
 _SPACE = "\u2581"
 
 
@@ -60,12 +60,13 @@ def build_vocabulary(tokenizer: Any, *, rows: int) -> Vocabulary:
     """
     if not tokenizer.is_fast:
         _refuse(f"{type(tokenizer).__name__} has no tokenizer.json")
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data = describe_tokenizer(tokenizer)
     model = data["model"]
     if model["type"] != "BPE":
         _refuse(f"its kind is {model['type']}")
     pieces, kinds = _list_pieces(data, rows=rows)
-    notes = _list_notes(data)
+    _refuse_changes(data)
+    notes = list_notes(tokenizer, server="llama.cpp")
     if model.get("byte_fallback"):
         return Vocabulary(
             "llama",
@@ -115,7 +116,7 @@ def _compute_scores(pieces: list[str], merges: list[Any]) -> list[float]:
 
 
 def _name_split(data: dict[str, Any]) -> str:
-    steps = _list_steps(data["pre_tokenizer"], "pretokenizers")
+    steps = list_steps(data["pre_tokenizer"], "pretokenizers")
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         _refuse("its words are not split as in byte-level BPE")
     patterns = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]
@@ -131,33 +132,14 @@ def _name_split(data: dict[str, Any]) -> str:
 
 
 def _adds_space(data: dict[str, Any]) -> bool:
-    normalizers = _list_steps(data["normalizer"], "normalizers")
-    steps = _list_steps(data["pre_tokenizer"], "pretokenizers")
+    normalizers = list_steps(data["normalizer"], "normalizers")
+    steps = list_steps(data["pre_tokenizer"], "pretokenizers")
     return any(step["type"] == "Prepend" and step["prepend"] == _SPACE for step in normalizers) or (
         any(step["type"] == "Metaspace" and step["prepend_scheme"] != "never" for step in steps)
     )
 
 
-def _list_notes(data: dict[str, Any]) -> list[str]:
-    kinds = {step["type"] for step in _list_steps(data["normalizer"], "normalizers")}
-    if kinds - _HARMLESS - {"Lowercase"}:
-        _refuse(f"it changes text by {', '.join(sorted(kinds - _HARMLESS))} first")
-    notes = []
-    if "Lowercase" in kinds:
-        notes.append(
-            "Its tokenizer makes text lowercase first, which llama.cpp does not: send lowercase "
-            "text."
-        )
-    if "NFC" in kinds:
-        notes.append(
-            "Its tokenizer composes accents first (NFC), which llama.cpp does not: send composed "
-            "text."
-        )
-    return notes
-
-
-def _list_steps(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
-    """Flatten a normalizer or pre-tokenizer into its steps."""
-    if step is None:
-        return []
-    return step[children] if step["type"] == "Sequence" else [step]
+def _refuse_changes(data: dict[str, Any]) -> None:
+    kinds = {step["type"] for step in list_steps(data["normalizer"], "normalizers")}
+    if strange := kinds - _CHANGES:
+        _refuse(f"it changes text by {', '.join(sorted(strange))} first")
