@@ -12,6 +12,8 @@ import sys
 import venv
 from pathlib import Path
 
+import servers
+
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
@@ -69,6 +71,9 @@ def demo(arguments: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     """Run lint, formatting, types and tests; extra arguments go to pytest."""
     setup()
+    if "--servers" in arguments:
+        test_servers([word for word in arguments if word != "--servers"])
+        return
     run(BIN / "python", "tools/triton_server.py", "setup")  # a server that tests ask
     run(BIN / "ruff", "check", ".")
     run(BIN / "ruff", "format", "--check", ".")
@@ -79,11 +84,25 @@ def test(arguments: list[str]) -> None:
     run(BIN / "python", "-m", "pytest", "-n", workers, *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
+def test_servers(arguments: list[str]) -> None:
+    """Run the tests that start real servers, and keep their results where documents quote them."""
+    for name in servers.SERVERS:
+        servers.setup(name)
+    record = {"LPDEPLOY_SERVERS_RECORD": str(ROOT / "docs" / "measurements" / "servers.json")}
+    command = [BIN / "python", "-m", "pytest", "-m", "servers", "tests/packaging", *arguments]
+    run(*command, env={"OMP_NUM_THREADS": "1", **record})
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     parser.add_argument("command", choices=["setup", "demo", "test"])
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to demo or pytest")
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        help="passed on to demo or pytest; "
+        "test --servers: only real servers, in environments of their own",
+    )
     options = parser.parse_args()
     if options.command == "setup":
         setup()

@@ -201,7 +201,21 @@ def render_triton(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about, machine])
 
 
+def render_served(data: dict[str, Any]) -> str:
+    """Return what the optional job found of real servers."""
+    lines = ["| server | version | shape | gives | date |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['server']} | {row['version']} | {row['shape']} | {row['result']} "
+        f"| {row['date'][:10]} |"
+        for row in data["rows"]
+    ]
+    commands = ", ".join(f"`{name}`" for name in sorted({row["command"] for row in data["rows"]}))
+    machine = data["machine"]
+    return "\n".join([*lines, "", f"{machine['cpu']}, {machine['cores']} cores: {commands}"])
+
+
 RENDERERS = {
+    "served": render_served,
     "triton": render_triton,
     "bench": render_bench,
     "load": render_load,

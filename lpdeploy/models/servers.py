@@ -191,13 +191,18 @@ def need_no_output_bias(config: Any, _: int) -> Finding | None:
 
 
 _TEST = "tests/pruning/test_check.py"
+_JOB = "tests/packaging/test_servers.py by the optional job"
 _FOLDER = "The folder as it is"
 
 SERVERS: Sequence[Server] = (
-    Server("transformers", "5.23.0", _TEST, f"{_FOLDER}.", (need_own_code,)),
     Server(
-        "vllm", "0.32.0", "by hand on a CPU, several ranks read",
-        f"{_FOLDER}: vllm serve FOLDER.", (refuse_per_layer, divide_over_ranks),
+        "transformers", "5.23.0", f"{_TEST}, served in tests/packaging/test_vllm.py",
+        f"{_FOLDER}.", (need_own_code,),
+    ),
+    Server(
+        "vllm", "0.32.0", f"{_JOB} on a CPU, several ranks read",
+        f"{_FOLDER}: vllm serve FOLDER. lpdeploy package --target vllm adds the right options.",
+        (refuse_per_layer, divide_over_ranks),
     ),
     Server(
         "sglang", "0.5.23", "read",
@@ -219,12 +224,13 @@ SERVERS: Sequence[Server] = (
         (run_on_one_gpu,),
     ),
     Server(
-        "onnxruntime-genai", "0.18.0", _TEST,
-        "lpdeploy export --engine ort.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
+        "onnxruntime-genai", "0.18.0", f"{_TEST}, tokens in tests/packaging/test_genai.py",
+        "lpdeploy package --target genai.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
     ),
     Server(
-        "llama.cpp", "", "by hand",
-        "A GGUF of its convert_hf_to_gguf.py.", (refuse_per_layer, need_no_output_bias, fit_gguf_blocks),
+        "llama.cpp", "llama-cpp-python 0.3.36", f"tests/packaging/test_llamacpp.py, {_JOB}",
+        "lpdeploy package --target llamacpp.",
+        (refuse_per_layer, need_no_output_bias, fit_gguf_blocks),
     ),
 )  # fmt: skip
 """A rule says what stands against a shape; a server whose rules are silent loads it."""

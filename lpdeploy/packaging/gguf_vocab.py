@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from tokenizers import pre_tokenizers
+
 from lpdeploy.errors import ArtifactError
 from lpdeploy.packaging.tokenizers import describe_tokenizer, list_notes, list_steps
 
@@ -75,6 +77,12 @@ def build_vocabulary(tokenizer: Any, *, rows: int) -> Vocabulary:
             scores=_compute_scores(pieces, model["merges"]),
             add_space_prefix=_adds_space(data),
             notes=notes,
+        )
+    missing = len(set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys())
+    if missing:
+        notes.append(
+            f"Its vocabulary lacks {missing} of the 256 bytes, which it reads as unknown tokens "
+            "and llama.cpp leaves out."
         )
     return Vocabulary("gpt2", pieces, kinds, split=_name_split(data), notes=notes)
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.models.checkpoint import carry_files
+from lpdeploy.models.groups import get_head_dim
 from lpdeploy.models.loading import list_weight_files, load_config, load_tokenizer
 from lpdeploy.models.servers import SERVERS, divide_over_ranks
 from lpdeploy.packaging.readme import save_readme
 from lpdeploy.packaging.sources import has_chat_template, link_or_copy, resolve_length
 
 _RANKS = (1, 2, 4, 8)
+# Numbers of a head that its attention is compiled for on a CPU, in version 0.32.
+_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _INDEX = "model.safetensors.index.json"
 
 
@@ -33,8 +36,8 @@ def package_vllm(
         max_seq_len: Longest prompt and answer together; None for the model's positions.
 
     Returns:
-        ``command``, ``dtype``, ``max_seq_len``, and ``tensor_parallel``: the sizes up to 8 that
-        heads and channels divide over.
+        ``command``, ``dtype``, ``max_seq_len``, ``notes``, and ``tensor_parallel``: the sizes up
+        to 8 that heads and channels divide over.
 
     Raises:
         ArtifactError: There is no tokenizer.
@@ -55,9 +58,11 @@ def package_vllm(
     options += ["--tensor-parallel-size", str(tensor_parallel)] if tensor_parallel > 1 else []
     command = ["vllm", "serve", str(output), *options]
     ranks = [size for size in _RANKS if divide_over_ranks(config, size) is None]
+    notes = _list_notes(config)
     save_readme(
         folder,
         "vllm",
+        notes=notes,
         name=output.name,
         path=output,
         command=shlex.join(command),
@@ -74,7 +79,16 @@ def package_vllm(
         "dtype": dtype,
         "max_seq_len": length,
         "tensor_parallel": ranks,
+        "notes": notes,
     }
+
+
+def _list_notes(config: Any) -> list[str]:
+    head_dim = get_head_dim(config)
+    if head_dim in _CPU_HEADS:
+        return []
+    sizes = ", ".join(map(str, _CPU_HEADS))
+    return [f"On a CPU vLLM has no attention for heads of {head_dim} numbers, only for {sizes}."]
 
 
 def _complete_generation_config(folder: Path, config: Any) -> None:

@@ -30,16 +30,23 @@ def make_demo_run(folder, *, heads=5, channels=96):
 def make_family(folder, family, **config):
     """Save a tiny random model of a family with the demo's byte-level BPE."""
     folder = make_base(folder, family, vocab_size=ROWS, **config)
+    copy_demo_tokenizer(folder)
+    return folder
+
+
+def copy_demo_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, folder / name)
-    return folder
 
 
 @torch.no_grad()
 def generate(folder, ids, *, tokens=TOKENS):
-    """The tokens after ``ids`` that are likeliest by transformers, each in its turn, in fp32."""
+    """The tokens after ``ids`` that are likeliest by transformers, each in its turn, in fp32.
+
+    Nothing stops it, not even a token that ends a text, and it has no cache.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    output = model.generate(
-        torch.tensor([ids]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-    )
-    return output[0, len(ids) :].tolist()
+    text = list(ids)
+    for _ in range(tokens):
+        text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(ids) :]

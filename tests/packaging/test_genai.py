@@ -30,7 +30,7 @@ def continue_by_genai(folder, ids):
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
     length = len(ids) + TOKENS
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    parameters.set_search_options(max_length=length, do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(ids)
     while not generator.is_done():

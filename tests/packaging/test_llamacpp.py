@@ -34,7 +34,6 @@ FAMILIES = {
     "llama-gqa": {}, "llama-bias": {}, "llama-tied": {}, "mistral": {}, "qwen2": {},
     "qwen3": {"attention_bias": False},
 }  # fmt: skip
-MIXED = "Once upon a time, there's 123 apples;  and  \n\n she SAID: 'héllo wörld!' "
 
 
 def package_for_llamacpp(model, output, **options):
