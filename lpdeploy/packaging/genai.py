@@ -1,6 +1,7 @@
 """The folder that ONNX Runtime GenAI opens: an `ort` export, and the lines that run it."""
 
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lpdeploy.packaging.sources import find_export, link_or_copy
 from lpdeploy.packaging.tokenizers import list_notes
 
 _SCRIPT = "generate.py"
+_GRAPHS = (".onnx", ".data")
 
 
 def package_genai(
@@ -60,7 +62,8 @@ def package_genai(
     }
     if found and _describe_export(found[1]) == wanted:
         for file in sorted(found[0].iterdir()):
-            link_or_copy(file, folder / file.name)
+            put = link_or_copy if file.suffix in _GRAPHS else shutil.copyfile
+            put(file, folder / file.name)
     else:
         found = None
         given = {"activations": activations, "block_size": block_size}

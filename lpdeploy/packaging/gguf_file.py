@@ -143,14 +143,18 @@ def _list_names(gguf: Any, model: Path, config: Any) -> dict[str, tuple[str, tup
     }
 
 
+def count_positions(config: Any) -> int:
+    """Return how long a text may be: no longer than the window, since llama.cpp has none there."""
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    return min(config.max_position_embeddings, window)
+
+
 def _add_metadata(writer: Any, config: Any, *, name: str) -> None:
     """State the shape of a model, in the terms of llama.cpp."""
     head_dim = get_head_dim(config)
-    # The architectures have no window: as long as no text is longer, none is needed.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(min(config.max_position_embeddings, window))
+    writer.add_context_length(count_positions(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import PRECISIONS, load_config
-from lpdeploy.packaging.gguf_file import TYPES, save_gguf
+from lpdeploy.packaging.gguf_file import TYPES, count_positions, save_gguf
 from lpdeploy.packaging.readme import save_readme
 from lpdeploy.packaging.sources import has_chat_template, resolve_length
 
@@ -26,7 +26,7 @@ def package_llamacpp(
         folder: To fill.
         output: Where it will be, for the commands and the file's name.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8`` (Q8_0); None for the checkpoint's.
-        max_seq_len: Longest prompt and answer together, in the commands; None for the model's
+        max_seq_len: Longest prompt and answer together, in the commands; None for all
             positions.
 
     Returns:
@@ -43,7 +43,7 @@ def package_llamacpp(
             f"--precision {precision} is none that --target llamacpp writes. Use "
             f"{', '.join(TYPES)}; llama.cpp's own llama-quantize makes smaller ones of fp16."
         )
-    length = resolve_length(max_seq_len, config)
+    length = resolve_length(max_seq_len, positions=count_positions(config))
     kind = TYPES[precision].lower()
     file = f"{output.name}-{kind}.gguf"
     notes = save_gguf(model, folder / file, name=output.name, precision=precision)

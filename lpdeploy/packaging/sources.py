@@ -13,10 +13,11 @@ _CONTRACTS = {"onnx": "io.json", "ort": "io.json", "trt": "engine.json"}
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Put a file into a package, as a second name of the same bytes where the disk can do that.
+    """Put weights into a package, as a second name of the same bytes where the disk can do that.
 
-    Large files then take no room and no time, and unlike a symbolic link the name is good inside a
-    container that sees this folder alone. lpdeploy replaces files and never writes into them.
+    They then take no room and no time, and unlike a symbolic link the name is good inside a
+    container that sees this folder alone. lpdeploy replaces files and never writes into them; what
+    people edit is copied instead, since it would change on both sides.
     """
     try:
         os.link(source.resolve(), target)
@@ -50,13 +51,12 @@ def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
     return folder, contract
 
 
-def resolve_length(max_seq_len: int | None, config: Any) -> int:
-    """Return the longest prompt and answer together: the model's positions, or fewer.
+def resolve_length(max_seq_len: int | None, *, positions: int) -> int:
+    """Return the longest prompt and answer together: all positions, or fewer.
 
     Raises:
         LpdeployError: The model has fewer positions.
     """
-    positions = config.max_position_embeddings
     if max_seq_len is not None and not 2 <= max_seq_len <= positions:
         raise LpdeployError(
             f"--max-seq-len {max_seq_len} does not fit a model of {positions} positions. "

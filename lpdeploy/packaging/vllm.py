@@ -45,7 +45,7 @@ def package_vllm(
     """
     config = load_config(model)
     load_tokenizer(model, config)
-    length = resolve_length(max_seq_len, config)
+    length = resolve_length(max_seq_len, positions=config.max_position_embeddings)
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     for file in list_weight_files(model):
         link_or_copy(file, folder / file.name)

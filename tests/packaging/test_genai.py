@@ -67,7 +67,8 @@ def test_the_command_of_the_readme(run, tmp_path):
 def test_an_export_of_this_checkpoint_is_taken_over(run, tmp_path):
     result = package_for_genai(run, tmp_path / "out")
     assert result["reused"] == str(run / "ort")
-    assert (tmp_path / "out" / "model.onnx.data").samefile(run / "ort" / "model.onnx.data")
+    for name, shared in (("model.onnx.data", True), ("genai_config.json", False)):
+        assert (tmp_path / "out" / name).samefile(run / "ort" / name) is shared
 
 
 @pytest.mark.parametrize("why", ["precision", "weights", "damage"])

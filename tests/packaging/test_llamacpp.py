@@ -118,8 +118,11 @@ def test_a_pruned_model_whose_heads_are_not_its_hidden_size(tmp_path):
 
 def test_a_window_ends_the_context(tmp_path):
     model = make_family(tmp_path / "model", "mistral")  # a window of five tokens
-    _, reader = package_for_llamacpp(model, tmp_path / "out")
+    result, reader = package_for_llamacpp(model, tmp_path / "out")
     assert read_field(reader, "llama.context_length") == 5
+    assert result["command"].endswith("-c 5 --port 8080")
+    with pytest.raises(LpdeployError, match="--max-seq-len 6 does not fit a model of 5 positions"):
+        package_for_llamacpp(model, tmp_path / "again", max_seq_len=6)
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("fp16", "F16"), ("bf16", "BF16")])

@@ -43,9 +43,9 @@ def find_python(name):
     return python
 
 
-def make_pruned(folder, family, *, heads, channels, **config):
+def make_pruned(folder, family, *, keep, channels, **config):
     base = make_family(folder / "base", family, **config)
-    run = make_run(folder / "run", base, choose_kept(base, heads=heads, channels=channels))
+    run = make_run(folder / "run", base, choose_kept(base, heads=keep, channels=channels))
     compact(run)
     copy_demo_tokenizer(run / "model")
     return run / "model"
@@ -58,19 +58,19 @@ SHAPES = {
         make_demo_run(folder / "run") / "model"
     ),
     "llama, grouped heads, pruned": lambda folder: make_pruned(
-        folder, "llama-gqa", heads=3, channels=20
+        folder, "llama-gqa", keep=3, channels=20
     ),
     "llama with biases, pruned": lambda folder: make_pruned(
-        folder, "llama-bias", heads=2, channels=32
+        folder, "llama-bias", keep=2, channels=32
     ),
     "llama, rotary positions of Llama 3": lambda folder: make_family(
         folder / "model", "llama-gqa", rope_parameters=LLAMA3
     ),
     "qwen2, pruned to 6 heads of 4 at hidden 32": lambda folder: make_pruned(
-        folder, "qwen2", heads=3, channels=32
+        folder, "qwen2", keep=3, channels=32
     ),
     "qwen3, grouped heads, pruned": lambda folder: make_pruned(
-        folder, "qwen3", heads=3, channels=32, attention_bias=False
+        folder, "qwen3", keep=3, channels=32, attention_bias=False
     ),
 }
 
@@ -159,8 +159,8 @@ VLLM_SHAPES = {
 @pytest.mark.parametrize("shape", VLLM_SHAPES)
 def test_vllm_gives_the_tokens_of_transformers(tmp_path, record, shape):
     python = find_python("vllm")
-    family, config, heads = VLLM_SHAPES[shape]
-    model = make_pruned(tmp_path, family, heads=heads, channels=96, **_WIDE, **config)
+    family, config, keep = VLLM_SHAPES[shape]
+    model = make_pruned(tmp_path, family, keep=keep, channels=96, **_WIDE, **config)
     result = package(str(model), kind="vllm", output=tmp_path / "out")
     options = result["command"].split()[3:]
     command = [
