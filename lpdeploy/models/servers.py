@@ -161,6 +161,16 @@ def need_heads_of_16(config: Any, _: int) -> Finding | None:
     return Finding("no", f"Its heads have {head_dim} numbers, no multiple of {_ORT_HEAD_MULTIPLE}.")
 
 
+def need_trt_for_other_heads(config: Any, _: int) -> Finding | None:
+    """Heads of no multiple of 16 numbers, which leave --engine trt alone."""
+    if need_heads_of_16(config, 1) is None:
+        return None
+    return Finding(
+        "condition", f"Its heads have {get_head_dim(config)} numbers, no multiple of "
+        f"{_ORT_HEAD_MULTIPLE}, which --engine ort wants: with --engine trt.",
+    )  # fmt: skip
+
+
 def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
     """Rows of no multiple of 256, which it then quantises in other types, or not at all."""
     head_dim = get_head_dim(config)
@@ -219,9 +229,8 @@ SERVERS: Sequence[Server] = (
         (refuse_per_layer, divide_over_ranks),
     ),
     Server(
-        "triton", "", "its backends are those of onnxruntime and tensorrt",
-        "What --engine onnx or --engine trt exports, in its onnxruntime or tensorrt backend.",
-        (run_on_one_gpu,),
+        "triton", "2.51.0", "tests/packaging/test_triton_server.py with --engine ort",
+        "lpdeploy package --target triton.", (run_on_one_gpu, need_trt_for_other_heads),
     ),
     Server(
         "onnxruntime-genai", "0.18.0", f"{_TEST}, tokens in tests/packaging/test_genai.py",
