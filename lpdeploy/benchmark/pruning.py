@@ -253,7 +253,10 @@ def count_flops(config: Any, options: PruneOptions, *, scored: bool = True) -> f
 def prune_config(config: Any, options: PruneOptions) -> Any:
     """Return the config of what the options leave, with the same widths in every layer."""
     width = list_widths(config)[0]
-    heads = round_kept(width.kv_heads, options.ratio, multiple=options.round_heads_to)
-    channels = round_kept(width.channels, options.ratio, multiple=options.round_to)
+    counts = {"heads": width.kv_heads, "channels": width.channels}
+    heads, channels = (
+        round_kept(count, options.ratios[kind], multiple=options.multiples[kind])
+        for kind, count in counts.items()
+    )
     kept = LayerWidths(heads * (width.heads // width.kv_heads), heads, channels)
     return build_pruned_config(config, [kept] * config.num_hidden_layers)

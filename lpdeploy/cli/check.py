@@ -10,16 +10,19 @@ from lpdeploy.pruning.options import PruneOptions
 
 _DEFAULT = PruneOptions()
 _COUNT = click.IntRange(min=1)
+_SHARE = click.FloatRange(0, 1, max_open=True)
 
 
 @click.command("check")
 @click.argument("model", metavar="MODEL|RUN")
 @click.option(
     "--ratio",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=_SHARE,
     default=_DEFAULT.ratio,
     help="Share of groups to remove; a RUN has its own.",
 )
+@click.option("--head-ratio", type=_SHARE, help="Share of the heads.  [default: --ratio]")
+@click.option("--channel-ratio", type=_SHARE, help="Share of the channels.  [default: --ratio]")
 @click.option("--round-to", type=_COUNT, default=_DEFAULT.round_to, help="Channels: multiples.")
 @click.option(
     "--round-heads-to", type=_COUNT, default=_DEFAULT.round_heads_to, help="KV heads: multiples."
@@ -27,10 +30,12 @@ _COUNT = click.IntRange(min=1)
 @click.option("--tensor-parallel", type=_COUNT, default=1, help="GPUs that share the heads.")
 @click.option("--tokens", type=_COUNT, default=2048, help="Of the prefill, and in the cache.")
 @shared_options()
-def command(
+def command(  # noqa: PLR0913 - one parameter an option
     *,
     model: str,
     ratio: float,
+    head_ratio: float | None,
+    channel_ratio: float | None,
     round_to: int,
     round_heads_to: int,
     tensor_parallel: int,
@@ -43,7 +48,7 @@ def command(
     """
     from lpdeploy.pruning.check import Target, check
 
-    target = Target(ratio=ratio, round_to=round_to, round_heads_to=round_heads_to)
+    target = Target(ratio, round_to, round_heads_to, head_ratio, channel_ratio)
     result = check(model, target=target, tensor_parallel=tensor_parallel, tokens=tokens)
     print_result(result, _format(result), as_json=as_json)
 

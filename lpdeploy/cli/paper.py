@@ -15,7 +15,10 @@ from lpdeploy.paper.tables import TABLES, Table
 from lpdeploy.pruning.options import PruneOptions
 
 # What the command itself gives to every prune.
-_GIVEN = ("data", "output", "resume", "overwrite", "as_json", "ratio", "seed")
+_GIVEN = (
+    *("data", "output", "resume", "overwrite", "as_json", "ratio", "seed"),
+    *("head_ratio", "channel_ratio", "target_params", "target_memory", "target_latency"),
+)
 
 
 class _Command(click.Command):

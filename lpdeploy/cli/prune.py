@@ -8,6 +8,7 @@ import click
 
 from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
+from lpdeploy.cli.targets import choose_ratios, take_target, target_options
 from lpdeploy.pruning.options import CRITERIA, SCHEDULES, PruneOptions
 from lpdeploy.pruning.schedule import RAMPS
 
@@ -22,6 +23,9 @@ _LAYERS = click.IntRange(min=0)
 @click.option("--data", required=True, metavar="SOURCE", help="File, folder or hub name.")
 @click.option("--output", required=True, type=FOLDER, metavar="RUN", help="Folder of the run.")
 @click.option("--ratio", type=_SHARE, default=_DEFAULT.ratio, help="Share of groups to remove.")
+@click.option("--head-ratio", type=_SHARE, help="Share of the heads.  [default: --ratio]")
+@click.option("--channel-ratio", type=_SHARE, help="Share of the channels.  [default: --ratio]")
+@target_options
 @click.option(
     "--criterion",
     type=click.Choice(CRITERIA),
@@ -189,6 +193,7 @@ def command(
     **values: Any,
 ) -> None:
     """Prune MODEL while it fine-tunes with LoRA, and write a run."""
+    asked = take_target(values)
     _choose_removal(values)
     try:
         options = PruneOptions(**values)
@@ -200,17 +205,19 @@ def command(
     from lpdeploy.pruning.run import prune
 
     with counting_progress("tokenise") as on_tokenise, training_progress() as on_step:
+        given: dict[str, Any] = {
+            "model": model,
+            "output": output,
+            "data": data,
+            "cache": cache,
+            "overwrite": overwrite,
+            "on_tokenise": on_tokenise,
+        }
+        target = None
+        if asked is not None:
+            options, target = choose_ratios(asked, options, resume=resume, **given)
         result = prune(
-            model,
-            output,
-            data=data,
-            options=options,
-            cache=cache,
-            resume=resume,
-            overwrite=overwrite,
-            on_tokenise=on_tokenise,
-            on_step=on_step,
-            log=log,
+            **given, options=options, target=target, resume=resume, on_step=on_step, log=log
         )
     leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)

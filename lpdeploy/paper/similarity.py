@@ -74,7 +74,9 @@ def compute_mask_similarity(
 def _build_mask(scores: Tensor, ratio: float) -> Tensor:
     """Return what pruning itself would keep, shape (G,), True = kept."""
     spec = GroupSpec("layers.0.channels", len(scores), ())
-    kept = select_per_layer({spec.name: scores}, [spec], ratio=ratio, multiples={"channels": 1})
+    kept = select_per_layer(
+        {spec.name: scores}, [spec], ratios={"channels": ratio}, multiples={"channels": 1}
+    )
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[kept[spec.name]] = True
     return mask

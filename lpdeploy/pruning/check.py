@@ -38,19 +38,23 @@ class Target:
         ratio: Share of groups to remove.
         round_to: Kept channels are multiples of this.
         round_heads_to: Kept KV heads are multiples of this.
+        head_ratio: Share of the heads alone; None for ``ratio``.
+        channel_ratio: Share of the FFN channels alone; None for ``ratio``.
     """
 
     ratio: float = 0.5
     round_to: int = 32
     round_heads_to: int = 1
+    head_ratio: float | None = None
+    channel_ratio: float | None = None
 
     def build_config(self, config: Any) -> Any:
         """Return the config of the pruned model, all layers alike."""
         kv_heads, channels = (
-            round_kept(count, self.ratio, multiple=multiple)
-            for count, multiple in (
-                (config.num_key_value_heads, self.round_heads_to),
-                (config.intermediate_size, self.round_to),
+            round_kept(count, self.ratio if own is None else own, multiple=multiple)
+            for count, own, multiple in (
+                (config.num_key_value_heads, self.head_ratio, self.round_heads_to),
+                (config.intermediate_size, self.channel_ratio, self.round_to),
             )
         )
         n_rep = config.num_attention_heads // config.num_key_value_heads
@@ -59,10 +63,31 @@ class Target:
 
     def describe(self) -> str:
         """Write it as options of ``prune``."""
-        return (
-            f"--ratio {self.ratio:g} --round-heads-to {self.round_heads_to} "
-            f"--round-to {self.round_to}"
+        own = {"--head-ratio": self.head_ratio, "--channel-ratio": self.channel_ratio}
+        ratios = [f"{flag} {ratio:g}" for flag, ratio in own.items() if ratio is not None]
+        if len(ratios) < len(own):
+            ratios = [f"--ratio {self.ratio:g}", *ratios]
+        rounding = f"--round-heads-to {self.round_heads_to} --round-to {self.round_to}"
+        return " ".join([*ratios, rounding])
+
+    def shift(self, step: float) -> "Target":
+        """Return it with all its ratios changed by ``step``."""
+
+        def add(ratio: float | None) -> float | None:
+            return None if ratio is None else round(ratio + step, 4)
+
+        return replace(
+            self,
+            ratio=round(self.ratio + step, 4),
+            head_ratio=add(self.head_ratio),
+            channel_ratio=add(self.channel_ratio),
         )
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether something goes and something stays of each."""
+        own = (self.head_ratio, self.channel_ratio)
+        return all(0 < (self.ratio if ratio is None else ratio) < 1 for ratio in own)
 
 
 def check(
@@ -119,7 +144,13 @@ def forecast_config(config: Any, options: PruneOptions) -> Any:
     With ``scope`` ``global`` they decide the widths: the first layer's are left whole then, so that
     layers differ, which is all that servers ask.
     """
-    target = Target(options.ratio, options.round_to, options.round_heads_to)
+    target = Target(
+        options.ratio,
+        options.round_to,
+        options.round_heads_to,
+        options.head_ratio,
+        options.channel_ratio,
+    )
     whole, pruned = (list_widths(shape) for shape in (config, target.build_config(config)))
     first = max(options.protect_first, int(options.scope == "global"))
     last = config.num_hidden_layers - options.protect_last
@@ -229,12 +260,12 @@ def list_objectors(config: Any, *, ranks: int = 1) -> set[str]:
 
 def _list_targets(target: Target) -> Iterator[Target]:
     steps = range(-round(_FAR / _STEP), round(_FAR / _STEP) + 1)
-    ratios = [round(target.ratio + step * _STEP, 4) for step in steps]
+    shifted = [target.shift(step * _STEP) for step in steps]
     heads = sorted({target.round_heads_to, 1, 2, 4, 8})
     channels = sorted({target.round_to, 32, 64, 128, 256})
-    for ratio, head, channel in itertools.product(ratios, heads, channels):
-        if 0 < ratio < 1:
-            yield replace(target, ratio=ratio, round_heads_to=head, round_to=channel)
+    for candidate, head, channel in itertools.product(shifted, heads, channels):
+        if candidate.is_possible:
+            yield replace(candidate, round_heads_to=head, round_to=channel)
 
 
 def _compute_distance(shape: Any, wanted: Any, config: Any) -> float:

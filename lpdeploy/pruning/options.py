@@ -1,7 +1,9 @@
 """Everything that shapes a pruning run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.schedule import RAMPS
 
 CRITERIA = ("lora", "gate", "gradient", "magnitude", "wanda", "random")
@@ -14,6 +16,8 @@ class PruneOptions:
 
     Attributes:
         ratio: Share of groups (heads, FFN channels) to remove, in [0, 1).
+        head_ratio: Share of the heads alone; None for ``ratio``.
+        channel_ratio: Share of the FFN channels alone; None for ``ratio``.
         criterion: How groups are scored, one of ``CRITERIA``.
         score_form: ``squared`` (the paper) or ``absolute``: what is summed over a group.
         normalize: Divide the scores of each Linear by their L2 norm before summing.
@@ -59,6 +63,8 @@ class PruneOptions:
     """
 
     ratio: float = 0.5
+    head_ratio: float | None = None
+    channel_ratio: float | None = None
     criterion: str = "lora"
     score_form: str = "squared"
     normalize: bool = False
@@ -101,11 +107,12 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         self._check_names()
-        if not 0 <= self.ratio < 1:
-            raise ValueError(
-                f"ratio {self.ratio} is outside [0, 1): it is the share of groups to remove, "
-                "0.5 for half of them"
-            )
+        for ratio in (self.ratio, *self.ratios.values()):
+            if not 0 <= ratio < 1:
+                raise ValueError(
+                    f"ratio {ratio} is outside [0, 1): it is the share of groups to remove, "
+                    "0.5 for half of them"
+                )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size "
@@ -153,6 +160,25 @@ class PruneOptions:
         for name, names in known.items():
             if (value := getattr(self, name)) not in names:
                 raise ValueError(f"no {name} '{value}'; use one of {', '.join(names)}")
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Share to remove of each kind of group."""
+        own = {"heads": self.head_ratio, "channels": self.channel_ratio}
+        return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """What the kept groups of each kind are a multiple of."""
+        return {"heads": self.round_heads_to, "channels": self.round_to}
+
+    def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:
+        """Return the share of all groups to remove: ``ratio`` unless heads and channels differ."""
+        ratios = self.ratios
+        if len(set(ratios.values())) == 1:
+            return ratios["heads"]
+        asked = sum(spec.num_groups * ratios[spec.kind] for spec in specs)
+        return asked / sum(spec.num_groups for spec in specs)
 
     @property
     def pauses(self) -> tuple[float, float]:

@@ -61,13 +61,14 @@ from lpdeploy.pruning.setup import (
     load_source,
 )
 from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.target import TARGET
 from lpdeploy.pruning.training import StepInfo, Training, run_steps
 
 # What lpdeploy's stages write into a run, and so what --overwrite may delete.
 _OWN_FILES = (
     *("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, RECIPE),
     *("checkpoint", "model", "unmerged", "onnx", "onnx-unmerged", "verify.json", "eval.json"),
-    *("bench.json", "bench.md", "bench.svg", "samples.json", "report.html"),
+    *("bench.json", "bench.md", "bench.svg", "samples.json", "report.html", TARGET),
 )
 _LOSS_WINDOW = 10
 
@@ -101,6 +102,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     *,
     data: str,
     options: PruneOptions,
+    target: Mapping[str, Any] | None = None,
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -118,6 +120,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             manifest.json, recipe.yaml, and checkpoint/ while running.
         data: Data source (file, folder or hub name).
         options: How to prune.
+        target: How the ratios among them were chosen, for target.json; None where they were given.
         cache: Keep the tokens of ``data`` for later runs, and use those of an earlier one.
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
@@ -133,10 +136,11 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     ranks = join_ranks(options)
     source = load_source(model, options)
     if ranks.is_first:
-        _check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
+        check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
     memory = check_memory(source.config, options, log=log, refuse=not resume, ranks=ranks.size)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
-    recording = record_stage(output, "prune", record) if ranks.is_first else nullcontext(Stage())
+    recorded = record if target is None else {**record, "target": target}
+    recording = record_stage(output, "prune", recorded) if ranks.is_first else nullcontext(Stage())
     with explain_full_disk(output):
         with recording as stage:
             stage.planned = memory.to_json()
@@ -153,7 +157,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             if ranks.is_first:
                 log(describe_start(source, training))
                 log(describe_servers(list_verdicts(forecast_config(source.config, options))))
-                _prepare_output(output, record, checkpoint)
+                _prepare_output(output, record, checkpoint, target)
             with ranks.hold_signals(log):
                 losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
                 plan = _build_plan(source, training.state, options, stage.inputs["base"])
@@ -163,7 +167,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             _complete(output, plan)
     return PruneResult(
         run=str(output),
-        ratio=options.ratio,
+        ratio=plan.ratio,
         achieved=plan.achieved,
         steps=training.steps,
         seconds=stage.seconds,
@@ -184,7 +188,12 @@ def _check_same_start(
     )
 
 
-def _check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that a run cannot begin, or go on, in.
+
+    Raises:
+        ArtifactError: It holds the base, a run that is not to be replaced, or none to resume.
+    """
     if base.resolve().is_relative_to(output.resolve()):
         raise ArtifactError(f"'{output}' holds the model to be pruned. Use another --output.")
     present = [name for name in _OWN_FILES if (output / name).exists()]
@@ -213,7 +222,12 @@ def _load_checkpoint(
     return load_checkpoint(output, options=options, inputs=stage.inputs, names=names, log=log)
 
 
-def _prepare_output(output: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> None:
+def _prepare_output(
+    output: Path,
+    record: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    target: Mapping[str, Any] | None,
+) -> None:
     """Leave in a run only what it begins or goes on with; called when all input is known good."""
     output.mkdir(parents=True, exist_ok=True)
     for name in _OWN_FILES:
@@ -223,6 +237,8 @@ def _prepare_output(output: Path, record: Mapping[str, Any], checkpoint: Checkpo
     remove_leftovers(output / CHECKPOINT)
     with atomic_file(output / RECIPE) as temporary:
         temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
+    if target is not None:
+        save_json(output / TARGET, target)
     if checkpoint is not None:
         trim_log(output, checkpoint.step)
 
@@ -316,7 +332,7 @@ def _build_plan(
     return PruningPlan(
         base_model=str(source.folder.resolve()) if Path(source.name).is_dir() else source.name,
         base_sha256=sha256,
-        ratio=options.ratio,
+        ratio=options.compute_ratio(source.prunable),
         specs=source.specs,
         kept=kept,
         achieved=compute_achieved(source.config, source.specs, kept),

@@ -73,15 +73,18 @@ class Schedule:
         return events or [min(last, self.steps)]
 
     def compute_ratio(self, step: int) -> float:
-        """Return the share of groups that is gone after 1-based step ``step``.
+        """Return the share of groups that is gone after 1-based step ``step``."""
+        return self.ratio * self.compute_progress(step)
+
+    def compute_progress(self, step: int) -> float:
+        """Return the part of what is to go that is gone after 1-based step ``step``.
 
         With p the place of ``step`` among the events, from 1/n at the first to 1 at the last:
-        ``ratio * (1 - (1 - p) ** power)``.
+        ``1 - (1 - p) ** power``.
         """
         events = self.list_events()
         done = sum(event <= step for event in events)
-        progress = done / len(events)
-        return self.ratio * (1 - (1 - progress) ** self.power)
+        return 1 - (1 - done / len(events)) ** self.power
 
 
 def compute_learning_rate(

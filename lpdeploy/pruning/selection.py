@@ -28,7 +28,7 @@ def select_per_layer(
     importance: Mapping[str, Tensor],
     specs: Sequence[GroupSpec],
     *,
-    ratio: float,
+    ratios: Mapping[str, float],
     multiples: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Keep the most important groups, the same share in every layer (Eq. 12).
@@ -39,7 +39,7 @@ def select_per_layer(
     Args:
         importance: Scores of the groups that are still there, shape (alive,).
         specs: Specs to select from; ``num_groups`` counts the unpruned layer.
-        ratio: Share of the unpruned groups that is gone afterwards.
+        ratios: Share of the unpruned groups that is gone afterwards, by kind.
         multiples: Rounding of the kept count, by kind (``heads``, ``channels``).
 
     Returns:
@@ -48,7 +48,7 @@ def select_per_layer(
     """
     kept = {}
     for spec in specs:
-        count = round_kept(spec.num_groups, ratio, multiple=multiples[spec.kind])
+        count = round_kept(spec.num_groups, ratios[spec.kind], multiple=multiples[spec.kind])
         kept[spec.name] = _keep_best(importance[spec.name], count)
     return kept
 
@@ -57,7 +57,7 @@ def select_globally(
     importance: Mapping[str, Tensor],
     specs: Sequence[GroupSpec],
     *,
-    ratio: float,
+    ratios: Mapping[str, float],
     multiples: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Keep the most important groups over all layers, heads and channels each on their own.
@@ -71,7 +71,7 @@ def select_globally(
     kept: dict[str, Tensor] = {}
     for kind in sorted({spec.kind for spec in specs}):
         family = [spec for spec in specs if spec.kind == kind]
-        kept |= _select_family(importance, family, ratio=ratio, multiple=multiples[kind])
+        kept |= _select_family(importance, family, ratio=ratios[kind], multiple=multiples[kind])
     return kept
 
 

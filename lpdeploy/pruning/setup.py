@@ -85,15 +85,26 @@ def load_source(model: str, options: PruneOptions) -> Source:
             f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
             f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
         )
-    specs = list_group_specs(config)
+    prunable = list_prunable(config, options)
+    tokenizer = load_tokenizer(folder, config)
+    return Source(model, folder, config, tokenizer, list_group_specs(config), prunable)
+
+
+def list_prunable(config: Any, options: PruneOptions) -> tuple[GroupSpec, ...]:
+    """List the groups that may go: those of the layers that are not protected.
+
+    Raises:
+        LpdeployError: There are none.
+    """
     last = config.num_hidden_layers - options.protect_last
-    prunable = tuple(s for s in specs if options.protect_first <= s.layer < last)
+    specs = list_group_specs(config)
+    prunable = tuple(spec for spec in specs if options.protect_first <= spec.layer < last)
     if not prunable:
         raise LpdeployError(
             f"--protect-first {options.protect_first} and --protect-last {options.protect_last} "
             f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
         )
-    return Source(model, folder, config, load_tokenizer(folder, config), specs, prunable)
+    return prunable
 
 
 def load_dataset(
@@ -268,9 +279,9 @@ def describe_start(source: Source, training: Training) -> str:
     stored = PRECISIONS.get(source.config.dtype, "fp32")
     base = f" over a base in {options.load_in}" if options.load_in else ""
     used = PRECISIONS[next(training.model.parameters()).dtype]
-    rounding = {"heads": options.round_heads_to, "channels": options.round_to}
+    ratios, multiples = options.ratios, options.multiples
     kept = ", ".join(
-        f"{round_kept(spec.num_groups, options.ratio, multiple=rounding[spec.kind])} of "
+        f"{round_kept(spec.num_groups, ratios[spec.kind], multiple=multiples[spec.kind])} of "
         f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
         for spec in source.prunable[:2]
     )

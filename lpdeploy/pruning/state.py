@@ -57,9 +57,9 @@ class PruningState:
         apply_moving_average(self.average, scores, decay=decay)
 
     def remove_groups(
-        self, ratio: float, *, scope: str, multiples: Mapping[str, int]
+        self, ratios: Mapping[str, float], *, scope: str, multiples: Mapping[str, int]
     ) -> list[CutParameter]:
-        """Remove the least important groups until ``ratio`` of the unpruned ones are gone.
+        """Remove the least important groups until ``ratios`` of the unpruned ones are gone.
 
         Returns:
             Trainable parameters that were replaced by smaller ones; none when masking.
@@ -67,7 +67,7 @@ class PruningState:
         average = {name: scores.cpu() for name, scores in self.average.items()}
         for name, scores in average.items():
             self.last_seen[name][self.kept[name]] = scores
-        stay = SELECTIONS[scope](average, self.specs, ratio=ratio, multiples=multiples)
+        stay = SELECTIONS[scope](average, self.specs, ratios=ratios, multiples=multiples)
         stay = {name: s for name, s in stay.items() if len(s) < len(self.kept[name])}
         for name, positions in stay.items():
             self.kept[name] = self.kept[name][positions]

@@ -85,7 +85,7 @@ class Training:
         options = self.options
         warmup, cooldown = options.pauses
         return Schedule(
-            ratio=options.ratio,
+            ratio=options.compute_ratio(self.state.specs),
             steps=self.steps,
             every=options.prune_every,
             warmup=warmup,
@@ -170,7 +170,7 @@ def _calibrate(training: Training) -> StepInfo:
         training.optimizer.zero_grad()
         tokens += count
     removed = 0 in schedule.list_events()
-    remove = partial(_remove, training, schedule.compute_ratio(0))
+    remove = partial(_remove, training, schedule.compute_progress(0))
     cutting = _time(training, remove) if removed else None
     seconds = _finish(training, start)
     return StepInfo(
@@ -213,7 +213,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
     scoring = _time(training, score) if scored else None
     _apply_step(training, lr=lr, norm=norm)
     removed = step in events
-    remove = partial(_remove, training, schedule.compute_ratio(step))
+    remove = partial(_remove, training, schedule.compute_progress(step))
     cutting = _time(training, remove) if removed else None
     seconds = _finish(training, start)
     return StepInfo(
@@ -307,12 +307,12 @@ def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
     training.optimizer.zero_grad()
 
 
-def _remove(training: Training, ratio: float) -> None:
+def _remove(training: Training, progress: float) -> None:
     options = training.options
     replaced = training.state.remove_groups(
-        ratio,
+        {kind: ratio * progress for kind, ratio in options.ratios.items()},
         scope=options.scope,
-        multiples={"heads": options.round_heads_to, "channels": options.round_to},
+        multiples=options.multiples,
     )
     apply_cut_to_optimizer(_unwrap(training.optimizer), replaced)
 

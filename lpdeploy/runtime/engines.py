@@ -7,7 +7,9 @@ from typing import Any
 from lpdeploy.artifacts import load_json
 from lpdeploy.runtime.onnx_runner import load_onnx_runner
 from lpdeploy.runtime.ort_runner import load_ort_runner
+from lpdeploy.runtime.ort_session import import_runtime
 from lpdeploy.runtime.runner import Runner
+from lpdeploy.runtime.tensorrt_library import load_library
 from lpdeploy.runtime.trt_runner import CONTRACT, load_trt_runner
 
 EXPORTS: Mapping[str, tuple[str, Callable[..., Runner]]] = {
@@ -19,6 +21,18 @@ EXPORTS: Mapping[str, tuple[str, Callable[..., Runner]]] = {
 
 ENGINES = ("torch", *EXPORTS)
 """All that a model runs on; torch runs a checkpoint as it is."""
+
+
+def check_engine(engine: str, *, device: str) -> None:
+    """Check that the library of an engine is here, before any work is done for it.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    if engine == "trt":
+        load_library()
+    elif engine != "torch":
+        import_runtime(device)
 
 
 def describe_exported(folder: Path, *, engine: str) -> dict[str, Any]:

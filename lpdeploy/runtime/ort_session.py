@@ -42,7 +42,7 @@ def build_session(folder: Path, device: str) -> Any:
         MissingDependencyError: It, or its provider for ``device``, is not installed.
     """
     kind, index = split_device(device)
-    runtime = _import_runtime(kind)
+    runtime = import_runtime(kind)
     provider = _PROVIDERS[kind]
     try:
         session = runtime.InferenceSession(
@@ -62,7 +62,12 @@ def build_session(folder: Path, device: str) -> Any:
     return session
 
 
-def _import_runtime(kind: str) -> Any:
+def import_runtime(kind: str) -> Any:
+    """Import ONNX Runtime and check that it can run on ``cpu`` or ``cuda``.
+
+    Raises:
+        MissingDependencyError: It, or its provider, is not installed.
+    """
     extra = _EXTRAS[kind]
     try:
         import onnxruntime

@@ -8,6 +8,10 @@ from tests import reference
 MULTIPLES = {"heads": 1, "channels": 4}
 
 
+def both(ratio):
+    return {"heads": ratio, "channels": ratio}
+
+
 def make_specs(layers=3, heads=8, channels=32):
     return [
         GroupSpec(f"layers.{layer}.{kind}", count, ())
@@ -42,7 +46,7 @@ def test_the_counts_that_users_ask_for():
 def test_per_layer_selection_matches_the_loop(ratio):
     specs = make_specs()
     importance = random_importance(specs)
-    kept = select_per_layer(importance, specs, ratio=ratio, multiples=MULTIPLES)
+    kept = select_per_layer(importance, specs, ratios=both(ratio), multiples=MULTIPLES)
     for spec in specs:
         keep = reference.kept_count(spec.num_groups, ratio, MULTIPLES[spec.kind])
         assert kept[spec.name].tolist() == reference.select(importance[spec.name].tolist(), keep)
@@ -51,14 +55,14 @@ def test_per_layer_selection_matches_the_loop(ratio):
 def test_equal_scores_keep_the_earlier_groups():
     specs = [GroupSpec("layers.0.heads", 6, ())]
     importance = {"layers.0.heads": torch.zeros(6)}
-    kept = select_per_layer(importance, specs, ratio=0.5, multiples=MULTIPLES)
+    kept = select_per_layer(importance, specs, ratios=both(0.5), multiples=MULTIPLES)
     assert kept["layers.0.heads"].tolist() == [0, 1, 2]
 
 
 def test_what_is_gone_never_comes_back():
     specs = [GroupSpec("layers.0.heads", 8, ())]
     importance = {"layers.0.heads": torch.rand(3)}  # five of eight are gone already
-    kept = select_per_layer(importance, specs, ratio=0.5, multiples=MULTIPLES)
+    kept = select_per_layer(importance, specs, ratios=both(0.5), multiples=MULTIPLES)
     assert kept["layers.0.heads"].tolist() == [0, 1, 2]
 
 
@@ -66,7 +70,7 @@ def test_what_is_gone_never_comes_back():
 def test_global_selection_keeps_its_promises(ratio):
     specs = make_specs(layers=5, channels=30)  # 30 is no multiple of 4
     importance = random_importance(specs)
-    kept = select_globally(importance, specs, ratio=ratio, multiples=MULTIPLES)
+    kept = select_globally(importance, specs, ratios=both(ratio), multiples=MULTIPLES)
     for kind, multiple in MULTIPLES.items():
         family = [spec for spec in specs if spec.kind == kind]
         counts = [len(kept[spec.name]) for spec in family]
@@ -80,7 +84,7 @@ def test_global_selection_takes_from_the_least_important_layer():
     specs = make_specs(layers=2)
     importance = random_importance(specs)
     importance["layers.1.heads"] += 10
-    kept = select_globally(importance, specs, ratio=0.4, multiples=MULTIPLES)
+    kept = select_globally(importance, specs, ratios=both(0.4), multiples=MULTIPLES)
     assert len(kept["layers.1.heads"]) == 8
     assert len(kept["layers.0.heads"]) == 2
     best = importance["layers.0.heads"].topk(2).indices.sort().values
@@ -91,5 +95,16 @@ def test_global_selection_leaves_a_chunk_in_every_layer():
     specs = make_specs(layers=2)
     importance = random_importance(specs)
     importance["layers.1.channels"] += 10
-    kept = select_globally(importance, specs, ratio=0.9, multiples=MULTIPLES)
+    kept = select_globally(importance, specs, ratios=both(0.9), multiples=MULTIPLES)
     assert len(kept["layers.0.channels"]) == 4
+
+
+@pytest.mark.parametrize("select", [select_per_layer, select_globally])
+def test_heads_and_channels_have_shares_of_their_own(select):
+    specs = make_specs(layers=2)
+    ratios = {"heads": 0.25, "channels": 0.75}
+    kept = select(random_importance(specs), specs, ratios=ratios, multiples=MULTIPLES)
+    totals = {
+        kind: sum(len(kept[spec.name]) for spec in specs if spec.kind == kind) for kind in ratios
+    }
+    assert totals == {"heads": 2 * 6, "channels": 2 * 8}

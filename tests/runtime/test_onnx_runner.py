@@ -145,7 +145,7 @@ def test_cuda_provider_that_does_not_start(monkeypatch):
         SessionOptions=onnxruntime.SessionOptions,
         InferenceSession=lambda *_, **__: session,
     )
-    monkeypatch.setattr(ort_session, "_import_runtime", lambda _: fake)
+    monkeypatch.setattr(ort_session, "import_runtime", lambda _: fake)
     with pytest.raises(MissingDependencyError, match=r"cannot start it here.*lpdeploy\[gpu\]"):
         load_onnx_runner(make_export("per-layer")[2], device="cuda:1")
 
