@@ -23,6 +23,7 @@ ALLOWED = {
     "export": BASE | {"models", "runtime"},
     "packaging": BASE | {"models", "runtime", "export"},
     "serving": BASE | {"models", "runtime"},
+    "publish": BASE | {"models"},
     "evaluation": BASE | {"models", "data", "runtime"},
     "plotting": set(),
     # What it measures: engines, and pruning itself.

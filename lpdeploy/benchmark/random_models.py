@@ -14,20 +14,26 @@ from lpdeploy.models.quantized import apply_training_layout, build_random_8bit
 _DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 
 
-def save_random_model(config: Any, folder: Path, *, seed: int = 0) -> Path:
+def save_random_model(config: Any, folder: Path, *, dtype: str = "fp32", seed: int = 0) -> Path:
     """Save a checkpoint of a config, without a tokenizer.
 
     Args:
         config: Of a supported model type.
         folder: Where to.
+        dtype: Of the weights: ``fp32``, ``fp16`` or ``bf16``.
         seed: Of the weights.
 
     Returns:
         ``folder``.
     """
+    from transformers import GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar of ours or none
     torch.manual_seed(seed)
-    _, model_class = get_model_classes(config.model_type)
-    model_class(config).save_pretrained(folder)
+    model = build_random_model(config, dtype=dtype, device="cpu")
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ import torch
 from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.latency import time_interleaved
 from lpdeploy.benchmark.pairs import Found, compute_losses, find_pair
-from lpdeploy.benchmark.random_models import build_random_model
+from lpdeploy.benchmark.random_models import save_random_model
 from lpdeploy.benchmark.variants import Checkpoint, Variant, build_variant
 from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
 from lpdeploy.data.batches import Progress
@@ -280,13 +280,9 @@ class _Bench:
         ratios = self._compute_ratios(heads, channels)
         config = forecast_config(self.source.config, replace(self.options, **ratios))
         folder = self.scratch / "shape"
-        model = build_random_model(
-            config, dtype=PRECISIONS.get(self.source.config.dtype, "fp32"), device="cpu"
-        )
-        model.save_pretrained(folder / "model")
-        del model
-        checkpoint = Checkpoint(self._describe(heads, channels), folder / "model", 0.0, None, None)
-        yield self._build_variant(checkpoint, "shape")
+        dtype = PRECISIONS.get(self.source.config.dtype, "fp32")
+        model = save_random_model(config, folder / "model", dtype=dtype)
+        yield self._build_variant(Checkpoint("shape", model, 0.0, None, None), "shape")
         shutil.rmtree(folder)
 
     def _build_variant(self, checkpoint: Checkpoint, name: str) -> Variant:

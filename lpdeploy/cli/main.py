@@ -27,6 +27,7 @@ _COMMANDS = (
     "eval",
     "paper",
     "report",
+    "push",
     "doctor",
     "demo",
 )

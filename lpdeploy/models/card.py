@@ -1,6 +1,8 @@
 """The model card beside a pruned checkpoint: what it is, and how to load it."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,33 @@ def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: boo
         loading=loading.format(folder=result.model),
         servers=_describe_servers(config, result, stock=stock),
     )
+
+
+_HUB_EXPORTS = {
+    "onnx": "`onnx/`: a graph of standard operators, with its cache in and out; `io.json` names them",
+    "ort": "`ort/`: a graph of ONNX Runtime's operators, with what ONNX Runtime GenAI opens",
+}
+
+
+def build_hub_card(card: str, *, repo: str, exports: Sequence[str], base_is_local: bool) -> str:
+    """Return a card as it stands in a repository on the hub.
+
+    Args:
+        card: What ``build_model_card`` returned, perhaps edited since.
+        repo: ``owner/name``; snippets load that, not the folder that the card was written for.
+        exports: Folders beside the checkpoint: ``onnx``, ``ort``.
+        base_is_local: Whether the base model has no name on the hub, only one of its folder.
+    """
+    card = re.sub(r'(from_pretrained\()"[^"]*"', rf'\1"{repo}"', card)
+    parts = [card.rstrip("\n")]
+    if base_is_local:
+        # What stands there would be looked up on the hub.
+        parts[0] = re.sub(r"^base_model: .*\n", "", parts[0], count=1, flags=re.MULTILINE)
+        parts.append("The base model was a local folder; it is named here by its last part.")
+    if exports:
+        lines = [f"- {_HUB_EXPORTS[name]}." for name in exports]
+        parts += ["## Exports", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _describe(widths: list[int]) -> str:

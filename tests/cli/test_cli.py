@@ -13,7 +13,7 @@ from tests.helpers import make_text, make_tiny_model
 
 COMMANDS = [
     "check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper", "report",
-    "doctor", "demo",
+    "push", "doctor", "demo",
 ]  # fmt: skip
 SMALL = [
     "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",

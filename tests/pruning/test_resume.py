@@ -59,6 +59,7 @@ CASES = {
     "separate-global": {"schedule": "separate", "calibration_samples": 6, "scope": "global"},
     "checkpointing": {"gradient_checkpointing": True},
     "protected": {"protect_last": 1},
+    "ratios": {"head_ratio": 0.0, "channel_ratio": 0.6},
     "pairs": {"seq_len": 64},
 }
 

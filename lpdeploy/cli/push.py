@@ -1,0 +1,49 @@
+"""`lpdeploy push`: a run's model on the Hugging Face hub."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.cli.common import RUN, log, print_result, shared_options
+
+
+@click.command("push")
+@click.argument("run", type=RUN)
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="Repository on the hub.")
+@click.option("--private", is_flag=True, help="A new repository is only for its owner.")
+@click.option("--yes", is_flag=True, help="Upload. Without it, only what would be is shown.")
+@shared_options()
+def command(*, run: Path, repo: str, private: bool, yes: bool, as_json: bool) -> None:
+    """Show what of RUN would go to the Hugging Face hub; with --yes, upload it.
+
+    The checkpoint goes to the top, so that from_pretrained loads it by name; plan.json beside it,
+    what was exported to onnx/ and ort/. Nothing of the training goes, and no path of this machine.
+    A repository that exists keeps its visibility and its other files.
+    """
+    from lpdeploy.publish.push import push
+
+    result = push(run, repo, private=private, execute=yes, log=log)
+    words = ["lpdeploy", "push", str(run), "--repo", repo, *(["--private"] if private else [])]
+    result["command"] = shlex.join([*words, "--yes"])
+    print_result(result, _format(result), as_json=as_json)
+
+
+def _format(result: dict[str, Any]) -> str:
+    if result["uploaded"]:
+        total = f"{len(result['files'])} files, {format_bytes(result['bytes'])}"
+        return f"{result['url']}: {total}, commit {result['commit']}"
+    sizes = {file["path"]: format_bytes(file["bytes"]) for file in result["files"]}
+    width = max(map(len, sizes))
+    named = ", a local folder, named by its last part" if result["base_is_local"] else ""
+    return "\n".join(
+        [
+            f"{result['repo']} ({result['visibility']} if it is new)",
+            f"base model: {result['base_model']}{named}",
+            *(f"  {path:{width}}  {size:>8}" for path, size in sizes.items()),
+            f"  {len(sizes)} files, {format_bytes(result['bytes'])}; nothing was uploaded",
+            f"To upload: {result['command']}",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What a run gives to the Hugging Face hub, and how it gets there."""

@@ -1,0 +1,121 @@
+"""Which files of a run go to the hub, and what they say there: no path of this machine."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import load_json
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models.card import build_hub_card
+from lpdeploy.models.compact import RECORD
+from lpdeploy.plan import PruningPlan, load_plan
+
+CARD = "README.md"
+_EXPORTS = ("onnx", "ort")
+_CONTRACT = "io.json"
+# Where files of ours, of transformers and of peft name a model or an adapter.
+_NAMES_MODELS = ("base_model", "model", "adapter", "name_or_path", "_name_or_path")
+# Large, and made of the vocabulary alone.
+_LEFT_AS_IS = ("tokenizer.json", "vocab.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file on its way to the hub.
+
+    Attributes:
+        path: In the repository.
+        source: Where it lies.
+        content: What is uploaded in place of it; None for the file as it is.
+    """
+
+    path: str
+    source: Path
+    content: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are uploaded."""
+        return self.source.stat().st_size if self.content is None else len(self.content)
+
+
+def list_uploads(run: Path, *, repo: str) -> list[Upload]:
+    """List what of a run belongs on the hub: checkpoint, card, plan and exports.
+
+    The checkpoint lies at the top, so that ``from_pretrained(repo)`` loads it. Nothing of the
+    training is among it: no adapter, no checkpoint of the optimizer, no log, no manifest.
+
+    Args:
+        run: What ``prune`` and ``compact`` wrote.
+        repo: ``owner/name``, for the card.
+
+    Raises:
+        ArtifactError: The run is not complete, was not compacted, or an export is of another model.
+    """
+    plan = load_plan(run)
+    model = run / "model"
+    if not (model / RECORD).is_file():
+        raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
+    exports = [name for name in _EXPORTS if (run / name).is_dir()]
+    for name in exports:
+        _check_export(run / name, model, run=run)
+    files = [(path.name, path) for path in _list_files(model) if path.name != CARD]
+    files.append(("plan.json", run / "plan.json"))
+    files += [(f"{name}/{path.name}", path) for name in exports for path in _list_files(run / name)]
+    card = _build_card(model, plan, repo=repo, exports=exports)
+    return [
+        Upload(CARD, model / CARD, card.encode()),
+        *(Upload(path, source, _rewrite(source)) for path, source in sorted(files)),
+    ]
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            yield path
+
+
+def _check_export(folder: Path, model: Path, *, run: Path) -> None:
+    fix = f"Run 'lpdeploy export {run} --engine {folder.name} --overwrite' first."
+    made_from = load_json(folder / _CONTRACT, fix=fix).get("source", {}).get("sha256")
+    if made_from != load_json(model / RECORD, fix="Compact again.")["sha256"]:
+        raise ArtifactError(f"'{folder}' was exported from another model than '{model}'. {fix}")
+
+
+def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[str]) -> str:
+    path = model / CARD
+    if not path.is_file():
+        raise ArtifactError(
+            f"No {CARD} in '{model}', which is the page of a model on the hub. Write one, or run "
+            f"'lpdeploy compact {model.parent} --overwrite'."
+        )
+    text = path.read_text(encoding="utf-8")
+    return build_hub_card(text, repo=repo, exports=exports, base_is_local=is_local(plan.base_model))
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a model was named by a path of this machine, not by a name on the hub."""
+    return Path(name).is_absolute() or Path(name).is_dir()
+
+
+def _rewrite(path: Path) -> bytes | None:
+    """Return a JSON file with paths cut to their last part; None where it has none."""
+    if path.suffix != ".json" or path.name in _LEFT_AS_IS:
+        return None
+    data = load_json(path, fix="Make it again.")
+    cut = _cut_paths(data)
+    return None if cut == data else (json.dumps(cut, indent=2) + "\n").encode()
+
+
+def _cut_paths(data: Any, key: str | None = None) -> Any:
+    match data:
+        case dict():
+            return {name: _cut_paths(value, name) for name, value in data.items()}
+        case list():
+            return [_cut_paths(value, key) for value in data]
+        case str() if key in _NAMES_MODELS and is_local(data):
+            return Path(data).name
+        case _:
+            return data

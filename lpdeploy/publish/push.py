@@ -1,0 +1,127 @@
+"""The push stage: from a run to a repository on the Hugging Face hub."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.errors import LpdeployError
+from lpdeploy.plan import load_plan
+from lpdeploy.publish.files import Upload, is_local, list_uploads
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def push(
+    run: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    execute: bool = False,
+    log: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Say what of a run would be uploaded and, where asked to, upload it in one commit.
+
+    A repository that is there already keeps its visibility and its other files; files of the same
+    name are replaced.
+
+    Args:
+        run: What ``prune`` and ``compact`` wrote.
+        repo: ``owner/name``.
+        private: Whether a new repository is only for its owner.
+        execute: Upload; otherwise nothing leaves this machine.
+        log: Is told what takes time.
+
+    Returns:
+        ``repo``, ``visibility``, ``files`` (``path``, ``source``, ``bytes``), ``bytes``,
+        ``uploaded``, and ``base_model`` with ``base_is_local``; ``url`` and ``commit`` of what was
+        uploaded.
+
+    Raises:
+        LpdeployError: The run has no model, the name is none, nobody is logged in, or the hub is
+            out of reach or refuses.
+    """
+    _check_name(repo)
+    uploads = list_uploads(run, repo=repo)
+    base = load_plan(run).base_model
+    total = sum(upload.size for upload in uploads)
+    result = {
+        "repo": repo,
+        "visibility": "private" if private else "public",
+        "files": [
+            {"path": upload.path, "source": str(upload.source), "bytes": upload.size}
+            for upload in uploads
+        ],
+        "bytes": total,
+        "base_model": Path(base).name if is_local(base) else base,
+        "base_is_local": is_local(base),
+        "uploaded": execute,
+    }
+    if execute:
+        log(f"uploading {len(uploads)} files, {format_bytes(total)}, to {repo}")
+        result |= _upload(uploads, repo, private=private)
+    return result
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        reason = str(error).rstrip(".")
+        raise LpdeployError(f"--repo '{repo}': {reason}. Give owner/name.") from error
+    if not _NAME.fullmatch(repo):
+        raise LpdeployError(f"--repo '{repo}' names no owner. Give owner/name.")
+
+
+def _upload(uploads: list[Upload], repo: str, *, private: bool) -> dict[str, str]:
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    if get_token() is None:
+        raise LpdeployError("Not logged in to the hub. Run 'hf auth login', or set HF_TOKEN.")
+    api = HfApi(library_name="lpdeploy")
+    operations = [
+        CommitOperationAdd(
+            path_in_repo=upload.path,
+            path_or_fileobj=upload.source if upload.content is None else upload.content,
+        )
+        for upload in uploads
+    ]
+    with _explain_hub(api.endpoint, repo):
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        commit = api.create_commit(
+            repo, operations, commit_message="Upload a model pruned by lpdeploy"
+        )
+    return {"url": str(url), "commit": commit.oid}
+
+
+@contextmanager
+def _explain_hub(endpoint: str, repo: str) -> Iterator[None]:
+    """Turn what the hub, or the way to it, refuses into a sentence.
+
+    Raises:
+        LpdeployError: That.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise LpdeployError(
+            "The hub is switched off by HF_HUB_OFFLINE. Unset it to upload."
+        ) from error
+    except HfHubHTTPError as error:
+        reason = (error.server_message or str(error)).strip().split("\n")[0].rstrip(".")
+        raise LpdeployError(
+            f"The hub refuses '{repo}': {reason}. Check the name, and that 'hf auth whoami' may "
+            "write there."
+        ) from error
+    except (HTTPError, ConnectionError) as error:
+        raise LpdeployError(
+            f"{endpoint} cannot be reached ({error}). Check the network and try again: what is "
+            "there already is not uploaded twice."
+        ) from error

@@ -1,0 +1,294 @@
+"""A target in place of --ratio: units, what wins over what, and shapes that were measured."""
+
+import itertools
+import json
+import re
+import sys
+from contextlib import nullcontext
+
+import click
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from lpdeploy.benchmark import target as latency_target
+from lpdeploy.benchmark.target import LatencyTarget, choose_widths, list_counts
+from lpdeploy.cli.targets import BYTES, MILLISECONDS, PARAMETERS
+from lpdeploy.errors import LpdeployError
+from lpdeploy.plan import load_plan
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.run import prune as run_prune
+from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
+from tests.helpers import make_text, make_tiny_model
+from tests.pruning.test_resume import StoppedError, stop_after
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("targets") / "base", heads=4, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def data(base):
+    return make_text(base.parent / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "number"),
+    [
+        (PARAMETERS, "3.5B", 3_500_000_000), (PARAMETERS, "12 K", 12_000),
+        (PARAMETERS, "7M", 7_000_000), (PARAMETERS, "1T", 10**12), (PARAMETERS, 5000, 5000),
+        (BYTES, "7GiB", 7 * 2**30), (BYTES, "0.5MiB", 2**19), (BYTES, "1KiB", 1024),
+        (BYTES, "2kB", 2000), (BYTES, "1.5MB", 1_500_000), (BYTES, "3GB", 3 * 10**9),
+        (MILLISECONDS, "30ms", 30), (MILLISECONDS, "0.25s", 250),
+    ],
+)  # fmt: skip
+def test_units(kind, text, number):
+    assert kind.convert(text, None, None) == number
+    assert kind.convert(kind.convert(text, None, None), None, None) == number
+
+
+def test_a_decimal_fraction_is_exact():
+    assert int(PARAMETERS.convert("1.1B", None, None)) == 1_100_000_000
+    assert float(MILLISECONDS.convert("1500us", None, None)) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "sentence"),
+    [
+        (PARAMETERS, "3.5G", "'3.5G' is no number of parameters: .* units K, M, B, T, or none, "),
+        (PARAMETERS, "many", "'many' is no number of parameters"),
+        (PARAMETERS, "-1B", "'-1B' is no number"),
+        (BYTES, "7gb", "no size: .* kB, MB, GB, TB, KiB, MiB, GiB, TiB, or none, such as 7GiB"),
+        (MILLISECONDS, "30", "'30' is no time: .* units us, ms, s, such as 30ms"),
+        (MILLISECONDS, "1e3ms", "'1e3ms' is no time"),
+    ],
+)
+def test_a_wrong_unit_is_told_the_right_ones(kind, text, sentence):
+    with pytest.raises(click.BadParameter, match=sentence):
+        kind.convert(text, None, None)
+
+
+def prune(base, data, output, *words):
+    return invoke("prune", base, "--data", data, "--output", output, *SMALL, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--target-params", "5K", "--ratio", "0.5"], "--ratio and --target-params all decide"),
+        (["--target-params", "5K", "--target-memory", "5kB"], "--target-memory and --target-par"),
+        (["--target-params", "5K", "--head-ratio", "0"], "--head-ratio and --target-params"),
+        (["--target-latency", "5ms"], "needs to know what to measure. Give --engine torch|onnx|"),
+        (["--engine", "ort"], "--engine is about --target-latency. Give that too"),
+        (["--latency-tokens", "9", "--target-params", "5K"], "--latency-tokens is about"),
+        (["--target-params", "5X"], "'5X' is no number of parameters"),
+    ],
+)
+def test_wrong_usage_exits_2(base, data, tmp_path, words, sentence):
+    check_refused(prune(base, data, tmp_path / "run", *words), re.escape(sentence), code=2)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--target-params", "1B"], "has .* parameters already. Give less"),
+        (["--target-memory", "1kB"], "is out of reach: .* Give at least that"),
+        (["--target-latency", "1ms", "--engine", "torch", "--scope", "global"],
+         "Use --scope layer, or a --ratio"),
+        (["--target-latency", "1ms", "--engine", "torch", "--latency-tokens", "129"],
+         "needs 129 positions; .* has 128. Use --latency-tokens 128 or less"),
+        (["--target-latency", "1ms", "--engine", "torch", "--latency-phase", "decode",
+          "--latency-tokens", "120"], "Use --latency-tokens 112 or less"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_exits_1(base, data, tmp_path, words, sentence):
+    check_refused(prune(base, data, tmp_path / "run", *words), sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_engine_is_told_before_any_work(base, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(latency_target, "load_source", lambda *_: pytest.fail("work was done"))
+    words = ("--target-latency", "1ms", "--engine", "ort")
+    check_refused(prune(base, data, tmp_path / "run", *words), "onnxruntime is not installed")
+
+
+def test_several_ranks_do_not_measure(base, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ("--target-latency", "1ms", "--engine", "torch")
+    check_refused(prune(base, data, tmp_path / "run", *words), "is measured by one process")
+
+
+def test_a_run_that_would_be_replaced_is_refused_before_any_measurement(base, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    words = ("--target-latency", "1ms", "--engine", "torch")
+    check_refused(prune(base, data, tmp_path / "run", *words), "already holds a run")
+
+
+def test_what_is_typed_wins_over_what_a_recipe_says(base, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+
+    def read(options, *words):
+        recipe.write_text(yaml.safe_dump({"prune": options}))
+        output = tmp_path / "run"
+        words = ("--recipe", recipe, "--overwrite", *words, "--json")
+        result = last_json(prune(base, data, output, *words))
+        resolved = yaml.safe_load((output / "recipe.yaml").read_text())["prune"]
+        return {k: resolved[k] for k in ("ratio", "head_ratio", "channel_ratio")}, result
+
+    target = {"target_params": "0.01M"}
+    assert read(target)[1]["ratio"] > 0.5
+    assert json.loads((tmp_path / "run" / "target.json").read_text())["asked"] == {
+        "parameters": 10_000
+    }
+    whole = {"ratio": 0.25, "head_ratio": None, "channel_ratio": None}
+    assert read(target, "--ratio", "0.25")[0] == whole
+    assert not (tmp_path / "run" / "target.json").exists()
+    assert read({"head_ratio": 0.5, "channel_ratio": 0.75}, "--ratio", "0.25")[0] == whole
+    own = {"ratio": 0.25, "head_ratio": 0.0, "channel_ratio": None}
+    assert read({"ratio": 0.25, "target_params": None}, "--head-ratio", "0")[0] == own
+    ratios, result = read({"ratio": 0.25, "head_ratio": 0.5}, "--target-params", "10K")
+    assert ratios == {"ratio": result["ratio"], "head_ratio": None, "channel_ratio": None}
+    recipe.write_text(yaml.safe_dump({"prune": {"ratio": 0.25, **target}}))
+    result = prune(base, data, tmp_path / "other", "--recipe", recipe)
+    check_refused(result, "--ratio and --target-params all decide", code=2)
+
+
+def test_counts_that_a_layer_may_keep():
+    assert list_counts(8, 1) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert list_counts(11008, 32) == list(range(32, 11009, 32))
+    assert list_counts(172, 32) == [32, 64, 96, 128, 160, 172]
+    assert list_counts(4, 8) == [4]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """One process for all tests: it takes seconds to start."""
+    with latency_target._start_worker() as started:
+        yield started
+
+
+@pytest.fixture
+def told_times(monkeypatch, worker):
+    """Let shapes be timed as they are, then tell their parameters for milliseconds.
+
+    The engines run, and which pair is right does not depend on how busy the machine is.
+    """
+    times = []
+
+    def time(bench, variants):
+        times.extend(measure(bench, variants))
+        return [float(variant.parameters) for variant in variants]
+
+    measure = latency_target._Bench._time
+    monkeypatch.setattr(latency_target._Bench, "_time", time)
+    monkeypatch.setattr(latency_target, "_start_worker", lambda: nullcontext(worker))
+    return times
+
+
+@pytest.fixture(scope="module")
+def wide(base):
+    """A model whose heads ONNX Runtime's attention takes."""
+    return make_tiny_model(base.parent / "wide", heads=8, kv_heads=4, head_dim=16)
+
+
+def count_parameters(heads, channels):
+    """By hand: two layers of hidden 32, two query heads a KV head, heads of 16."""
+    layer = (2 * 2 + 2) * heads * 16 * 32 + 3 * channels * 32 + 2 * 32
+    return 2 * layer + 2 * 72 * 32 + 32
+
+
+@pytest.mark.parametrize("engine", ["torch", "ort"])
+def test_a_shape_is_chosen_by_what_was_measured(wide, data, tmp_path, told_times, engine):
+    words = ["--target-latency", "20000ms", "--engine", engine, "--latency-tokens", "32"]
+    # One-shot, so that the scores that it saves are those of the calibration.
+    words += ["--schedule", "one-shot", "--calibration-samples", "4", "--round-to", "8"]
+    result = prune(wide, data, tmp_path / "run", *words, "--json")
+    assert last_json(result)["achieved"]["parameters"] > 0
+    assert "chosen: " in result.stderr
+    assert "measured in turn" in result.stderr
+    record = json.loads((tmp_path / "run" / "target.json").read_text())
+    measured = {(m["kv_heads"], m["channels"]): m["median_ms"] for m in record["measurements"]}
+    assert len(told_times) == len(measured) + 2  # each once, and the last two once more
+    assert min(told_times) > 0
+    assert list(measured)[:2] == [(4, 48), (1, 8)]
+    assert measured == {pair: count_parameters(*pair) for pair in measured}
+    chosen = (record["kv_heads"], record["channels"])
+    assert record["again"] == {
+        "dense_ms": count_parameters(4, 48), "chosen_ms": count_parameters(*chosen)
+    }  # fmt: skip
+    # Nothing larger is quick enough, and of what is, nothing is expected to lose less.
+    assert measured[chosen] <= 20_000 < count_parameters(chosen[0], chosen[1] + 8)
+    scores = load_file(tmp_path / "run" / "importance.safetensors")
+
+    def lose(heads, channels):
+        kept = {"heads": heads, "channels": channels}
+        return sum(
+            score.sort().values[: len(score) - kept[name.rsplit(".", 1)[1]]].sum().item()
+            for name, score in scores.items()
+        )
+
+    pairs = itertools.product([1, 2, 3, 4], range(8, 49, 8))
+    quick = [pair for pair in pairs if count_parameters(*pair) <= 20_000]
+    assert chosen == min(quick, key=lambda pair: lose(*pair))
+    assert record["expected_loss"] == pytest.approx(lose(*chosen), rel=1e-5)
+    plan = load_plan(tmp_path / "run")
+    assert [len(plan.kept[f"layers.1.{kind}"]) for kind in ("heads", "channels")] == [*chosen]
+
+
+def test_a_target_outside_of_what_shapes_take_is_refused_with_both_numbers(
+    wide, data, tmp_path, told_times
+):
+    options = PruneOptions(round_to=16, round_heads_to=2, seq_len=16, protect_first=1, device="cpu")
+    dense = count_parameters(4, 48)
+    least = (dense + count_parameters(2, 16)) / 2  # one of two layers is protected
+    whole = LatencyTarget(dense, "ort", "decode", 32)
+    with pytest.raises(LpdeployError) as caught:
+        choose_widths(str(wide), tmp_path / "r", data=str(data), options=options, target=whole)
+    assert str(caught.value) == (
+        f"--target-latency {dense:g}ms is met already: '{wide}' takes {dense:.3g} ms for a token "
+        "after 32 tokens on ort, and its smallest shape (2 of 4 KV heads, 16 of 48 channels) takes "
+        f"{least:.3g} ms. Give a target between them, or prune to a --ratio."
+    )
+    with pytest.raises(LpdeployError, match="ms is out of reach: .* for a prefill of 32 tokens on"):
+        choose_widths(
+            str(wide), tmp_path / "r", data=str(data), options=options,
+            target=LatencyTarget(least - 1, "torch", tokens=32),
+        )  # fmt: skip
+
+
+def test_a_resumed_run_measures_nothing_again(base, data, tmp_path, monkeypatch):
+    chosen = {
+        "asked": {"latency_ms": 5.0, "engine": "ort", "phase": "prefill", "tokens": 512},
+        "ratios": {"head_ratio": 0.5, "channel_ratio": 0.25},
+    }
+    calls = []
+
+    def choose(*args, **kwargs):
+        calls.append(kwargs["target"])
+        return chosen
+
+    monkeypatch.setattr(latency_target, "choose_widths", choose)
+    words = ("--target-latency", "5ms", "--engine", "ort", "--checkpoint-every", "1")
+    run = tmp_path / "run"
+    whole = last_json(prune(base, data, tmp_path / "whole", *words, "--json"))
+    assert calls == [LatencyTarget(5.0, "ort")]
+    # As a kill after the third step leaves it.
+    options = PruneOptions(
+        steps=4, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1, round_to=4,
+        device="cpu", checkpoint_every=1, **chosen["ratios"],
+    )  # fmt: skip
+    with pytest.raises(StoppedError):
+        run_prune(
+            str(base), run, data=str(data), options=options, target=chosen, on_step=stop_after(3)
+        )
+    other = prune(base, data, run, *words, "--target-latency", "6ms", "--resume")
+    check_refused(other, "began with another target: latency_ms 5.0, engine ort")
+    result = prune(base, data, run, *words, "--resume", "--json")
+    assert "as chosen before: --head-ratio 0.5 --channel-ratio 0.25" in result.stderr
+    assert last_json(result)["achieved"] == whole["achieved"]
+    assert len(calls) == 1
+    assert whole["achieved"]["heads"] == 0.5
