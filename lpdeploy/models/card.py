@@ -97,7 +97,7 @@ def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: boo
 
 
 _HUB_EXPORTS = {
-    "onnx": "`onnx/`: a graph of standard operators, with its cache in and out; `io.json` names them",
+    "onnx": "`onnx/`: a graph of standard operators, whose inputs and outputs `io.json` names",
     "ort": "`ort/`: a graph of ONNX Runtime's operators, with what ONNX Runtime GenAI opens",
 }
 
