@@ -133,11 +133,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     process = start_server(repository, scratch / "log.txt", seconds=lasting)
     try:
         for _ in range(options.rounds):
-            alone = statistics.median(run_alone()[0] for _ in range(options.alone))
+            before = [run_alone()[0] for _ in range(options.alone)]
             records = load_server(
                 questions, scratch, clients=options.clients, seconds=options.seconds
             )
             served = compute_rate(records, seconds=options.seconds)
+            # Before and after, since the speed of a shared machine drifts.
+            alone = statistics.median(before + [run_alone()[0] for _ in range(options.alone)])
             print(f"alone {alone:.0f}, served {served:.0f} tokens/s", flush=True)
             rounds.append({"alone": alone, "served": served, "relative": served / alone})
             for record in records:
@@ -167,9 +169,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of an answer")
-    parser.add_argument("--seconds", type=float, default=60, help="of a round of the server")
-    parser.add_argument("--alone", type=int, default=3, help="batches of a round in one process")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20, help="of a round of the server")
+    parser.add_argument(
+        "--alone", type=int, default=2, help="batches in one process before and after a round"
+    )
+    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     setup()
     with tempfile.TemporaryDirectory(prefix="lpdeploy-") as scratch:

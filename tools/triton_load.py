@@ -75,27 +75,27 @@ def ask_stream(
     """
     arrived: queue.Queue[Any] = queue.Queue()
     inputs = build_inputs(tritonclient.grpc, {**question, "stream": True})
-    pieces: list[dict[str, Any]] = []
-    times: list[float] = []
+    told: list[tuple[float, Any]] = []
     with tritonclient.grpc.InferenceServerClient(address) as client:
         client.start_stream(lambda result, error: arrived.put((time.perf_counter(), result, error)))
         begin = time.perf_counter()
         client.async_stream_infer(model, inputs)
-        while not (pieces and pieces[-1]["reason"]):
+        while leave_after is None or len(told) < leave_after:
             when, result, error = arrived.get(timeout=_PATIENCE)
             if error is not None:
                 raise error
-            pieces.append(read_answer(result))
-            times.append(when - begin)
-            if leave_after is not None and len(pieces) == leave_after:
+            told.append((when - begin, result))
+            if result.get_response().parameters["triton_final_response"].bool_param:
                 break
         client.stop_stream(cancel_requests=leave_after is not None)
+    # Read afterwards: clients of a load test share the cores with what they load.
+    pieces = [read_answer(result) for _, result in told]
     return {
         "text": "".join(piece["text"] for piece in pieces),
         "tokens": [token for piece in pieces for token in piece["tokens"]],
         "reason": pieces[-1]["reason"],
         "pieces": len(pieces),
-        "times": times,
+        "times": [when for when, _ in told],
     }
 
 

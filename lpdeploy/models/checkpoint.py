@@ -91,7 +91,7 @@ def stream_pruned_blocks(
 
     Yields:
         (name, rows): cut to the plan and merged, ``W + scaling B A`` in float32. The rows are
-        overwritten by the next ones.
+        overwritten by the third ones after them.
 
     Raises:
         ArtifactError: A file is missing or damaged.

@@ -1,17 +1,20 @@
 """Safetensors files read and written in blocks of rows, and hashed on the way.
 
 A file is read once from its beginning to its end, and written likewise, so that memory is a few
-blocks whatever the size of a tensor. Hashes are computed in a thread while a block is in use.
+blocks whatever the size of a tensor. What is read is hashed in a thread, what is written is hashed
+and written in another, while the blocks after it are read and cut.
 """
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +24,8 @@ from lpdeploy.errors import ArtifactError
 
 # Small enough to stay in the cache between reading, hashing, cutting and writing.
 BLOCK_BYTES = 1 << 22
+# Buffers that are read into in turn. A block is hashed, and written, before its buffer's next turn.
+_DEPTH = 3
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -98,8 +103,8 @@ def iterate_blocks(
         hashes: Gets the SHA-256 of the whole file under its name, after the last block.
 
     Yields:
-        (name, first row, rows): a block of a tensor. It lies in a buffer that the next one
-        overwrites.
+        (name, first row, rows): a block of a tensor. It lies in a buffer that the third one after
+        it overwrites.
 
     Raises:
         ArtifactError: The file is missing or damaged.
@@ -107,19 +112,20 @@ def iterate_blocks(
     layout = load_layout(file)
     largest = max((math.prod(s) * i.item_bytes for i in layout.values() for _, s in
                    i.iterate_shapes()), default=0)  # fmt: skip
-    buffer = torch.empty(largest, dtype=torch.uint8)
+    buffers = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(_DEPTH)])
+    digest = hashlib.sha256()
     try:
-        with file.open("rb", buffering=0) as stream, _BackgroundHash() as digest:
+        with file.open("rb", buffering=0) as stream, _Background() as hashing:
             length = stream.read(8)
             digest.update(length + stream.read(int.from_bytes(length, "little")))
             for name, info in layout.items():
                 for first, shape in info.iterate_shapes():
-                    block = buffer[: math.prod(shape) * info.item_bytes]
-                    digest.wait()
+                    block = next(buffers)[: math.prod(shape) * info.item_bytes]
                     _read_into(stream, block)
-                    digest.update(block.numpy())
+                    hashing.submit(digest.update, block.numpy())
                     yield name, first, block.view(_DTYPES[info.dtype]).view(shape)
-            hashes[file.name] = digest.compute()
+            hashing.wait()
+        hashes[file.name] = digest.hexdigest()
     except OSError as error:
         raise _describe_unreadable(file, error) from error
 
@@ -145,15 +151,20 @@ def write_tensors(
     Args:
         file: Where to.
         layout: Its tensors, in the order in which their blocks come.
-        blocks: (name, rows); only those of ``layout`` are taken.
+        blocks: (name, rows), which stay as they are for the two after them; only those of
+            ``layout`` are taken.
 
     Returns:
         The SHA-256 of the file.
     """
-    with file.open("wb") as stream, _BackgroundHash() as digest:
-        header = _build_header(layout)
-        stream.write(header)
-        digest.update(header)
+    digest = hashlib.sha256()
+    with file.open("wb") as stream, _Background() as writing:
+
+        def write(data: Any) -> None:
+            digest.update(data)
+            stream.write(data)
+
+        write(_build_header(layout))
         for name, info in layout.items():
             left = info.num_bytes
             while left:
@@ -161,15 +172,10 @@ def write_tensors(
                 left -= block.nbytes
                 if got != name or left < 0:
                     raise ValueError(f"a block of {got} does not fit into {name}")
-                _write_block(stream, block, digest)
-        return digest.compute()
-
-
-def _write_block(stream: BinaryIO, block: Tensor, digest: "_BackgroundHash") -> None:
-    data = block.contiguous().view(-1).view(torch.uint8).numpy()
-    digest.update(data)
-    stream.write(data.data)
-    digest.wait()  # its buffer may be used again
+                data = block.contiguous().view(-1).view(torch.uint8).numpy()
+                writing.submit(write, data.data)
+        writing.wait()
+    return digest.hexdigest()
 
 
 def _build_header(layout: Mapping[str, TensorInfo]) -> bytes:
@@ -184,32 +190,26 @@ def _build_header(layout: Mapping[str, TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-class _BackgroundHash:
-    """SHA-256 in a thread of its own, so that hashing costs no time where a core is free."""
+class _Background:
+    """Work in a thread of its own, in its order; that which is ``_DEPTH`` pieces back is done."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._pending: deque[Future[object]] = deque()
 
-    def __enter__(self) -> "_BackgroundHash":
+    def __enter__(self) -> "_Background":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
 
-    def update(self, data: Any) -> None:
-        """Begin to hash ``data``, which stays as it is until ``wait``."""
-        self.wait()
-        self._pending = self._pool.submit(self._digest.update, data)
+    def submit(self, work: Callable[..., object], *arguments: object) -> None:
+        """Begin work, whose arguments stay as they are for the next ``_DEPTH - 1`` pieces."""
+        self._pending.append(self._pool.submit(work, *arguments))
+        while len(self._pending) >= _DEPTH:
+            self._pending.popleft().result()
 
     def wait(self) -> None:
-        """Wait for what was begun."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def compute(self) -> str:
-        """Return the hash of all so far."""
-        self.wait()
-        return self._digest.hexdigest()
+        """Wait for all that was begun."""
+        while self._pending:
+            self._pending.popleft().result()

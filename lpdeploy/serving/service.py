@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.runtime.engines import describe_exported, load_exported
 from lpdeploy.serving.batcher import STOP, Batcher, Request
@@ -73,6 +75,9 @@ class TextService:
         self._stop_ids = set(contract["eos_token_ids"])
         runner = load_exported(folder, engine=engine, device=device)
         self._max_positions = runner.max_positions
+        # The engine has its threads. Of what is left, only the choice of a token would be shared
+        # among torch's, which wait by spinning and take time from the engine's.
+        torch.set_num_threads(1)
         self._batcher = Batcher(runner, max_batch=max_batch or contract["max_batch"])
 
     def ask(

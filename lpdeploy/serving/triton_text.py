@@ -4,8 +4,9 @@ Triton imports it through the ``model.py`` that ``lpdeploy package --target trit
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def _decode(value: bytes, name: str) -> str:
         ) from None
 
 
+_PATIENCE = 1.0
+"""Seconds between two questions whether a client is gone."""
+
+
 class TextModel:
     """``NAME``: answers in pieces where ``stream`` is set, else as a whole, in one response."""
 
@@ -68,6 +73,7 @@ class TextModel:
             name: value["string_value"] for name, value in config.get("parameters", {}).items()
         }
         kind, device = args["model_instance_kind"], args["model_instance_device_id"]
+        self._delivery = ThreadPoolExecutor(1)
         self._service = TextService(
             Path(args["model_repository"]).parent / settings["export"],
             engine=settings["engine"],
@@ -76,19 +82,20 @@ class TextModel:
         )
 
     def execute(self, requests: list[Any]) -> None:
-        """Let requests join the running batch; they are answered from its thread."""
+        """Let requests join the running batch; they are answered from another thread."""
         for request in requests:
-            sender = request.get_response_sender()
+            read = self._build_reader(request)
+            answer = _Answer(self._backend, request.get_response_sender(), self._delivery)
             try:
-                read = self._build_reader(request)
+                answer.stream = (read("stream") or [False])[0]
                 self._service.ask(
                     read_question(read),
-                    on_piece=self._build_listener(sender, stream=(read("stream") or [False])[0]),
-                    on_error=partial(self._refuse, sender),
-                    is_cancelled=sender.is_cancelled,
+                    on_piece=answer.hear,
+                    on_error=answer.refuse,
+                    is_cancelled=answer.is_left,
                 )
             except (ValueError, LpdeployError) as error:
-                self._refuse(sender, error)
+                answer.refuse(error)
 
     def _build_reader(self, request: Any) -> Callable[[str], Any]:
         def read(name: str) -> Any:
@@ -97,35 +104,61 @@ class TextModel:
 
         return read
 
-    def _build_listener(self, sender: Any, *, stream: bool) -> Callable[[Piece], None]:
-        pieces: list[Piece] = []
+    def finalize(self) -> None:
+        """Answer what was asked before the model is unloaded."""
+        self._service.close()
+        self._delivery.shutdown()
 
-        def listen(piece: Piece) -> None:
-            pieces.append(piece)
-            if not (stream or piece.reason):
-                return
-            response = self._build_response(pieces)
-            pieces.clear()
+
+class _Answer:
+    """The responses to one request.
+
+    They are built and sent in a thread of their own: each waits for Triton's process to take it,
+    in which time the engine runs the next step.
+
+    Attributes:
+        stream: Whether every piece is a response; else all of them together are one.
+    """
+
+    def __init__(self, backend: Any, sender: Any, delivery: ThreadPoolExecutor) -> None:
+        self.stream = False
+        self._left = False
+        self._backend, self._sender, self._delivery = backend, sender, delivery
+        self._pieces: list[Piece] = []
+        self._asked = time.monotonic()
+
+    def hear(self, piece: Piece) -> None:
+        """Take a piece of the answer, and return at once."""
+        self._delivery.submit(self._deliver, piece)
+
+    def is_left(self) -> bool:
+        """Tell whether the client is known to be gone: asked at times, since it is a call too."""
+        return self._left
+
+    def _deliver(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        if self.stream or piece.reason:
             final = self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL if piece.reason else 0
-            sender.send(response, flags=final)
+            response = self._build_response()
+            self._pieces.clear()
+            self._sender.send(response, flags=final)
+        if not piece.reason and time.monotonic() - self._asked > _PATIENCE:
+            self._asked = time.monotonic()
+            self._left = self._sender.is_cancelled()
 
-        return listen
-
-    def _build_response(self, pieces: list[Piece]) -> Any:
-        text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
+    def _build_response(self) -> Any:
+        text = "".join(piece.text for piece in self._pieces)
+        tokens = [token for piece in self._pieces for token in piece.tokens]
         values = (
             np.array([[text.encode()]], dtype=object),  # (1, 1)
             np.array([tokens], dtype=np.int32),  # (1, tokens)
-            np.array([[(pieces[-1].reason or "").encode()]], dtype=object),  # (1, 1)
+            np.array([[(self._pieces[-1].reason or "").encode()]], dtype=object),  # (1, 1)
         )
         tensors = [self._backend.Tensor(*pair) for pair in zip(OUTPUTS, values, strict=True)]
         return self._backend.InferenceResponse(tensors)
 
-    def _refuse(self, sender: Any, error: Exception) -> None:
+    def refuse(self, error: Exception) -> None:
+        """Send an error instead of an answer."""
         answer = self._backend.InferenceResponse(error=self._backend.TritonError(str(error)))
-        sender.send(answer, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def finalize(self) -> None:
-        """Answer what was asked before the model is unloaded."""
-        self._service.close()
+        final = self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._delivery.submit(self._sender.send, answer, flags=final)
