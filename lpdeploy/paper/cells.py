@@ -15,7 +15,7 @@ from lpdeploy.paper.tables import Row, Table
 # Each cell has its own values of these, whichever table it is of.
 SET_BY_EVERY_CELL = ("ratio", "seed")
 # Options of prune that change nothing of a result.
-_WITHOUT_EFFECT = ("checkpoint_every",)
+_WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory")
 # One run scores all groups; at which ratio it then prunes does not matter.
 _SIMILARITY_RATIO = 0.5
 
@@ -214,12 +214,12 @@ def _compute_key(
     identity = {
         "model": study.model.identity,
         "data": study.data.identity if len(options) > 1 else None,
-        # An option that is None was not given: a later version that knows one more option finds
-        # the cells of this one.
+        # An option that is None or False was not given: a later version that knows one more option
+        # finds the cells of this one.
         "options": {
             name: value
             for name, value in options.items()
-            if value is not None and name not in _WITHOUT_EFFECT
+            if value is not None and value is not False and name not in _WITHOUT_EFFECT
         },
         "evaluation": evaluation.identify() if evaluation else None,
     }
