@@ -65,9 +65,10 @@ def test_another_run_has_another_key(change):
     assert key(**change) != key()
 
 
-def test_an_option_of_a_later_version_that_is_not_given_leaves_the_key():
+@pytest.mark.parametrize("option", [{"load_in": None}, {"compile": False}])
+def test_an_option_of_a_later_version_that_is_not_given_leaves_the_key(option):
     study = make_study()
-    later = dataclasses.replace(study, prune_options={**study.prune_options, "load_in": None})
+    later = dataclasses.replace(study, prune_options={**study.prune_options, **option})
     row = Row("r", "r")
     first, second = (build_cell(row, s, ratio=0.5, seed=0) for s in (study, later))
     assert first.key == second.key
