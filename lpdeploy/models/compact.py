@@ -2,10 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lpdeploy.artifacts import (
     atomic_folder,
@@ -151,13 +154,25 @@ def _save_weights(
     try:
         layout = compute_pruned_layout(base, plan, lora)
         blocks = stream_pruned_blocks(base, plan, lora, hashes=read)
-        written = save_shards(folder, layout, blocks, max_shard_bytes=max_shard_bytes)
-        next(blocks, None)  # the end of the last file
+        with _use_one_thread():
+            written = save_shards(folder, layout, blocks, max_shard_bytes=max_shard_bytes)
+            next(blocks, None)  # the end of the last file
     except ArtifactError:
         _check_base(base, plan)  # that it is another says more than what came of it
         raise
     _check_base(base, plan, known=read)
     return written
+
+
+@contextmanager
+def _use_one_thread() -> Iterator[None]:
+    """Leave the other cores to hashing and writing: torch's threads would spin between blocks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _carry_tokenizer(base: Path, folder: Path, *, before: Any, after: Any) -> None:
