@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lpdeploy.artifacts import PACKAGE, load_json
 from lpdeploy.errors import LpdeployError
@@ -89,6 +89,22 @@ def build_environment(server: Path) -> dict[str, str]:
     }
 
 
+def load_mark(repository: Path) -> dict[str, Any]:
+    """Read what a package says of itself.
+
+    Raises:
+        LpdeployError: It is none, or of another server.
+    """
+    mark: dict[str, Any] = load_json(
+        repository / PACKAGE, fix="Give a folder of 'lpdeploy package --target triton'."
+    )
+    if mark["target"] != "triton":
+        raise LpdeployError(
+            f"'{repository}' is for {mark['target']}. Write one with --target triton."
+        )
+    return mark
+
+
 def list_options(repository: Path, extra: list[str], server: Path) -> list[str]:
     """Return which models of a package the server loads, as its options.
 
@@ -100,13 +116,7 @@ def list_options(repository: Path, extra: list[str], server: Path) -> list[str]:
     Raises:
         LpdeployError: It is no such folder, or one of its models needs another backend.
     """
-    mark = load_json(
-        repository / PACKAGE, fix="Give a folder of 'lpdeploy package --target triton'."
-    )
-    if mark["target"] != "triton":
-        raise LpdeployError(
-            f"'{repository}' is for {mark['target']}. Write one with --target triton."
-        )
+    mark = load_mark(repository)
     options = shlex.split(mark["command"])[2:] + [f"--load-model={name}" for name in extra]
     for name in re.findall(r"--load-model=(\S+)", " ".join(options)):
         config = repository / name / "config.pbtxt"
@@ -143,6 +153,7 @@ def check_ports(*ports: int) -> None:
 
 def serve(options: argparse.Namespace) -> NoReturn:
     """Become the server: signals and exit code are its own."""
+    load_mark(options.repository)
     check_ports(options.http_port, options.grpc_port)
     server = setup()
     models = list_options(options.repository, options.load, server)

@@ -14,6 +14,7 @@ from lpdeploy.benchmark.table import render_latency
 from lpdeploy.benchmark.variants import Variant, list_variants
 from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
 from lpdeploy.models.loading import resolve_device
+from lpdeploy.runtime.engines import check_engine
 
 BENCH = "bench.json"
 
@@ -47,6 +48,8 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         What ``bench.json`` holds, and its folder.
     """
     device = resolve_device(device)
+    for engine in engines:
+        check_engine(engine.partition(":")[0], device=device)
     with tempfile.TemporaryDirectory(prefix="lpdeploy-bench-") as scratch:
         variants = list_variants(
             targets,

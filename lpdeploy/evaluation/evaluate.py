@@ -20,7 +20,7 @@ from lpdeploy.models.loading import (
     resolve_model,
 )
 from lpdeploy.plan import load_plan
-from lpdeploy.runtime.engines import load_exported
+from lpdeploy.runtime.engines import check_engine, load_exported
 from lpdeploy.runtime.runner import Runner
 from lpdeploy.runtime.torch_runner import load_torch_runner
 
@@ -69,6 +69,7 @@ def evaluate(
     if with_base and not is_run:
         raise ArtifactError(f"--with-base needs a run; '{target}' has no plan.json. Leave it out.")
     device = resolve_device(device)
+    check_engine(engine, device=device)
     model = _find_model(target, is_run=is_run)
     exported = (run if is_run else model) / engine
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded

@@ -22,6 +22,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
 """Engine -> the backend of Triton that runs its file as tensors, and that file."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_WITHOUT_CONTAINER = "python tools/triton_server.py serve"
 _WARM_UP = "Once upon a time"
 _WARM_UP_SIZES = {"sequence": 1, "past": 1, "total": 2}  # one token after another
 
@@ -79,6 +80,9 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         "gpus": list(gpu) or ([0] if engine == "trt" else []),
         "max_batch": contract["max_batch"],
         "max_seq_len": contract["max_seq_len"],
+        "extra": contract["library"]["name"].replace("_", "-").replace("tensorrt", "trt")
+        if engine == "trt"
+        else None,
     }
     tensors = _save_tensor_model(exported.parent, contract, values)
     _save_python_model(folder / name, "text", "TextModel", values)
@@ -96,6 +100,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         **{key: values[key] for key in ("name", "engine", "max_batch", "max_seq_len")},
         "precision": contract["precision"],
         "exported": made,
+        "notes": [f"Without a container, from lpdeploy's checkout: {_WITHOUT_CONTAINER} {output}"],
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import load_json
+from lpdeploy.errors import LpdeployError
 from lpdeploy.runtime.onnx_runner import load_onnx_runner
 from lpdeploy.runtime.ort_runner import load_ort_runner
 from lpdeploy.runtime.ort_session import import_runtime
@@ -24,12 +25,22 @@ ENGINES = ("torch", *EXPORTS)
 
 
 def check_engine(engine: str, *, device: str) -> None:
-    """Check that the library of an engine is here, before any work is done for it.
+    """Check that an engine can run here, before any work is done for it.
+
+    Args:
+        engine: Of ``ENGINES``.
+        device: ``cpu`` or ``cuda``, as resolved.
 
     Raises:
-        MissingDependencyError: It is not installed.
+        MissingDependencyError: Its library is not installed.
+        LpdeployError: It runs on a GPU alone.
     """
     if engine == "trt":
+        if not device.startswith("cuda"):
+            raise LpdeployError(
+                "--engine trt runs on an NVIDIA GPU, and torch finds none here (or --device says "
+                "cpu). Use --engine ort, or run it where there is one."
+            )
         load_library()
     elif engine != "torch":
         import_runtime(device)

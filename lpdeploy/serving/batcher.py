@@ -115,12 +115,16 @@ class Batcher:
                 f"{self._runner.max_positions}; shorten the prompt or ask for fewer tokens"
             )
 
-    def close(self) -> None:
-        """Finish what runs and what waits, and end the thread."""
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what runs and what waits, and end the thread.
+
+        Args:
+            timeout: Wait so many seconds at most; None for as long as it takes.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _work(self) -> None:
         while True:

@@ -129,6 +129,6 @@ class TextService:
             return asked
         return max(1, min(DEFAULT_MAX_TOKENS, self._max_positions - prompt))
 
-    def close(self) -> None:
-        """Answer what was asked, and end."""
-        self._batcher.close()
+    def close(self, timeout: float | None = None) -> None:
+        """Answer what was asked, for so many seconds at most, and end."""
+        self._batcher.close(timeout)

@@ -58,6 +58,8 @@ def _decode(value: bytes, name: str) -> str:
 
 _PATIENCE = 1.0
 """Seconds between two questions whether a client is gone."""
+_FAREWELL = 20
+"""Seconds for what runs while the model is unloaded; Triton itself waits for 30."""
 
 
 class TextModel:
@@ -106,8 +108,8 @@ class TextModel:
 
     def finalize(self) -> None:
         """Answer what was asked before the model is unloaded."""
-        self._service.close()
-        self._delivery.shutdown()
+        self._service.close(_FAREWELL)
+        self._delivery.shutdown(wait=False)  # what it has begun, it still sends
 
 
 class _Answer:

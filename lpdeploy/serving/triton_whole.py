@@ -35,10 +35,15 @@ class WholeModel:
         inner = self._backend.InferenceRequest(
             model_name=self._model, inputs=request.inputs(), requested_output_names=list(OUTPUTS)
         )
-        for response in inner.exec(decoupled=True):
-            if response.has_error():
-                sender.send(self._backend.InferenceResponse(error=response.error()), flags=final)
-                return
-            if response.output_tensors():
-                sender.send(self._backend.InferenceResponse(response.output_tensors()), flags=final)
-                return
+        # To its end, which is an empty response: Triton holds the request until it was read.
+        responses = [
+            response
+            for response in inner.exec(decoupled=True)
+            if response.has_error() or response.output_tensors()
+        ]
+        answer = (
+            self._backend.InferenceResponse(error=responses[0].error())
+            if responses[0].has_error()
+            else self._backend.InferenceResponse(responses[0].output_tensors())
+        )
+        sender.send(answer, flags=final)
