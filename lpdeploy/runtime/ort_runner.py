@@ -1,9 +1,6 @@
 """What ``export_ort`` wrote, run over a cache that is written in place."""
 
-import math
-import mmap
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,6 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.runtime.contract import load_contract
 from lpdeploy.runtime.ort_session import bind_tensor, build_session, split_device
 from lpdeploy.runtime.runner import Output
-
-_LARGE_PAGE = 1 << 21
 
 
 @dataclass
@@ -228,14 +223,15 @@ class OrtRunner:
         return self._build_cache(rows, capacity=self.max_positions)
 
     def _build_cache(self, rows: int, *, capacity: int) -> OrtCache:
-        return OrtCache(self._build_buffers(rows, capacity), [0] * rows, capacity)
-
-    def _build_buffers(self, rows: int, capacity: int) -> list[Tensor]:
-        shapes = [(rows, item["shape"][1], capacity, item["shape"][3]) for item in self._caches]
-        sizes = [math.prod(shape) for shape in shapes]
-        dtype = getattr(torch, self._caches[0]["dtype"])
-        whole = _build_large(sum(sizes), dtype, self._device)
-        return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+        buffers = [
+            torch.empty(
+                (rows, item["shape"][1], capacity, item["shape"][3]),
+                dtype=getattr(torch, item["dtype"]),
+                device=self._device,
+            )
+            for item in self._caches
+        ]
+        return OrtCache(buffers, [0] * rows, capacity)
 
     def _make_room(self, cache: OrtCache, needed: int, *, reserve: int) -> None:
         if needed > self.max_positions:
@@ -250,25 +246,11 @@ class OrtRunner:
         # Twice as much where it was not said how many will come, so that copies stay few.
         wanted = needed + reserve if cache.capacity == 0 else max(needed + reserve, 2 * needed)
         cache.capacity = min(wanted, self.max_positions)
-        grown = self._build_buffers(len(cache.lengths), cache.capacity)
-        for new, old in zip(grown, cache.buffers, strict=True):
-            new[:, :, : old.shape[2]] = old
-        cache.buffers = grown
+        for index, old in enumerate(cache.buffers):
+            grown = old.new_empty(*old.shape[:2], cache.capacity, old.shape[3])
+            grown[:, :, : old.shape[2]] = old
+            cache.buffers[index] = grown
         cache.binding, cache.step = self._bind(cache.buffers), None
-
-
-def _build_large(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Build a tensor that is not filled, on a CPU in large pages where the system has them.
-
-    Every step reads the whole cache: with pages of 4 KiB, finding them costs time too.
-    """
-    size = count * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 def load_ort_runner(folder: Path, *, device: str = "cpu") -> OrtRunner:
