@@ -1,7 +1,6 @@
 """The folder that ONNX Runtime GenAI opens: an `ort` export, and the lines that run it."""
 
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from lpdeploy.export.contract import resolve_max_seq_len
 from lpdeploy.export.stage import export_folder
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.packaging.readme import render, save_readme
-from lpdeploy.packaging.sources import find_export, link_or_copy
+from lpdeploy.packaging.sources import find_export, take_export
 from lpdeploy.packaging.tokenizers import list_notes
 
 _SCRIPT = "generate.py"
-_GRAPHS = (".onnx", ".data")
 
 
 def package_genai(
@@ -61,9 +59,7 @@ def package_genai(
         "activations": activations or ("fp32" if quantized else precision),
     }
     if found and _describe_export(found[1]) == wanted:
-        for file in sorted(found[0].iterdir()):
-            put = link_or_copy if file.suffix in _GRAPHS else shutil.copyfile
-            put(file, folder / file.name)
+        take_export(found[0], folder)
     else:
         found = None
         given = {"activations": activations, "block_size": block_size}

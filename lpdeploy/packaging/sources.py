@@ -9,6 +9,7 @@ from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import compute_model_sha256
 
+_GRAPHS = (".onnx", ".data", ".engine")
 _CONTRACTS = {"onnx": "io.json", "ort": "io.json", "trt": "engine.json"}
 
 
@@ -49,6 +50,13 @@ def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
         if not path.is_file() or compute_sha256(path) != recorded["sha256"]:
             return None
     return folder, contract
+
+
+def take_export(source: Path, folder: Path) -> None:
+    """Put the files of an export into a folder: weights are linked, what people edit is copied."""
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        put = link_or_copy if file.suffix in _GRAPHS else shutil.copyfile
+        put(file, folder / file.name)
 
 
 def resolve_length(max_seq_len: int | None, *, positions: int) -> int:

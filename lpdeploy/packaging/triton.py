@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import check_apart
 from lpdeploy.errors import LpdeployError
 from lpdeploy.export.stage import export_folder
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.packaging.readme import render, save_readme
-from lpdeploy.packaging.sources import find_export, link_or_copy
+from lpdeploy.packaging.sources import find_export, take_export
 
 ENGINES = ("ort", "trt")
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -122,10 +121,8 @@ def _place_export(
     if found is not None and all(found[1][name] == value for name, value in wanted.items()):
         source, contract = found
         target.mkdir()
-        for file in sorted(path for path in source.iterdir() if path.is_file()):
-            link_or_copy(file, target / file.name)
+        take_export(source, target)
         return contract, False
-    check_apart(target, inputs=(model,))
     return export_folder(engine, model, target, **wanted), True
 
 
