@@ -9,7 +9,6 @@ nothing; their tokens are random.
 """
 
 import argparse
-import functools
 import json
 import sys
 import tempfile
@@ -19,8 +18,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from lpdeploy.artifacts import describe_machine, save_json
-from lpdeploy.benchmark.pruning_worker import PruningVariant, load_pruning
-from lpdeploy.benchmark.worker import Worker
+from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
 from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.options import PruneOptions
 
@@ -63,7 +61,7 @@ def measure(shape: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]
     """Run one case in a process of its own."""
     config, options = build_case(shape, changes)
     config.save_pretrained(folder)
-    with Worker(functools.partial(load_pruning, PruningVariant(folder, options))) as worker:
+    with start_pruning(PruningVariant(folder, options)) as worker:
         peaks = [worker.call("step").peak_bytes for _ in range(2)]
         process = worker.described.process_bytes
     return {
@@ -77,7 +75,10 @@ def measure(shape: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]
 def plan(row: dict[str, Any]) -> dict[str, Any]:
     """Put the plan beside what was measured."""
     config, options = build_case(row["shape"], row["options"])
-    parts = plan_memory(config, options, dtype="fp32", device="cpu", process=row["process_bytes"])
+    process = row["process_bytes"]
+    parts = plan_memory(
+        config, options, dtype="fp32", device="cpu", process=process, tight_heap=True
+    )
     error = parts.total / row["measured_bytes"] - 1
     return {**row, "planned_bytes": parts.to_json(), "error": error}
 

@@ -10,7 +10,6 @@ same; without --data it sees random tokens. A picture is written beside the JSON
 
 import argparse
 import dataclasses
-import functools
 import math
 import statistics
 import sys
@@ -22,8 +21,7 @@ from typing import Any
 from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.benchmark.plot import draw_run_costs
 from lpdeploy.benchmark.pruning import run_interleaved
-from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, load_pruning
-from lpdeploy.benchmark.worker import Worker
+from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, start_pruning
 from lpdeploy.pruning.options import PruneOptions
 
 REMOVALS = ("cut", "mask")
@@ -78,12 +76,9 @@ def main() -> None:
     with ExitStack() as stack:
         workers = [
             stack.enter_context(
-                Worker(
-                    functools.partial(
-                        load_pruning,
-                        PruningVariant(
-                            model, dataclasses.replace(options, removal=removal), data, valid
-                        ),
+                start_pruning(
+                    PruningVariant(
+                        model, dataclasses.replace(options, removal=removal), data, valid
                     )
                 )
             )

@@ -1,6 +1,5 @@
 """The stage of `bench pruning`: start what is compared, let it step, write JSON, table and plot."""
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,11 +9,11 @@ from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.benchmark.plot import draw_pruning
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_table import render_pruning
-from lpdeploy.benchmark.pruning_worker import PruningVariant, load_pruning
-from lpdeploy.benchmark.worker import Worker
+from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
 from lpdeploy.models.loading import load_config, resolve_device, resolve_model
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
+from lpdeploy.pruning.heap import tighten_heap
 from lpdeploy.pruning.options import PruneOptions
 
 BENCH = "bench-pruning.json"
@@ -106,7 +105,8 @@ def _list_options(
 
 def _fit_together(config: Any, options: Sequence[PruneOptions], device: str) -> bool:
     """Tell whether all runs may be alive at once; only one of them is in a step."""
-    plans = [plan_run(config, own) for own in options]
+    with tighten_heap():  # as they will run
+        plans = [plan_run(config, own) for own in options]
     free = measure_free_bytes(device)
     if free is None:
         return True
@@ -136,10 +136,7 @@ def _measure(
     measured = []
     for batch in batches:
         with ExitStack() as stack:
-            workers = [
-                stack.enter_context(Worker(functools.partial(load_pruning, variant)))
-                for variant in batch
-            ]
+            workers = [stack.enter_context(start_pruning(variant)) for variant in batch]
             costs = run_interleaved(workers, rounds, advance)
         measured += [(worker.described, own) for worker, own in zip(workers, costs, strict=True)]
     return measured

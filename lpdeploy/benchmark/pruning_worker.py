@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,14 @@ import numpy as np
 import torch
 
 from lpdeploy.benchmark.random_models import build_random_model
-from lpdeploy.benchmark.worker import Served, Timing, read_bytes, reset_peak, time_work
+from lpdeploy.benchmark.worker import (
+    Served,
+    Timing,
+    Worker,
+    read_bytes,
+    reset_peak,
+    time_work,
+)
 from lpdeploy.data.batches import TokenDataset
 from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import (
@@ -21,9 +29,10 @@ from lpdeploy.models.loading import (
     resolve_device,
 )
 from lpdeploy.pruning.fit import plan_run
+from lpdeploy.pruning.heap import tighten_heap
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
-from lpdeploy.pruning.training import Training, run_steps
+from lpdeploy.pruning.training import Training, run_forward, run_steps
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,12 @@ def load_pruning(variant: PruningVariant) -> Served:
     return describe(training, plan.process, plan.total), answer
 
 
+def start_pruning(variant: PruningVariant) -> Worker:
+    """Make a run ready in a process of its own, with the heap that ``lpdeploy prune`` has."""
+    with tighten_heap():
+        return Worker(partial(load_pruning, variant))
+
+
 def make_loader(config: Any, device: str) -> Callable[..., Any]:
     """Return what takes the place of ``load_model`` where there are no weights to load."""
 
@@ -168,7 +183,7 @@ def measure_scoring(training: Training, *, device: str) -> Timing:
     criterion = training.state.criterion
     ids = training.dataset.collate([0])["input_ids"].to(training.accelerator.device)
     with criterion.observe():
-        training.accelerator.backward(training.model(input_ids=ids, labels=ids).loss)
+        training.accelerator.backward(run_forward(training, ids, ids, targets=ids.numel()))
     timing = time_work(criterion.compute_importance, device=device)
     training.optimizer.zero_grad()
     return timing
@@ -182,7 +197,7 @@ def evaluate(training: Training, dataset: TokenDataset) -> float:
     for row in range(len(dataset)):
         batch = dataset.collate([row])
         ids = batch["input_ids"].to(training.accelerator.device)
-        loss = training.model(input_ids=ids, labels=ids, use_cache=False).loss
-        total, count = total + loss.item() * (ids.numel() - 1), count + ids.numel() - 1
+        total += run_forward(training, ids, ids, targets=1).item()
+        count += ids.numel() - 1
     training.model.train()
     return total / count

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.models.dropout import Dropout
 from lpdeploy.models.groups import LINEARS, expand_index
 from lpdeploy.plan import PruningPlan
 
@@ -49,7 +50,12 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
         target_modules=list(LINEARS),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    if dropout:
+        for module in wrapped.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout[ADAPTER] = Dropout(dropout)
+    return wrapped
 
 
 def get_lora_weights(linear: Any) -> LoraWeights:

@@ -10,6 +10,7 @@ import torch
 from lpdeploy.artifacts import format_bytes, read_process_bytes
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import resolve_device, resolve_dtype
+from lpdeploy.pruning.heap import is_tight
 from lpdeploy.pruning.memory import MemoryPlan, plan_memory
 from lpdeploy.pruning.options import PruneOptions
 
@@ -40,7 +41,15 @@ def plan_run(config: Any, options: PruneOptions, *, ranks: int = 1) -> MemoryPla
     dtype = resolve_dtype(options.dtype, config, device=device)
     process = _measure_process() if device == "cpu" else 0
     shards = ranks if options.shard else 1
-    return plan_memory(config, options, dtype=dtype, device=device, process=process, shards=shards)
+    return plan_memory(
+        config,
+        options,
+        dtype=dtype,
+        device=device,
+        process=process,
+        shards=shards,
+        tight_heap=is_tight(),
+    )
 
 
 def _measure_process() -> int:

@@ -10,12 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lpdeploy.models.shapes import LayerWidths, count_parameters, list_projections, list_widths
+from lpdeploy.pruning.loss import count_chunk_tokens
 from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT = 4  # bytes
 # Measured on glibc 2.36 by tools/measure_memory.py: small objects settle in the holes that tensors
-# leave, which are then too small for the next tensor. Larger tensors have pages of their own.
-_HEAP_WASTE, _HEAP_LIMIT = 1.2, 32 << 20
+# leave, which are then too small for the next tensor; fewer where ``heap`` has left out the caches.
+# Larger tensors have pages of their own.
+_HEAP_WASTE = 1.2
+_TIGHT_HEAP_WASTE = {False: 0.75, True: 0.4}  # by whether layers are computed again
+_HEAP_LIMIT = 32 << 20
 _ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 # nf4: half a byte a weight, a scale of one byte every 64 and one of four bytes every 64 * 256.
 _BYTES_A_WEIGHT = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -70,6 +74,7 @@ def plan_memory(
     device: str,
     process: int = 0,
     shards: int = 1,
+    tight_heap: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of a run over an unpruned base, at its peak.
 
@@ -79,14 +84,15 @@ def plan_memory(
         config: Of the base.
         options: How it is pruned.
         dtype: What it computes in: ``fp32``, ``fp16`` or ``bf16``.
-        device: ``cpu`` or ``cuda``: where dropout keeps a float, or a byte, for each number.
+        device: ``cpu`` or ``cuda``: how many tokens have logits at a time, and a heap or none.
         process: Bytes that the process holds before it loads anything.
         shards: Processes that the layers' weights are divided over; everything else, and the
             layer that runs and the one that is next, every process holds whole.
+        tight_heap: Whether the process was started as ``heap`` would start it.
     """
-    layers = [_Layer(config, width, options, dtype, device) for width in list_widths(config)]
+    layers = [_Layer(config, width, options, dtype) for width in list_widths(config)]
     factors = sum(options.lora_rank * (i + o) for layer in layers for i, o in layer.sizes)
-    activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype])
+    activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype], device=device)
     gradients = _plan_gradients(layers, options, activations, dtype, device)
     # Autocast keeps a copy of A and B in half precision through a forward pass.
     copies = factors * 2 if dtype != "fp32" else 0
@@ -97,7 +103,7 @@ def plan_memory(
         gradients=gradients,
         activations=activations,
         scoring=_plan_scoring(options, layers),
-        heap=_plan_heap(config, list_widths(config), options, dtype) if device == "cpu" else 0,
+        heap=_plan_heap(config, options, dtype, tight=tight_heap) if device == "cpu" else 0,
     )
 
 
@@ -109,7 +115,6 @@ class _Layer:
     width: LayerWidths
     options: PruneOptions
     dtype: str
-    device: str
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -136,9 +141,7 @@ class _Layer:
     @property
     def noise(self) -> int:
         """Bytes that dropout keeps for each of its inputs' numbers."""
-        if not self.options.lora_dropout:
-            return 0
-        return _FLOAT if self.device == "cpu" else 1
+        return 1 if self.options.lora_dropout else 0
 
     @property
     def saved(self) -> int:
@@ -185,14 +188,16 @@ def _plan_weights(
 
 
 def _plan_activations(
-    config: Any, layers: list[_Layer], options: PruneOptions, itemsize: int
+    config: Any, layers: list[_Layer], options: PruneOptions, itemsize: int, *, device: str
 ) -> int:
-    """Take the largest of three moments: loss forward, loss backward, a layer's backward."""
+    """Take the larger of two moments: the loss, and the backward pass of a layer."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    # Logits; in float32, where they are not; their log-softmax. Then that, and two gradients.
-    logits = itemsize + (_FLOAT if itemsize < _FLOAT else 0) + _FLOAT
-    loss = vocabulary * max(logits, 3 * _FLOAT)
-    last_norm = _FLOAT * hidden
+    tokens = options.micro_batch_size * options.seq_len
+    # Logits, and in float32 where they are not; then what the last norm saved, what it made, and
+    # the gradient of that.
+    logits = vocabulary * (_FLOAT + (itemsize if itemsize < _FLOAT else 0))
+    loss = min(tokens, count_chunk_tokens(vocabulary, device)) * logits
+    loss += tokens * hidden * (_FLOAT + 2 * itemsize)
     largest = max(layers, key=lambda layer: layer.saved)
     if options.gradient_checkpointing:
         held = len(layers) * itemsize * hidden
@@ -202,8 +207,7 @@ def _plan_activations(
         first = (_FLOAT + 3 * layers[0].noise) * hidden
         held = sum(layer.saved for layer in layers) - first
         layer_bytes = largest.passing
-    tokens = options.micro_batch_size * options.seq_len
-    return int(tokens * (held + max(loss + last_norm, layer_bytes)))
+    return int(tokens * held + max(loss, tokens * layer_bytes))
 
 
 def _plan_gradients(
@@ -232,16 +236,17 @@ def _plan_scoring(options: PruneOptions, layers: list[_Layer]) -> int:
     return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups)
 
 
-def _plan_heap(config: Any, widths: list[LayerWidths], options: PruneOptions, dtype: str) -> int:
+def _plan_heap(config: Any, options: PruneOptions, dtype: str, *, tight: bool) -> int:
     """A share of what a pass of all layers makes: kept or not, it leaves holes behind."""
     tokens = options.micro_batch_size * options.seq_len
     options = replace(options, lora_dropout=0.5)  # of any rate; without it as much is made
     wasted = 0
-    for width in widths:
-        layer = _Layer(config, width, options, dtype, "cpu")
+    for width in list_widths(config):
+        layer = _Layer(config, width, options, dtype)
         wide = layer.channels_saved
         parts = ((config.hidden_size, layer.saved - wide), (width.channels, wide))
         for columns, saved in parts:
             if tokens * columns * layer.itemsize < _HEAP_LIMIT:
                 wasted += tokens * saved
-    return int(_HEAP_WASTE * wasted)
+    share = _TIGHT_HEAP_WASTE[options.gradient_checkpointing] if tight else _HEAP_WASTE
+    return int(share * wasted)

@@ -16,6 +16,7 @@ from lpdeploy.data.batches import TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.compilation import apply_compile
+from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.schedule import RAMPS, Schedule, compute_learning_rate
@@ -267,13 +268,23 @@ def _compute_loss(training: Training, micro: Mapping[str, Tensor], *, targets: i
     # attention mask is needed and the fast causal kernel is used.
     training.state.criterion.attention_mask = micro["attention_mask"]
     device = training.accelerator.device
-    output = training.model(
-        input_ids=_move(micro["input_ids"], device),
-        labels=_move(micro["labels"], device),
-        num_items_in_batch=torch.full((), targets, device=device),
-        use_cache=False,
-    )
-    return output.loss
+    ids, labels = (_move(micro[name], device) for name in ("input_ids", "labels"))
+    return run_forward(training, ids, labels, targets=targets)
+
+
+def run_forward(training: Training, ids: Tensor, labels: Tensor, *, targets: int) -> Tensor:
+    """Compute the loss of rows of tokens, ready for ``backward``.
+
+    Args:
+        training: The model as it is now.
+        ids: Shape (B, T), on its device.
+        labels: Likewise; -100 is left out.
+        targets: What the sum over the tokens is divided by.
+    """
+    model = training.state.model
+    with training.accelerator.autocast():
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    return compute_loss(hidden, model.lm_head.weight, labels, targets=targets)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

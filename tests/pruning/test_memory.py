@@ -12,7 +12,9 @@ from lpdeploy.benchmark.random_models import build_random_model
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.quantized import import_bitsandbytes
+from lpdeploy.pruning import loss as loss_module
 from lpdeploy.pruning.criteria import build_criterion
+from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.setup import apply_checkpointing
@@ -65,11 +67,10 @@ def measure(config, options, *, dtype):
         for _ in range(2):
             live.peak = live.live
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-                loss = wrapped(
-                    input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(ids.numel())
-                ).loss
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            loss = compute_loss(hidden, model.lm_head.weight, ids, targets=ids.numel())
             loss.backward()
-            del loss
+            del hidden, loss
     lora = sum(p.grad.nbytes for p in wrapped.parameters() if p.grad is not None)
     return live.peak - lora
 
@@ -101,6 +102,14 @@ def test_the_loss_counts_where_the_vocabulary_is_large(vocab_size):
         plan = plan_memory(config, options, dtype="fp32", device="cpu")
         measured = measure(config, options, dtype="fp32")
         assert plan.activations == pytest.approx(measured, rel=0.07)
+
+
+def test_logits_count_for_a_chunk_of_tokens(monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 3000 * 32)
+    config = LlamaConfig(**{**SHAPE, "vocab_size": 3000})
+    options = make_options(gradient_checkpointing=True)
+    plan = plan_memory(config, options, dtype="fp32", device="cpu")
+    assert plan.activations == pytest.approx(measure(config, options, dtype="fp32"), rel=0.1)
 
 
 def test_true_gradients_keep_inputs_and_a_model():
