@@ -25,6 +25,7 @@ class OrtCache:
         capacity: Tokens that there is room for.
         binding: An IO binding that reads and writes the buffers, kept from step to step.
         step: What is bound as the graph's other inputs while single tokens are decoded.
+        logits: What is bound as its output meanwhile, on a CPU.
     """
 
     buffers: list[Tensor]
@@ -32,6 +33,7 @@ class OrtCache:
     capacity: int = 0
     binding: Any = None
     step: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
 
     def view(self, start: int, stop: int) -> "OrtCache":
         """Return some of the rows as a cache of their own, over the same memory."""
@@ -99,7 +101,8 @@ class OrtRunner:
         """
         ids, mask = input_ids.cpu(), attention_mask.cpu()
         tokens = ids.shape[1]
-        fresh = mask[:, -tokens:].sum(dim=1).tolist()  # new tokens of each row
+        news = mask[:, -1] if tokens == 1 else mask[:, -tokens:].sum(dim=1)
+        fresh = news.tolist()  # new tokens of each row
         cache = past or self._build_cache(len(ids), capacity=0)
         totals = [length + count for length, count in zip(cache.lengths, fresh, strict=True)]
         self._make_room(cache, max(totals), reserve=reserve)
@@ -136,13 +139,18 @@ class OrtRunner:
         if cache.step is None:
             cache.step = self._build_inputs(ids, [1] * len(ids), totals, last_only=True)
             self._bind_inputs(cache.binding, cache.step)
+            if self._device.type == "cpu":
+                cache.logits = self._bind_logits(cache.binding, batch=len(ids), kept=1)
         else:
             # What is bound stays where it is and takes new numbers: after a run of the graph the
             # processor's caches hold weights, so that every call from Python costs a multiple.
             cache.step["input_ids"].copy_(ids)
             cache.step["seqlens_k"].add_(1)
             cache.step["total_sequence_length"].add_(1)
-        return self._run(cache.binding, batch=len(ids), kept=1)
+        if self._device.type != "cpu":  # where the next run could overtake a copy of its logits
+            return self._run(cache.binding, batch=len(ids), kept=1)
+        self._session.run_with_iobinding(cache.binding)
+        return cache.logits.clone()
 
     def _run_rows(
         self,
@@ -201,9 +209,13 @@ class OrtRunner:
 
     def _run(self, binding: Any, *, batch: int, kept: int) -> Tensor:
         """Run the graph on what is bound: logits of shape (B, K, vocab)."""
+        logits = self._bind_logits(binding, batch=batch, kept=kept)
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def _bind_logits(self, binding: Any, *, batch: int, kept: int) -> Tensor:
         logits = torch.empty(batch, kept, self.vocab_size, device=self._device)
         bind_tensor(binding, "logits", logits, output=True)
-        self._session.run_with_iobinding(binding)
         return logits
 
     def _bind(self, buffers: list[Tensor]) -> Any:
