@@ -150,6 +150,7 @@ class OrtRunner:
         if self._device.type != "cpu":  # where the next run could overtake a copy of its logits
             return self._run(cache.binding, batch=len(ids), kept=1)
         self._session.run_with_iobinding(cache.binding)
+        assert cache.logits is not None, "bound with the first step"
         return cache.logits.clone()
 
     def _run_rows(
