@@ -55,6 +55,7 @@ def setup() -> None:
     run(*pip, torch)
     run(*pip, "-c", CONSTRAINTS, "-e", f".[{EXTRAS}]")
     STAMP.write_text(compute_stamp(), encoding="utf-8")
+    print(f"installed; the command is {BIN / 'lpdeploy'}", flush=True)
 
 
 def demo(arguments: list[str]) -> None:

@@ -52,6 +52,7 @@ def setup(folder: Path = VENV) -> Path:
     made_from = f"{REQUIREMENTS.read_text(encoding='utf-8')}# for {packages}\n"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == made_from:
         return find_server(folder)
+    print(f"installing a Triton server into {folder}, which downloads a few hundred MB", flush=True)
     venv.create(folder, with_pip=True, clear=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
     words = [*pip, "--quiet", "--no-deps", "-r", REQUIREMENTS]

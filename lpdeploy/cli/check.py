@@ -70,9 +70,14 @@ def _format(result: dict[str, Any]) -> str:
             after["prefill_flops"],
             lambda flops: f"{flops / 1e12:.3g} TFLOP",
         ),
-        _compare("read a token", before["decode_bytes"], after["decode_bytes"], format_bytes),
+        _compare(
+            f"read a token, with a cache of {result['tokens']}",
+            before["decode_bytes"],
+            after["decode_bytes"],
+            format_bytes,
+        ),
         "",
-        *(_describe_width(row) for row in result["alignment"]),
+        *(_describe_width(row, ranks=result["tensor_parallel"]) for row in result["alignment"]),
         "",
         *(
             f"{row['name']:18} {row['loads']:10} {row['why']}"
@@ -90,9 +95,10 @@ def _compare(name: str, before: float, after: float, write: Any) -> str:
     return f"{name}: {write(after)}, {after / before - 1:+.1%} of {write(before)}"
 
 
-def _describe_width(row: dict[str, Any]) -> str:
+def _describe_width(row: dict[str, Any], *, ranks: int) -> str:
+    share = " of each GPU" if ranks > 1 else ""
     note = "" if row["aligned"] else "; no multiple of 8, which half precision wants"
     return (
-        f"{row['width']}: {row['size']}, a multiple of {row['multiple']}; {row['waste']:.1%} of "
-        f"the multiplications in tiles of 128 are padding{note}"
+        f"{row['width']}{share}: {row['size']}, a multiple of {row['multiple']}; "
+        f"{row['waste']:.1%} of the multiplications in tiles of 128 are padding{note}"
     )

@@ -8,8 +8,12 @@ from lpdeploy.cli.common import print_result, shared_options
 
 # Module -> (extra that installs it, what it is for).
 _OPTIONAL = {
+    "bitsandbytes": ("quant", "--load-in 8bit and 4bit"),
+    "lm_eval": ("eval", "eval --tasks"),
     "onnxruntime": ("cpu", "running exported ONNX models"),
     "onnxruntime_genai": ("genai", "serving a folder of --engine ort with ONNX Runtime GenAI"),
+    "tensorrt": ("trt", "engines that are built on the GPU which runs them"),
+    "tensorrt_rtx": ("trt-rtx", "engines for RTX cards, built on any machine"),
 }
 
 

@@ -54,7 +54,7 @@ PARAMETERS = Quantity(
 BYTES = Quantity(
     "size",
     {
-        "": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+        "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
         "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
     },
     "7GiB",
@@ -122,7 +122,7 @@ def take_target(values: dict[str, Any]) -> dict[str, Any] | None:
     given = [name for name in _TARGETS if name in deciding]
     if given and len(deciding) > 1:
         names = " and ".join(_write_flag(name) for name in sorted(deciding))
-        raise click.UsageError(f"{names} all decide what is left. Give one of them.")
+        raise click.UsageError(f"{names} each decide what is left. Give one of them.")
     if "target_latency" in given and options["engine"] is None:
         raise click.UsageError(
             f"--target-latency needs to know what to measure. Give --engine {'|'.join(ENGINES)}."

@@ -61,6 +61,8 @@ def _download(model: str, *, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name on the hub is like that
+        raise ArtifactError(f"There is no folder '{model}'. Check the path, or give a hub name.")
     try:
         return Path(snapshot_download(model, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -105,6 +107,8 @@ def load_config(folder: Path) -> Any:
     Raises:
         ArtifactError: The model type is not supported, or the config is not valid.
     """
+    if not (folder / "config.json").is_file():
+        raise _describe_no_config(str(folder))
     raw = load_json(folder / "config.json", fix="Copy the checkpoint anew.")
     if not isinstance(raw, dict):
         raise ArtifactError(f"'{folder / 'config.json'}' is no config. Copy the checkpoint anew.")

@@ -23,9 +23,10 @@ from torch import Tensor
 from lpdeploy.errors import ArtifactError
 
 # Small enough to stay in the cache between reading, hashing, cutting and writing.
-BLOCK_BYTES = 1 << 22
-# Buffers that are read into in turn. A block is hashed, and written, before its buffer's next turn.
-_DEPTH = 3
+BLOCK_BYTES = 1 << 20
+# Buffers that are read into in turn. A block is hashed, and written, before its buffer's next turn;
+# several, since of some blocks nothing is written.
+_DEPTH = 6
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -103,8 +104,8 @@ def iterate_blocks(
         hashes: Gets the SHA-256 of the whole file under its name, after the last block.
 
     Yields:
-        (name, first row, rows): a block of a tensor. It lies in a buffer that the third one after
-        it overwrites.
+        (name, first row, rows): a block of a tensor. It lies in a buffer that a later one
+        overwrites, ``_DEPTH`` blocks on.
 
     Raises:
         ArtifactError: The file is missing or damaged.
@@ -151,8 +152,8 @@ def write_tensors(
     Args:
         file: Where to.
         layout: Its tensors, in the order in which their blocks come.
-        blocks: (name, rows), which stay as they are for the two after them; only those of
-            ``layout`` are taken.
+        blocks: (name, rows), which stay as they are for the ``_DEPTH - 1`` after them; only
+            those of ``layout`` are taken.
 
     Returns:
         The SHA-256 of the file.

@@ -47,7 +47,7 @@ def test_a_changed_base_is_refused(base, run):
 def test_a_base_that_is_gone_is_refused(base, run, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.rmtree(base)
-    with pytest.raises(ArtifactError, match=r"is neither a folder nor a model the hub gives"):
+    with pytest.raises(ArtifactError, match=r"There is no folder '.*'. Check the path, or"):
         compact(run)
     assert_nothing_left(run)
 

@@ -66,8 +66,9 @@ def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch, error):
 
 
 def test_a_path_that_is_no_folder_is_refused_without_a_network(base):
-    with pytest.raises(ArtifactError, match=r"is neither a folder nor a model the hub gives"):
-        resolve_model(str(base / "no" / "such" / "folder"))
+    for path in (str(base / "no" / "such" / "folder"), "./folder", "my/own/folder"):
+        with pytest.raises(ArtifactError, match=rf"^There is no folder '{path}'. Check the path"):
+            resolve_model(path)
 
 
 def test_a_hub_name_gives_its_snapshot(base, monkeypatch):
