@@ -30,7 +30,7 @@ PACKAGE = "lpdeploy-package.json"
 _OWN_MARKS = ("lpdeploy.json", "io.json", "engine.json", "adapter_config.json", PACKAGE)
 _LIBRARIES = (
     *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
-    *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"),
+    *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "lm_eval"),
 )
 _BLOCK_BYTES = 1 << 22
 

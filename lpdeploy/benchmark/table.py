@@ -79,7 +79,12 @@ def render_latency(result: Mapping[str, Any]) -> str:
 def _list_notes(result: Mapping[str, Any]) -> list[str]:
     first = result["rows"][0]
     rates = result["limits"]
-    flops, copied = rates.get("flops_per_s", 0) / 1e9, rates.get("bytes_per_s", 0) / 1e9
+    reached = []
+    if flops := rates.get("flops_per_s"):
+        reached.append(f"{flops / 1e9:,.0f} GFLOP/s in a product of large matrices")
+    if copied := rates.get("bytes_per_s"):
+        what = "which writes what decoding only reads"
+        reached.append(f"{copied / 1e9:,.1f} GB/s in a copy, {what}")
     how = (
         f"Prompts of {first['tokens']} tokens; medians of {first['repeats']} interleaved trials, "
         "each engine in a process of its own. Against dense: the merged dense model on the same "
@@ -87,7 +92,6 @@ def _list_notes(result: Mapping[str, Any]) -> list[str]:
     )
     limit = (
         "Of the limit: operations of a prefill, bytes of a decoded token, a second, over what the "
-        f"machine reached in between ({flops:,.0f} GFLOP/s in a product of large matrices, "
-        f"{copied:,.1f} GB/s in a copy, which writes what decoding only reads)."
+        f"machine reached in between ({', '.join(reached)})."
     )
     return [how, limit, describe_origin(result["machine"])]

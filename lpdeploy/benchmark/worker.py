@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -247,6 +248,7 @@ class Worker:
 
 
 def _serve(connection: Connection, load: Callable[[], Served]) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as in the command that started it
     try:
         described, answer = load()
         connection.send(described)

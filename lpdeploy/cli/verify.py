@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import ENGINES, RUN, print_result, shared_options
+from lpdeploy.cli.common import ENGINES, RUN, log, print_result, shared_options
 from lpdeploy.errors import ParityError
 
 
@@ -33,6 +33,9 @@ def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> 
     wrong = [pair for pair in pairs if not pair.ok]
     data = {"ok": not wrong, "pairs": [asdict(pair) for pair in pairs]}
     print_result(data, "\n".join(lines), as_json=as_json)
+    for other in ENGINES:
+        if engine not in ("torch", other) and (target / other).is_dir():
+            log(f"'{target / other}' was not compared; --engine {other} does that")
     if wrong:
         worst = wrong[0]
         raise ParityError(

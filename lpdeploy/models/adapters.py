@@ -51,6 +51,7 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)
+    config.target_modules = sorted(LINEARS)  # peft makes a set of it, saved in any order
     if dropout:
         for module in wrapped.modules():
             if hasattr(module, "lora_dropout"):

@@ -11,9 +11,8 @@ _BITS = 16  # of randomness an element: probabilities are exact to 1 / 65,536
 class Dropout(nn.Dropout):
     """``nn.Dropout``, but on a CPU four elements share a draw, and a byte is kept for each.
 
-    PyTorch's draws 64 random bits for each element and keeps a float of noise for the backward
-    pass, which takes a tenth of a training step with LoRA on all projections. A GPU has a kernel
-    for it, which is used.
+    PyTorch's draws anew for each element and keeps a float of noise for the backward pass, which
+    shows in a training step with LoRA on all projections. A GPU has a kernel for it, which is used.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Dropout gave it

@@ -2,8 +2,8 @@
 
 A tensor begins at a multiple of 64 bytes. glibc puts the few bytes before it into caches of small
 chunks, from which they go to small objects instead of back to the hole, once the tensor is freed;
-the next tensor of its size no longer fits there, and the heap grows to about twice of what lives
-in it. Without these caches it does not. They can only be left out when a process starts.
+the next tensor of its size no longer fits there, and the heap grows far beyond what lives in it.
+Without these caches it grows less. They can only be left out when a process starts.
 """
 
 import os

@@ -156,6 +156,8 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             _check_same_start(ranks, options, stage, checkpoint)
             if ranks.is_first:
                 log(describe_start(source, training))
+                if checkpoint is not None:
+                    log(f"going on after step {checkpoint.step} of {training.steps}")
                 log(describe_servers(list_verdicts(forecast_config(source.config, options))))
                 _prepare_output(output, record, checkpoint, target)
             with ranks.hold_signals(log):
@@ -198,9 +200,10 @@ def check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) -> 
         raise ArtifactError(f"'{output}' holds the model to be pruned. Use another --output.")
     present = [name for name in _OWN_FILES if (output / name).exists()]
     if present and not (resume or overwrite):
+        ways = "" if "plan.json" in present else "--resume to go on from its checkpoint, "
         raise ArtifactError(
-            f"'{output}' already holds a run ({', '.join(present)}). Use --resume to go on from "
-            "its checkpoint, --overwrite to replace it, or another --output."
+            f"'{output}' already holds a run ({', '.join(present)}). Use {ways}--overwrite to "
+            "replace it, or another --output."
         )
     if resume and "plan.json" in present:
         raise ArtifactError(

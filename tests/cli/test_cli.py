@@ -111,6 +111,14 @@ def test_eval_and_verify_print_the_json_of_the_contract(run, data):
     assert {"max_abs_diff", "tolerance", "ok"} <= verified["pairs"][0].keys()
 
 
+def test_verify_says_which_exports_it_left_out(run):
+    invoke("compact", run)
+    (run / "ort").mkdir()
+    said = invoke("verify", run, "--engine", "onnx").stderr
+    assert f"'{run / 'ort'}' was not compared; --engine ort does that" in said
+    assert "not compared" not in invoke("verify", run, "--engine", "torch").stderr
+
+
 def test_verify_exits_1_where_a_pair_differs(run):
     invoke("compact", run)
     result = invoke("verify", run, "--engine", "torch", "--atol", "0", "--json")

@@ -1,5 +1,7 @@
 """LoRA through peft: attached, saved, read back, expanded, left unmerged."""
 
+import json
+
 import pytest
 import torch
 
@@ -84,6 +86,14 @@ def test_a_saved_adapter_is_read_back(bases, tmp_path):
         assert torch.equal(read.lora_a, live.lora_a)
         assert torch.equal(read.lora_b, live.lora_b)
         assert read.scaling == live.scaling == 1.5
+
+
+def test_a_saved_adapter_names_its_modules_in_the_same_order_every_time(bases, tmp_path):
+    # A set of words has another order in every process, and the files another hash.
+    model = load_model(bases("llama-mha"))
+    attach_lora(model, rank=2, alpha=4, dropout=0.0, seed=0).save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(LINEARS)
 
 
 def test_applied_weights_are_copied(bases, tmp_path):

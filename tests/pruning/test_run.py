@@ -238,7 +238,7 @@ def test_a_nan_keeps_the_last_good_state(base, data, tmp_path):
 def test_an_existing_run_is_not_overwritten_unasked(base, data, tmp_path):
     run(base, tmp_path / "run", data)
     before = (tmp_path / "run" / "plan.json").read_bytes()
-    with pytest.raises(ArtifactError, match="already holds a run .* --overwrite"):
+    with pytest.raises(ArtifactError, match="already holds a run .* Use --overwrite"):
         run(base, tmp_path / "run", data)
     assert (tmp_path / "run" / "plan.json").read_bytes() == before
     (tmp_path / "run" / "notes.txt").write_text("mine")
