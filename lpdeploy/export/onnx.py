@@ -4,7 +4,6 @@ torch's exporter is met here and nowhere else, but for the operator that ``trace
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from lpdeploy.artifacts import atomic_folder, list_versions, save_json
+from lpdeploy.environment import set_variable
 from lpdeploy.errors import LpdeployError
 from lpdeploy.export.contract import (
     carry_settings,
@@ -232,17 +232,8 @@ def _grouped_attention(*, enabled: bool) -> Iterator[None]:
     # transformers repeats the KV heads before attention where torch's kernels are slower with
     # grouped ones; the Attention operator takes them grouped. Its switch is an environment
     # variable; were it gone, the graph would be slower and still right.
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    before = os.environ.get(name)
-    if enabled:
-        os.environ[name] = "1"
-    try:
+    with set_variable("TRANSFORMERS_SDPA_FORCE_GQA", "1" if enabled else None):
         yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
 
 def _describe_tensors(config: Any, precision: str, buffer: int | None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lpdeploy.environment import set_variable
+
 _NAME, _CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 _SETTINGS = f"{_CACHE}=0:glibc.malloc.mxfast=0"
 
@@ -25,15 +27,9 @@ def is_tight() -> bool:
 def tighten_heap() -> Iterator[None]:
     """Let processes that start meanwhile do without the caches, where they are glibc's."""
     before = os.environ.get(_NAME)
-    if _can_tighten():
-        os.environ[_NAME] = f"{before}:{_SETTINGS}" if before else _SETTINGS
-    try:
+    tight = f"{before}:{_SETTINGS}" if before else _SETTINGS
+    with set_variable(_NAME, tight if _can_tighten() else None):
         yield
-    finally:
-        if before is None:
-            os.environ.pop(_NAME, None)
-        else:
-            os.environ[_NAME] = before
 
 
 def restart_tight() -> None:

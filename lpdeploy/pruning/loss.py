@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_IGNORED = -100
+from lpdeploy.data.batches import IGNORED
+
 # Logits that exist at a time, in float32: enough tokens for a product at full speed.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 
@@ -27,7 +28,7 @@ def compute_loss(hidden: Tensor, head: Tensor, labels: Tensor, *, targets: int) 
     Returns:
         A number in nats, float32.
     """
-    following = functional.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
+    following = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     return _ChunkedLoss.apply(hidden, head, following) / targets
 
 
@@ -70,7 +71,7 @@ def _compute_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: Shape (tokens,).
     """
     slope = logits.float()
-    real = labels != _IGNORED
+    real = labels != IGNORED
     place = labels.clamp_min(0)[:, None]
     slope -= slope.amax(dim=1, keepdim=True)
     chosen = slope.gather(1, place)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import measure_peak_bytes
-from lpdeploy.data.batches import TokenDataset, list_batch, split_batch
+from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.compilation import apply_compile
@@ -253,7 +253,7 @@ def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[Tensor, 
     micros = [dataset.collate(micro) for micro in split]
     # Dividing by the targets of the whole batch makes the gradient independent of how it is
     # split into micro-batches of unequal lengths.
-    targets = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in micros)
+    targets = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in micros)
     total = torch.zeros((), device=training.accelerator.device)
     for micro in training.ranks.deal(micros):
         loss = _compute_loss(training, micro, targets=targets)

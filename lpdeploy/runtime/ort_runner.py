@@ -25,7 +25,7 @@ class OrtCache:
         capacity: Tokens that there is room for.
         binding: An IO binding that reads and writes the buffers, kept from step to step.
         step: What is bound as the graph's other inputs while single tokens are decoded.
-        logits: What is bound as its output meanwhile, on a CPU.
+        logits: What is bound as its output meanwhile; None on a GPU.
     """
 
     buffers: list[Tensor]
@@ -139,7 +139,7 @@ class OrtRunner:
         if cache.step is None:
             cache.step = self._build_inputs(ids, [1] * len(ids), totals, last_only=True)
             self._bind_inputs(cache.binding, cache.step)
-            if self._device.type == "cpu":
+            if self._device.type == "cpu":  # on a GPU the next run could overtake the copy
                 cache.logits = self._bind_logits(cache.binding, batch=len(ids), kept=1)
         else:
             # What is bound stays where it is and takes new numbers: after a run of the graph the
@@ -147,10 +147,9 @@ class OrtRunner:
             cache.step["input_ids"].copy_(ids)
             cache.step["seqlens_k"].add_(1)
             cache.step["total_sequence_length"].add_(1)
-        if self._device.type != "cpu":  # where the next run could overtake a copy of its logits
+        if cache.logits is None:
             return self._run(cache.binding, batch=len(ids), kept=1)
         self._session.run_with_iobinding(cache.binding)
-        assert cache.logits is not None, "bound with the first step"
         return cache.logits.clone()
 
     def _run_rows(

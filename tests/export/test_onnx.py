@@ -1,6 +1,7 @@
 """The exported graph against transformers, its contract, and what it refuses."""
 
 import json
+import os
 from collections import Counter
 
 import onnx
@@ -241,5 +242,5 @@ def test_the_switch_for_grouped_attention_is_put_back(monkeypatch):
         if before is not None:
             monkeypatch.setenv(name, before)
         with module._grouped_attention(enabled=True):
-            assert module.os.environ[name] == "1"
-        assert module.os.environ.get(name) == before
+            assert os.environ[name] == "1"
+        assert os.environ.get(name) == before
