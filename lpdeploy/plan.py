@@ -12,6 +12,21 @@ from typing import Any
 from lpdeploy.errors import ArtifactError
 
 SCHEMA_VERSION = 1
+CRITERIA = {
+    "lora": "LoRA's gradients",
+    "gate": "the gradients of a gate on each group",
+    "gradient": "the gradients of the weights",
+    "magnitude": "the magnitude of the weights",
+    "wanda": "the weights times the norms of their inputs",
+    "random": "chance",
+}
+"""Name -> what groups are chosen by."""
+SCHEDULES = {
+    "joint": "while fine-tuning with LoRA",
+    "separate": "before fine-tuning with LoRA",
+    "one-shot": "without fine-tuning",
+}
+"""Name -> when they are removed."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +164,8 @@ def load_plan(run: Path) -> PruningPlan:
     except json.JSONDecodeError as error:
         raise ArtifactError(f"'{path}' is not valid JSON ({error}). Prune again.") from error
     return PruningPlan.from_json(data, where=str(path))
+
+
+def describe_method(recorded: Mapping[str, Any]) -> str:
+    """Say by what groups were chosen, and when; of options that a run's manifest recorded."""
+    return f"chosen by {CRITERIA[recorded['criterion']]}, {SCHEDULES[recorded['schedule']]}"

@@ -39,6 +39,9 @@ _CLI_INTRODUCTION = """\
 Made by `tools/update_docs.py` from the commands themselves. A recipe is YAML with one top-level key
 a command (`prune`, `bench latency`) and option names with underscores below it; the command line
 wins over it.
+
+Exit codes: 0, done; 1, it cannot be done or was interrupted, or `verify` found a difference; 2, an
+option or a value is wrong. With 1 and 2 one sentence on stderr says what to do.
 """
 _SERVERS = re.compile(r"(<!-- servers -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

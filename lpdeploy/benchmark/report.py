@@ -6,10 +6,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpdeploy.artifacts import atomic_file, load_json
+from lpdeploy.artifacts import MANIFEST, atomic_file, load_json
 from lpdeploy.benchmark.plot import draw_latency, draw_training
 from lpdeploy.models.compact import RECORD
-from lpdeploy.plan import load_plan
+from lpdeploy.plan import describe_method, load_plan
 
 SAMPLES = "samples.json"
 _FIX = "Make it again, or delete it."
@@ -42,23 +42,31 @@ def collect_report(run: Path) -> dict[str, Any]:
     """Read what the page shows: plan, sizes, training curve, and each stage's JSON or None."""
     plan = load_plan(run)
     bench = _load(run / "bench.json")
+    stages = load_json(run / MANIFEST, fix=_FIX)["stages"]
     return {
         "run": run.name,
         "plan": plan,
+        "method": describe_method(stages["prune"]["options"]),
         "base": Path(plan.base_model).name,
         "model": _load(run / "model" / RECORD),
         "training": draw_training(_load_log(run / "log.jsonl")),
         "verify": _load(run / "verify.json"),
-        "eval": _load(run / "eval.json"),
+        "evaluations": _list_evaluations(run / "eval.json"),
         "bench": bench,
         "latency": draw_latency(bench) if bench else None,
         "samples": _load(run / SAMPLES),
-        "stages": load_json(run / "manifest.json", fix=_FIX)["stages"],
+        "stages": stages,
     }
 
 
 def _load(path: Path) -> Any:
     return load_json(path, fix=_FIX) if path.is_file() else None
+
+
+def _list_evaluations(path: Path) -> list[dict[str, Any]]:
+    """Return one evaluation for each engine and precision, the newest first."""
+    newest = _load(path)
+    return [newest, *newest.get("others", [])] if newest else []
 
 
 def _load_log(path: Path) -> list[dict[str, Any]]:

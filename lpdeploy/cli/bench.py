@@ -15,7 +15,8 @@ from lpdeploy.cli.common import (
     shared_options,
     split_names,
 )
-from lpdeploy.pruning.options import CRITERIA, PruneOptions
+from lpdeploy.plan import CRITERIA
+from lpdeploy.pruning.options import PruneOptions
 
 _COUNT = click.IntRange(min=1)
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)

@@ -9,7 +9,8 @@ import click
 from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
 from lpdeploy.cli.targets import choose_ratios, take_target, target_options
-from lpdeploy.pruning.options import CRITERIA, SCHEDULES, PruneOptions
+from lpdeploy.plan import CRITERIA, SCHEDULES
+from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.schedule import RAMPS
 
 _DEFAULT = PruneOptions()

@@ -28,8 +28,7 @@ EVAL = "eval.json"
 TASKS = "tasks"
 """What ``on_progress`` is told as the source while tasks are run."""
 Progress = Callable[[str, int, int], None]
-# What was measured earlier is kept beside new figures where these are the same.
-_SAME = ("engine", "precision", "model_sha256")
+_ENGINE = ("engine", "precision")
 
 
 def evaluate(
@@ -45,7 +44,8 @@ def evaluate(
 
     Of a run, the result is also written to its ``eval.json``, beside what is there already of the
     same model on the same engine in the same precision (perplexities only of the same segment
-    length), and ``average`` then covers the tasks of both. Anything else there is replaced.
+    length), and ``average`` then covers the tasks of both. What is there of another engine or
+    precision moves into its list ``others``; figures of another model are dropped.
 
     Args:
         target: Model folder, hub name, or a run, whose compacted model is taken.
@@ -114,9 +114,21 @@ def _import_harness() -> ModuleType:
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any], options: EvalOptions) -> dict[str, Any]:
-    """Put new figures beside those of an earlier evaluation of the same model."""
-    if any(old.get(name) != new[name] for name in _SAME):
-        return new
+    """Put new figures beside those of earlier evaluations of the same model."""
+    newest = {name: part for name, part in old.items() if name != "others"}
+    merged, others = new, []
+    for part in [newest, *old.get("others", [])] if old else []:
+        if part.get("model_sha256") != new["model_sha256"]:
+            continue
+        if all(part[name] == new[name] for name in _ENGINE):
+            merged = _merge_same(part, new, options)
+        else:
+            others.append(part)
+    return merged | ({"others": others} if others else {})
+
+
+def _merge_same(old: dict[str, Any], new: dict[str, Any], options: EvalOptions) -> dict[str, Any]:
+    """Put new figures beside earlier ones of the same engine and precision."""
     keep = {"perplexity"} if old["seq_len"] == new["seq_len"] or not options.perplexity else set()
     merged = new | _merge_part(old, new, keep | {"tasks"})
     if "base" in old or "base" in new:

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.plan import PruningPlan
+from lpdeploy.plan import PruningPlan, describe_method
 
 _CARD = """\
 ---
@@ -20,7 +20,8 @@ tags:
 # {name}
 
 {base}, with {heads:.0%} of its attention heads and {channels:.0%} of its FFN channels removed by
-[LoRAPrune](https://arxiv.org/abs/2305.18403). {merging} The licence is that of the base model.
+lpdeploy, after [LoRAPrune](https://arxiv.org/abs/2305.18403){method}. {merging} The licence is that
+of the base model.
 
 | | before | after |
 |---|---|---|
@@ -59,11 +60,14 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 
-def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: bool) -> str:
+def build_model_card(
+    plan: PruningPlan, config: Any, result: Any, *, options: Mapping[str, Any], merged: bool
+) -> str:
     """Return the card as Markdown.
 
     Args:
         plan: What was removed.
+        options: How, as ``prune`` recorded it; empty where that is not known.
         config: Config of the unpruned model.
         result: The ``CompactResult``.
         merged: Whether LoRA is in the weights, or an adapter beside them.
@@ -78,6 +82,7 @@ def build_model_card(plan: PruningPlan, config: Any, result: Any, *, merged: boo
         name=f"{base}, {plan.ratio:.0%} pruned",
         heads=plan.achieved["heads"],
         channels=plan.achieved["channels"],
+        method=f": {describe_method(options)}" if options else "",
         merging="LoRA is merged into the weights."
         if merged
         else "LoRA stands beside it, unmerged.",

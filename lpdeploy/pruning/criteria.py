@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from lpdeploy.models.adapters import LoraWeights, get_base_linear, get_lora_weights
 from lpdeploy.models.sharded import get_rows, is_sharded
-from lpdeploy.plan import GroupSpec, Slice
+from lpdeploy.plan import CRITERIA, GroupSpec, Slice
 from lpdeploy.pruning.importance import (
     Importance,
     compute_gradient_importance,
     compute_lora_importance,
     compute_weight_importance,
 )
-from lpdeploy.pruning.options import CRITERIA
 from lpdeploy.pruning.ranks import Ranks
 
 Positions = Mapping[str, Tensor] | None

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lpdeploy.plan import GroupSpec
+from lpdeploy.plan import CRITERIA, SCHEDULES, GroupSpec
 from lpdeploy.pruning.schedule import RAMPS
-
-CRITERIA = ("lora", "gate", "gradient", "magnitude", "wanda", "random")
-SCHEDULES = ("joint", "separate", "one-shot")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ def run(tmp_path):
 def test_the_page_of_a_bare_run_shows_its_training(run):
     page = save_report(run).read_text()
     assert "50.0 % of the heads" in page
+    assert "removed, chosen by LoRA&#39;s gradients, while fine-tuning with LoRA." in page
     assert "<svg" in page
     assert "Latency" not in page
 
@@ -40,6 +41,20 @@ def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
     assert "<script" not in page
     assert "19.50" in page
     assert "different" in page
+
+
+def test_the_page_shows_the_quality_of_every_engine(run):
+    def measure(engine, perplexity):
+        score = {"perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 3}
+        return {"engine": engine, "precision": "fp32", "seq_len": 16, "perplexity": {"v": score}}
+
+    save_json(run / "eval.json", measure("torch", 19.5))
+    assert "Quality by engine" not in save_report(run).read_text()
+    save_json(run / "eval.json", measure("ort", 19.25) | {"others": [measure("torch", 19.5)]})
+    page = save_report(run).read_text()
+    assert page.index("<td>ort fp32</td><td>v</td><td>19.25</td>") < page.index(
+        "<td>torch fp32</td><td>v</td><td>19.50</td>"
+    )
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -52,11 +52,23 @@ class TestMerge:
         same = merge(old, make_result(perplexity=["b"]))
         assert list(same["perplexity"]) == ["a", "b"]
 
-    @pytest.mark.parametrize("other", [{"sha": "y"}, {"engine": "onnx"}])
-    def test_nothing_of_another_model_stays(self, other):
+    def test_nothing_of_another_model_stays(self):
         new = make_result(tasks=[("piqa", 0.5)])
-        assert merge(make_result(perplexity=["a"], **other), new) == new
+        assert merge(make_result(perplexity=["a"], sha="y"), new) == new
         assert merge({}, new) == new
+
+    def test_other_engines_stay_beside(self):
+        torch, onnx = make_result(perplexity=["a"], base=True), make_result(engine="onnx")
+        beside = merge(torch, onnx)
+        assert beside == onnx | {"others": [torch]}
+        again = merge(beside, make_result(perplexity=["b"]))
+        assert list(again["perplexity"]) == ["a", "b"]
+        assert again["others"] == [onnx]
+
+    def test_other_engines_of_another_model_go_too(self):
+        both = merge(make_result(perplexity=["a"]), make_result(perplexity=["a"], engine="onnx"))
+        new = make_result(perplexity=["a"], sha="y")
+        assert merge(both, new) == new
 
 
 class TestRefusals:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from lpdeploy.artifacts import record_stage
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
 from tests.models.families import (
@@ -61,6 +62,19 @@ def test_the_snippet_of_a_relative_folder_runs_where_it_was_made(bases, tmp_path
 
 
 # The snippet of a per-layer model runs in test_compact, where lpdeploy cannot be imported.
+
+
+def test_it_says_how_groups_were_chosen(bases, tmp_path):
+    kept = choose_kept(bases("llama-mha"), heads=2, channels=20)
+    run = make_run(tmp_path / "run", bases("llama-mha"), kept)
+    with record_stage(run, "prune", {"criterion": "wanda", "schedule": "one-shot"}):
+        pass
+    compact(run)
+    card = " ".join((run / "model" / "README.md").read_text().split())
+    assert (
+        "channels removed by lpdeploy, after [LoRAPrune](https://arxiv.org/abs/2305.18403): chosen "
+        "by the weights times the norms of their inputs, without fine-tuning. LoRA is merged"
+    ) in card
 
 
 def read_table(card):

@@ -9,8 +9,8 @@ import torch
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.groups import list_group_specs
+from lpdeploy.plan import CRITERIA
 from lpdeploy.pruning.criteria import ScoreForm, build_criterion
-from lpdeploy.pruning.options import CRITERIA
 from tests.helpers import make_lora_model
 from tests.pruning.independent import Independent, assert_scores, list_pieces, make_rows
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lpdeploy.errors import ArtifactError, RunEndedError
-from lpdeploy.pruning.options import CRITERIA
+from lpdeploy.plan import CRITERIA
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after
 

@@ -10,8 +10,9 @@ from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
+from lpdeploy.plan import CRITERIA
 from lpdeploy.pruning.criteria import ScoreForm, build_criterion
-from lpdeploy.pruning.options import CRITERIA, PruneOptions
+from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, _accumulate_gradients, count_steps, run_steps
 from tests.helpers import make_lora_model, make_text
