@@ -197,8 +197,7 @@ def build_training(
     optimizer = torch.optim.AdamW(
         [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
-    # Precision alone: what else accelerate wraps a model in would hold on to what is cut out.
-    prepared = accelerator.prepare_model(wrapped, evaluation_mode=True)
+    # The model is not prepared: what accelerate wraps it in would hold on to what is cut out.
     optimizer = accelerator.prepare_optimizer(optimizer)
     state = PruningState(
         model=model,
@@ -208,7 +207,7 @@ def build_training(
         kept=dict(kept),
     )
     training = Training(
-        model=prepared,
+        model=wrapped,
         optimizer=optimizer,
         accelerator=accelerator,
         dataset=dataset,
