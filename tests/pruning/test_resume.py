@@ -147,6 +147,14 @@ class TestSignals:
         run(base, tmp_path / "whole", data)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
+    @pytest.fixture
+    def interruptible(self):
+        """A shell starts what runs in the background with SIGINT ignored; these tests, too."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("interruptible")
     def test_the_second_signal_ends_at_once(self, base, data, tmp_path):
         told = []
 
