@@ -61,13 +61,13 @@ model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 
 def build_model_card(
-    plan: PruningPlan, config: Any, result: Any, *, options: Mapping[str, Any], merged: bool
+    plan: PruningPlan, config: Any, result: Any, *, recorded: Mapping[str, Any], merged: bool
 ) -> str:
     """Return the card as Markdown.
 
     Args:
         plan: What was removed.
-        options: How, as ``prune`` recorded it; empty where that is not known.
+        recorded: Options that ``prune`` recorded; empty where they are not known.
         config: Config of the unpruned model.
         result: The ``CompactResult``.
         merged: Whether LoRA is in the weights, or an adapter beside them.
@@ -82,7 +82,7 @@ def build_model_card(
         name=f"{base}, {plan.ratio:.0%} pruned",
         heads=plan.achieved["heads"],
         channels=plan.achieved["channels"],
-        method=f": {describe_method(options)}" if options else "",
+        method=f": {describe_method(recorded)}" if recorded else "",
         merging="LoRA is merged into the weights."
         if merged
         else "LoRA stands beside it, unmerged.",

@@ -128,8 +128,10 @@ def compact(
             )
             sha256 = compute_model_sha256(folder, known=hashes)
             _save_record(folder, plan, result, sha256=sha256)
-            method = load_stage(run, "prune").get("options", {})
-            card = build_model_card(plan, config, result, options=method, merged=not keep_adapter)
+            recorded = load_stage(run, "prune").get("options", {})
+            card = build_model_card(
+                plan, config, result, recorded=recorded, merged=not keep_adapter
+            )
             (folder / "README.md").write_text(card, encoding="utf-8")
         stage.inputs = {"base": plan.base_sha256, "adapter": compute_sha256(run / "adapter")}
         stage.outputs = {target.name: sha256}
