@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.helpers import make_text, make_tiny_model
+
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
@@ -10,3 +12,13 @@ def cache(tmp_path_factory):
     patch.setenv("LPDEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_text(tmp_path / "text.txt")

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lpdeploy.export.onnx import export_onnx
+from lpdeploy.engines.onnx.exporter import export_onnx
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import get_model_classes
 
 SHARED = Path(__file__).parent.parent.parent / "shared"

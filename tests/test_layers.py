@@ -5,45 +5,50 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent / "lpdeploy"
-BASE = {"errors", "plan", "artifacts", "environment"}
+BASE = {"errors", "environment", "plan", "artifacts"}
+CORE = BASE | {"families", "models", "data"}
 
-# Package -> packages it may import, besides itself. Data goes one way: nothing imports cli.
+# Package -> packages it may import, besides itself. Imports point one way; nothing imports cli.
 ALLOWED = {
     "errors": set(),
     "environment": set(),
+    "plotting": set(),
     "plan": {"errors"},
     "artifacts": {"errors"},
     "recipe": {"errors"},
-    "models": BASE,
+    "families": BASE,
+    "models": BASE | {"families"},
     "data": BASE,
-    "pruning": BASE | {"models", "data"},
-    "runtime": BASE | {"models", "data"},
-    "export": BASE | {"models", "runtime"},
-    "packaging": BASE | {"models", "runtime", "export"},
-    "serving": BASE | {"models", "runtime"},
-    "publish": BASE | {"models"},
-    "evaluation": BASE | {"models", "data", "runtime"},
-    "plotting": set(),
-    # What it measures: engines, and pruning itself.
-    "benchmark": BASE | {"models", "data", "runtime", "export", "pruning", "plotting"},
-    "paper": BASE | {"models", "pruning", "evaluation", "plotting"},
-    "demo": BASE | {"models", "data", "runtime", "export", "evaluation", "benchmark", "pruning"},
+    "pruning": CORE,
+    "engines": CORE,
+    "evaluation": CORE | {"engines"},
+    "servers": CORE | {"engines", "pruning"},
+    "benchmark": CORE | {"engines", "pruning", "servers", "plotting"},
+    "report": CORE | {"benchmark"},
+    "paper": CORE | {"pruning", "evaluation", "plotting"},
+    "publish": CORE,
+    "demo": CORE | {"engines", "evaluation", "benchmark", "pruning", "report"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",
          "tensorrt", "tensorrt_rtx", "numpy", "matplotlib", "rich", "lm_eval"}  # fmt: skip
+LIGHT = [
+    *(ROOT / "cli").glob("*.py"),
+    ROOT / "__init__.py",
+    ROOT / "plan.py",
+    ROOT / "artifacts.py",
+]
 # A library that changes its interface is met in one module.
 ONE_MODULE = {
-    "onnxruntime": "runtime/ort_session.py",
-    "torch.onnx": "export/onnx.py",
+    "onnxruntime": "engines/ort_session.py",
+    "torch.onnx": "engines/onnx/exporter.py",
     "bitsandbytes": "models/quantized.py",
     "lm_eval": "evaluation/harness.py",
-    "gguf": "packaging/gguf_file.py",
-    "tensorrt": "runtime/tensorrt_library.py",
-    "tensorrt_rtx": "runtime/tensorrt_library.py",
+    "gguf": "servers/gguf_file.py",
+    "tensorrt": "engines/trt/library.py",
+    "tensorrt_rtx": "engines/trt/library.py",
 }
+LARGEST_FILE, LONGEST_BODY = 400, 45
 
 MODULES = sorted(ROOT.rglob("*.py"))
 
@@ -58,52 +63,62 @@ def list_imports(path, *, top_only=False):
             yield node.module
 
 
-def package_of(path):
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def find_package(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_dependencies_point_one_way(path):
-    package = package_of(path)
-    if package in {"cli", "__init__", "__main__"}:
-        return
-    for name in list_imports(path):
-        if name.startswith("lpdeploy."):
-            target = name.split(".")[1]
-            assert target in ALLOWED[package] | {package}, f"{path} imports {name}"
+def test_dependencies_point_one_way():
+    checked = [m for m in MODULES if find_package(m) not in {"cli", "__init__", "__main__"}]
+    wrong = [
+        f"{name(path)} imports {imported}"
+        for path in checked
+        for imported in list_imports(path)
+        if imported.startswith("lpdeploy.")
+        and imported.split(".")[1] not in ALLOWED[find_package(path)] | {find_package(path)}
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*(ROOT / "cli").glob("*.py"), ROOT / "__init__.py", ROOT / "plan.py", ROOT / "artifacts.py"],
-    ids=lambda p: p.name,
-)
-def test_no_heavy_import_at_the_top(path):
-    tops = {name.split(".")[0] for name in list_imports(path, top_only=True)}
-    assert not tops & HEAVY
+def test_what_is_allowed_has_no_circle():
+    order = list(ALLOWED)
+    assert all(order.index(used) < order.index(user) for user in order for used in ALLOWED[user])
 
 
-@pytest.mark.parametrize(("library", "home"), ONE_MODULE.items())
-def test_an_unstable_library_is_named_in_one_module(library, home):
-    users = {
-        str(path.relative_to(ROOT))
-        for path in MODULES
-        if any(name == library or name.startswith(f"{library}.") for name in list_imports(path))
-        or f"{library}.export(" in path.read_text(encoding="utf-8")
-    }
-    assert users == {home}
+def test_no_heavy_import_at_the_top():
+    heavy = {name(p): {i.split(".")[0] for i in list_imports(p, top_only=True)} for p in LIGHT}
+    assert not {path: found & HEAVY for path, found in heavy.items() if found & HEAVY}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path):
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            if body:
-                length = node.end_lineno - body[0].lineno + 1
-                assert length <= 45, f"{node.name} has {length} lines"
+def test_an_unstable_library_is_named_in_one_module():
+    for library, home in ONE_MODULE.items():
+        users = {
+            name(path)
+            for path in MODULES
+            if any(i == library or i.startswith(f"{library}.") for i in list_imports(path))
+            or f"{library}.export(" in path.read_text(encoding="utf-8")
+        }
+        assert users == {home}, library
+
+
+def test_files_and_functions_stay_small():
+    large = [name(m) for m in MODULES if m.read_text(encoding="utf-8").count("\n") > LARGEST_FILE]
+    assert not large
+    long = [
+        f"{name(module)}: {node.name}"
+        for module in MODULES
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and measure_body(node) > LONGEST_BODY
+    ]
+    assert not long
+
+
+def measure_body(function):
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return function.end_lineno - body[0].lineno + 1 if body else 0
 
 
 def test_help_loads_nothing_heavy():

@@ -90,7 +90,7 @@ def test_servers(arguments: list[str]) -> None:
     for name in servers.SERVERS:
         servers.setup(name)
     record = {"LPDEPLOY_SERVERS_RECORD": str(ROOT / "docs" / "measurements" / "servers.json")}
-    command = [BIN / "python", "-m", "pytest", "-m", "servers", "tests/packaging", *arguments]
+    command = [BIN / "python", "-m", "pytest", "-m", "servers", "tests/servers", *arguments]
     run(*command, env={"OMP_NUM_THREADS": "1", **record})
 
 

@@ -32,12 +32,12 @@ from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.random_models import fill_random_adapter
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, TimedRunner, Workload, time_work
-from lpdeploy.export.stage import export_folder
+from lpdeploy.engines.export import export_folder
+from lpdeploy.engines.registry import load_exported
+from lpdeploy.engines.runner import Runner
+from lpdeploy.engines.torch.runner import TorchRunner
+from lpdeploy.engines.verify import build_inputs, collect_logits
 from lpdeploy.models.shapes import count_parameters
-from lpdeploy.runtime.engines import load_exported
-from lpdeploy.runtime.runner import Runner
-from lpdeploy.runtime.torch_runner import TorchRunner
-from lpdeploy.runtime.verify import build_inputs, collect_logits
 
 RANK = 8
 LIBRARIES = {"onnx": ("onnxruntime",), "ort": ("onnxruntime",), "trt": ("tensorrt", "tensorrt_rtx")}

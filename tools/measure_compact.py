@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from lpdeploy.artifacts import describe_machine, save_json
-from lpdeploy.models.groups import LINEARS, list_group_specs
+from lpdeploy.families.groups import LINEARS, list_group_specs
 from lpdeploy.models.loading import (
     compute_model_sha256,
     get_model_classes,

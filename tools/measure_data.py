@@ -25,8 +25,8 @@ from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.data.batches import TokenDataset, build_token_dataset, list_batch, split_batch
 from lpdeploy.data.cache import load_or_build
 from lpdeploy.data.sources import compute_source_sha256, load_corpus
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import load_config, load_model, load_tokenizer
 
 SIZES = ((32, 4), (128, 4), (128, 16))  # rows of a step, of a micro-batch

@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerFast
 from triton_server import VENV, VERSION, setup
 
 from lpdeploy.artifacts import describe_machine, save_json
-from lpdeploy.packaging.stage import package
-from lpdeploy.runtime.engines import load_exported
-from lpdeploy.runtime.generation import generate
+from lpdeploy.engines.generation import generate
+from lpdeploy.engines.registry import load_exported
+from lpdeploy.servers.package import package
 
 NAME = "llama"
 _HTTP, _GRPC = 18100, 18101

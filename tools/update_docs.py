@@ -19,10 +19,10 @@ from transformers import LlamaConfig
 
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.cli.main import main as root
-from lpdeploy.models.servers import SERVERS
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.travel import compute_travel
+from lpdeploy.servers.verdicts import SERVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = ROOT / "docs" / "cli.md"

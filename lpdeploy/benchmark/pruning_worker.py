@@ -20,7 +20,7 @@ from lpdeploy.benchmark.worker import (
     time_work,
 )
 from lpdeploy.data.batches import TokenDataset
-from lpdeploy.models.groups import list_group_specs
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.loading import (
     PRECISIONS,
     list_weight_files,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpdeploy.families.groups import LINEARS, list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
-from lpdeploy.models.groups import LINEARS, list_group_specs
 from lpdeploy.models.loading import PRECISIONS, get_model_classes
 from lpdeploy.models.quantized import apply_training_layout, build_random_8bit
 

@@ -13,8 +13,8 @@ from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.table import render_latency
 from lpdeploy.benchmark.variants import Variant, list_variants
 from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
+from lpdeploy.engines.registry import check_engine
 from lpdeploy.models.loading import resolve_device
-from lpdeploy.runtime.engines import check_engine
 
 BENCH = "bench.json"
 

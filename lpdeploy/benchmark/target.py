@@ -21,16 +21,16 @@ from lpdeploy.benchmark.random_models import save_random_model
 from lpdeploy.benchmark.variants import Checkpoint, Variant, build_variant
 from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
 from lpdeploy.data.batches import Progress
+from lpdeploy.engines.registry import check_engine
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import PRECISIONS, resolve_device
-from lpdeploy.pruning.check import forecast_config
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.importance import Importance
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import check_output
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.training import run_steps
-from lpdeploy.runtime.engines import check_engine
+from lpdeploy.servers.check import forecast_config
 
 # Shapes that are measured at most, the unpruned and the smallest one among them.
 _MOST = 20

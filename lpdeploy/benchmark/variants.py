@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.benchmark.random_models import save_random_adapter
+from lpdeploy.engines.export import export_folder
+from lpdeploy.engines.registry import describe_exported
 from lpdeploy.errors import ArtifactError
-from lpdeploy.export.stage import export_folder
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.compact import find_base, load_record
 from lpdeploy.models.loading import (
@@ -18,7 +19,6 @@ from lpdeploy.models.loading import (
 )
 from lpdeploy.models.shapes import count_parameters
 from lpdeploy.plan import load_plan
-from lpdeploy.runtime.engines import describe_exported
 
 
 @dataclass(frozen=True)

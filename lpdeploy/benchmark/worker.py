@@ -17,10 +17,10 @@ from torch import Tensor
 from lpdeploy.artifacts import read_process_bytes
 from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.variants import Variant
+from lpdeploy.engines.registry import load_exported
+from lpdeploy.engines.runner import Runner
+from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import LpdeployError
-from lpdeploy.runtime.engines import load_exported
-from lpdeploy.runtime.runner import Runner
-from lpdeploy.runtime.torch_runner import load_torch_runner
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 
     Nothing is trained, and of MODEL only the config is read.
     """
-    from lpdeploy.pruning.check import Target, check
+    from lpdeploy.servers.check import Target, check
 
     target = Target(ratio, round_to, round_heads_to, head_ratio, channel_ratio)
     result = check(model, target=target, tensor_parallel=tensor_parallel, tokens=tokens)

@@ -11,9 +11,9 @@ import click
 
 from lpdeploy.recipe import load_recipe
 
-# As in runtime/engines.py, which is too heavy to import before a command runs.
+# As in engines/registry.py, which is too heavy to import before a command runs.
 ENGINES = ("torch", "onnx", "ort", "trt")
-# As in packaging/stage.py.
+# As in servers/package.py.
 TARGETS = ("triton", "genai", "vllm", "llamacpp")
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"

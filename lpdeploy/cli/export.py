@@ -59,7 +59,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     and --max-seq-len and no more, and runs on the kind of GPU and the version of the library that
     built it.
     """
-    from lpdeploy.export.stage import export
+    from lpdeploy.engines.export import export
 
     result = export(
         target,

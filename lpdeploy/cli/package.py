@@ -52,7 +52,7 @@ def command(*, model: str, target: str, output: Path, as_json: bool, **options: 
     for ONNX Runtime GenAI, vllm for vLLM, transformers serve and SGLang, llamacpp a GGUF file for
     llama.cpp. Of a RUN it takes the compacted model.
     """
-    from lpdeploy.packaging.stage import package
+    from lpdeploy.servers.package import package
 
     result = package(model, kind=target, output=output, **options)
     size = f"{len(result['files'])} files, {format_bytes(result['bytes'])}"

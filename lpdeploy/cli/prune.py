@@ -204,6 +204,7 @@ def command(
     from lpdeploy.cli.progress import counting_progress, training_progress
     from lpdeploy.pruning.ranks import leave_ranks
     from lpdeploy.pruning.run import prune
+    from lpdeploy.servers.check import describe_forecast
 
     with counting_progress("tokenise") as on_tokenise, training_progress() as on_step:
         given: dict[str, Any] = {
@@ -218,7 +219,13 @@ def command(
         if asked is not None:
             options, target = choose_ratios(asked, options, resume=resume, **given)
         result = prune(
-            **given, options=options, target=target, resume=resume, on_step=on_step, log=log
+            **given,
+            options=options,
+            target=target,
+            resume=resume,
+            on_start=lambda: log(describe_forecast(model, options)),
+            on_step=on_step,
+            log=log,
         )
     leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)

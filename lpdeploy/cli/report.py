@@ -15,7 +15,7 @@ from lpdeploy.cli.common import RUN, print_result, shared_options
 @shared_options(recipe=False)
 def command(*, run: Path, output: Path | None, as_json: bool) -> None:
     """Write an HTML page with what RUN's stages found."""
-    from lpdeploy.benchmark.report import save_report
+    from lpdeploy.report.page import save_report
 
     path = save_report(run, output=output)
     print_result({"report": str(path)}, f"{path}", as_json=as_json)

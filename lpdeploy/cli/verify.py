@@ -20,7 +20,7 @@ def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> 
     Prefill and cached decoding, left padding, batch > 1. Exits 1 where a pair differs by more
     than its tolerance. With --engine torch, exports are left out.
     """
-    from lpdeploy.runtime.verify import verify
+    from lpdeploy.engines.verify import verify
 
     pairs = verify(target, engine=engine, atol=atol)
     lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same first':>10}"]

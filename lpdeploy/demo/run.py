@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import remove_leftovers, save_json
-from lpdeploy.benchmark.report import SAMPLES, save_report
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.worker import Workload
+from lpdeploy.engines.export import export
+from lpdeploy.engines.generation import generate
+from lpdeploy.engines.torch.runner import load_torch_runner
+from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
-from lpdeploy.export.stage import export
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
-from lpdeploy.runtime.generation import generate
-from lpdeploy.runtime.torch_runner import load_torch_runner
-from lpdeploy.runtime.verify import verify
+from lpdeploy.report.page import SAMPLES, save_report
 
 RATIOS = (0.2, 0.5)
 _TRAIN_SEQ_LEN = 128

@@ -8,6 +8,9 @@ from typing import Any
 
 from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.data.sources import load_corpus
+from lpdeploy.engines.registry import check_engine, load_exported
+from lpdeploy.engines.runner import Runner
+from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import ArtifactError, MissingDependencyError
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.perplexity import compute_perplexity
@@ -20,9 +23,6 @@ from lpdeploy.models.loading import (
     resolve_model,
 )
 from lpdeploy.plan import load_plan
-from lpdeploy.runtime.engines import check_engine, load_exported
-from lpdeploy.runtime.runner import Runner
-from lpdeploy.runtime.torch_runner import load_torch_runner
 
 EVAL = "eval.json"
 TASKS = "tasks"

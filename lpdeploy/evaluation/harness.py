@@ -25,11 +25,11 @@ from lm_eval.models.utils import (
 )
 from lm_eval.tasks import TaskManager
 
+from lpdeploy.engines.generation import generate
+from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import ArtifactError, DataError
 from lpdeploy.evaluation.scoring import Score, compute_loglikelihoods
 from lpdeploy.evaluation.tasks import build_config, get_default_shots, load_task_files
-from lpdeploy.runtime.generation import generate
-from lpdeploy.runtime.runner import Runner
 
 _SHOT_SEED = 1234  # lm-eval's own default, so that it shows the same examples
 _MAX_NEW_TOKENS = 256  # what HFLM generates where a task does not say

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from lpdeploy.data.batches import IGNORED, build_token_stream
 from lpdeploy.data.sources import Corpus
+from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
-from lpdeploy.runtime.runner import Runner
 
 # Positions whose log-softmax is taken at once: 64 MB beside the logits at 32,000 tokens.
 _POSITIONS_AT_ONCE = 512

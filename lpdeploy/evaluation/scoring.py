@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import DataError, NonFiniteError
-from lpdeploy.runtime.runner import Runner
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a context and of its continuation, at least one each."""

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.families.groups import LINEARS, expand_index
 from lpdeploy.models.dropout import Dropout
-from lpdeploy.models.groups import LINEARS, expand_index
 from lpdeploy.plan import PruningPlan
 
 ADAPTER = "default"

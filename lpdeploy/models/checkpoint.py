@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import LoraWeights
-from lpdeploy.models.groups import expand_index
 from lpdeploy.models.loading import list_weight_files
 from lpdeploy.models.tensor_files import (
     TensorInfo,

@@ -19,6 +19,7 @@ from lpdeploy.artifacts import (
     record_stage,
 )
 from lpdeploy.errors import ArtifactError
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models import modeling_per_layer
 from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
@@ -28,7 +29,6 @@ from lpdeploy.models.checkpoint import (
     save_shards,
     stream_pruned_blocks,
 )
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import (
     PER_LAYER_PREFIX,
     compute_model_sha256,

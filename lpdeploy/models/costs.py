@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lpdeploy.models.groups import get_head_dim
+from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.shapes import list_projections, list_widths
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import get_base_linear
-from lpdeploy.models.groups import expand_index
 from lpdeploy.models.quantized import cut_quantized, get_quantization
 from lpdeploy.plan import GroupSpec, Slice
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import ArtifactError
-from lpdeploy.models.groups import SUPPORTED_MODEL_TYPES
+from lpdeploy.families.groups import SUPPORTED_MODEL_TYPES
 from lpdeploy.models.quantized import apply_training_layout, build_quantization, list_misshapen
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]

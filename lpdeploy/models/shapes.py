@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lpdeploy.models.groups import (
+from lpdeploy.families.groups import (
     SUPPORTED_MODEL_TYPES,
     count_group_parameters,
     get_head_dim,

@@ -36,10 +36,8 @@ from lpdeploy.models.loading import (
     compute_model_sha256,
 )
 from lpdeploy.models.quantized import check_load_in
-from lpdeploy.models.servers import list_verdicts
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
-from lpdeploy.pruning.check import describe_servers, forecast_config
 from lpdeploy.pruning.checkpoint import (
     CHECKPOINT,
     RECIPE,
@@ -107,6 +105,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     resume: bool = False,
     overwrite: bool = False,
     on_tokenise: Progress | None = None,
+    on_start: Callable[[], None] = lambda: None,
     on_step: Callable[[StepInfo], None] = lambda _: None,
     log: Callable[[str], None] = lambda _: None,
 ) -> PruneResult:
@@ -125,6 +124,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
         on_tokenise: Is told (examples tokenised, all examples).
+        on_start: Called before the first step, once nothing stands against the run.
         on_step: Called after every optimizer step.
         log: Is told what is about to run, before the first step.
 
@@ -158,7 +158,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 log(describe_start(source, training))
                 if checkpoint is not None:
                     log(f"going on after step {checkpoint.step} of {training.steps}")
-                log(describe_servers(list_verdicts(forecast_config(source.config, options))))
+                on_start()
                 _prepare_output(output, record, checkpoint, target)
             with ranks.hold_signals(log):
                 losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)

@@ -18,9 +18,9 @@ from lpdeploy.data.batches import (
 from lpdeploy.data.cache import find_cache, load_or_build
 from lpdeploy.data.sources import compute_source_sha256, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.cutting import apply_cut
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import (
     PER_LAYER_PREFIX,
     PRECISIONS,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lpdeploy.artifacts import format_bytes, load_json
 from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.models.groups import count_group_parameters
+from lpdeploy.families.groups import count_group_parameters
 from lpdeploy.models.loading import find_config
 from lpdeploy.models.shapes import count_parameters
 from lpdeploy.plan import GroupSpec

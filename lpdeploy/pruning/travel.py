@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lpdeploy.models.groups import count_group_parameters, list_group_specs
+from lpdeploy.families.groups import count_group_parameters, list_group_specs
 from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT_BYTES = 4

@@ -19,13 +19,13 @@ from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_latency, render_latency
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, TimedRunner, Timing, Worker, Workload, load_all
+from lpdeploy.engines.runner import Output
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
 from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
-from lpdeploy.runtime.runner import Output
 from tests.helpers import make_text, make_tiny_model
 
 

@@ -5,12 +5,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from lpdeploy.engines.onnx.exporter import export_onnx
+from lpdeploy.engines.onnx.runner import load_onnx_runner
+from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import ArtifactError, DataError
 from lpdeploy.evaluation.harness import RunnerLM, load_tasks, run_tasks
-from lpdeploy.export.onnx import export_onnx
 from lpdeploy.models.loading import load_config, load_model, load_tokenizer
-from lpdeploy.runtime.onnx_runner import load_onnx_runner
-from lpdeploy.runtime.torch_runner import load_torch_runner
 from tests.evaluation.task_files import make_model, make_task_files, write_rows
 from tests.helpers import need_shared
 

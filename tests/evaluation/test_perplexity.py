@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lpdeploy.data.sources import Corpus, Example, load_corpus
+from lpdeploy.engines.runner import Output
 from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
 from lpdeploy.evaluation import perplexity as module
 from lpdeploy.evaluation.perplexity import compute_perplexity
 from lpdeploy.models.loading import load_model, load_tokenizer
-from lpdeploy.runtime.runner import Output
 
 SHARED = Path(__file__).parents[3] / "shared"
 MODEL = SHARED / "models" / "tinystories-llama-6M"

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from lpdeploy.engines.onnx.runner import load_onnx_runner
+from lpdeploy.engines.runner import Output
+from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import DataError, NonFiniteError
 from lpdeploy.evaluation.scoring import compute_loglikelihoods
-from lpdeploy.runtime.onnx_runner import load_onnx_runner
-from lpdeploy.runtime.runner import Output
-from lpdeploy.runtime.torch_runner import load_torch_runner
 from tests.helpers import make_export
 
 PAIRS = [

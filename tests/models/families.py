@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.models.groups import LINEARS, list_group_specs
+from lpdeploy.families.groups import LINEARS, list_group_specs
 from lpdeploy.models.loading import compute_model_sha256, get_model_classes, load_config
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan

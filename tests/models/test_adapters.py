@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.families.groups import LINEARS, list_group_specs
 from lpdeploy.models.adapters import (
     LoraWeights,
     apply_lora_weights,
@@ -18,7 +19,6 @@ from lpdeploy.models.adapters import (
     load_unmerged,
 )
 from lpdeploy.models.cutting import apply_masks
-from lpdeploy.models.groups import LINEARS, list_group_specs
 from lpdeploy.models.loading import load_model
 from tests.models.families import (
     FAMILIES,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lpdeploy.artifacts import compute_sha256, load_stage
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.compact import compact, load_record
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import compute_model_sha256, load_config, load_model, load_tokenizer
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.options import PruneOptions

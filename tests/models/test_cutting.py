@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_base_linear, get_lora_weights
 from lpdeploy.models.cutting import apply_cut, apply_cut_to_optimizer, apply_masks
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import load_model
 from tests.helpers import fill_lora
 from tests.models.families import (

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lpdeploy.errors import ArtifactError, LpdeployError, MissingDependencyError
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_base_linear
 from lpdeploy.models.cutting import apply_cut, apply_cut_to_adapter, apply_masks
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import load_model
 from lpdeploy.models.quantized import (
     build_quantization,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.cutting import apply_cut
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import get_model_classes, load_config, load_model
 from lpdeploy.models.shapes import (
     LayerWidths,

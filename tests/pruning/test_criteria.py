@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.cutting import apply_cut
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.plan import CRITERIA
 from lpdeploy.pruning.criteria import ScoreForm, build_criterion
 from tests.helpers import make_lora_model

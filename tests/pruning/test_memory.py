@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from lpdeploy.benchmark.random_models import build_random_model
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.quantized import import_bitsandbytes
 from lpdeploy.pruning import loss as loss_module
 from lpdeploy.pruning.criteria import build_criterion

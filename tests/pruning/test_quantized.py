@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from lpdeploy.cli.main import main
 from lpdeploy.errors import ArtifactError, LpdeployError, MissingDependencyError
+from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_base_linear, get_lora_weights
 from lpdeploy.models.compact import compact
-from lpdeploy.models.groups import list_group_specs
 from lpdeploy.models.loading import load_model
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.criteria import build_criterion

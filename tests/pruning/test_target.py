@@ -11,11 +11,11 @@ from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import count_parameters
 from lpdeploy.plan import load_plan
-from lpdeploy.pruning.check import Target, forecast_config, suggest
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.target import TARGET, build_counter, choose_ratio, load_chosen
+from lpdeploy.servers.check import Target, forecast_config, suggest
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning.test_resume import StoppedError, stop_after
 

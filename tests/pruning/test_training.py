@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from lpdeploy.data.batches import TokenDataset, build_token_dataset, list_batch
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
-from lpdeploy.models.groups import expand_index, list_group_specs
+from lpdeploy.families.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.plan import CRITERIA
 from lpdeploy.pruning.criteria import ScoreForm, build_criterion

@@ -1,0 +1,1 @@
+"""What a model runs on: exporters, runners, and the one interface over them."""

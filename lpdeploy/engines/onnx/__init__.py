@@ -1,0 +1,1 @@
+"""A graph of standard ONNX operators."""

@@ -1,0 +1,132 @@
+"""A checkpoint for ONNX Runtime alone: its own operators, packed weights, GenAI's config."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from lpdeploy.artifacts import atomic_folder, list_versions, save_json
+from lpdeploy.engines.contract import (
+    CONTRACT_VERSION,
+    carry_settings,
+    describe_files,
+    describe_model,
+    describe_source,
+    resolve_max_seq_len,
+)
+from lpdeploy.engines.ort.genai import save_genai_files
+from lpdeploy.engines.ort.graph import OPSET, build_decoder
+from lpdeploy.engines.ort.weights import BlockFormat, Weights
+from lpdeploy.errors import LpdeployError
+from lpdeploy.models.loading import load_config
+
+_ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BITS = {"int8": 8, "int4": 4}
+PRECISIONS = (*_ACTIVATIONS, *_BITS)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+def export_ort(  # noqa: PLR0913 - one keyword an option of the command
+    model_folder: Path,
+    output: Path,
+    *,
+    precision: str = "fp32",
+    activations: str | None = None,
+    block_size: int = 32,
+    adapter: Path | None = None,
+    max_batch: int = 8,
+    max_seq_len: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Export a checkpoint for ONNX Runtime alone, as fast as it runs it.
+
+    Writes a folder that needs nothing else: ``model.onnx``, ``model.onnx.data``, ``io.json``,
+    config, tokenizer and, where every layer has the same number of heads, ``genai.onnx`` (over the
+    same data) and ``genai_config.json``, so that ONNX Runtime GenAI opens the folder as it is.
+    ``OrtRunner`` runs all of them.
+
+    Args:
+        model_folder: A Hugging Face folder, stock or of per-layer widths.
+        output: The folder to write.
+        precision: ``fp32``, ``fp16``, ``bf16``, or ``int8`` or ``int4`` for weights alone.
+        activations: Beside int8 and int4 weights: ``fp32`` (the default, and the fast one on a
+            CPU), ``fp16`` or ``bf16`` (on a GPU).
+        block_size: Weights of a row that share a scale in int8 and int4.
+        adapter: A peft adapter that stays beside the weights.
+        max_batch: Largest batch to be served, for servers that ask.
+        max_seq_len: Longest past + present; the tables of rotary angles are that long. None for
+            2048 or the model's positions, whichever is less.
+        overwrite: Replace what is at ``output``.
+
+    Returns:
+        The contract, as ``io.json`` holds it.
+
+    Raises:
+        ArtifactError: ``output`` exists, or the model or adapter cannot be loaded.
+        LpdeployError: An option is out of range, or a block does not fit a width.
+    """
+    config = load_config(model_folder)
+    dtype = _resolve_activations(precision, activations)
+    quantization = _resolve_blocks(precision, block_size)
+    max_seq_len = resolve_max_seq_len(max_seq_len, config)
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        weights = Weights(model_folder, dtype=getattr(torch, dtype), adapter=adapter)
+        graph = build_decoder(
+            config, weights, dtype=dtype, max_seq_len=max_seq_len, quantization=quantization
+        )
+        ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
+        carry_settings(model_folder, folder)
+        contract = {
+            "schema_version": CONTRACT_VERSION,
+            "engine": "ort",
+            "precision": precision,
+            "block_size": quantization.block_size if quantization else None,
+            "opset": OPSET,
+            "merged": adapter is None,
+            "inputs": [_describe_value(value) for value in graph.graph.inputs],
+            "outputs": [_describe_value(value) for value in graph.graph.outputs],
+            **describe_model(config, model_folder),
+            "max_batch": max_batch,
+            "max_seq_len": max_seq_len,
+            "source": describe_source(model_folder, adapter),
+            "files": describe_files(folder, "model.onnx*"),
+            "versions": list_versions(),
+        }
+        contract["genai"] = save_genai_files(folder, config, contract)
+        save_json(folder / "io.json", contract)
+    return contract
+
+
+def _resolve_activations(precision: str, activations: str | None) -> str:
+    if precision not in PRECISIONS:
+        raise LpdeployError(
+            f"--precision {precision} is not a precision of --engine ort. "
+            f"Use {', '.join(PRECISIONS)}."
+        )
+    if activations is not None and precision in _ACTIVATIONS:
+        raise LpdeployError(
+            f"--activations {activations} goes with int8 or int4 weights; --precision {precision} "
+            "says both. Leave it out."
+        )
+    return _ACTIVATIONS[activations or ("fp32" if precision in _BITS else precision)]
+
+
+def _resolve_blocks(precision: str, block_size: int) -> BlockFormat | None:
+    if precision not in _BITS:
+        return None
+    if block_size not in BLOCK_SIZES:
+        raise LpdeployError(
+            f"--block-size {block_size} is not a block that ONNX Runtime packs. "
+            f"Use {', '.join(map(str, BLOCK_SIZES))}."
+        )
+    return BlockFormat(_BITS[precision], block_size)
+
+
+def _describe_value(value: ir.Value) -> dict[str, Any]:
+    assert value.shape is not None
+    assert value.dtype is not None
+    names = {ir.DataType.FLOAT: "float32"}
+    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    dtype = names.get(value.dtype, value.dtype.name.lower())
+    return {"name": value.name, "dtype": dtype, "shape": shape}

@@ -1,0 +1,220 @@
+"""The verify stage: every stage of a run, or of a model, computes the same logits."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpdeploy.artifacts import save_json
+from lpdeploy.engines.registry import EXPORTS, describe_exported, load_exported
+from lpdeploy.engines.runner import Runner, pad_left
+from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
+from lpdeploy.models.compact import find_base, load_run_adapter
+from lpdeploy.models.cutting import apply_cut, apply_masks
+from lpdeploy.models.loading import PRECISIONS, load_config, load_model
+from lpdeploy.plan import PruningPlan, load_plan
+
+_PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
+_DECODE_STEPS = 4
+
+# The largest difference of two logits, as a share of the largest logit. Both sides compute the
+# same sums in another order, or from weights rounded once more to the precision of a checkpoint;
+# each figure is some ten times the rounding unit of the precision (2^-24, 2^-11, 2^-8) grown over
+# the layers, far below what one lost head or channel changes. Of int8 and int4 weights the rounding
+# unit is that of a block's largest weight (2^-8, 2^-4): int4 differs by so much that the share of
+# equal first choices says more than the bound, which only catches what is broken.
+_RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two stages compared.
+
+    Attributes:
+        a: The one.
+        b: The other.
+        max_abs_diff: Largest absolute difference of two logits.
+        max_abs_logit: Largest absolute logit of ``a``.
+        top1_agreement: Share of tokens after which both put the same token first.
+        tolerance: What ``max_abs_diff`` may be.
+        ok: Whether it is.
+    """
+
+    a: str
+    b: str
+    max_abs_diff: float
+    max_abs_logit: float
+    top1_agreement: float
+    tolerance: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A way to compute, made when it is its turn and forgotten afterwards."""
+
+    name: str
+    build: Callable[[], Runner]
+    precision: str
+
+
+def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> list[Pair]:
+    """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
+
+    Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
+    reloaded checkpoint = its export, and the unmerged checkpoint and its export where they
+    are. Of a model folder: torch = its export. Inputs are a batch of left-padded rows of different
+    lengths and a few cached steps of one token; logits at padding do not count.
+
+    Args:
+        target: A run or a model folder.
+        engine: Of ``EXPORTS`` to compare its exports too, ``torch`` to leave exports out.
+        atol: Tolerance for every pair instead of the one of its precision.
+
+    Raises:
+        ArtifactError: There is nothing to compare, or a stage cannot be loaded.
+    """
+    is_run = (target / "plan.json").is_file()
+    stages = (_list_run if is_run else _list_model)(target, engine)
+    asked_for = engine if engine in EXPORTS else "onnx"
+    # ONNX is the default: a run that is not exported yet still has its other stages to compare.
+    missing = asked_for != "onnx" and not any(s.name.startswith(engine) for s in stages)
+    if len(stages) < 2 or missing:
+        what = f"no {asked_for} export" if missing else "only one stage"
+        raise ArtifactError(
+            f"'{target}' has {what} to look at. "
+            f"Run 'lpdeploy export {target} --engine {asked_for}' first."
+        )
+    pairs = list(_compare_chain(stages, atol=atol))
+    if is_run:
+        record = {"ok": all(p.ok for p in pairs), "pairs": [asdict(p) for p in pairs]}
+        save_json(target / "verify.json", record)
+    return pairs
+
+
+def _compare_chain(stages: list[_Stage], *, atol: float | None) -> Iterator[Pair]:
+    """Compare each stage with the one before; only their logits are in memory together."""
+    before, batch = None, None
+    for stage in stages:
+        runner = stage.build()
+        batch = batch or build_inputs(runner.vocab_size, limit=runner.max_positions)
+        logits = collect_logits(runner, batch)
+        if before is not None:
+            yield _compare(before[0], before[1], stage, logits, atol=atol)
+        before = (stage, logits)
+        del runner
+        gc.collect()
+
+
+def _compare(a: _Stage, left: Tensor, b: _Stage, right: Tensor, *, atol: float | None) -> Pair:
+    if left.shape != right.shape:
+        raise ArtifactError(
+            f"{a.name} gives logits of shape {tuple(left.shape)}, {b.name} {tuple(right.shape)}: "
+            "they are not stages of one model. Compact and export again."
+        )
+    largest = left.abs().max().item()
+    # NaN compares as false with everything, so a NaN difference is never ok.
+    difference = (left - right).abs().max().item()
+    precision = max(a.precision, b.precision, key=list(_RELATIVE_TOLERANCE).index)
+    tolerance = atol if atol is not None else _RELATIVE_TOLERANCE[precision] * largest
+    return Pair(
+        a=a.name,
+        b=b.name,
+        max_abs_diff=difference,
+        max_abs_logit=largest,
+        top1_agreement=(left.argmax(-1) == right.argmax(-1)).float().mean().item(),
+        tolerance=tolerance,
+        ok=difference <= tolerance,
+    )
+
+
+def build_inputs(vocab_size: int, *, limit: int) -> list[list[int]]:
+    """Return rows of random tokens, each with the tokens that are decoded after it."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, max(1, limit - _DECODE_STEPS)) for length in _PROMPT_TOKENS]
+    return [
+        torch.randint(vocab_size, (length + _DECODE_STEPS,), generator=generator).tolist()
+        for length in lengths
+    ]
+
+
+def collect_logits(runner: Runner, rows: list[list[int]]) -> Tensor:
+    """Run a prefill of all but the last tokens, then these one by one through the cache.
+
+    Returns:
+        Logits at every token that is not padding, shape (tokens, vocab), float32.
+    """
+    input_ids, mask = pad_left([row[:-_DECODE_STEPS] for row in rows])
+    output = runner.forward(input_ids, attention_mask=mask)
+    collected = [output.logits[mask.bool()].float().cpu()]
+    for step in range(_DECODE_STEPS):
+        token = torch.tensor([[row[step - _DECODE_STEPS]] for row in rows])  # (B, 1)
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        output = runner.forward(token, attention_mask=mask, past=output.past, last_only=True)
+        collected.append(output.logits[:, -1].float().cpu())
+    return torch.cat(collected)
+
+
+def _list_run(run: Path, engine: str) -> list[_Stage]:
+    plan = load_plan(run)
+    model, unmerged = run / "model", run / "unmerged"
+    if not model.is_dir():
+        raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
+    stages = [
+        _Stage("masked/torch", lambda: _build_masked(run, plan), "fp32"),
+        _Stage("cut/torch", lambda: _build_cut(run, plan), "fp32"),
+    ]
+    if unmerged.is_dir():
+        stages += [_torch_stage("unmerged/torch", unmerged, adapter=unmerged / "adapter")]
+        stages += _list_exported(run / f"{engine}-unmerged", engine)
+    stages += [_torch_stage("compact/torch", model)]
+    return stages + _list_exported(run / engine, engine)
+
+
+def _list_model(model: Path, engine: str) -> list[_Stage]:
+    return [_torch_stage("torch", model), *_list_exported(model / engine, engine)]
+
+
+def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _Stage:
+    stored = PRECISIONS[load_config(folder).dtype]
+    return _Stage(name, lambda: load_torch_runner(folder, dtype="fp32", adapter=adapter), stored)
+
+
+def _list_exported(folder: Path, engine: str) -> list[_Stage]:
+    if engine not in EXPORTS or not folder.is_dir():
+        return []
+    precision = describe_exported(folder, engine=engine)["precision"]
+    return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
+
+
+def _build_masked(run: Path, plan: PruningPlan) -> Runner:
+    """The unpruned base with the adapter, its removed groups masked as in Eq. 13."""
+    base, adapter = find_base(plan), load_run_adapter(run)
+    wrapped = _attach(load_model(base, dtype="fp32"), expand_lora(adapter, plan))
+    masks = {}
+    for spec in plan.specs:
+        masks[spec.name] = torch.zeros(spec.num_groups, dtype=torch.bool)
+        masks[spec.name][plan.kept[spec.name]] = True
+    apply_masks(wrapped.get_base_model(), plan.specs, masks)
+    return TorchRunner(wrapped)
+
+
+def _build_cut(run: Path, plan: PruningPlan) -> Runner:
+    """The base cut in memory, as training cuts it, with the adapter unmerged."""
+    model = load_model(find_base(plan), dtype="fp32")
+    apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})
+    return TorchRunner(_attach(model, load_run_adapter(run)))
+
+
+def _attach(model: Any, weights: Mapping[str, LoraWeights]) -> Any:
+    first = next(iter(weights.values()))
+    rank = first.lora_a.shape[0]
+    wrapped = attach_lora(model, rank=rank, alpha=first.scaling * rank, dropout=0.0, seed=0)
+    apply_lora_weights(model, weights)
+    return wrapped.eval()

@@ -1,1 +1,0 @@
-"""From a dense checkpoint to what an inference engine loads."""

@@ -1,0 +1,1 @@
+"""What serves a pruned model: which shapes it loads, and the folder it opens."""

@@ -1,0 +1,96 @@
+"""The folder that ONNX Runtime GenAI opens: an `ort` export, and the lines that run it."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.engines.contract import resolve_max_seq_len
+from lpdeploy.engines.export import export_folder
+from lpdeploy.models.loading import load_config, load_tokenizer
+from lpdeploy.servers.readme import render, save_readme
+from lpdeploy.servers.sources import find_export, take_export
+from lpdeploy.servers.tokenizers import list_notes
+
+_SCRIPT = "generate.py"
+
+
+def package_genai(
+    model: Path,
+    folder: Path,
+    *,
+    output: Path,
+    precision: str = "fp32",
+    activations: str | None = None,
+    block_size: int | None = None,
+    max_seq_len: int | None = None,
+) -> dict[str, Any]:
+    """Fill a folder with a graph for ONNX Runtime GenAI and the lines that run it.
+
+    An ``ort`` export that ``lpdeploy export`` left is taken where it is of this very checkpoint, in
+    the same precision and of the same length; otherwise a new one is made.
+
+    Args:
+        model: A Hugging Face folder.
+        folder: To fill.
+        output: Where it will be, for the commands.
+        precision: As of ``export_ort``.
+        activations: As of ``export_ort``.
+        block_size: As of ``export_ort``; None for 32.
+        max_seq_len: Longest prompt and answer together; None for 2048, or the model's positions.
+
+    Returns:
+        ``command``, ``precision``, ``max_seq_len``, ``notes``, and ``reused``: the export that was
+        taken, or None.
+
+    Raises:
+        ArtifactError: There is no tokenizer.
+        LpdeployError: The export cannot be made.
+    """
+    config = load_config(model)
+    tokenizer = load_tokenizer(model, config)
+    length = resolve_max_seq_len(max_seq_len, config)
+    found = find_export(model, "ort")
+    quantized = precision in ("int8", "int4")
+    wanted = {
+        "precision": precision,
+        "block_size": (block_size or 32) if quantized else None,
+        "max_seq_len": length,
+        "activations": activations or ("fp32" if quantized else precision),
+    }
+    if found and _describe_export(found[1]) == wanted:
+        take_export(found[0], folder)
+    else:
+        found = None
+        given = {"activations": activations, "block_size": block_size}
+        given = {name: value for name, value in given.items() if value is not None}
+        _export_into(model, folder, precision=precision, max_seq_len=length, **given)
+    notes = list_notes(tokenizer, server="ONNX Runtime GenAI")
+    values = {"name": output.name, "path": output, "precision": precision, "length": length}
+    (folder / _SCRIPT).write_text(render(f"{_SCRIPT}.j2", **values), encoding="utf-8")
+    command = shlex.join(["python", str(output / _SCRIPT), "once upon a time"])
+    save_readme(folder, "genai", command=command, notes=notes, **values)
+    return {
+        "command": command,
+        "precision": precision,
+        "max_seq_len": length,
+        "notes": notes,
+        "reused": str(found[0]) if found else None,
+    }
+
+
+def _describe_export(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an export is chosen by options; its cache is in the type of activations."""
+    cache = next(value for value in contract["inputs"] if value["name"].startswith("past"))
+    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    chosen = {name: contract[name] for name in ("precision", "block_size", "max_seq_len")}
+    return {**chosen, "activations": names[cache["dtype"]]}
+
+
+def _export_into(model: Path, folder: Path, **options: Any) -> None:
+    """Export to a folder of its own, as exports are written, and move its files up."""
+    exported = folder / "ort"
+    export_folder("ort", model, exported, **options)
+    for file in exported.iterdir():
+        file.rename(folder / file.name)
+    exported.rmdir()

@@ -1,0 +1,239 @@
+"""A checkpoint as a GGUF file, written one weight at a time with the ``gguf`` library."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lpdeploy.errors import LpdeployError, MissingDependencyError
+from lpdeploy.families.groups import get_head_dim
+from lpdeploy.models.loading import (
+    get_model_classes,
+    list_weight_files,
+    load_config,
+    load_tokenizer,
+    refuse_incomplete,
+)
+from lpdeploy.models.tensor_files import load_layout
+from lpdeploy.servers.gguf_vocab import Vocabulary, build_vocabulary
+
+# Precision -> name of the type of matrices in gguf. Vectors stay in F32, as its readers expect.
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}
+_FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Qwen2 is a LLaMA with biases, which the architecture `llama` may have. That of the name `qwen2`
+# wants as many query rows as the hidden size, which a model without some of its heads has not.
+_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "LLAMA", "qwen3": "QWEN3"}
+_ROPE_FACTORS = "rope_freqs.weight"
+_STEADY_ROPES = ("default", "linear", "llama3")
+
+
+def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str]:
+    """Write a checkpoint with its tokenizer as one GGUF file.
+
+    Args:
+        model: A Hugging Face folder whose layers are alike.
+        file: Where to.
+        name: What the file calls the model.
+        precision: Of its matrices: a key of ``TYPES``. Rows of ``int8`` that are no multiple of
+            its block of 32 stay in fp16.
+
+    Returns:
+        What to know of the file, a sentence each.
+
+    Raises:
+        MissingDependencyError: ``gguf`` is not installed.
+        ArtifactError: The checkpoint lacks a weight or tokenizer, or its tokenizer is none of
+            llama.cpp's.
+        LpdeployError: Its rotary positions are none that a file can state, or a weight is larger
+            than fp16 can say.
+    """
+    gguf = _load_library()
+    config = load_config(model)
+    tokenizer = load_tokenizer(model, config)
+    vocabulary = build_vocabulary(tokenizer, rows=config.vocab_size)
+    factors = compute_rope_factors(config)
+    names = _list_names(gguf, model, config)
+    writer = gguf.GGUFWriter(file, _get_architecture(gguf, config))
+    _add_metadata(writer, config, name=name)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[TYPES[precision]]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_vocabulary(gguf, writer, vocabulary, tokenizer)
+    kinds = {}
+    if factors is not None:
+        kinds[_ROPE_FACTORS] = _declare(gguf, writer, _ROPE_FACTORS, factors.shape, "F32")
+    for source, (target, shape) in names.items():
+        kinds[source] = _declare(gguf, writer, target, shape, TYPES[precision])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(_encode(gguf, factors, kinds[_ROPE_FACTORS], name=_ROPE_FACTORS))
+    for source, tensor in _iterate_weights(model, names, config):
+        writer.write_tensor_data(_encode(gguf, tensor, kinds[source], name=source))
+    writer.close()
+    return vocabulary.notes
+
+
+def _load_library() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependencyError(
+            "gguf is not installed; '--target llamacpp' needs it. "
+            "Install with: pip install 'lpdeploy[gguf]'."
+        ) from error
+    return gguf
+
+
+def _get_architecture(gguf: Any, config: Any) -> str:
+    architecture = gguf.MODEL_ARCH[_ARCHITECTURES[config.model_type]]
+    return gguf.MODEL_ARCH_NAMES[architecture]
+
+
+def compute_rope_factors(config: Any) -> Tensor | None:
+    """Return what each rotary frequency is divided by, shape (head_dim / 2,); None where by 1.
+
+    Taken as the quotient of transformers' own frequencies, so that no formula is written twice.
+
+    Raises:
+        LpdeployError: The frequencies depend on how long the text is, or the architecture reads
+            no factors.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in _STEADY_ROPES or _ARCHITECTURES[config.model_type] != "LLAMA":
+        raise LpdeployError(
+            f"--target llamacpp does not write rotary positions of type '{kind}' for a "
+            f"{config.model_type}. Use --target vllm or genai."
+        )
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+    head_dim = get_head_dim(config)
+    plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return (plain / scaled.double()).float()
+
+
+def _list_names(gguf: Any, model: Path, config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Map each weight of the checkpoint to its name and shape in the file, layer by layer."""
+    _, model_class = get_model_classes(config.model_type)
+    with torch.device("meta"):
+        wanted = {k: tuple(v.shape) for k, v in model_class(config).named_parameters()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)  # readers take the embedding where it is missing
+    stored = {
+        name: info.shape
+        for file in list_weight_files(model)
+        for name, info in load_layout(file).items()
+    }
+    wrong = {name for name, shape in wanted.items() if stored.get(name) != shape}
+    refuse_incomplete(model, wrong)
+    architecture = gguf.MODEL_ARCH[_ARCHITECTURES[config.model_type]]
+    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    return {
+        name: (table.get_name(name, try_suffixes=(".weight", ".bias")), shape)
+        for name, shape in wanted.items()
+    }
+
+
+def count_positions(config: Any) -> int:
+    """Return how long a text may be: no longer than the window, since llama.cpp has none there."""
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    return min(config.max_position_embeddings, window)
+
+
+def _add_metadata(writer: Any, config: Any, *, name: str) -> None:
+    """State the shape of a model, in the terms of llama.cpp."""
+    head_dim = get_head_dim(config)
+    writer.add_name(name)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(count_positions(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary, tokenizer: Any) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_token_list(vocabulary.pieces)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.split is not None:
+        writer.add_tokenizer_pre(vocabulary.split)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    # Saved anew, so that it is read as it was loaded, whatever files it came from.
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        merges = vocabulary.model == "gpt2"
+        rows = len(vocabulary.pieces)
+        gguf.SpecialVocab(folder, load_merges=merges, n_vocab=rows).add_to_gguf(writer, quiet=True)
+
+
+def _declare(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Enter a tensor into the header, and return the type it gets."""
+    if len(shape) == 1:
+        kind = "F32"
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    if shape[-1] % block:
+        kind = "F16"
+    quant = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
+    size = torch.Size(shape).numel() // block * block_bytes
+    # Its dtype counts only where the type is not given.
+    writer.add_tensor_info(name, list(shape), None, size, raw_dtype=quant)
+    return kind
+
+
+def _iterate_weights(
+    model: Path, names: dict[str, tuple[str, tuple[int, ...]]], config: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights in the order of ``names``, one in memory at a time."""
+    files = [safe_open(file, framework="pt") for file in list_weight_files(model)]
+    homes = {name: file for file in files for name in file.offset_keys()}
+    permuted = _ARCHITECTURES[config.model_type] == "LLAMA"
+    for name in names:
+        tensor = homes[name].get_tensor(name)
+        if permuted and ("q_proj" in name or "k_proj" in name):
+            tensor = interleave_rotary_rows(tensor, head_dim=get_head_dim(config))
+        yield name, tensor
+
+
+def interleave_rotary_rows(tensor: Tensor, *, head_dim: int) -> Tensor:
+    """Order the rows of q or k as llama.cpp's ``llama`` rotates them.
+
+    transformers rotates row i of a head with row i + head_dim / 2, llama.cpp rows 2i and 2i + 1.
+
+    Args:
+        tensor: Weight (H * D, in) or bias (H * D,).
+        head_dim: D.
+    """
+    # (H * D, ...) -> (H, 2, D / 2, ...) -> (H, D / 2, 2, ...) -> (H * D, ...)
+    halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _encode(gguf: Any, tensor: Tensor, kind: str, *, name: str) -> Any:
+    """Turn a weight into the bytes of its type, as an array."""
+    if kind == "Q8_0":
+        return gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+    encoded = tensor.to(_DTYPES[kind]).contiguous()
+    if kind == "F16" and not encoded.isfinite().all() and tensor.isfinite().all():
+        raise LpdeployError(
+            f"{name} holds numbers larger than fp16 can say. Use --precision bf16 or fp32."
+        )
+    return encoded.view(torch.uint8).numpy() if kind == "BF16" else encoded.numpy()

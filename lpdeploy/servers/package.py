@@ -1,0 +1,176 @@
+"""The package stage: what goes to which server, what that server does not take, and the record."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import (
+    PACKAGE,
+    atomic_folder,
+    check_apart,
+    compute_sha256,
+    list_versions,
+    record_stage,
+    save_json,
+)
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
+from lpdeploy.models.shapes import list_widths
+from lpdeploy.servers.genai import package_genai
+from lpdeploy.servers.llamacpp import package_llamacpp
+from lpdeploy.servers.triton.packager import package_triton
+from lpdeploy.servers.verdicts import list_verdicts
+from lpdeploy.servers.vllm import package_vllm
+
+Packager = Callable[..., dict[str, Any]]
+"""``package_X(model, folder, *, output, ...)``: fills a temporary folder from a checkpoint.
+
+``output`` is where the folder will be, for the commands that name it. Returns what is printed: at
+least ``command``, the words that start the server, and ``notes`` where there is more to know.
+"""
+
+PACKAGERS: dict[str, Packager] = {
+    "triton": package_triton,
+    "genai": package_genai,
+    "vllm": package_vllm,
+    "llamacpp": package_llamacpp,
+}
+# Kind -> the row of models/servers.py that says which shapes it takes.
+_SERVERS = {
+    "genai": "onnxruntime-genai",
+    "vllm": "vllm",
+    "llamacpp": "llama.cpp",
+    "triton": "triton",
+}
+_SCHEMA_VERSION = 1
+_EXPORTS = ("onnx", "ort", "trt")
+
+
+def package(
+    target: str, *, kind: str, output: Path, overwrite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Write the folder that a server opens as it is, with its command in a README.md.
+
+    Args:
+        target: Run, model folder or hub name.
+        kind: For which server: a key of ``PACKAGERS``.
+        output: The folder.
+        overwrite: Replace what is there.
+        options: Of the packager; None is as if not given.
+
+    Returns:
+        What the packager says (``command`` and more), ``target`` (the kind), ``output``,
+        ``files`` (names in the folder), ``bytes``, ``seconds``, and ``notes``: the condition on
+        which the server takes the shape, and what else to know.
+
+    Raises:
+        ArtifactError: The run has no model yet, the server does not take its shape, or ``output``
+            exists, holds what it is made from, or lies inside the model.
+        LpdeployError: The packager does not know an option.
+    """
+    run = Path(target)
+    is_run = (run / "plan.json").is_file()
+    model = _find_model(run) if is_run else resolve_model(target)
+    options = {name: value for name, value in options.items() if value is not None}
+    _check_options(kind, options)
+    _check_output(output, model, run=run if is_run else None)
+    condition = _check_shape(model, kind, ranks=options.get("tensor_parallel", 1))
+    record = {"target": target, "kind": kind, **options}
+    # A model that is no run of ours is left as it is: the record lies in the package then.
+    with record_stage(run if is_run else output, f"package {kind}", record) as stage:
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            result = PACKAGERS[kind](model, folder, output=output, **options)
+            source = {"model": str(model), "sha256": compute_model_sha256(model)}
+            _save_mark(folder, kind=kind, source=source, options=options, result=result)
+        stage.inputs = {model.name: source["sha256"]}
+        stage.outputs = {output.name: compute_sha256(output / PACKAGE)}
+    files = sorted(path for path in output.rglob("*") if path.is_file())
+    return {
+        **result,
+        "target": kind,
+        "output": str(output),
+        "files": [str(path.relative_to(output)) for path in files],
+        "bytes": sum(path.stat().st_size for path in files),
+        "seconds": stage.seconds,
+        "notes": [*([condition] if condition else []), *result.get("notes", [])],
+    }
+
+
+def _find_model(run: Path) -> Path:
+    folder = run / "model"
+    if not folder.is_dir():
+        raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
+    return folder
+
+
+def _check_options(kind: str, options: Mapping[str, object]) -> None:
+    unknown = options.keys() - inspect.signature(PACKAGERS[kind]).parameters
+    if unknown:
+        name = min(unknown).replace("_", "-")
+        raise LpdeployError(f"--{name} is no option of --target {kind}. Leave it out.")
+
+
+def _check_output(output: Path, model: Path, *, run: Path | None) -> None:
+    exports = [folder for name in _EXPORTS if (folder := (run or model) / name).exists()]
+    check_apart(output, inputs=(model, *exports) if run is None else (run, model, *exports))
+    inputs = (model, *exports)
+    if held := [path for path in inputs if output.resolve().is_relative_to(path.resolve())]:
+        raise ArtifactError(
+            f"'{output}' lies inside '{held[0]}', which it would be made from. Use another "
+            "--output."
+        )
+
+
+def _check_shape(model: Path, kind: str, *, ranks: int) -> str | None:
+    """Refuse a shape that the server does not take.
+
+    Returns:
+        The condition on which it does, or None.
+    """
+    config = load_config(model)
+    verdicts = list_verdicts(config, tensor_parallel=ranks)
+    verdict = next(verdict for verdict in verdicts if verdict.name == _SERVERS[kind])
+    if verdict.loads == "no":
+        nearest = describe_nearest(config)
+        raise ArtifactError(f"{verdict.name} does not load '{model}'. {verdict.why}{nearest}")
+    return verdict.why if verdict.loads == "condition" else None
+
+
+def describe_nearest(config: Any) -> str:
+    """Say which uniform shape is nearest to one whose layers differ; empty for one that is uniform.
+
+    The mean of heads and channels keeps the size; channels go to the multiple of 32 that ``prune``
+    rounds to.
+    """
+    widths = list_widths(config)
+    if len(set(widths)) == 1:
+        return ""  # what stands against it names what would not
+    kv_heads = max(1, round(sum(width.kv_heads for width in widths) / len(widths)))
+    heads = kv_heads * widths[0].heads // widths[0].kv_heads
+    mean = sum(width.channels for width in widths) / len(widths)
+    channels = max(32, round(mean / 32) * 32)
+    return (
+        f" The nearest shape that it takes has {heads} heads ({kv_heads} KV) and {channels} "
+        "channels in every layer."
+    )
+
+
+def _save_mark(
+    folder: Path,
+    *,
+    kind: str,
+    source: Mapping[str, str],
+    options: Mapping[str, Any],
+    result: Mapping[str, Any],
+) -> None:
+    """Save what the folder is, which also tells --overwrite that lpdeploy wrote it."""
+    mark = {
+        "schema_version": _SCHEMA_VERSION,
+        "target": kind,
+        "source": source,
+        "options": dict(options),
+        "command": result["command"],
+        "versions": list_versions(),
+    }
+    save_json(folder / PACKAGE, mark)

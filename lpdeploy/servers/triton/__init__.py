@@ -1,0 +1,1 @@
+"""Triton: its model repository, and the models in it."""

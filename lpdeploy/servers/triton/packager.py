@@ -1,0 +1,186 @@
+"""A model repository of Triton: an export, text in and text out over it, and their configs."""
+
+import re
+import shlex
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.engines.export import export_folder
+from lpdeploy.errors import LpdeployError
+from lpdeploy.models.loading import load_config, load_tokenizer
+from lpdeploy.servers.readme import render, save_readme
+from lpdeploy.servers.sources import find_export, take_export
+
+ENGINES = ("ort", "trt")
+BACKENDS: Mapping[str, tuple[str, str]] = {
+    "ort": ("onnxruntime", "model.onnx"),
+    "trt": ("tensorrt", "model.engine"),
+}
+"""Engine -> the backend of Triton that runs its file as tensors, and that file."""
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_WITHOUT_CONTAINER = "python tools/triton_server.py serve"
+_WARM_UP = "Once upon a time"
+_WARM_UP_SIZES = {"sequence": 1, "past": 1, "total": 2}  # one token after another
+
+
+def package_triton(  # noqa: PLR0913 - one keyword an option of the command
+    model: Path,
+    folder: Path,
+    *,
+    output: Path,
+    engine: str = "ort",
+    precision: str | None = None,
+    name: str | None = None,
+    max_batch: int | None = None,
+    max_seq_len: int | None = None,
+    gpu: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Fill a model repository of three models that share one export.
+
+    ``NAME`` takes text and gives text, as a whole or in pieces, for all requests in one running
+    batch; ``NAME_whole`` gives the same to clients that take one response only; ``NAME_engine`` is
+    the export, with its tensors in and out where a backend of Triton can do that.
+
+    Args:
+        model: A Hugging Face folder.
+        folder: To fill.
+        output: Where it will be, for the commands.
+        engine: ``ort`` or ``trt``. An export of this very model is taken over where it lies in
+            its usual place and is what the other options ask for; else one is made.
+        precision: Of the export; None for what is there, or fp32.
+        name: Of the models; None for the name of ``output``.
+        max_batch: Requests that decode at once; None for what the export is made for.
+        max_seq_len: Longest prompt and answer together; likewise.
+        gpu: Devices that serve, one instance each; none for the CPU (and for ``trt``, GPU 0).
+
+    Returns:
+        ``command``, ``name``, ``engine``, ``precision``, ``max_batch``, ``max_seq_len``, and
+        ``exported``: whether the export was made now.
+
+    Raises:
+        ArtifactError: There is no tokenizer, or the model cannot be exported.
+        LpdeployError: An option is out of range.
+    """
+    name = _resolve_name(name, output)
+    if engine not in ENGINES:
+        raise LpdeployError(f"--engine {engine} cannot be packaged. Use {' or '.join(ENGINES)}.")
+    load_tokenizer(model, load_config(model))
+    exported = folder / f"{name}_engine" / "1"
+    exported.parent.mkdir()
+    wanted = {"precision": precision, "max_batch": max_batch, "max_seq_len": max_seq_len}
+    wanted = {option: value for option, value in wanted.items() if value is not None}
+    contract, made = _place_export(model, exported, engine=engine, wanted=wanted)
+    values = {
+        "name": name,
+        "engine": engine,
+        "gpus": list(gpu) or ([0] if engine == "trt" else []),
+        "max_batch": contract["max_batch"],
+        "max_seq_len": contract["max_seq_len"],
+        "extra": contract["library"]["name"].replace("_", "-").replace("tensorrt", "trt")
+        if engine == "trt"
+        else None,
+    }
+    tensors = _save_tensor_model(exported.parent, contract, values)
+    _save_python_model(folder / name, "text", "TextModel", values)
+    _save_python_model(folder / f"{name}_whole", "whole", "WholeModel", values)
+    _save_warm_up(folder / name / "warmup")
+    command = ["tritonserver", f"--model-repository={output}", "--model-control-mode=explicit",
+               f"--load-model={name}", f"--load-model={name}_whole"]  # fmt: skip
+    save_readme(
+        folder, "triton/README", path=output.resolve(), tensors=tensors,
+        command=shlex.join(command), options=command[2:], precision=contract["precision"],
+        backend=BACKENDS[engine][0], **values,
+    )  # fmt: skip
+    return {
+        "command": shlex.join(command),
+        **{key: values[key] for key in ("name", "engine", "max_batch", "max_seq_len")},
+        "precision": contract["precision"],
+        "exported": made,
+        "notes": [f"Without a container, from lpdeploy's checkout: {_WITHOUT_CONTAINER} {output}"],
+    }
+
+
+def _resolve_name(name: str | None, output: Path) -> str:
+    chosen = name or output.name
+    if not _NAME.fullmatch(chosen):
+        raise LpdeployError(
+            f"'{chosen}' is no name for a model of Triton: letters, digits, '_', '-' and '.', a "
+            "letter first. Give one with --name."
+        )
+    return chosen
+
+
+def _place_export(
+    model: Path, target: Path, *, engine: str, wanted: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """Put an export at ``target``; return its contract, and whether it was made now."""
+    found = find_export(model, engine)
+    if found is not None and all(found[1][name] == value for name, value in wanted.items()):
+        source, contract = found
+        target.mkdir()
+        take_export(source, target)
+        return contract, False
+    return export_folder(engine, model, target, **wanted), True
+
+
+def _save_tensor_model(
+    folder: Path, contract: Mapping[str, Any], values: Mapping[str, Any]
+) -> str | None:
+    """Write the config that lets a backend run the export's tensors.
+
+    Returns:
+        None, or why there is none: Triton gives an output memory of its own, which a cache that is
+        written in place cannot have.
+    """
+    if contract.get("cache") == "in-place":
+        return "its cache is written in place, which Triton's tensorrt backend cannot do"
+    # ort's graph is told numbers that belong to no row of the batch, so Triton must not batch it.
+    rows = values["max_batch"] if values["engine"] == "trt" else 0
+    backend, file = BACKENDS[values["engine"]]
+    _save_config(
+        folder, "engine", backend=backend, file=file, rows=rows, **values,
+        inputs=[_describe_tensor(item, rows=rows) for item in contract["inputs"]],
+        outputs=[_describe_tensor(item, rows=rows) for item in contract["outputs"]],
+        profiles=[str(index) for index in range(len(contract.get("profiles", ())))],
+    )  # fmt: skip
+    return None
+
+
+def _describe_tensor(item: Mapping[str, Any], *, rows: int) -> dict[str, Any]:
+    """Write a tensor of a contract in the words of Triton, which leaves out the batch."""
+    names = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+    shape = item["shape"][1 if rows else 0 :]
+    return {
+        "name": item["name"],
+        "type": names.get(item["dtype"], item["dtype"].upper()),
+        "dims": [size if isinstance(size, int) else -1 for size in shape] or [1],
+        "reshape": not shape,  # no tensor of Triton has no dimension
+        "warm_up": [_WARM_UP_SIZES.get(size, size) for size in shape],
+    }
+
+
+def _save_python_model(folder: Path, kind: str, base: str, values: Mapping[str, Any]) -> None:
+    """Write a model of the Python backend, whose code is lpdeploy's own."""
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(
+        '"""Served by lpdeploy, which must be installed where Triton runs."""\n\n'
+        f"from lpdeploy.servers.triton.{kind}_model import {base} as TritonPythonModel\n",
+        encoding="utf-8",
+    )
+    _save_config(folder, kind, **values)
+
+
+def _save_config(folder: Path, kind: str, **values: Any) -> None:
+    text = render(f"triton/{kind}.pbtxt.j2", **values)
+    (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+def _save_warm_up(folder: Path) -> None:
+    """Write the tensors of a request that Triton sends itself before it says it is ready."""
+    folder.mkdir()
+    text = _WARM_UP.encode()
+    (folder / "text").write_bytes(struct.pack("<I", len(text)) + text)
+    (folder / "tokens").write_bytes(struct.pack("<i", 2))

@@ -1,0 +1,245 @@
+"""Which server loads which shape: one table, and what each of its rows was checked against."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lpdeploy.families.groups import get_head_dim
+from lpdeploy.models.loading import PER_LAYER_PREFIX
+from lpdeploy.models.shapes import list_widths
+
+_ANSWERS = ("yes", "condition", "no")
+# Weights of a row that share a scale: in most of llama.cpp's types, and in its K-quants.
+_GGUF_BLOCK, _GGUF_K_BLOCK = 32, 256
+_ORT_HEAD_MULTIPLE = 16
+
+
+class Finding(NamedTuple):
+    """What stands against a shape: ``condition`` or ``no``, and why in a sentence."""
+
+    loads: str
+    why: str
+
+
+Rule = Callable[[Any, int], Finding | None]
+"""Looks at a config and the number of tensor-parallel ranks; None where it has no objection.
+
+The first line of a rule's docstring is what it objects to: docs/serving.md shows it.
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server or library that opens checkpoints or what is exported of them.
+
+    Attributes:
+        name: As users know it.
+        version: The one that the rules were checked against.
+        checked: How: the test that loads shapes into it, ``by hand``,
+            ``read`` (its source), or ``not tried``.
+        how: What to give it, where nothing stands against a shape.
+        rules: What may stand against one.
+    """
+
+    name: str
+    version: str
+    checked: str
+    how: str
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a server loads a shape.
+
+    Attributes:
+        name: Of the server.
+        loads: ``yes``, ``condition`` or ``no``.
+        why: What to give it, on which condition, or what stands against it.
+        tested: Version that the rules were checked against.
+        checked: How they were.
+    """
+
+    name: str
+    loads: str
+    why: str
+    tested: str
+    checked: str
+
+
+def list_verdicts(config: Any, *, tensor_parallel: int = 1) -> list[Verdict]:
+    """Say of every server whether it loads a model of this config.
+
+    Args:
+        config: Of a pruned or unpruned model, as ``build_pruned_config`` returns it.
+        tensor_parallel: GPUs over which the heads are divided.
+    """
+    return [_judge(server, config, tensor_parallel) for server in SERVERS]
+
+
+def _judge(server: Server, config: Any, ranks: int) -> Verdict:
+    found = [finding for rule in server.rules if (finding := rule(config, ranks))]
+    loads = max((finding.loads for finding in found), key=_ANSWERS.index, default="yes")
+    why = " ".join(finding.why for finding in found if finding.loads == loads) or server.how
+    return Verdict(server.name, loads, why, server.version, server.checked)
+
+
+def _is_per_layer(config: Any) -> bool:
+    return bool(config.model_type.startswith(PER_LAYER_PREFIX))
+
+
+def refuse_per_layer(config: Any, _: int) -> Finding | None:
+    """Layers of different widths."""
+    if not _is_per_layer(config):
+        return None
+    return Finding("no", "Its layers have different widths. Prune with --scope layer.")
+
+
+def need_own_code(config: Any, _: int) -> Finding | None:
+    """Layers of different widths, unless trust_remote_code lets their modelling file run."""
+    if not _is_per_layer(config):
+        return None
+    return Finding(
+        "condition", "With trust_remote_code=True: its layers have different widths, which the "
+        "modelling file beside the weights knows.",
+    )  # fmt: skip
+
+
+def divide_over_ranks(config: Any, ranks: int) -> Finding | None:
+    """Heads or channels that do not divide over the ranks of tensor parallelism."""
+    for width in list_widths(config):
+        if width.heads % ranks:
+            per_group = width.heads // width.kv_heads
+            multiple = ranks // math.gcd(ranks, per_group)
+            counts = (max(1, width.kv_heads // multiple), -(-width.kv_heads // multiple))
+            near = dict.fromkeys(count * multiple * per_group for count in counts)
+            fewer = max(size for size in range(1, ranks) if width.heads % size == 0)
+            return Finding(
+                "no",
+                f"{width.heads} attention heads do not divide over --tensor-parallel {ranks}. Use "
+                f"--round-heads-to {multiple} ({' or '.join(map(str, near))} heads), or "
+                f"--tensor-parallel {fewer}.",
+            )
+        if width.kv_heads % ranks and ranks % width.kv_heads:
+            return Finding(
+                "no",
+                f"{width.kv_heads} KV heads neither divide over --tensor-parallel {ranks} nor the "
+                f"reverse. Use --round-heads-to {ranks}.",
+            )
+        if width.channels % ranks:
+            return Finding(
+                "no",
+                f"{width.channels} channels do not divide over --tensor-parallel {ranks}. Use "
+                "--round-to with a multiple of it.",
+            )
+    return None
+
+
+def run_on_one_gpu(_: Any, ranks: int) -> Finding | None:
+    """Several ranks: graphs and engines are not divided."""
+    if ranks == 1:
+        return None
+    return Finding("no", "A graph runs on one GPU. Use --tensor-parallel 1, or another server.")
+
+
+def need_same_heads(config: Any, _: int) -> Finding | None:
+    """Layers with different numbers of heads: one number makes the cache of all."""
+    if len({width.kv_heads for width in list_widths(config)}) == 1:
+        return None
+    return Finding(
+        "no", "Its layers have different numbers of heads. OrtRunner runs them; for GenAI prune "
+        "with --scope layer.",
+    )  # fmt: skip
+
+
+def need_heads_of_16(config: Any, _: int) -> Finding | None:
+    """Heads of no multiple of 16 numbers, which GroupQueryAttention wants."""
+    head_dim = get_head_dim(config)
+    if head_dim % _ORT_HEAD_MULTIPLE == 0:
+        return None
+    return Finding("no", f"Its heads have {head_dim} numbers, no multiple of {_ORT_HEAD_MULTIPLE}.")
+
+
+def need_trt_for_other_heads(config: Any, _: int) -> Finding | None:
+    """Heads of no multiple of 16 numbers, which leave --engine trt alone."""
+    if need_heads_of_16(config, 1) is None:
+        return None
+    return Finding(
+        "condition", f"Its heads have {get_head_dim(config)} numbers, no multiple of "
+        f"{_ORT_HEAD_MULTIPLE}, which --engine ort wants: with --engine trt.",
+    )  # fmt: skip
+
+
+def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
+    """Rows of no multiple of 256, which it then quantises in other types, or not at all."""
+    head_dim = get_head_dim(config)
+    rows = {config.hidden_size}
+    rows |= {size for w in list_widths(config) for size in (w.channels, w.heads * head_dim)}
+    if odd := [row for row in sorted(rows) if row % _GGUF_BLOCK]:
+        return Finding(
+            "condition",
+            f"Quantised types want rows of a multiple of {_GGUF_BLOCK}, and {odd[0]} is none: such "
+            "tensors stay in f16.",
+        )
+    if odd := [row for row in sorted(rows) if row % _GGUF_K_BLOCK]:
+        channels = {width.channels for width in list_widths(config)}
+        way = f"--round-to {_GGUF_K_BLOCK}, or " if set(odd) <= channels else ""
+        return Finding(
+            "condition",
+            f"K-quants want rows of a multiple of {_GGUF_K_BLOCK}, and {odd[0]} is none: such "
+            f"tensors take a type of more bits. Use {way}Q8_0 or Q4_0.",
+        )
+    return None
+
+
+def need_no_output_bias(config: Any, _: int) -> Finding | None:
+    """A Qwen3 with biases of attention, for which its architecture there has no place."""
+    if not config.model_type.endswith("qwen3") or not config.attention_bias:
+        return None
+    return Finding("no", "Its architecture for Qwen3 has no place for a bias of o_proj.")
+
+
+_TEST = "tests/servers/test_check.py"
+_JOB = "tests/servers/test_servers.py by the optional job"
+_FOLDER = "The folder as it is"
+
+SERVERS: Sequence[Server] = (
+    Server(
+        "transformers", "5.23.0", f"{_TEST}, served in tests/servers/test_vllm.py",
+        f"{_FOLDER}.", (need_own_code,),
+    ),
+    Server(
+        "vllm", "0.32.0", f"{_JOB} on a CPU, several ranks read",
+        f"{_FOLDER}: vllm serve FOLDER. lpdeploy package --target vllm adds the right options.",
+        (refuse_per_layer, divide_over_ranks),
+    ),
+    Server(
+        "sglang", "0.5.23", "read",
+        f"{_FOLDER}: python -m sglang.launch_server --model-path FOLDER.",
+        (refuse_per_layer, divide_over_ranks),
+    ),
+    Server(
+        "tensorrt", "rtx 1.7.1", "tests/engines/trt/test_exporter.py",
+        "lpdeploy export --engine trt.", (run_on_one_gpu,),
+    ),
+    Server(
+        "tensorrt-llm", "", "not tried",
+        f"{_FOLDER}, with its PyTorch backend: trtllm-serve FOLDER.",
+        (refuse_per_layer, divide_over_ranks),
+    ),
+    Server(
+        "triton", "2.51.0", "tests/servers/triton/test_server.py with --engine ort",
+        "lpdeploy package --target triton.", (run_on_one_gpu, need_trt_for_other_heads),
+    ),
+    Server(
+        "onnxruntime-genai", "0.18.0", f"{_TEST}, tokens in tests/servers/test_genai.py",
+        "lpdeploy package --target genai.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
+    ),
+    Server(
+        "llama.cpp", "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
+        "lpdeploy package --target llamacpp.",
+        (refuse_per_layer, need_no_output_bias, fit_gguf_blocks),
+    ),
+)  # fmt: skip
+"""A rule says what stands against a shape; a server whose rules are silent loads it."""

@@ -1,0 +1,99 @@
+"""The folder that vLLM opens, and with it transformers serve and SGLang: a stock checkpoint."""
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.families.groups import get_head_dim
+from lpdeploy.models.checkpoint import carry_files
+from lpdeploy.models.loading import list_weight_files, load_config, load_tokenizer
+from lpdeploy.servers.readme import save_readme
+from lpdeploy.servers.sources import has_chat_template, link_or_copy, resolve_length
+from lpdeploy.servers.verdicts import SERVERS, divide_over_ranks
+
+_RANKS = (1, 2, 4, 8)
+# Numbers of a head that its attention is compiled for on a CPU, in version 0.32.
+_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_INDEX = "model.safetensors.index.json"
+
+
+def package_vllm(
+    model: Path,
+    folder: Path,
+    *,
+    output: Path,
+    tensor_parallel: int = 1,
+    max_seq_len: int | None = None,
+) -> dict[str, Any]:
+    """Fill a folder with a stock checkpoint and the commands that serve it.
+
+    Args:
+        model: A Hugging Face folder whose layers are alike.
+        folder: To fill.
+        output: Where it will be, for the commands.
+        tensor_parallel: GPUs that share the heads; the shape was checked against it.
+        max_seq_len: Longest prompt and answer together; None for the model's positions.
+
+    Returns:
+        ``command``, ``dtype``, ``max_seq_len``, ``notes``, and ``tensor_parallel``: the sizes up
+        to 8 that heads and channels divide over.
+
+    Raises:
+        ArtifactError: There is no tokenizer.
+        LpdeployError: The model has fewer positions than ``max_seq_len``.
+    """
+    config = load_config(model)
+    load_tokenizer(model, config)
+    length = resolve_length(max_seq_len, positions=config.max_position_embeddings)
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    for file in list_weight_files(model):
+        link_or_copy(file, folder / file.name)
+    for name in ("config.json", _INDEX):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+    carry_files(model, folder)
+    _complete_generation_config(folder, config)
+    options = ["--dtype", dtype, "--max-model-len", str(length)]
+    options += ["--tensor-parallel-size", str(tensor_parallel)] if tensor_parallel > 1 else []
+    command = ["vllm", "serve", str(output), *options]
+    ranks = [size for size in _RANKS if divide_over_ranks(config, size) is None]
+    notes = _list_notes(config)
+    save_readme(
+        folder,
+        "vllm",
+        notes=notes,
+        name=output.name,
+        path=output,
+        command=shlex.join(command),
+        options=shlex.join(options),
+        dtype=dtype,
+        length=length,
+        ranks=ranks,
+        version=next(server.version for server in SERVERS if server.name == "vllm"),
+        architecture=config.architectures[0],
+        chat=has_chat_template(folder),
+    )
+    return {
+        "command": shlex.join(command),
+        "dtype": dtype,
+        "max_seq_len": length,
+        "tensor_parallel": ranks,
+        "notes": notes,
+    }
+
+
+def _list_notes(config: Any) -> list[str]:
+    head_dim = get_head_dim(config)
+    if head_dim in _CPU_HEADS:
+        return []
+    sizes = ", ".join(map(str, _CPU_HEADS))
+    return [f"On a CPU vLLM has no attention for heads of {head_dim} numbers, only for {sizes}."]
+
+
+def _complete_generation_config(folder: Path, config: Any) -> None:
+    """Write the tokens that end a text where the checkpoint leaves them to its config."""
+    if not (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        GenerationConfig.from_model_config(config).save_pretrained(folder)

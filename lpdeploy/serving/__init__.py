@@ -1,1 +1,0 @@
-"""Serving an export: requests that come and go in one batch, and text in and out."""

@@ -1,0 +1,123 @@
+"""verify must pass what is equal and must fail what is not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lpdeploy.engines.export import export
+from lpdeploy.engines.verify import build_inputs, verify
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models.compact import compact
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.run import prune
+from tests.helpers import make_text, make_tiny_model
+
+OPTIONS = PruneOptions(
+    steps=2, batch_size=2, micro_batch_size=2, seq_len=16, lr=1e-2, prune_every=1, warmup=0.0,
+    round_to=4, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    base = make_tiny_model(folder / "base", heads=4, kv_heads=2, num_hidden_layers=1)
+    data = make_text(folder / "text.txt")
+    prune(str(base), folder / "run", data=str(data), options=OPTIONS)
+    compact(folder / "run")
+    compact(folder / "run", keep_adapter=True)
+    return folder / "run"
+
+
+def names(pairs):
+    return [(pair.a, pair.b) for pair in pairs]
+
+
+def test_all_stages_of_a_run_are_equal(run):
+    export(str(run))
+    export(str(run), unmerged=True)
+    pairs = verify(run)
+    assert names(pairs) == [
+        ("masked/torch", "cut/torch"),
+        ("cut/torch", "unmerged/torch"),
+        ("unmerged/torch", "onnx-unmerged"),
+        ("onnx-unmerged", "compact/torch"),
+        ("compact/torch", "onnx"),
+    ]
+    assert all(pair.ok for pair in pairs)
+    assert all(pair.max_abs_logit > 1 for pair in pairs)  # a comparison of zeros proves nothing
+    assert json.loads((run / "verify.json").read_text())["ok"] is True
+    with pytest.raises(ArtifactError, match=r"no trt export .*lpdeploy export .* --engine trt' fi"):
+        verify(run, engine="trt")
+    without = verify(run, engine="torch")
+    assert all("onnx" not in name for pair in names(without) for name in pair)
+
+
+def test_a_model_folder_and_its_export_are_equal(tmp_path):
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
+    with pytest.raises(ArtifactError, match="only one stage .* Run 'lpdeploy export"):
+        verify(model)
+    export(str(model))
+    pairs = verify(model)
+    assert names(pairs) == [("torch", "onnx")]
+    assert pairs[0].ok
+
+
+def damage(model, change):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def swap_two_channels(tensors):
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:, [1, 0, *range(2, tensors[name].shape[1])]].contiguous()
+
+
+def nudge_one_weight(tensors):
+    tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] += 0.05
+
+
+def poison(tensors):
+    tensors["model.norm.weight"][0] = float("nan")
+
+
+@pytest.mark.parametrize("change", [swap_two_channels, nudge_one_weight, poison])
+def test_a_damaged_stage_is_found(run, change, tmp_path):
+    path = run / "model" / "model.safetensors"
+    before = path.read_bytes()
+    try:
+        damage(run / "model", change)
+        wrong = [pair for pair in verify(run, engine="torch") if not pair.ok]
+        assert names(wrong) == [("unmerged/torch", "compact/torch")]
+    finally:
+        path.write_bytes(before)
+
+
+def test_the_tolerance_can_be_given(run):
+    assert not any(pair.ok for pair in verify(run, engine="torch", atol=-1.0))
+
+
+def test_inputs_fit_a_model_of_few_positions():
+    rows = build_inputs(100, limit=16)
+    assert max(len(row) for row in rows) <= 16
+    assert len({len(row) for row in rows}) > 1
+    assert all(0 <= token < 100 for row in rows for token in row)
+
+
+def test_a_bf16_checkpoint_has_its_own_tolerance(tmp_path):
+    base = make_tiny_model(tmp_path / "base", heads=4)
+    damage(base, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    config = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    data = make_text(tmp_path / "text.txt")
+    prune(str(base), tmp_path / "run", data=str(data), options=OPTIONS)
+    compact(tmp_path / "run")
+    stored = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    merged = verify(tmp_path / "run", engine="torch")[-1]
+    assert merged.ok
+    assert merged.max_abs_diff > 1e-4  # the weights really were rounded to bf16 once more

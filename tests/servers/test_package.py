@@ -1,0 +1,127 @@
+"""What package refuses, records and overwrites, whatever the server."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from lpdeploy.artifacts import PACKAGE, compute_sha256
+from lpdeploy.cli.common import TARGETS
+from lpdeploy.cli.main import main
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.models.compact import compact
+from lpdeploy.models.loading import compute_model_sha256
+from lpdeploy.servers.package import _SERVERS, PACKAGERS, package
+from tests.helpers import make_tiny_model
+from tests.models.families import choose_kept, make_base, make_run
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_tiny_model(tmp_path / "model")
+
+
+@pytest.fixture
+def run(tmp_path):
+    base = make_base(tmp_path / "base", "llama-mha")
+    return make_run(tmp_path / "run", base, choose_kept(base, heads=2, channels=20))
+
+
+def test_the_command_offers_every_target():
+    assert set(TARGETS) == PACKAGERS.keys()
+    assert PACKAGERS.keys() <= _SERVERS.keys()
+
+
+def test_a_run_is_compacted_first(run, tmp_path):
+    with pytest.raises(ArtifactError, match="No model in .*run'. Run 'lpdeploy compact .*run' fir"):
+        package(str(run), kind="vllm", output=tmp_path / "out")
+
+
+def test_the_run_keeps_the_record(run, tmp_path):
+    compact(run)
+    result = package(str(run), kind="vllm", output=tmp_path / "out", max_seq_len=64)
+    entry = json.loads((run / "manifest.json").read_text())["stages"]["package vllm"]
+    assert entry["options"] == {"target": str(run), "kind": "vllm", "max_seq_len": 64}
+    assert entry["inputs"] == {"model": compute_model_sha256(run / "model")}
+    assert entry["outputs"] == {"out": compute_sha256(tmp_path / "out" / PACKAGE)}
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert result["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+
+
+def test_a_model_of_others_is_left_as_it_is(model, tmp_path):
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    package(str(model), kind="vllm", output=tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    stages = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    assert stages["package vllm"]["inputs"] == {"model": compute_model_sha256(model)}
+
+
+def test_an_existing_folder_is_kept(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError, match="out' exists already. Use --overwrite"):
+        package(str(model), kind="vllm", output=tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="holds files that lpdeploy did not write"):
+        package(str(model), kind="vllm", output=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_package_replaces_another(model, tmp_path):
+    package(str(model), kind="vllm", output=tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    package(str(model), kind="vllm", output=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
+def test_what_it_is_made_from_is_never_replaced(run, tmp_path):
+    compact(run)
+    for output in (run, run / "model", tmp_path):
+        with pytest.raises(ArtifactError, match="holds what it would be made from"):
+            package(str(run), kind="vllm", output=output, overwrite=True)
+    with pytest.raises(ArtifactError, match="lies inside '.*model', which it would be made from"):
+        package(str(run), kind="vllm", output=run / "model" / "vllm")
+    assert package(str(run), kind="vllm", output=run / "vllm")["output"] == str(run / "vllm")
+
+
+def test_an_option_of_another_target_is_refused(model, tmp_path):
+    with pytest.raises(LpdeployError, match="--precision is no option of --target vllm. Leave it"):
+        package(str(model), kind="vllm", output=tmp_path / "out", precision="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llamacpp"])
+def test_layers_of_different_widths(tmp_path, kind):
+    # Three and one KV heads of three query heads each; 40 and 24 channels: two and 32 on average.
+    model = make_tiny_model(
+        tmp_path / "model", model_type="lpdeploy_mistral", heads=12, kv_heads=4,
+        layer_widths=[[3, 40], [1, 24]],
+    )  # fmt: skip
+    with pytest.raises(ArtifactError) as caught:
+        package(str(model), kind=kind, output=tmp_path / "out")
+    assert f"does not load '{model}'" in str(caught.value)
+    assert (
+        "Prune with --scope layer. The nearest shape that it takes has 6 heads (2 KV) and 32 "
+        in (str(caught.value))
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_do_not_divide(tmp_path):
+    model = make_tiny_model(tmp_path / "model", model_type="mistral", heads=3)
+    with pytest.raises(ArtifactError, match="3 attention heads do not divide .* Use --round-heads"):
+        package(str(model), kind="vllm", output=tmp_path / "out", tensor_parallel=2)
+
+
+def test_what_scripts_and_people_read(model, tmp_path):
+    words = ["package", str(model), "--target", "vllm", "--output", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout.splitlines()[-1])
+    assert (data["target"], data["output"]) == ("vllm", str(tmp_path / "out"))
+    assert data["command"] in result.stdout.splitlines()
+    assert data["command"] in (tmp_path / "out" / "README.md").read_text()
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 1
+    assert "exists already" in again.stderr
+    assert CliRunner().invoke(main, [*words, "--target", "tgi"]).exit_code == 2

@@ -1,0 +1,89 @@
+"""Text as it comes: characters and stop strings that are spread over tokens."""
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from lpdeploy.servers.triton.text_stream import TextStream
+
+TEXT = "Zoë paid 30 € for a naïve 漢字 book ☃. The end. Then the rest of the story"
+
+
+@pytest.fixture(scope="module", params=["bytes", "words"])
+def tokenizer(request):
+    """Of bytes, as in Llama 3, or of pieces that begin with a space, as in Llama 2."""
+    if request.param == "bytes":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        made.train_from_iterator(["the end then the"], BpeTrainer(initial_alphabet=alphabet))
+    else:
+        pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+        made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+             decoders.Strip(" ", 1, 0)]
+        )  # fmt: skip
+        letters = sorted(set("abcdefghijklmnopqrstuvwxyzTZ.03▁"))
+        made.train_from_iterator(
+            ["the end then the"],
+            BpeTrainer(special_tokens=["<unk>", *pieces], initial_alphabet=letters),
+        )
+        # The bytes are plain tokens, not special ones that decoding leaves out.
+        made = Tokenizer.from_str(made.to_str().replace('"special":true', '"special":false'))
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def spread(tokenizer, prompt, text, stop=()):
+    """The pieces of a text that continues a prompt, and whether a stop string ended it."""
+    stream = TextStream(tokenizer, prompt, stop)
+    pieces = []
+    for token in text:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    return [*pieces, stream.finish()], stream.stopped
+
+
+@pytest.mark.parametrize("cut", [1, 5, 9, 20])
+def test_pieces_together_continue_the_prompt(tokenizer, cut):
+    ids = tokenizer(TEXT).input_ids
+    pieces, _ = spread(tokenizer, ids[:cut], ids[cut:])
+    start = tokenizer.decode(ids[:cut])
+    whole = tokenizer.decode(ids)
+    if "\ufffd" not in start:  # else the prompt itself ends within a character
+        assert start + "".join(pieces) == whole
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_stop_string_over_several_tokens(tokenizer):
+    ids = tokenizer(TEXT).input_ids
+    pieces, stopped = spread(tokenizer, ids[:1], ids[1:], stop=["The end.", "never"])
+    assert stopped
+    expected = tokenizer.decode(ids).split("The end.")[0]
+    assert tokenizer.decode(ids[:1]) + "".join(pieces) == expected
+
+
+def test_what_looks_like_a_stop_string_is_given_back(tokenizer):
+    ids = tokenizer("the then the the end").input_ids
+    pieces, stopped = spread(tokenizer, ids[:1], ids[1:], stop=["the enx", "then there", "endless"])
+    assert not stopped
+    assert tokenizer.decode(ids[:1]) + "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_nothing_of_a_stop_string_ever_shows(tokenizer):
+    rng = random.Random(0)
+    for _ in range(50):
+        words = rng.choices(["the", "end", "then", "th", "en", "d"], k=12)
+        text = " ".join(words)
+        stop = " ".join(words[rng.randrange(6) :][:2])[: rng.randrange(2, 8)]
+        ids = tokenizer(text).input_ids
+        pieces, stopped = spread(tokenizer, ids[:1], ids[1:], stop=[stop])
+        continued = tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])) :]
+        assert stopped == (stop in continued)
+        assert "".join(pieces) == continued.split(stop)[0]
