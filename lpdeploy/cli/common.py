@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ ENGINES = ("torch", "onnx", "ort", "trt")
 TARGETS = ("triton", "genai", "vllm", "llamacpp")
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
+# A field of the library in one of its sentences, with a value or without.
+_FIELD = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]+))?`")
+_ARGUMENTS = ("model", "run")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -90,4 +94,21 @@ def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
 def log(message: str) -> None:
     """Tell the user something on stderr, where it does not disturb the result."""
     if is_first_rank():
-        click.echo(message, err=True)
+        click.echo(write_flags(message), err=True)
+
+
+def write_flags(sentence: str) -> str:
+    """Turn the fields that the library speaks of into options of the command line.
+
+    The library writes `` `micro_batch_size` `` or `` `removal='mask'` ``; here they become
+    ``--micro-batch-size`` and ``--removal mask``. A flag that is on (`` `shard=True` ``) stands alone.
+    """
+    return _FIELD.sub(_write_flag, sentence)
+
+
+def _write_flag(match: re.Match[str]) -> str:
+    name, value = match["name"], match["value"]
+    if name in _ARGUMENTS:
+        return name.upper()
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value in (None, "True") else f"{flag} {value.strip(chr(39))}"

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from lpdeploy import __version__
-from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank
+from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank, write_flags
 from lpdeploy.errors import LpdeployError, RankLostError, RecipeError
 from lpdeploy.pruning.heap import restart_tight
 
@@ -64,7 +64,7 @@ class _LazyGroup(click.Group):
             return super().invoke(ctx)
         except RecipeError as error:
             _let_first_rank_speak()
-            raise click.UsageError(str(error)) from error
+            raise click.UsageError(write_flags(str(error))) from error
         except click.ClickException:
             _let_first_rank_speak()
             raise
@@ -73,7 +73,7 @@ class _LazyGroup(click.Group):
                 raise
             if not isinstance(error, RankLostError):
                 _let_first_rank_speak()
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(write_flags(str(error))) from error
 
 
 def _quieten_libraries() -> None:
