@@ -5,16 +5,18 @@ that is killed leaves no half-written artifact under its final name.
 """
 
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,10 +26,10 @@ from typing import Any
 from lpdeploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-PACKAGE = "lpdeploy-package.json"
-# One of these lies in every folder that may be replaced: a checkpoint, an export, an adapter, what
-# a server opens.
-_OWN_MARKS = ("lpdeploy.json", "io.json", "engine.json", "adapter_config.json", PACKAGE)
+FOLDER_RECORD = ".lpdeploy.json"
+"""Lies in every folder that lpdeploy wrote. Only a folder that has it is ever replaced."""
+# Files that appear beside what was written without anybody losing anything when they go.
+_BY_THE_WAY = (MANIFEST, ".DS_Store")
 _LIBRARIES = (
     *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
     *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "lm_eval"),
@@ -60,48 +62,113 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class FolderRecord:
+    """What a folder that lpdeploy wrote says of itself, in ``.lpdeploy.json``.
+
+    Attributes:
+        kind: ``adapter``, ``model``, ``export``, ``package`` or ``run``.
+        files: Relative names of the files that were written; empty for a run, which grows.
+    """
+
+    kind: str
+    files: tuple[str, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write the record into its folder."""
+        data = {"kind": self.kind, "files": list(self.files)}
+        (folder / FOLDER_RECORD).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def load_folder_record(folder: Path) -> FolderRecord | None:
+    """Read the record of a folder; None if it has none, or none that can be read."""
+    try:
+        data = json.loads((folder / FOLDER_RECORD).read_text(encoding="utf-8"))
+        return FolderRecord(str(data["kind"]), tuple(map(str, data["files"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_foreign_file(folder: Path) -> Path | None:
+    """Find a file in a folder that lpdeploy did not write; None if all of it is ours.
+
+    A folder below it that has a record of its own, such as an export in a model's folder, is
+    searched by that record.
+    """
+    record = load_folder_record(folder)
+    known = set(record.files) if record else set()
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            own = load_folder_record(path) is not None
+            found = find_foreign_file(path) if own else _find_unknown(path, folder, known)
+            if found is not None:
+                return found
+        elif path.name not in (*known, FOLDER_RECORD, *_BY_THE_WAY):
+            return path
+    return None
+
+
+def _find_unknown(below: Path, folder: Path, known: set[str]) -> Path | None:
+    if below.name == "__pycache__":
+        return None
+    files = sorted(path for path in below.rglob("*") if not path.is_dir())
+    return next((path for path in files if str(path.relative_to(folder)) not in known), None)
+
+
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder; rename it to ``path`` on success, remove it on any failure.
 
+    Args:
+        path: The folder.
+        kind: What it is, for its record.
+        overwrite: Replace a folder of the same kind, if lpdeploy wrote all that is in it.
+
     Raises:
-        ArtifactError: ``path`` exists and ``overwrite`` is false, or it holds what lpdeploy did
-            not write.
+        ArtifactError: ``path`` exists and may not be replaced.
     """
-    _check_free(path, overwrite=overwrite)
+    check_replaceable(path, kind=kind, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary = temporary_path(path)
     try:
         temporary.mkdir()
         yield temporary
+        files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
+        names = tuple(str(file.relative_to(temporary)) for file in files)
+        FolderRecord(kind, names).save(temporary)
         _replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(path: Path, *, overwrite: bool) -> None:
+def check_replaceable(path: Path, *, kind: str, overwrite: bool) -> None:
+    """Refuse to replace what is not to be replaced, or what lpdeploy did not write.
+
+    Raises:
+        ArtifactError: That; it names the file that would be lost.
+    """
     if not path.exists():
         return
     if not overwrite:
         raise ArtifactError(
-            f"'{path}' exists already. Use --overwrite to replace it, or another --output."
+            f"'{path}' already exists. Use `overwrite=True` to replace it, or another `output`."
         )
-    if any(path.iterdir()) and not any((path / name).is_file() for name in _OWN_MARKS):
+    if not path.is_dir():
+        raise ArtifactError(f"'{path}' is not a folder. Use another `output`.")
+    if not any(path.iterdir()):
+        return
+    record, foreign = load_folder_record(path), find_foreign_file(path)
+    if record is not None and record.kind != kind:
         raise ArtifactError(
-            f"'{path}' holds files that lpdeploy did not write, so --overwrite does not replace "
-            "it. Use another --output."
+            f"'{path}' holds another result of lpdeploy ({record.kind}), which is not replaced by "
+            f"this one ({kind}). Use another `output`."
         )
-
-
-def check_apart(target: Path, *, inputs: Iterable[Path]) -> None:
-    """Refuse to put a folder in the place of what it is made from.
-
-    Raises:
-        ArtifactError: ``target`` is, or holds, one of ``inputs``.
-    """
-    if any(path.resolve().is_relative_to(target.resolve()) for path in inputs):
-        raise ArtifactError(f"'{target}' holds what it would be made from. Use another --output.")
+    if foreign is not None:
+        raise ArtifactError(
+            f"'{path}' holds '{foreign.relative_to(path)}', which lpdeploy did not write. "
+            "Nothing was replaced: move that file away, or use another `output`."
+        )
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
@@ -116,10 +183,11 @@ def _replace_folder(temporary: Path, path: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Delete temporary siblings of ``path`` that killed processes left behind."""
-    for pattern in (f".{path.name}.tmp-*", f".{path.name}.old-*"):
-        for leftover in path.parent.glob(pattern):
-            if not _is_alive(int(leftover.name.rsplit("-", 1)[1])):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    name = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-(\d+)")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        found = name.fullmatch(leftover.name)
+        if found and not _is_alive(int(found[2])):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _is_alive(pid: int) -> bool:
@@ -135,7 +203,12 @@ def _is_alive(pid: int) -> bool:
 def save_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON, whole or not at all."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(format_json(data), encoding="utf-8")
+
+
+def format_json(data: Any) -> str:
+    """Write ``data`` as the text of a JSON file."""
+    return json.dumps(data, indent=2) + "\n"
 
 
 def load_json(path: Path, *, fix: str) -> Any:
@@ -164,7 +237,7 @@ def compute_sha256(
 ) -> str:
     """Hash a file, or the files of a folder that match ``patterns`` (names and contents).
 
-    A folder's ``lpdeploy.json`` is left out: it records hashes itself.
+    Records of ours are left out: they hold hashes themselves.
 
     Args:
         path: File or folder.
@@ -177,7 +250,7 @@ def compute_sha256(
     total = hashlib.sha256()
     names = {file for pattern in patterns for file in path.glob(pattern)}
     for file in sorted(names):
-        if file.name != "lpdeploy.json":
+        if file.name not in ("lpdeploy.json", FOLDER_RECORD):
             digest = known.get(file.name) or _hash_file(file)
             total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()

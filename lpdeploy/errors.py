@@ -13,6 +13,10 @@ class ArtifactError(LpdeployError):
     """A model, run or exported folder that is missing, in the way, changed or unusable."""
 
 
+class RunInUseError(LpdeployError):
+    """A run that another process is reading or writing."""
+
+
 class DataError(LpdeployError):
     """A data source that cannot be read or holds nothing usable."""
 

@@ -147,21 +147,20 @@ def check_kept(spec: GroupSpec, kept: list[int]) -> None:
         )
 
 
-def load_plan(run: Path) -> PruningPlan:
-    """Read ``plan.json`` of a run.
+def load_plan(path: Path) -> PruningPlan:
+    """Read the plan of a run.
 
     Raises:
         ArtifactError: There is none, or it cannot be read.
     """
-    path = run / "plan.json"
     if not path.is_file():
         raise ArtifactError(
-            f"No plan.json in '{run}'. Run 'lpdeploy prune MODEL --data SOURCE --output {run}' "
-            "first."
+            f"No {path.name} in '{path.parent}'. "
+            f"Run 'lpdeploy prune MODEL --data SOURCE --output {path.parent}' first."
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ArtifactError(f"'{path}' is not valid JSON ({error}). Prune again.") from error
     return PruningPlan.from_json(data, where=str(path))
 

@@ -116,6 +116,11 @@ def make_text(path, *, documents=40, words=60, seed=0):
     return Path(path)
 
 
+def list_names(folder):
+    """List what is in a folder but records and locks, whose names start with a dot."""
+    return sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
+
+
 def need_shared():
     """Skip, with a reason, where the real models and data are not beside the checkout."""
     if not SHARED.is_dir():

@@ -4,6 +4,7 @@ import pytest
 
 from lpdeploy import artifacts
 from lpdeploy.artifacts import (
+    FOLDER_RECORD,
     atomic_file,
     atomic_folder,
     check_unchanged,
@@ -37,7 +38,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as temporary:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model", kind="model") as temporary:
         (temporary / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -46,30 +47,71 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_a_folder_is_never_overwritten_unasked(tmp_path):
     (tmp_path / "model").mkdir()
     with (
-        pytest.raises(ArtifactError, match="exists already. Use --overwrite"),
-        atomic_folder(tmp_path / "model"),
+        pytest.raises(ArtifactError, match="already exists"),
+        atomic_folder(tmp_path / "model", kind="model"),
     ):
         pass
+
+
+def write_folder(path, *names, kind="model", overwrite=False):
+    with atomic_folder(path, kind=kind, overwrite=overwrite) as temporary:
+        for name in names:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text("x")
+    return path
 
 
 def test_overwriting_replaces_the_whole_folder(tmp_path):
-    (tmp_path / "model").mkdir()
-    for name in ("old", "lpdeploy.json"):
-        (tmp_path / "model" / name).write_text("x")
-    with atomic_folder(tmp_path / "model", overwrite=True) as temporary:
-        (temporary / "new").write_text("x")
-    assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"]
+    folder = write_folder(tmp_path / "model", "old", "deep/old")
+    write_folder(folder, "new", overwrite=True)
+    assert sorted(p.name for p in folder.iterdir()) == [FOLDER_RECORD, "new"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "deep/thesis.txt", ".hidden", "new/thesis.txt"])
+def test_a_folder_with_a_file_of_somebody_else_is_never_replaced(tmp_path, name):
+    folder = write_folder(tmp_path / "model", "old", "deep/old")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("years")
+    with pytest.raises(ArtifactError, match=f"'{name}', which lpdeploy did not write"):
+        write_folder(folder, "new", overwrite=True)
+    assert (folder / name).read_text() == "years"
+    assert (folder / "old").exists()
+
+
 def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years")
-    with (
-        pytest.raises(ArtifactError, match="holds files that lpdeploy did not write"),
-        atomic_folder(tmp_path, overwrite=True),
-    ):
-        pass
-    assert (tmp_path / "thesis.txt").read_text() == "years"
+    (tmp_path / "lpdeploy.json").write_text("{}")
+    (tmp_path / FOLDER_RECORD).write_text("[]")
+    with pytest.raises(ArtifactError, match="'lpdeploy.json', which lpdeploy did not write"):
+        write_folder(tmp_path, overwrite=True)
+
+
+def test_a_result_of_another_kind_is_never_replaced(tmp_path):
+    folder = write_folder(tmp_path / "out", "old", kind="adapter")
+    with pytest.raises(ArtifactError, match="another result of lpdeploy .adapter"):
+        write_folder(folder, kind="model", overwrite=True)
+
+
+def test_what_lies_in_a_folder_by_a_record_of_its_own_is_replaced_too(tmp_path):
+    folder = write_folder(tmp_path / "model", "weights")
+    write_folder(folder / "ort", "graph", kind="export")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "x.pyc").write_text("x")
+    write_folder(folder, "weights", overwrite=True)
+    assert not (folder / "ort").exists()
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(ArtifactError, match="not a folder"):
+        write_folder(tmp_path / "model", overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".model.tmp-", ".model.old-x", ".model.tmp-1-2", ".modelx.tmp-1"])
+def test_a_file_that_is_named_like_a_leftover_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    write_folder(tmp_path / "model", "new")
+    assert (tmp_path / name).exists()
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_stay(tmp_path):

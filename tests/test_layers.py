@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "lpdeploy"
-BASE = {"errors", "environment", "plan", "artifacts"}
+BASE = {"errors", "environment", "plan", "artifacts", "run_folder"}
 CORE = BASE | {"families", "models", "data"}
 
 # Package -> packages it may import, besides itself. Imports point one way; nothing imports cli.
@@ -17,6 +17,7 @@ ALLOWED = {
     "plan": {"errors"},
     "artifacts": {"errors"},
     "recipe": {"errors"},
+    "run_folder": {"errors", "plan", "artifacts"},
     "families": BASE,
     "models": BASE | {"families"},
     "data": BASE,
@@ -25,9 +26,9 @@ ALLOWED = {
     "evaluation": CORE | {"engines"},
     "servers": CORE | {"engines", "pruning"},
     "benchmark": CORE | {"engines", "pruning", "servers", "plotting"},
-    "report": CORE | {"benchmark"},
+    "report": CORE | {"engines", "benchmark"},
     "paper": CORE | {"pruning", "evaluation", "plotting"},
-    "publish": CORE,
+    "publish": CORE | {"engines"},
     "demo": CORE | {"engines", "evaluation", "benchmark", "pruning", "report"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",

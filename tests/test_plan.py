@@ -55,10 +55,10 @@ def test_a_plan_without_a_field_is_refused():
 
 def test_a_missing_plan_names_the_command(tmp_path):
     with pytest.raises(ArtifactError, match="Run 'lpdeploy prune"):
-        load_plan(tmp_path)
+        load_plan(tmp_path / "plan.json")
 
 
 def test_a_broken_plan_is_refused(tmp_path):
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ArtifactError, match="not valid JSON"):
-        load_plan(tmp_path)
+        load_plan(tmp_path / "plan.json")

@@ -38,10 +38,9 @@ from safetensors import safe_open
 
 from lpdeploy.artifacts import check_unchanged, describe_machine, load_stage, save_json
 from lpdeploy.models.adapters import load_adapter
-from lpdeploy.plan import load_plan
-from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
+from lpdeploy.run_folder import RunFolder
 
 ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
 RESULTS = ("plan.json", "adapter/adapter_model.safetensors", "importance.safetensors")
@@ -75,7 +74,7 @@ def run_attempt(run: Path, case: str, text: Path) -> NoReturn:
     try:
         sys.stdout = sys.stderr = (run.parent / "attempt.log").open("w", encoding="utf-8")
         torch.set_num_threads(1)
-        begun = (run / CHECKPOINT).is_file()
+        begun = RunFolder(run).checkpoint.is_file()
         options = PruneOptions(**{**_COMMON, **CASES[case]})
         model = str(ASSETS / "story-llama-1M")
         prune(model, run, data=str(text), options=options, resume=begun, overwrite=not begun)
@@ -125,7 +124,7 @@ def check_whole(run: Path) -> None:
         if (run / "adapter").exists():
             load_adapter(run / "adapter")
         if (run / "plan.json").exists():  # then all the rest is there, too
-            load_plan(run)
+            RunFolder(run).load_plan()
             check_unchanged(run / "adapter", load_stage(run, "prune")["outputs"]["adapter"], fix="")
             compute_hashes(run)
     except Exception as error:

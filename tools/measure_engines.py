@@ -28,7 +28,7 @@ from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.latency import Subject, measure_latency
 from lpdeploy.benchmark.random_models import save_random_adapter, save_random_model
 from lpdeploy.benchmark.stage import start_workers
-from lpdeploy.benchmark.variants import Checkpoint, Variant, build_variant
+from lpdeploy.benchmark.variants import TimedModel, Variant, build_variant
 from lpdeploy.benchmark.worker import Loaded, Served, Timing, Worker, Workload
 from lpdeploy.models.loading import load_model
 
@@ -63,7 +63,7 @@ def list_all(
 ) -> list[Variant]:
     """List all shapes on all engines, exported where the engine wants that."""
     checkpoints = [
-        Checkpoint(path.name, path, ratio, adapter, None)
+        TimedModel(path.name, path, ratio, adapter)
         for ratio, path in saved.items()
         for adapter in ([None, path / "adapter"] if unmerged else [None])
     ]

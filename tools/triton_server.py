@@ -22,8 +22,9 @@ import venv
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lpdeploy.artifacts import PACKAGE, load_json
+from lpdeploy.artifacts import load_json
 from lpdeploy.errors import LpdeployError
+from lpdeploy.servers.package import PACKAGE_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".triton"
@@ -97,7 +98,7 @@ def load_mark(repository: Path) -> dict[str, Any]:
         LpdeployError: It is none, or of another server.
     """
     mark: dict[str, Any] = load_json(
-        repository / PACKAGE, fix="Give a folder of 'lpdeploy package --target triton'."
+        repository / PACKAGE_FILE, fix="Give a folder of 'lpdeploy package --target triton'."
     )
     if mark["target"] != "triton":
         raise LpdeployError(

@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import atomic_file, save_json
+from lpdeploy.artifacts import atomic_file, load_json, save_json
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.table import render_latency
 from lpdeploy.benchmark.variants import Variant, list_variants
 from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
 from lpdeploy.engines.registry import check_engine
+from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import resolve_device
-
-BENCH = "bench.json"
+from lpdeploy.run_folder import RunFolder, check_output
 
 
 def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
@@ -48,6 +48,7 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         What ``bench.json`` holds, and its folder.
     """
     device = resolve_device(device)
+    result_file = _choose_file(targets, output)
     for engine in engines:
         check_engine(engine.partition(":")[0], device=device)
     with tempfile.TemporaryDirectory(prefix="lpdeploy-bench-") as scratch:
@@ -65,12 +66,12 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         )
         with start_workers(variants, device=device) as (subjects, probe):
             result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)
-    folder = output or _first_run(targets)
-    save_json(folder / BENCH, result)
-    for name, text in (("bench.md", render_latency(result)), ("bench.svg", draw_latency(result))):
-        with atomic_file(folder / name) as temporary:
+    save_json(result_file, result)
+    texts = {".md": render_latency(result), ".svg": draw_latency(result)}
+    for suffix, text in texts.items():
+        with atomic_file(result_file.with_suffix(suffix)) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return result, folder
+    return result, result_file.parent
 
 
 @contextmanager
@@ -91,6 +92,15 @@ def start_workers(
         yield subjects, Probe(limits.described, functools.partial(limits.time, 0))
 
 
-def _first_run(targets: Sequence[str]) -> Path:
-    runs = [Path(target) for target in targets if (Path(target) / "plan.json").is_file()]
-    return runs[0] if runs else Path()
+def _choose_file(targets: Sequence[str], output: Path | None) -> Path:
+    """Return where the result goes: the first run, or a folder; refuse to replace other files."""
+    runs = [RunFolder(target) for target in targets if RunFolder(target).is_complete]
+    if output is None and runs:
+        return runs[0].benchmark
+    file = RunFolder(output or Path()).benchmark
+    if file.exists() and "lpdeploy" not in str(load_json(file, fix="Move it away.")):
+        raise ArtifactError(
+            f"'{file}' is not a result of lpdeploy, so it is not replaced. Use another `output`."
+        )
+    check_output(file.parent, inputs=())
+    return file

@@ -18,7 +18,7 @@ from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.latency import time_interleaved
 from lpdeploy.benchmark.pairs import Found, compute_losses, find_pair
 from lpdeploy.benchmark.random_models import save_random_model
-from lpdeploy.benchmark.variants import Checkpoint, Variant, build_variant
+from lpdeploy.benchmark.variants import TimedModel, Variant, build_variant
 from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
 from lpdeploy.data.batches import Progress
 from lpdeploy.engines.registry import check_engine
@@ -27,9 +27,9 @@ from lpdeploy.models.loading import PRECISIONS, resolve_device
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.importance import Importance
 from lpdeploy.pruning.options import PruneOptions
-from lpdeploy.pruning.run import check_output
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.training import run_steps
+from lpdeploy.run_folder import RunFolder
 from lpdeploy.servers.check import forecast_config
 
 # Shapes that are measured at most, the unpruned and the smallest one among them.
@@ -105,7 +105,7 @@ def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
     device = resolve_device(options.device)
     check_engine(target.engine.partition(":")[0], device=device)
     source = load_source(model, options)
-    check_output(output, base=source.folder, resume=False, overwrite=overwrite)
+    RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
     _check_options(source, options, target)
     check_memory(source.config, options, log=lambda _: None)
     with (
@@ -199,9 +199,7 @@ class _Bench:
         config, multiples = self.source.config, self.options.multiples
         self.heads = list_counts(config.num_key_value_heads, multiples["heads"])
         self.channels = list_counts(config.intermediate_size, multiples["channels"])
-        self._dense = self._build_variant(
-            Checkpoint(self.source.name, self.source.folder, 0.0, None, None), "dense"
-        )
+        self._dense = self._build_variant(TimedModel(self.source.name, self.source.folder), "dense")
 
     def check_reachable(self) -> None:
         """Measure the unpruned and the smallest shape; refuse a target that is not between them."""
@@ -282,10 +280,10 @@ class _Bench:
         folder = self.scratch / "shape"
         dtype = PRECISIONS.get(self.source.config.dtype, "fp32")
         model = save_random_model(config, folder / "model", dtype=dtype)
-        yield self._build_variant(Checkpoint("shape", model, 0.0, None, None), "shape")
+        yield self._build_variant(TimedModel("shape", model), "shape")
         shutil.rmtree(folder)
 
-    def _build_variant(self, checkpoint: Checkpoint, name: str) -> Variant:
+    def _build_variant(self, checkpoint: TimedModel, name: str) -> Variant:
         exports = self.scratch / name
         exports.mkdir(exist_ok=True)
         workload = self.target.workload

@@ -7,18 +7,18 @@ from typing import Any
 
 from lpdeploy.benchmark.random_models import save_random_adapter
 from lpdeploy.engines.export import export_folder
+from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.registry import describe_exported
-from lpdeploy.errors import ArtifactError
 from lpdeploy.models.adapters import load_adapter
-from lpdeploy.models.compact import find_base, load_record
+from lpdeploy.models.compact import find_base
 from lpdeploy.models.loading import (
     list_weight_files,
     load_config,
     load_model,
-    resolve_model,
 )
+from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.models.shapes import count_parameters
-from lpdeploy.plan import load_plan
+from lpdeploy.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TimedModel:
     """A model on disk that is to be timed.
 
     Attributes:
@@ -61,14 +61,14 @@ class Checkpoint:
         folder: A Hugging Face folder.
         ratio: Share of groups removed.
         adapter: A peft adapter that stays unmerged.
-        exports: Folder of its exports, ``ort`` or ``ort-unmerged`` and so on; None for none.
+        place: Where its exports lie; None for a model that has none.
     """
 
     name: str
     folder: Path
-    ratio: float
-    adapter: Path | None
-    exports: Path | None
+    ratio: float = 0.0
+    adapter: Path | None = None
+    place: ModelPlace | None = None
 
 
 def list_variants(
@@ -99,9 +99,9 @@ def list_variants(
     Raises:
         ArtifactError: A run has no compacted, or no unmerged, model.
     """
-    checkpoints: dict[tuple[Path, bool], Checkpoint] = {}
+    checkpoints: dict[tuple[Path, bool], TimedModel] = {}
     for target in targets:
-        for checkpoint in _list_checkpoints(target, forms=forms, scratch=scratch):
+        for checkpoint in _list_models(target, forms=forms, scratch=scratch):
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
@@ -115,30 +115,28 @@ def list_variants(
     ]
 
 
-def _list_checkpoints(target: str, *, forms: Sequence[bool], scratch: Path) -> list[Checkpoint]:
-    run = Path(target)
-    if not (run / "plan.json").is_file():
-        folder = resolve_model(target)
-        return [Checkpoint(target, folder, load_record(folder).get("ratio", 0.0), None, folder)]
-    plan = load_plan(run)
+def _list_models(target: str, *, forms: Sequence[bool], scratch: Path) -> list[TimedModel]:
+    run = RunFolder(target)
+    if not run.is_complete:
+        return [_describe_place(locate_model(target))]
+    plan = run.load_plan()
     base = find_base(plan)
     listed = []
     if True in forms:
-        listed.append(Checkpoint(plan.base_model, base, 0.0, None, None))
-        model = _require(run / "model", f"lpdeploy compact {run}")
-        listed.append(Checkpoint(str(model), model, plan.ratio, None, run))
+        listed.append(TimedModel(plan.base_model, base))
+        listed.append(_describe_place(locate_model(run)))
     if False in forms:
-        fresh = _save_fresh_adapter(base, like=run / "adapter", folder=scratch / "dense-adapter")
-        listed.append(Checkpoint(plan.base_model, base, 0.0, fresh, None))
-        model = _require(run / "unmerged", f"lpdeploy compact {run} --keep-adapter")
-        listed.append(Checkpoint(str(model), model, plan.ratio, model / "adapter", run))
+        fresh = _save_fresh_adapter(base, like=run.adapter, folder=scratch / "dense-adapter")
+        listed.append(TimedModel(plan.base_model, base, adapter=fresh))
+        listed.append(_describe_place(locate_model(run, unmerged=True)))
     return listed
 
 
-def _require(folder: Path, command: str) -> Path:
-    if not folder.is_dir():
-        raise ArtifactError(f"No '{folder}' to time. Run '{command}' first.")
-    return folder
+def _describe_place(place: ModelPlace) -> TimedModel:
+    record = place.load_record()
+    name = place.given if place.run is None else str(place.folder)
+    ratio = record.ratio if record else 0.0
+    return TimedModel(name, place.folder, ratio, place.adapter, place)
 
 
 def _save_fresh_adapter(base: Path, *, like: Path, folder: Path) -> Path:
@@ -150,7 +148,7 @@ def _save_fresh_adapter(base: Path, *, like: Path, folder: Path) -> Path:
 
 
 def build_variant(
-    checkpoint: Checkpoint,
+    checkpoint: TimedModel,
     *,
     engine: str,
     device: str,
@@ -186,19 +184,16 @@ def build_variant(
     )
 
 
-def _find_export(checkpoint: Checkpoint, engine: str, precision: str) -> Path | None:
-    if checkpoint.exports is None:
-        return None
-    merged = checkpoint.adapter is None
-    folder = checkpoint.exports / (engine if merged else f"{engine}-unmerged")
-    if not folder.is_dir():
+def _find_export(model: TimedModel, engine: str, precision: str) -> Path | None:
+    folder = find_export(model.place, engine) if model.place else None
+    if folder is None:
         return None
     stored = describe_exported(folder, engine=engine)["precision"]
     return folder if precision in ("", stored) else None
 
 
 def _export(
-    checkpoint: Checkpoint,
+    checkpoint: TimedModel,
     engine: str,
     precision: str,
     *,
@@ -214,7 +209,7 @@ def _export(
     return folder
 
 
-def _count_bytes(checkpoint: Checkpoint, engine: str, exported: Path | None) -> int:
+def _count_bytes(checkpoint: TimedModel, engine: str, exported: Path | None) -> int:
     if exported is not None:
         files = describe_exported(exported, engine=engine)["files"]
         return sum(entry["bytes"] for entry in files.values())

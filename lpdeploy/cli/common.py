@@ -101,7 +101,7 @@ def write_flags(sentence: str) -> str:
     """Turn the fields that the library speaks of into options of the command line.
 
     The library writes `` `micro_batch_size` `` or `` `removal='mask'` ``; here they become
-    ``--micro-batch-size`` and ``--removal mask``. A flag that is on, `` `shard=True` ``, is ``--shard``.
+    ``--micro-batch-size`` and ``--removal mask``. A flag that is on becomes the option alone.
     """
     return _FIELD.sub(_write_flag, sentence)
 

@@ -1,6 +1,5 @@
 """`lpdeploy compact`: the dense pruned model of a run."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,14 @@ def command(
         max_shard_bytes=max_shard_mb * 1_000_000,
         overwrite=overwrite,
     )
-    print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
+    print_result(result.to_json(), _describe(result), as_json=as_json)
 
 
 def _describe(result: Any) -> str:
-    sizes, counts = result.bytes, result.parameters
+    record = result.record
+    sizes, counts = record.bytes, record.parameters
     return (
-        f"{result.model}: {result.architecture}, {counts['after']:,} of {counts['before']:,} "
+        f"{result.model}: {record.architecture}, {counts['after']:,} of {counts['before']:,} "
         f"parameters, {format_bytes(sizes['after'])} of {format_bytes(sizes['before'])}, "
         f"{result.seconds:.1f} s"
     )

@@ -1,6 +1,5 @@
 """The demo: the whole line on the model that the package carries, in one folder."""
 
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -24,13 +23,17 @@ from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
-from lpdeploy.report.page import SAMPLES, save_report
+from lpdeploy.report.page import save_report
+from lpdeploy.run_folder import RunFolder
 
 RATIOS = (0.2, 0.5)
 _TRAIN_SEQ_LEN = 128
 _EVAL_SEQ_LEN = 256
 _BENCH_TOKENS = 448
 _NEW_TOKENS = 110
+
+_ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
+_BASE = _ASSETS / "story-llama-1M"
 
 Log = Callable[[str], None]
 
@@ -61,9 +64,8 @@ def run_demo(
     """
     _claim(output, overwrite=overwrite)
     start = time.perf_counter()
-    assets = Path(str(resources.files("lpdeploy.demo"))) / "assets"
-    base = assets / "story-llama-1M"
-    runs = {ratio: output / f"pruned-{ratio * 100:.0f}" for ratio in RATIOS}
+    assets, base = _ASSETS, _BASE
+    runs = _list_runs(output)
     for ratio, run in runs.items():
         log(f"prune {ratio:.0%}, fine-tune, compact")
         _build(base, assets / "train.txt", run, ratio=ratio, steps=steps)
@@ -80,13 +82,13 @@ def run_demo(
         [str(run) for run in runs.values()],
         workloads=[Workload(tokens=_BENCH_TOKENS, repeats=repeats)],
         device="cpu",
-        output=half,
+        output=half.path,
         log=log,
     )
     log("write a few lines")
     opening = _read_opening(assets / "valid.txt")
-    models = {"dense": base, f"{RATIOS[-1]:.0%} pruned": half / "model"}
-    save_json(half / SAMPLES, [_write_lines(opening, *item) for item in models.items()])
+    models = {"dense": base, f"{RATIOS[-1]:.0%} pruned": half.model}
+    save_json(half.samples, [_write_lines(opening, *item) for item in models.items()])
     page = save_report(half, output=output / "index.html")
     seconds = round(time.perf_counter() - start, 1)
     return {
@@ -98,20 +100,27 @@ def run_demo(
     }
 
 
+def _list_runs(output: Path) -> dict[float, RunFolder]:
+    return {ratio: RunFolder(output / f"pruned-{ratio * 100:.0f}") for ratio in RATIOS}
+
+
 def _claim(output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that is not empty, or remove the runs of an earlier demo from it."""
     if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise ArtifactError(
-                f"'{output}' is not empty. Use --overwrite to replace the demo in it, "
-                "or another --output."
+                f"'{output}' is not empty. Use `overwrite=True` to replace the demo in it, or "
+                "another `output`."
             )
-        for ratio in RATIOS:  # nothing else in the folder is ours to delete
-            shutil.rmtree(output / f"pruned-{ratio * 100:.0f}", ignore_errors=True)
+        for run in _list_runs(output).values():
+            if run.path.exists():
+                run.check_free(base=_BASE, resume=False, overwrite=True)
+                run.clear()
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output / "index.html")
 
 
-def _build(base: Path, data: Path, run: Path, *, ratio: float, steps: int) -> None:
+def _build(base: Path, data: Path, run: RunFolder, *, ratio: float, steps: int) -> None:
     options = PruneOptions(
         ratio=ratio,
         steps=steps,
@@ -123,25 +132,25 @@ def _build(base: Path, data: Path, run: Path, *, ratio: float, steps: int) -> No
         cooldown=0.4,
         device="cpu",
     )
-    prune(str(base), run, data=str(data), options=options)
+    prune(str(base), run.path, data=str(data), options=options)
     for keep_adapter in (False, True):
         compact(run, keep_adapter=keep_adapter)
 
 
-def _export_all(runs: list[Path]) -> None:
+def _export_all(runs: list[RunFolder]) -> None:
     # Tracing a graph is Python on one core, so a process a run; fresh ones, since a fork of a
     # process that has run torch's threads may hang.
     with ProcessPoolExecutor(len(runs), mp_context=get_context("spawn")) as pool:
         list(pool.map(_export_run, runs))
 
 
-def _export_run(run: Path) -> None:
+def _export_run(run: RunFolder) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # as the command line does
     for unmerged in (False, True):
         export(str(run), unmerged=unmerged)
 
 
-def _check(run: Path) -> None:
+def _check(run: RunFolder) -> None:
     wrong = [pair for pair in verify(run) if not pair.ok]
     if wrong:
         raise ParityError(f"{wrong[0].a} and {wrong[0].b} differ by {wrong[0].max_abs_diff:.1e}.")

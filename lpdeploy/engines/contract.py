@@ -100,13 +100,17 @@ def _list_eos(config: Any, model_folder: Path) -> list[int]:
 
 def describe_source(model_folder: Path, adapter: Path | None) -> dict[str, str | None]:
     """Return what an export was made from, with hashes."""
-    patterns = ("adapter_model.safetensors", "adapter_config.json")
     return {
         "model": str(model_folder),
         "sha256": compute_model_sha256(model_folder),
         "adapter": None if adapter is None else str(adapter),
-        "adapter_sha256": None if adapter is None else compute_sha256(adapter, patterns=patterns),
+        "adapter_sha256": None if adapter is None else compute_adapter_sha256(adapter),
     }
+
+
+def compute_adapter_sha256(adapter: Path) -> str:
+    """Hash what an unmerged export takes from an adapter."""
+    return compute_sha256(adapter, patterns=("adapter_model.safetensors", "adapter_config.json"))
 
 
 def describe_files(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:

@@ -1,16 +1,18 @@
 """The export stage: which folder of a run or model goes to which engine, and its record."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import check_apart, compute_sha256, record_stage
+from lpdeploy.artifacts import compute_sha256, record_stage
 from lpdeploy.engines.onnx.exporter import export_onnx
 from lpdeploy.engines.ort.exporter import export_ort
 from lpdeploy.engines.trt.exporter import export_tensorrt
-from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.models.loading import compute_model_sha256, resolve_model
+from lpdeploy.errors import LpdeployError
+from lpdeploy.models.place import locate_model
+from lpdeploy.run_folder import check_output
 
 # Engine -> what exports to it, and the file that stands for the result in the manifest.
 _EXPORTERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
@@ -21,7 +23,7 @@ _EXPORTERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
 
 
 def export(
-    target: str,
+    target: str | os.PathLike[str],
     *,
     engine: str = "onnx",
     output: Path | None = None,
@@ -45,20 +47,19 @@ def export(
         ArtifactError: The run has no such model, or ``output`` exists.
         LpdeployError: The engine does not know an option.
     """
-    run = Path(target)
-    is_run = (run / "plan.json").is_file()
-    if unmerged and not is_run:
-        raise ArtifactError(f"--unmerged needs a run; '{target}' has no plan.json.")
-    model = _find_model(run, unmerged=unmerged) if is_run else resolve_model(target)
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(engine, options)
-    folder = output or (run if is_run else model) / (f"{engine}-unmerged" if unmerged else engine)
-    check_apart(folder, inputs=(run, model) if is_run else (model,))
-    record = {"target": target, "engine": engine, "unmerged": unmerged, **options}
-    with record_stage(run if is_run else model, f"export {folder.name}", record) as stage:
-        adapter = model / "adapter" if unmerged else None
-        contract = export_folder(engine, model, folder, adapter=adapter, **options)
-        stage.inputs = {model.name: compute_model_sha256(model)}
+    place = locate_model(target, unmerged=unmerged)
+    default = place.get_export(engine)
+    folder = output or default
+    check_output(folder, default=default, inputs=place.inputs)
+    record = {"target": str(target), "engine": engine, "unmerged": unmerged, **options}
+    with (
+        place.hold(),
+        record_stage(place.records, f"export {folder.name}", record) as stage,
+    ):
+        contract = export_folder(engine, place.folder, folder, adapter=place.adapter, **options)
+        stage.inputs = {place.folder.name: contract["source"]["sha256"]}
         stage.outputs = {folder.name: compute_sha256(folder / _EXPORTERS[engine][1])}
     return {
         **contract,
@@ -66,14 +67,6 @@ def export(
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "seconds": stage.seconds,
     }
-
-
-def _find_model(run: Path, *, unmerged: bool) -> Path:
-    folder = run / ("unmerged" if unmerged else "model")
-    if not folder.is_dir():
-        command = f"lpdeploy compact {run}" + (" --keep-adapter" if unmerged else "")
-        raise ArtifactError(f"No {folder.name} in '{run}'. Run '{command}' first.")
-    return folder
 
 
 def export_folder(engine: str, model: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -94,5 +87,5 @@ def export_folder(engine: str, model: Path, output: Path, **options: Any) -> dic
 def _check_options(engine: str, options: Mapping[str, object]) -> None:
     unknown = options.keys() - inspect.signature(_EXPORTERS[engine][0]).parameters
     if unknown:
-        name = min(unknown).replace("_", "-")
-        raise LpdeployError(f"--{name} is no option of --engine {engine}. Leave it out.")
+        name = min(unknown)
+        raise LpdeployError(f"`{name}` is not an option of `engine={engine}`. Leave it out.")

@@ -1,15 +1,16 @@
 """The verify stage: every stage of a run, or of a model, computes the same logits."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import save_json
+from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.registry import EXPORTS, describe_exported, load_exported
 from lpdeploy.engines.runner import Runner, pad_left
 from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
@@ -18,7 +19,9 @@ from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lor
 from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model
-from lpdeploy.plan import PruningPlan, load_plan
+from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.plan import PruningPlan
+from lpdeploy.run_folder import RunFolder
 
 _PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
 _DECODE_STEPS = 4
@@ -64,7 +67,9 @@ class _Stage:
     precision: str
 
 
-def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> list[Pair]:
+def verify(
+    target: str | os.PathLike[str], *, engine: str = "onnx", atol: float | None = None
+) -> list[Pair]:
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
     Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
@@ -80,8 +85,8 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
     Raises:
         ArtifactError: There is nothing to compare, or a stage cannot be loaded.
     """
-    is_run = (target / "plan.json").is_file()
-    stages = (_list_run if is_run else _list_model)(target, engine)
+    place = locate_model(target)
+    stages = _list_model(place, engine) if place.run is None else _list_run(place.run, engine)
     asked_for = engine if engine in EXPORTS else "onnx"
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
     missing = asked_for != "onnx" and not any(s.name.startswith(engine) for s in stages)
@@ -91,10 +96,11 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
             f"'{target}' has {what} to look at. "
             f"Run 'lpdeploy export {target} --engine {asked_for}' first."
         )
-    pairs = list(_compare_chain(stages, atol=atol))
-    if is_run:
+    with place.hold(shared=True):
+        pairs = list(_compare_chain(stages, atol=atol))
+    if place.run is not None:
         record = {"ok": all(p.ok for p in pairs), "pairs": [asdict(p) for p in pairs]}
-        save_json(target / "verify.json", record)
+        save_json(place.run.verification, record)
     return pairs
 
 
@@ -161,39 +167,39 @@ def collect_logits(runner: Runner, rows: list[list[int]]) -> Tensor:
     return torch.cat(collected)
 
 
-def _list_run(run: Path, engine: str) -> list[_Stage]:
-    plan = load_plan(run)
-    model, unmerged = run / "model", run / "unmerged"
-    if not model.is_dir():
-        raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
+def _list_run(run: RunFolder, engine: str) -> list[_Stage]:
+    plan, merged = run.load_plan(), locate_model(run)
     stages = [
         _Stage("masked/torch", lambda: _build_masked(run, plan), "fp32"),
         _Stage("cut/torch", lambda: _build_cut(run, plan), "fp32"),
     ]
-    if unmerged.is_dir():
-        stages += [_torch_stage("unmerged/torch", unmerged, adapter=unmerged / "adapter")]
-        stages += _list_exported(run / f"{engine}-unmerged", engine)
-    stages += [_torch_stage("compact/torch", model)]
-    return stages + _list_exported(run / engine, engine)
+    if run.unmerged.is_dir():
+        unmerged = locate_model(run, unmerged=True)
+        stages += [_torch_stage("unmerged/torch", unmerged)]
+        stages += _list_exported(unmerged, engine)
+    return [*stages, _torch_stage("compact/torch", merged), *_list_exported(merged, engine)]
 
 
-def _list_model(model: Path, engine: str) -> list[_Stage]:
-    return [_torch_stage("torch", model), *_list_exported(model / engine, engine)]
+def _list_model(place: ModelPlace, engine: str) -> list[_Stage]:
+    return [_torch_stage("torch", place), *_list_exported(place, engine)]
 
 
-def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _Stage:
-    stored = PRECISIONS[load_config(folder).dtype]
-    return _Stage(name, lambda: load_torch_runner(folder, dtype="fp32", adapter=adapter), stored)
+def _torch_stage(name: str, place: ModelPlace) -> _Stage:
+    stored = PRECISIONS[load_config(place.folder).dtype]
+    return _Stage(
+        name, lambda: load_torch_runner(place.folder, dtype="fp32", adapter=place.adapter), stored
+    )
 
 
-def _list_exported(folder: Path, engine: str) -> list[_Stage]:
-    if engine not in EXPORTS or not folder.is_dir():
+def _list_exported(place: ModelPlace, engine: str) -> list[_Stage]:
+    folder = find_export(place, engine) if engine in EXPORTS else None
+    if folder is None:
         return []
     precision = describe_exported(folder, engine=engine)["precision"]
     return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
 
 
-def _build_masked(run: Path, plan: PruningPlan) -> Runner:
+def _build_masked(run: RunFolder, plan: PruningPlan) -> Runner:
     """The unpruned base with the adapter, its removed groups masked as in Eq. 13."""
     base, adapter = find_base(plan), load_run_adapter(run)
     wrapped = _attach(load_model(base, dtype="fp32"), expand_lora(adapter, plan))
@@ -205,7 +211,7 @@ def _build_masked(run: Path, plan: PruningPlan) -> Runner:
     return TorchRunner(wrapped)
 
 
-def _build_cut(run: Path, plan: PruningPlan) -> Runner:
+def _build_cut(run: RunFolder, plan: PruningPlan) -> Runner:
     """The base cut in memory, as training cuts it, with the adapter unmerged."""
     model = load_model(find_base(plan), dtype="fp32")
     apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})

@@ -1,6 +1,7 @@
 """The eval stage: perplexity and tasks, of a model, or of a run's model and its base."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,7 @@ from typing import Any
 
 from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.data.sources import load_corpus
+from lpdeploy.engines.exports import need_export
 from lpdeploy.engines.registry import check_engine, load_exported
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
@@ -15,16 +17,15 @@ from lpdeploy.errors import ArtifactError, MissingDependencyError
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.perplexity import compute_perplexity
 from lpdeploy.evaluation.tasks import compute_average
-from lpdeploy.models.compact import find_base, load_record
+from lpdeploy.models.compact import find_base
 from lpdeploy.models.loading import (
     load_config,
     load_tokenizer,
     resolve_device,
-    resolve_model,
 )
-from lpdeploy.plan import load_plan
+from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.run_folder import RunFolder
 
-EVAL = "eval.json"
 TASKS = "tasks"
 """What ``on_progress`` is told as the source while tasks are run."""
 Progress = Callable[[str, int, int], None]
@@ -32,7 +33,7 @@ _ENGINE = ("engine", "precision")
 
 
 def evaluate(
-    target: str,
+    target: str | os.PathLike[str],
     options: EvalOptions,
     *,
     engine: str = "torch",
@@ -64,34 +65,37 @@ def evaluate(
     Raises:
         LpdeployError: Model, data, a task or the segment length cannot be used.
     """
-    run = Path(target)
-    is_run = (run / "plan.json").is_file()
-    if with_base and not is_run:
-        raise ArtifactError(f"--with-base needs a run; '{target}' has no plan.json. Leave it out.")
     device = resolve_device(device)
     check_engine(engine, device=device)
-    model = _find_model(target, is_run=is_run)
-    exported = (run if is_run else model) / engine
+    if with_base and not RunFolder(target).is_complete:
+        raise ArtifactError(f"`with_base=True` needs a run, and '{target}' is none. Leave it out.")
+    place = locate_model(target)
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
-    runner = _load_runner(model, exported, engine=engine, device=device)
-    result: dict[str, Any] = {
-        "model": target,
-        "model_sha256": load_record(model).get("sha256"),
-        "engine": engine,
-        "precision": runner.precision,
-        "seq_len": options.seq_len,
-        **_measure(runner, model, options, tasks, on_progress),
-    }
-    if with_base:
-        base = find_base(load_plan(run))
-        del runner  # one model in memory at a time
-        runner = load_torch_runner(base, device=device)
-        result["base"] = _measure(runner, base, options, tasks, on_progress)
-    if is_run:
-        path = run / EVAL
-        old = load_json(path, fix="Delete it.") if path.is_file() else {}
-        save_json(path, _merge(old, result, options))
+    with place.hold(shared=True):
+        runner = _load_runner(place, engine=engine, device=device)
+        result: dict[str, Any] = {
+            "model": str(target),
+            "model_sha256": _get_sha256(place),
+            "engine": engine,
+            "precision": runner.precision,
+            "seq_len": options.seq_len,
+            **_measure(runner, place.folder, options, tasks, on_progress),
+        }
+        if with_base and place.run is not None:
+            base = find_base(place.run.load_plan())
+            del runner  # one model in memory at a time
+            runner = load_torch_runner(base, device=device)
+            result["base"] = _measure(runner, base, options, tasks, on_progress)
+        if place.run is not None:
+            path = place.run.evaluation
+            old = load_json(path, fix="Delete it.") if path.is_file() else {}
+            save_json(path, _merge(old, result, options))
     return result
+
+
+def _get_sha256(place: ModelPlace) -> str | None:
+    record = place.load_record()
+    return record.sha256 if record else None
 
 
 def _load_tasks(options: EvalOptions) -> Any:
@@ -148,19 +152,10 @@ def _merge_part(old: dict[str, Any], new: dict[str, Any], keep: set[str]) -> dic
     return part | compute_average(part["tasks"])
 
 
-def _find_model(target: str, *, is_run: bool) -> Path:
-    if not is_run:
-        return resolve_model(target)
-    model = Path(target) / "model"
-    if not model.is_dir():
-        raise ArtifactError(f"No model in '{target}'. Run 'lpdeploy compact {target}' first.")
-    return model
-
-
-def _load_runner(model: Path, exported: Path, *, engine: str, device: str) -> Runner:
+def _load_runner(place: ModelPlace, *, engine: str, device: str) -> Runner:
     if engine == "torch":
-        return load_torch_runner(model, device=device)
-    return load_exported(exported, engine=engine, device=device)
+        return load_torch_runner(place.folder, device=device)
+    return load_exported(need_export(place, engine), engine=engine, device=device)
 
 
 def _measure(

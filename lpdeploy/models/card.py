@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.plan import PruningPlan, describe_method
+from lpdeploy.models.record import ModelRecord
+from lpdeploy.plan import describe_method
 
 _CARD = """\
 ---
@@ -61,43 +62,42 @@ model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 
 def build_model_card(
-    plan: PruningPlan, config: Any, result: Any, *, recorded: Mapping[str, Any], merged: bool
+    record: ModelRecord, config: Any, *, target: Path, recorded: Mapping[str, Any]
 ) -> str:
-    """Return the card as Markdown.
+    """Return the card of a pruned model as Markdown.
 
     Args:
-        plan: What was removed.
-        recorded: Options that ``prune`` recorded; empty where they are not known.
+        record: Where the model comes from, and its shape.
         config: Config of the unpruned model.
-        result: The ``CompactResult``.
-        merged: Whether LoRA is in the weights, or an adapter beside them.
+        target: The model's folder, for the snippet that loads it.
+        recorded: Options that ``prune`` recorded; empty where they are not known.
     """
-    stock = not result.architecture.startswith("PerLayer")
-    loading = (_STOCK if stock else _OWN_CODE) + ("" if merged else _ADAPTER)
-    local = Path(plan.base_model).is_dir()
-    base = Path(plan.base_model).name if local else plan.base_model
+    stock = not record.architecture.startswith("PerLayer")
+    loading = (_STOCK if stock else _OWN_CODE) + ("" if record.merged else _ADAPTER)
+    local = Path(record.base_model).is_dir()
+    base = Path(record.base_model).name if local else record.base_model
     return _CARD.format(
         base=base,
         quoted_base=json.dumps(base),  # YAML reads a JSON string; a bare colon would break it
-        name=f"{base}, {plan.ratio:.0%} pruned",
-        heads=plan.achieved["heads"],
-        channels=plan.achieved["channels"],
+        name=f"{base}, {record.ratio:.0%} pruned",
+        heads=record.achieved["heads"],
+        channels=record.achieved["channels"],
         method=f": {describe_method(recorded)}" if recorded else "",
         merging="LoRA is merged into the weights."
-        if merged
+        if record.merged
         else "LoRA stands beside it, unmerged.",
-        parameters_before=result.parameters["before"],
-        parameters_after=result.parameters["after"],
-        bytes_before=result.bytes["before"],
-        bytes_after=result.bytes["after"],
+        parameters_before=record.parameters["before"],
+        parameters_after=record.parameters["after"],
+        bytes_before=record.bytes["before"],
+        bytes_after=record.bytes["after"],
         heads_before=config.num_attention_heads,
-        heads_after=_describe(result.heads),
+        heads_after=_describe(record.heads),
         kv_before=config.num_key_value_heads,
-        kv_after=_describe(result.kv_heads),
+        kv_after=_describe(record.kv_heads),
         channels_before=config.intermediate_size,
-        channels_after=_describe(result.channels),
-        loading=loading.format(folder=result.model),
-        servers=_describe_servers(config, result, stock=stock),
+        channels_after=_describe(record.channels),
+        loading=loading.format(folder=target),
+        servers=_describe_servers(config, record, stock=stock),
     )
 
 
@@ -134,10 +134,10 @@ def _describe(widths: list[int]) -> str:
     return f"{min(widths)} to {max(widths)}, layer by layer: {', '.join(map(str, widths))}"
 
 
-def _describe_servers(config: Any, result: Any, *, stock: bool) -> str:
+def _describe_servers(config: Any, record: ModelRecord, *, stock: bool) -> str:
     if stock:
         return (
-            f"It is a stock `{result.architecture}`: what loads that class loads this model. "
+            f"It is a stock `{record.architecture}`: what loads that class loads this model. "
             "Tensor parallelism needs a number of heads that the number of ranks divides."
         )
     why = (
@@ -145,9 +145,9 @@ def _describe_servers(config: Any, result: Any, *, stock: bool) -> str:
         "every layer"
     )
     fix = "Prune with `--scope layer` and no protected layers"
-    if len(set(zip(result.heads, result.channels, strict=True))) == 1:
+    if len(set(zip(record.heads, record.channels, strict=True))) == 1:
         why = (
-            f"its {result.heads[0]} heads do not divide its hidden size of {config.hidden_size}, "
+            f"its {record.heads[0]} heads do not divide its hidden size of {config.hidden_size}, "
             "as `LlamaForCausalLM` asks, and `MistralForCausalLM` has no biases"
         )
         fix = "Prune to a number of heads that divides the hidden size"

@@ -1,6 +1,7 @@
 """The compact stage: from base, plan and adapter to a dense checkpoint that others load."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 
 from lpdeploy.artifacts import (
     atomic_folder,
-    check_apart,
+    check_replaceable,
     check_unchanged,
     compute_sha256,
     load_stage,
@@ -37,45 +38,45 @@ from lpdeploy.models.loading import (
     load_tokenizer,
     resolve_model,
 )
+from lpdeploy.models.record import ModelRecord
 from lpdeploy.models.shapes import (
     build_pruned_config,
     compute_widths,
     count_parameters,
 )
-from lpdeploy.plan import PruningPlan, load_plan
-
-RECORD = "lpdeploy.json"
+from lpdeploy.plan import PruningPlan
+from lpdeploy.run_folder import MODEL, RunFolder, check_output
 
 
 @dataclass(frozen=True)
 class CompactResult:
-    """What ``compact`` wrote, as its JSON says it.
+    """What ``compact`` wrote.
 
     Attributes:
         model: The folder.
-        architecture: Class that loads it.
-        parameters: ``before`` and ``after`` (of the model; an adapter beside it not counted).
-        bytes: Of the weights, ``before`` and ``after``.
-        heads: Query heads of each layer.
-        kv_heads: Key/value heads of each layer.
-        channels: FFN channels of each layer.
-        seconds: Of the whole stage.
+        record: Where the model comes from, and its shape.
+        seconds: Time of the whole stage.
         peak_bytes: Peak memory of the process.
     """
 
-    model: str
-    architecture: str
-    parameters: Mapping[str, int]
-    bytes: Mapping[str, int]
-    heads: list[int]
-    kv_heads: list[int]
-    channels: list[int]
-    seconds: float = 0.0
-    peak_bytes: int = 0
+    model: Path
+    record: ModelRecord
+    seconds: float
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the command prints with ``--json``."""
+        shape = ("architecture", "parameters", "bytes", "heads", "kv_heads", "channels")
+        return {
+            "model": str(self.model),
+            **{name: getattr(self.record, name) for name in shape},
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 def compact(
-    run: Path,
+    run: str | os.PathLike[str],
     *,
     output: Path | None = None,
     keep_adapter: bool = False,
@@ -85,59 +86,93 @@ def compact(
     """Write the dense pruned model of a run.
 
     Args:
-        run: What ``prune`` wrote.
-        output: Where to; ``run/model``, or ``run/unmerged`` with ``keep_adapter``.
-        keep_adapter: Leave LoRA unmerged: the pruned base, and a stock PEFT adapter in its
+        run: The folder that ``prune`` wrote.
+        output: The folder to write; ``RUN/model`` by default, or ``RUN/unmerged`` with
+            ``keep_adapter``.
+        keep_adapter: Leave LoRA unmerged: write the pruned base, and a stock PEFT adapter in its
             folder ``adapter``.
-        max_shard_bytes: Size of a weight file.
-        overwrite: Replace what is there.
+        max_shard_bytes: Largest size of a weight file.
+        overwrite: Replace an earlier result.
 
     Raises:
         ArtifactError: The run is incomplete, its base or adapter has changed, or the output
-            exists or holds one of them.
+            exists or would replace one of them.
+        RunInUseError: Another process is writing into the run.
     """
-    plan = load_plan(run)
-    target = output or run / ("unmerged" if keep_adapter else "model")
-    base = _locate_base(plan)
-    adapter = load_run_adapter(run)
-    check_adapter(adapter, plan)
-    check_apart(target, inputs=(run, base))
+    run = RunFolder(run)
+    plan = run.load_plan()
+    default = run.get_model(unmerged=keep_adapter)
+    target = output or default
+    with run.hold():
+        base = _locate_base(plan)
+        check_output(target, default=default, inputs=(base, run.path))
+        check_replaceable(target, kind=MODEL, overwrite=overwrite)
+        adapter = load_run_adapter(run)
+        check_adapter(adapter, plan)
+        options = {"output": str(target), "max_shard_bytes": max_shard_bytes}
+        name = "compact --keep-adapter" if keep_adapter else "compact"
+        with record_stage(run.path, name, options) as stage:
+            with atomic_folder(target, kind=MODEL, overwrite=overwrite) as folder:
+                lora = {} if keep_adapter else adapter
+                sha256s = _save_weights(folder, base, plan, lora, max_shard_bytes=max_shard_bytes)
+                record = _save_rest(
+                    folder, run, base, plan, target=target, sha256s=sha256s, merged=not keep_adapter
+                )
+            stage.inputs = {"base": plan.base_sha256, "adapter": compute_sha256(run.adapter)}
+            stage.outputs = {target.name: record.sha256}
+    return CompactResult(target, record, stage.seconds, stage.peak_bytes)
+
+
+def _save_rest(
+    folder: Path,
+    run: RunFolder,
+    base: Path,
+    plan: PruningPlan,
+    *,
+    target: Path,
+    sha256s: Mapping[str, str],
+    merged: bool,
+) -> ModelRecord:
+    """Write all but the weights: config, tokenizer, an unmerged adapter, record and card.
+
+    Args:
+        folder: Where to.
+        run: What is compacted.
+        base: The unpruned model.
+        plan: What is removed from it.
+        target: The folder's name once it is complete.
+        sha256s: Hashes of the weight files that were written, by name.
+        merged: Whether LoRA is in the weights.
+    """
     config = load_config(base)
     widths = compute_widths(config, plan.specs, plan.kept)
     pruned = build_pruned_config(config, widths)
-    stage_name = "compact --keep-adapter" if keep_adapter else "compact"
-    options = {"output": str(target), "max_shard_bytes": max_shard_bytes}
-    with record_stage(run, stage_name, options) as stage:
-        with atomic_folder(target, overwrite=overwrite) as folder:
-            lora = {} if keep_adapter else adapter
-            hashes = _save_weights(folder, base, plan, lora, max_shard_bytes=max_shard_bytes)
-            pruned.save_pretrained(folder)
-            _carry_tokenizer(base, folder, before=config, after=pruned)
-            if pruned.model_type.startswith(PER_LAYER_PREFIX):
-                shutil.copyfile(modeling_per_layer.__file__, folder / "modeling_per_layer.py")
-            if keep_adapter:
-                _copy_adapter(run, folder, base=target)
-            result = CompactResult(
-                model=str(target),
-                architecture=pruned.architectures[0],
-                parameters={"before": count_parameters(config), "after": count_parameters(pruned)},
-                bytes={"before": _measure_weights(base), "after": _measure_weights(folder)},
-                heads=[w.heads for w in widths],
-                kv_heads=[w.kv_heads for w in widths],
-                channels=[w.channels for w in widths],
-            )
-            sha256 = compute_model_sha256(folder, known=hashes)
-            _save_record(folder, plan, result, sha256=sha256)
-            recorded = load_stage(run, "prune").get("options", {})
-            card = build_model_card(
-                plan, config, result, recorded=recorded, merged=not keep_adapter
-            )
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        stage.inputs = {"base": plan.base_sha256, "adapter": compute_sha256(run / "adapter")}
-        stage.outputs = {target.name: sha256}
-    return CompactResult(
-        **{**vars(result), "seconds": stage.seconds, "peak_bytes": stage.peak_bytes}
+    pruned.save_pretrained(folder)
+    _carry_tokenizer(base, folder, before=config, after=pruned)
+    if pruned.model_type.startswith(PER_LAYER_PREFIX):
+        shutil.copyfile(modeling_per_layer.__file__, folder / "modeling_per_layer.py")
+    if not merged:
+        _copy_adapter(run, folder, base=target)
+    record = ModelRecord(
+        base_model=plan.base_model,
+        base_sha256=plan.base_sha256,
+        plan_sha256=compute_sha256(run.plan),
+        ratio=plan.ratio,
+        achieved=dict(plan.achieved),
+        merged=merged,
+        architecture=pruned.architectures[0],
+        parameters={"before": count_parameters(config), "after": count_parameters(pruned)},
+        bytes={"before": _measure_weights(base), "after": _measure_weights(folder)},
+        heads=[width.heads for width in widths],
+        kv_heads=[width.kv_heads for width in widths],
+        channels=[width.channels for width in widths],
+        sha256=compute_model_sha256(folder, known=sha256s),
     )
+    record.save(folder)
+    recorded = load_stage(run.path, "prune").get("options", {})
+    card = build_model_card(record, config, target=target, recorded=recorded)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return record
 
 
 def _save_weights(
@@ -227,21 +262,15 @@ def _check_groups(base: Path, plan: PruningPlan) -> None:
         )
 
 
-def load_run_adapter(run: Path) -> dict[str, LoraWeights]:
+def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:
     """Read a run's adapter, checked against the hash that ``prune`` recorded."""
-    expected = load_stage(run, "prune").get("outputs", {}).get("adapter")
-    check_unchanged(run / "adapter", expected, fix="Prune again, or restore the folder.")
-    return load_adapter(run / "adapter")
+    expected = load_stage(run.path, "prune").get("outputs", {}).get(run.adapter.name)
+    check_unchanged(run.adapter, expected, fix="Prune again, or restore the folder.")
+    return load_adapter(run.adapter)
 
 
-def load_record(model: Path) -> dict[str, Any]:
-    """Return what ``compact`` recorded beside a model; empty for a model it did not write."""
-    path = model / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _copy_adapter(run: Path, folder: Path, *, base: Path) -> None:
-    shutil.copytree(run / "adapter", folder / "adapter")
+def _copy_adapter(run: RunFolder, folder: Path, *, base: Path) -> None:
+    shutil.copytree(run.adapter, folder / "adapter")
     path = folder / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(base)  # its shapes are those of the pruned base
@@ -250,22 +279,3 @@ def _copy_adapter(run: Path, folder: Path, *, base: Path) -> None:
 
 def _measure_weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in list_weight_files(folder))
-
-
-def _save_record(folder: Path, plan: PruningPlan, result: CompactResult, *, sha256: str) -> None:
-    record = {
-        "schema_version": plan.schema_version,
-        "base_model": plan.base_model,
-        "base_sha256": plan.base_sha256,
-        "ratio": plan.ratio,
-        "achieved": dict(plan.achieved),
-        "merged": not (folder / "adapter").is_dir(),
-        "architecture": result.architecture,
-        "parameters": dict(result.parameters),
-        "bytes": dict(result.bytes),
-        "heads": result.heads,
-        "kv_heads": result.kv_heads,
-        "channels": result.channels,
-        "sha256": sha256,
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from lpdeploy.paper.cells import (
     list_prune_words,
     show_command,
 )
-from lpdeploy.pruning.checkpoint import CHECKPOINT
+from lpdeploy.run_folder import RunFolder
 
 CELLS, WORK = "cells", "work"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -238,7 +238,7 @@ def run_cell(
             result = _run_pruned(cell, study, work, commands)
         if not cell.evaluation:  # its scores are the result
             shutil.copyfile(
-                work / "run" / "importance.safetensors",
+                RunFolder(work / "run").importance,
                 folder / CELLS / f"{cell.key}.importance.safetensors",
             )
     except CommandError as error:
@@ -272,16 +272,16 @@ def _run_dense(cell: Cell, study: Study, commands: Commands) -> dict[str, Any]:
 
 
 def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dict[str, Any]:
-    run, done = work / "run", work / "prune.json"
-    prune_words = list_prune_words(cell, study, run=run)
+    run, done = RunFolder(work / "run"), work / "prune.json"
+    prune_words = list_prune_words(cell, study, run=run.path)
     if not done.is_file():
-        resume = (run / CHECKPOINT).is_file()
+        resume = run.checkpoint.is_file()
         pruned = commands.call([*prune_words, "--resume" if resume else "--overwrite"])
-        pruned = {**pruned, "run": run.name}
+        pruned = {**pruned, "run": run.path.name}
         save_json(done, {"prune": pruned, "interrupted": resume})
     result: dict[str, Any] = load_json(done, fix="Delete it.")
     result["commands"] = [show_command(prune_words)]
-    result["training"] = summarise_log(run / "log.jsonl")
+    result["training"] = summarise_log(run.log)
     if cell.evaluation:
         compact_words = ["compact", str(run)]
         compacted = commands.call([*compact_words, "--overwrite"])

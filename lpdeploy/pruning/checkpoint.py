@@ -25,9 +25,8 @@ from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.state import PruningState
+from lpdeploy.run_folder import RunFolder
 
-CHECKPOINT = Path("checkpoint") / "state.safetensors"
-RECIPE = "recipe.yaml"
 SCHEMA_VERSION = 1
 # Where these differ, a run goes on, but sums are rounded in another order.
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -72,7 +71,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Path, *, step: int, training: Any, options: PruneOptions, inputs: Mapping[str, str]
+    run: RunFolder, *, step: int, training: Any, options: PruneOptions, inputs: Mapping[str, str]
 ) -> None:
     """Write ``run/checkpoint/state.safetensors``, whole or not at all."""
     state: PruningState = training.state
@@ -91,26 +90,26 @@ def save_checkpoint(
         "options": dataclasses.asdict(options),
         "environment": _describe_environment(options),
     }
-    with atomic_file(run / CHECKPOINT, durable=True) as temporary:
+    with atomic_file(run.checkpoint, durable=True) as temporary:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
 
 
-def check_resumable(run: Path) -> None:
+def check_resumable(run: RunFolder) -> None:
     """Check that there is a checkpoint.
 
     Raises:
         ArtifactError: There is none.
     """
-    if not (run / CHECKPOINT).is_file():
-        how = "with --overwrite" if (run / RECIPE).exists() else "without --resume"
+    if not (run.checkpoint).is_file():
+        how = "with --overwrite" if (run.recipe).exists() else "without --resume"
         raise ArtifactError(
             f"Nothing to resume: '{run}' holds no checkpoint. Run {how} to start anew."
         )
 
 
 def load_checkpoint(
-    run: Path,
+    run: RunFolder,
     *,
     options: PruneOptions,
     inputs: Mapping[str, str],
@@ -131,7 +130,7 @@ def load_checkpoint(
             (all that does is named).
     """
     check_resumable(run)
-    metadata, tensors = _read(run / CHECKPOINT)
+    metadata, tensors = _read(run.checkpoint)
     differences = [
         *_compare_inputs(metadata["inputs"], inputs, old=_load_names(run), new=names),
         *_compare_options(metadata["options"], dataclasses.asdict(options)),
@@ -195,10 +194,10 @@ def _check_version(path: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _load_names(run: Path) -> dict[str, str]:
+def _load_names(run: RunFolder) -> dict[str, str]:
     """Return what base and data were called when the run began, as far as its recipe says it."""
     try:
-        recipe = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))["prune"]
+        recipe = yaml.safe_load((run.recipe).read_text(encoding="utf-8"))["prune"]
         return {"base": recipe["model"], "data": recipe["data"]}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return {}
@@ -231,7 +230,7 @@ def _warn_of_environment(
 
 
 @contextmanager
-def explain_full_disk(run: Path) -> Iterator[None]:
+def explain_full_disk(run: RunFolder) -> Iterator[None]:
     """Turn a write that found no room into one sentence that says what is left of the run.
 
     Raises:
@@ -257,9 +256,9 @@ def _find_full(error: Exception) -> int | None:
     return None
 
 
-def _describe_rest(run: Path) -> str:
+def _describe_rest(run: RunFolder) -> str:
     try:
-        with safe_open(run / CHECKPOINT, framework="pt") as file:
+        with safe_open(run.checkpoint, framework="pt") as file:
             step = _parse_metadata(file.metadata())["step"]
     except (OSError, SafetensorError):
         return "There is no checkpoint yet: make room, then start anew with --overwrite."

@@ -10,11 +10,10 @@ from typing import Any
 from lpdeploy.artifacts import atomic_file
 from lpdeploy.errors import ArtifactError
 from lpdeploy.pruning.training import StepInfo
+from lpdeploy.run_folder import RunFolder
 
-LOG = "log.jsonl"
 
-
-def append_log(run: Path, info: StepInfo) -> None:
+def append_log(run: RunFolder, info: StepInfo) -> None:
     """Add the line of a step.
 
     Raises:
@@ -22,30 +21,30 @@ def append_log(run: Path, info: StepInfo) -> None:
     """
     # One write to a file opened for appending: a kill leaves whole lines only.
     line = (json.dumps(dataclasses.asdict(info)) + "\n").encode()
-    handle = os.open(run / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(run.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
         if os.write(handle, line) < len(line):  # the disk took a part: it is full
             os.ftruncate(handle, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / LOG))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.log))
     finally:
         os.close(handle)
 
 
-def trim_log(run: Path, done: int) -> None:
+def trim_log(run: RunFolder, done: int) -> None:
     """Drop the lines of steps after ``done``, which a resumed run does again.
 
     Raises:
         ArtifactError: A line is damaged.
     """
-    path = run / LOG
+    path = run.log
     if path.is_file():
         lines = [line for line, info in _read(path) if info["step"] <= done]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def load_losses(run: Path, done: int) -> list[float]:
+def load_losses(run: RunFolder, done: int) -> list[float]:
     """Return the losses of the steps up to ``done``, in their order.
 
     A calibration's loss is that of the unpruned model: it counts where no step follows.
@@ -53,7 +52,7 @@ def load_losses(run: Path, done: int) -> list[float]:
     Raises:
         ArtifactError: A line is damaged.
     """
-    path = run / LOG
+    path = run.log
     infos = [info for _, info in _read(path)] if path.is_file() else []
     losses = {info["step"]: info["loss"] for info in infos if info["step"] <= done}
     return [loss for step, loss in losses.items() if step or done == 0]

@@ -1,12 +1,12 @@
 """The prune stage: from a model and a data source to a run folder."""
 
 import dataclasses
+import hashlib
 import json
 import math
-import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ import yaml
 from safetensors.torch import save_file
 
 from lpdeploy.artifacts import (
-    MANIFEST,
     Stage,
     atomic_file,
     atomic_folder,
     compute_sha256,
+    format_json,
     record_stage,
-    remove_leftovers,
     save_json,
 )
 from lpdeploy.data.batches import Progress
 from lpdeploy.errors import (
-    ArtifactError,
     LpdeployError,
     NonFiniteError,
     RankLostError,
@@ -39,8 +37,6 @@ from lpdeploy.models.quantized import check_load_in
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.checkpoint import (
-    CHECKPOINT,
-    RECIPE,
     Checkpoint,
     check_resumable,
     explain_full_disk,
@@ -48,7 +44,7 @@ from lpdeploy.pruning.checkpoint import (
     save_checkpoint,
 )
 from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.log import LOG, append_log, load_losses, trim_log
+from lpdeploy.pruning.log import append_log, load_losses, trim_log
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.setup import (
@@ -59,15 +55,9 @@ from lpdeploy.pruning.setup import (
     load_source,
 )
 from lpdeploy.pruning.state import PruningState
-from lpdeploy.pruning.target import TARGET
 from lpdeploy.pruning.training import StepInfo, Training, run_steps
+from lpdeploy.run_folder import ADAPTER, RunFolder
 
-# What lpdeploy's stages write into a run, and so what --overwrite may delete.
-_OWN_FILES = (
-    *("plan.json", "adapter", "importance.safetensors", LOG, MANIFEST, RECIPE),
-    *("checkpoint", "model", "unmerged", "onnx", "onnx-unmerged", "verify.json", "eval.json"),
-    *("bench.json", "bench.md", "bench.svg", "samples.json", "report.html", TARGET),
-)
 _LOSS_WINDOW = 10
 
 
@@ -133,16 +123,17 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             not finite, or another rank is gone.
     """
     check_load_in(options.load_in, removal=options.removal)  # before anything is read
-    ranks = join_ranks(options)
+    run, ranks = RunFolder(output), join_ranks(options)
     source = load_source(model, options)
-    if ranks.is_first:
-        check_output(output, base=source.folder, resume=resume, overwrite=overwrite)
-    memory = check_memory(source.config, options, log=log, refuse=not resume, ranks=ranks.size)
     record = {"model": model, "data": data, **dataclasses.asdict(options)}
     recorded = record if target is None else {**record, "target": target}
-    recording = record_stage(output, "prune", recorded) if ranks.is_first else nullcontext(Stage())
-    with explain_full_disk(output):
-        with recording as stage:
+    with (
+        _claim(run, ranks, base=source.folder, resume=resume, overwrite=overwrite),
+        explain_full_disk(run),
+    ):
+        memory = check_memory(source.config, options, log=log, refuse=not resume, ranks=ranks.size)
+        recording = record_stage(run.path, "prune", recorded)
+        with recording if ranks.is_first else nullcontext(Stage()) as stage:
             stage.planned = memory.to_json()
             dataset = load_dataset(
                 source, data, options, cache=cache, on_progress=on_tokenise, log=log
@@ -151,7 +142,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 "base": compute_model_sha256(source.folder),
                 "data": dataset.compute_sha256(),
             }
-            checkpoint = _load_checkpoint(output, record, options, stage, log) if resume else None
+            checkpoint = _load_checkpoint(run, record, options, stage, log) if resume else None
             training = build_training(source, dataset, options, checkpoint, ranks)
             _check_same_start(ranks, options, stage, checkpoint)
             if ranks.is_first:
@@ -159,16 +150,16 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 if checkpoint is not None:
                     log(f"going on after step {checkpoint.step} of {training.steps}")
                 on_start()
-                _prepare_output(output, record, checkpoint, target)
+                _prepare_output(run, record, checkpoint, target)
             with ranks.hold_signals(log):
-                losses = _run(output, training, checkpoint, stage=stage, on_step=on_step)
+                losses = _run(run, training, checkpoint, stage=stage, on_step=on_step)
                 plan = _build_plan(source, training.state, options, stage.inputs["base"])
                 if ranks.is_first:
-                    _save_results(output, training, stage)
+                    _save_results(run, training, stage, plan)
         if ranks.is_first:
-            _complete(output, plan)
+            _complete(run, plan)
     return PruneResult(
-        run=str(output),
+        run=str(run),
         ratio=plan.ratio,
         achieved=plan.achieved,
         steps=training.steps,
@@ -190,71 +181,50 @@ def _check_same_start(
     )
 
 
-def check_output(output: Path, *, base: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that a run cannot begin, or go on, in.
-
-    Raises:
-        ArtifactError: It holds the base, a run that is not to be replaced, or none to resume.
-    """
-    if base.resolve().is_relative_to(output.resolve()):
-        raise ArtifactError(f"'{output}' holds the model to be pruned. Use another --output.")
-    present = [name for name in _OWN_FILES if (output / name).exists()]
-    if present and not (resume or overwrite):
-        ways = "" if "plan.json" in present else "--resume to go on from its checkpoint, "
-        raise ArtifactError(
-            f"'{output}' already holds a run ({', '.join(present)}). Use {ways}--overwrite to "
-            "replace it, or another --output."
-        )
-    if resume and "plan.json" in present:
-        raise ArtifactError(
-            f"Nothing to resume: the run in '{output}' is complete. "
-            f"Go on with 'lpdeploy compact {output}'."
-        )
-    if resume:
-        check_resumable(output)
+@contextmanager
+def _claim(
+    run: RunFolder, ranks: Ranks, *, base: Path, resume: bool, overwrite: bool
+) -> Iterator[None]:
+    """Hold the run folder on the rank that writes, and refuse one that cannot be used."""
+    if not ranks.is_first:
+        yield
+        return
+    with run.hold():
+        run.check_free(base=base, resume=resume, overwrite=overwrite)
+        if resume:
+            check_resumable(run)
+        yield
 
 
 def _load_checkpoint(
-    output: Path,
+    run: RunFolder,
     record: Mapping[str, Any],
     options: PruneOptions,
     stage: Stage,
     log: Callable[[str], None],
 ) -> Checkpoint:
     names = {"base": record["model"], "data": record["data"]}
-    return load_checkpoint(output, options=options, inputs=stage.inputs, names=names, log=log)
+    return load_checkpoint(run, options=options, inputs=stage.inputs, names=names, log=log)
 
 
 def _prepare_output(
-    output: Path,
+    run: RunFolder,
     record: Mapping[str, Any],
     checkpoint: Checkpoint | None,
     target: Mapping[str, Any] | None,
 ) -> None:
     """Leave in a run only what it begins or goes on with; called when all input is known good."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name in _OWN_FILES:
-        if checkpoint is None:
-            _delete(output / name)
-        remove_leftovers(output / name)
-    remove_leftovers(output / CHECKPOINT)
-    with atomic_file(output / RECIPE) as temporary:
+    run.claim(clear=checkpoint is None)
+    with atomic_file(run.recipe) as temporary:
         temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
     if target is not None:
-        save_json(output / TARGET, target)
+        save_json(run.target, target)
     if checkpoint is not None:
-        trim_log(output, checkpoint.step)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        trim_log(run, checkpoint.step)
 
 
 def _run(
-    output: Path,
+    run: RunFolder,
     training: Training,
     checkpoint: Checkpoint | None,
     *,
@@ -263,7 +233,7 @@ def _run(
 ) -> list[float]:
     """Run the steps, log each, save checkpoints; return the last losses."""
     done = None if checkpoint is None else checkpoint.step
-    losses = [] if done is None else load_losses(output, done)
+    losses = [] if done is None else load_losses(run, done)
     options, ranks = training.options, training.ranks
     try:
         for info in run_steps(training, start=done):
@@ -271,16 +241,16 @@ def _run(
             # A calibration's loss is that of the unpruned model: it counts where nothing follows.
             losses = [*(losses if done > 1 else []), info.loss]
             if ranks.is_first:
-                append_log(output, info)
+                append_log(run, info)
                 on_step(info)
             if info.removed:
                 _check_same_groups(training, done)
             if ranks.is_first and _is_checkpoint_due(options, training, done):
-                _save_checkpoint(output, training, done, stage)
+                _save_checkpoint(run, training, done, stage)
             if done < training.steps:  # else nothing is left to break off
                 ranks.check_ending()
     except (NonFiniteError, RankLostError, RunEndedError) as error:
-        raise _break_off(error, output, training, done, stage) from error
+        raise _break_off(error, run, training, done, stage) from error
     return losses[-_LOSS_WINDOW:]
 
 
@@ -300,7 +270,7 @@ def _is_checkpoint_due(options: PruneOptions, training: Training, done: int) -> 
 
 
 def _break_off(
-    error: LpdeployError, output: Path, training: Training, done: int | None, stage: Stage
+    error: LpdeployError, run: RunFolder, training: Training, done: int | None, stage: Stage
 ) -> LpdeployError:
     """Keep what the last whole step left, and return an error that says so and how to go on."""
     ranks, lost = training.ranks, isinstance(error, RankLostError)
@@ -309,7 +279,7 @@ def _break_off(
     if done is None:
         hint = "start anew" if lost else "check the model and the data, or use --dtype fp32"
         return type(error)(f"{error} No step was done: {hint}.")
-    _save_checkpoint(output, training, done, stage)
+    _save_checkpoint(run, training, done, stage)
     match error:
         case NonFiniteError():
             how = f"Lower --lr (it was {training.options.lr:g}) and go on with --resume."
@@ -317,14 +287,12 @@ def _break_off(
             how = "Go on with --resume, with as many ranks as you like."
         case _:
             how = RunEndedError.HINT
-    return type(error)(
-        f"{error} The state after step {done} is kept in '{output / CHECKPOINT}'. {how}"
-    )
+    return type(error)(f"{error} The state after step {done} is kept in '{run.checkpoint}'. {how}")
 
 
-def _save_checkpoint(output: Path, training: Training, step: int, stage: Stage) -> None:
+def _save_checkpoint(run: RunFolder, training: Training, step: int, stage: Stage) -> None:
     save_checkpoint(
-        output, step=step, training=training, options=training.options, inputs=stage.inputs
+        run, step=step, training=training, options=training.options, inputs=stage.inputs
     )
 
 
@@ -342,17 +310,22 @@ def _build_plan(
     )
 
 
-def _save_results(output: Path, training: Training, stage: Stage) -> None:
+def _save_results(run: RunFolder, training: Training, stage: Stage, plan: PruningPlan) -> None:
     training.state.cut_masked()
-    with atomic_folder(output / "adapter", overwrite=True) as temporary:
+    with atomic_folder(run.adapter, kind=ADAPTER, overwrite=True) as temporary:
         # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
         training.model.save_pretrained(str(temporary), save_embedding_layers=False)
-    with atomic_file(output / "importance.safetensors") as path:
+    with atomic_file(run.importance) as path:
         save_file(training.state.last_seen, path)
-    stage.outputs = {"adapter": compute_sha256(output / "adapter")}
+    stage.outputs = {
+        run.adapter.name: compute_sha256(run.adapter),
+        run.plan.name: hashlib.sha256(format_json(plan.to_json()).encode()).hexdigest(),
+    }
 
 
-def _complete(output: Path, plan: PruningPlan) -> None:
+def _complete(run: RunFolder, plan: PruningPlan) -> None:
     """Save the plan, the last of all files: a run with a plan is complete."""
-    save_json(output / "plan.json", plan.to_json())
-    shutil.rmtree(output / CHECKPOINT.parent, ignore_errors=True)
+    save_json(run.plan, plan.to_json())
+    run.checkpoint.unlink(missing_ok=True)
+    with suppress(OSError):  # not there in a run without checkpoints
+        run.checkpoint.parent.rmdir()

@@ -1,9 +1,9 @@
 """A target of size in place of a ratio: the smallest ratio that meets it, and its record."""
 
 import bisect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import format_bytes, load_json
@@ -15,9 +15,7 @@ from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.setup import list_prunable
-
-TARGET = "target.json"
-"""How the ratios of a run were chosen: ``asked``, ``ratios`` (options of prune), what was found."""
+from lpdeploy.run_folder import RunFolder
 
 # Ratios are told to a millionth: less than half a group of any layer that there is.
 _STEPS = 1_000_000
@@ -126,14 +124,14 @@ def _count_kept(specs: list[GroupSpec], ratio: float, multiple: int, *, scope: s
     return min(total, max(wanted, fewest))
 
 
-def load_chosen(run: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+def load_chosen(run: str | os.PathLike[str], asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return how the ratios of a run were chosen when it began, so that nothing is done again.
 
     Raises:
         ArtifactError: It began without a target, or with another one.
     """
     fix = "It began with --ratio: resume it with the same."
-    chosen = load_json(run / TARGET, fix=fix)
+    chosen = load_json(RunFolder(run).target, fix=fix)
     if chosen["asked"] != dict(asked):
         raise ArtifactError(
             f"The run in '{run}' began with another target: {_write(chosen['asked'])}, not "

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import load_json
+from lpdeploy.engines.exports import find_export
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.card import build_hub_card
-from lpdeploy.models.compact import RECORD
-from lpdeploy.plan import PruningPlan, load_plan
+from lpdeploy.models.place import locate_model
+from lpdeploy.plan import PruningPlan
+from lpdeploy.run_folder import RunFolder
 
 CARD = "README.md"
 _EXPORTS = ("onnx", "ort")
-_CONTRACT = "io.json"
 # Where files of ours, of transformers and of peft name a model or an adapter.
 _NAMES_MODELS = ("base_model", "model", "adapter", "name_or_path", "_name_or_path")
 # Large, and made of the vocabulary alone.
@@ -41,7 +42,7 @@ class Upload:
         return self.source.stat().st_size if self.content is None else len(self.content)
 
 
-def list_uploads(run: Path, *, repo: str) -> list[Upload]:
+def list_uploads(run: RunFolder, *, repo: str) -> list[Upload]:
     """List what of a run belongs on the hub: checkpoint, card, plan and exports.
 
     The checkpoint lies at the top, so that ``from_pretrained(repo)`` loads it. Nothing of the
@@ -54,17 +55,14 @@ def list_uploads(run: Path, *, repo: str) -> list[Upload]:
     Raises:
         ArtifactError: The run is not complete, was not compacted, or an export is of another model.
     """
-    plan = load_plan(run)
-    model = run / "model"
-    if not (model / RECORD).is_file():
-        raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
-    exports = [name for name in _EXPORTS if (run / name).is_dir()]
-    for name in exports:
-        _check_export(run / name, model, run=run)
+    plan, place = run.load_plan(), locate_model(run)
+    model = place.folder
+    exports = {name: folder for name in _EXPORTS if (folder := find_export(place, name))}
     files = [(path.name, path) for path in _list_files(model) if path.name != CARD]
-    files.append(("plan.json", run / "plan.json"))
-    files += [(f"{name}/{path.name}", path) for name in exports for path in _list_files(run / name)]
-    card = _build_card(model, plan, repo=repo, exports=exports)
+    files.append((run.plan.name, run.plan))
+    for name, folder in exports.items():
+        files += [(f"{name}/{path.name}", path) for path in _list_files(folder)]
+    card = _build_card(model, plan, repo=repo, exports=list(exports))
     return [
         Upload(CARD, model / CARD, card.encode()),
         *(Upload(path, source, _rewrite(source)) for path, source in sorted(files)),
@@ -75,13 +73,6 @@ def _list_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
             yield path
-
-
-def _check_export(folder: Path, model: Path, *, run: Path) -> None:
-    fix = f"Run 'lpdeploy export {run} --engine {folder.name} --overwrite' first."
-    made_from = load_json(folder / _CONTRACT, fix=fix).get("source", {}).get("sha256")
-    if made_from != load_json(model / RECORD, fix="Compact again.")["sha256"]:
-        raise ArtifactError(f"'{folder}' was exported from another model than '{model}'. {fix}")
 
 
 def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The push stage: from a run to a repository on the Hugging Face hub."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +9,14 @@ from typing import Any
 
 from lpdeploy.artifacts import format_bytes
 from lpdeploy.errors import LpdeployError
-from lpdeploy.plan import load_plan
 from lpdeploy.publish.files import Upload, is_local, list_uploads
+from lpdeploy.run_folder import RunFolder
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def push(
-    run: Path,
+    run: str | os.PathLike[str],
     repo: str,
     *,
     private: bool = False,
@@ -44,8 +45,9 @@ def push(
             out of reach or refuses.
     """
     _check_name(repo)
+    run = RunFolder(run)
     uploads = list_uploads(run, repo=repo)
-    base = load_plan(run).base_model
+    base = run.load_plan().base_model
     total = sum(upload.size for upload in uploads)
     result = {
         "repo": repo,
@@ -61,7 +63,8 @@ def push(
     }
     if execute:
         log(f"uploading {len(uploads)} files, {format_bytes(total)}, to {repo}")
-        result |= _upload(uploads, repo, private=private)
+        with run.hold(shared=True):
+            result |= _upload(uploads, repo, private=private)
     return result
 
 
@@ -73,9 +76,9 @@ def _check_name(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         reason = str(error).rstrip(".")
-        raise LpdeployError(f"--repo '{repo}': {reason}. Give owner/name.") from error
+        raise LpdeployError(f"`repo` '{repo}': {reason}. Give owner/name.") from error
     if not _NAME.fullmatch(repo):
-        raise LpdeployError(f"--repo '{repo}' names no owner. Give owner/name.")
+        raise LpdeployError(f"`repo` '{repo}' names no owner. Give owner/name.")
 
 
 def _upload(uploads: list[Upload], repo: str, *, private: bool) -> dict[str, str]:

@@ -1,71 +1,111 @@
 """The report stage: one HTML page from the JSON files of a run; nothing is computed anew."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpdeploy.artifacts import MANIFEST, atomic_file, load_json
+from lpdeploy.artifacts import atomic_file, load_json
 from lpdeploy.benchmark.plot import draw_latency, draw_training
-from lpdeploy.models.compact import RECORD
-from lpdeploy.plan import describe_method, load_plan
+from lpdeploy.engines.exports import find_export
+from lpdeploy.engines.registry import EXPORTS
+from lpdeploy.errors import ArtifactError
+from lpdeploy.models.place import locate_model
+from lpdeploy.models.record import ModelRecord, load_model_record
+from lpdeploy.plan import describe_method
+from lpdeploy.run_folder import RunFolder, check_output
 
-SAMPLES = "samples.json"
 _FIX = "Make it again, or delete it."
+_GENERATOR = '<meta name="generator" content="lpdeploy">'
 
 
-def save_report(run: Path, *, output: Path | None = None) -> Path:
+def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> Path:
     """Write the page of a run; a stage that has not run is left out.
 
     Args:
-        run: What ``prune`` wrote, with what later stages added.
-        output: HTML file; ``run/report.html`` by default. It needs no other file.
+        run: The folder that ``prune`` wrote, with what later stages added.
+        output: HTML file; ``RUN/report.html`` by default. It needs no other file.
 
     Returns:
         The file.
 
     Raises:
-        ArtifactError: ``run`` has no plan, or a file in it cannot be read.
+        ArtifactError: The run has no plan, a file in it cannot be read, its exports or figures
+            are of another model, or ``output`` is a file that lpdeploy did not write.
     """
-    path = output or run / "report.html"
+    run = RunFolder(run)
+    path = output or run.report
+    check_output(path, default=run.report, inputs=())
+    _check_page(path)
     environment = Environment(
         loader=PackageLoader("lpdeploy.report", "."), autoescape=True, undefined=StrictUndefined
     )
-    page = environment.get_template("page.html.j2").render(**collect_report(run))
+    with run.hold(shared=True):
+        page = environment.get_template("page.html.j2").render(**_collect(run))
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def collect_report(run: Path) -> dict[str, Any]:
+def _check_page(path: Path) -> None:
+    """Refuse to replace what is not a page of ours."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        head = stream.read(1024)
+    if _GENERATOR.encode() not in head:
+        raise ArtifactError(
+            f"'{path}' is not a page that lpdeploy wrote, so it is not replaced. Use another "
+            "`output`."
+        )
+
+
+def _collect(run: RunFolder) -> dict[str, Any]:
     """Read what the page shows: plan, sizes, training curve, and each stage's JSON or None."""
-    plan = load_plan(run)
-    bench = _load(run / "bench.json")
-    stages = load_json(run / MANIFEST, fix=_FIX)["stages"]
+    plan = run.load_plan()
+    record = load_model_record(run.model)
+    _check_exports(run)
+    bench = _load(run.benchmark)
+    stages = load_json(run.manifest, fix=_FIX)["stages"]
     return {
-        "run": run.name,
+        "run": run.path.name,
         "plan": plan,
         "method": describe_method(stages["prune"]["options"]),
         "base": Path(plan.base_model).name,
-        "model": _load(run / "model" / RECORD),
-        "training": draw_training(_load_log(run / "log.jsonl")),
-        "verify": _load(run / "verify.json"),
-        "evaluations": _list_evaluations(run / "eval.json"),
+        "model": record,
+        "training": draw_training(_load_log(run.log)),
+        "verify": _load(run.verification),
+        "evaluations": _list_evaluations(run, record),
         "bench": bench,
         "latency": draw_latency(bench) if bench else None,
-        "samples": _load(run / SAMPLES),
+        "samples": _load(run.samples),
         "stages": stages,
     }
+
+
+def _check_exports(run: RunFolder) -> None:
+    """Refuse a run in which an export is of another model: its figures would mislead."""
+    for unmerged in (False, True):
+        if run.get_model(unmerged=unmerged).is_dir():
+            place = locate_model(run, unmerged=unmerged)
+            for engine in EXPORTS:
+                find_export(place, engine)
 
 
 def _load(path: Path) -> Any:
     return load_json(path, fix=_FIX) if path.is_file() else None
 
 
-def _list_evaluations(path: Path) -> list[dict[str, Any]]:
+def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[dict[str, Any]]:
     """Return one evaluation for each engine and precision, the newest first."""
-    newest = _load(path)
+    newest = _load(run.evaluation)
+    if newest and record and newest["model_sha256"] != record.sha256:
+        raise ArtifactError(
+            f"'{run.evaluation}' was measured on another model than '{run.model}' is now. "
+            f"Run 'lpdeploy eval {run}' again, or delete the file."
+        )
     return [newest, *newest.get("others", [])] if newest else []
 
 

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lpdeploy.families.groups import get_head_dim, list_group_specs
@@ -16,9 +15,9 @@ from lpdeploy.models.shapes import (
     count_parameters,
     list_widths,
 )
-from lpdeploy.plan import load_plan
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.selection import round_kept
+from lpdeploy.run_folder import RunFolder
 from lpdeploy.servers.verdicts import Verdict, list_verdicts
 
 # Rows and columns that a matrix kernel of a GPU works on at once; the last tile of a width that is
@@ -110,10 +109,10 @@ def check(
     Raises:
         ArtifactError: Model or run cannot be read.
     """
-    run = Path(model)
-    planned = (run / "plan.json").is_file()
+    run = RunFolder(model)
+    planned = run.is_complete
     if planned:
-        plan = load_plan(run)
+        plan = run.load_plan()
         config = find_config(plan.base_model)
         widths = compute_widths(config, list_group_specs(config), plan.kept)
         pruned = build_pruned_config(config, widths)

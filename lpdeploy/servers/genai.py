@@ -8,15 +8,16 @@ from typing import Any
 from lpdeploy.engines.contract import resolve_max_seq_len
 from lpdeploy.engines.export import export_folder
 from lpdeploy.models.loading import load_config, load_tokenizer
+from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
-from lpdeploy.servers.sources import find_export, take_export
+from lpdeploy.servers.sources import find_whole_export, take_export
 from lpdeploy.servers.tokenizers import list_notes
 
 _SCRIPT = "generate.py"
 
 
 def package_genai(
-    model: Path,
+    place: ModelPlace,
     folder: Path,
     *,
     output: Path,
@@ -31,7 +32,7 @@ def package_genai(
     the same precision and of the same length; otherwise a new one is made.
 
     Args:
-        model: A Hugging Face folder.
+        place: The model, a Hugging Face folder.
         folder: To fill.
         output: Where it will be, for the commands.
         precision: As of ``export_ort``.
@@ -47,10 +48,11 @@ def package_genai(
         ArtifactError: There is no tokenizer.
         LpdeployError: The export cannot be made.
     """
+    model = place.folder
     config = load_config(model)
     tokenizer = load_tokenizer(model, config)
     length = resolve_max_seq_len(max_seq_len, config)
-    found = find_export(model, "ort")
+    found = find_whole_export(place, "ort")
     quantized = precision in ("int8", "int4")
     wanted = {
         "precision": precision,

@@ -6,13 +6,14 @@ from typing import Any
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import PRECISIONS, load_config
+from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.gguf_file import TYPES, count_positions, save_gguf
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, resolve_length
 
 
 def package_llamacpp(
-    model: Path,
+    place: ModelPlace,
     folder: Path,
     *,
     output: Path,
@@ -22,7 +23,7 @@ def package_llamacpp(
     """Fill a folder with a GGUF file and the commands that open it.
 
     Args:
-        model: A Hugging Face folder whose layers are alike.
+        place: The model, a Hugging Face folder whose layers are alike.
         folder: To fill.
         output: Where it will be, for the commands and the file's name.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8`` (Q8_0); None for the checkpoint's.
@@ -36,6 +37,7 @@ def package_llamacpp(
         LpdeployError: The precision is none of those, or as ``save_gguf``.
         MissingDependencyError, ArtifactError: As ``save_gguf``.
     """
+    model = place.folder
     config = load_config(model)
     precision = precision or PRECISIONS.get(config.dtype, "fp32")
     if precision not in TYPES:

@@ -1,22 +1,23 @@
 """The package stage: what goes to which server, what that server does not take, and the record."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import (
-    PACKAGE,
     atomic_folder,
-    check_apart,
     compute_sha256,
     list_versions,
     record_stage,
     save_json,
 )
 from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
+from lpdeploy.models.loading import compute_model_sha256, load_config
+from lpdeploy.models.place import locate_model
 from lpdeploy.models.shapes import list_widths
+from lpdeploy.run_folder import PACKAGE, check_output
 from lpdeploy.servers.genai import package_genai
 from lpdeploy.servers.llamacpp import package_llamacpp
 from lpdeploy.servers.triton.packager import package_triton
@@ -24,7 +25,7 @@ from lpdeploy.servers.verdicts import list_verdicts
 from lpdeploy.servers.vllm import package_vllm
 
 Packager = Callable[..., dict[str, Any]]
-"""``package_X(model, folder, *, output, ...)``: fills a temporary folder from a checkpoint.
+"""``package_X(place, folder, *, output, ...)``: fills a temporary folder from a model.
 
 ``output`` is where the folder will be, for the commands that name it. Returns what is printed: at
 least ``command``, the words that start the server, and ``notes`` where there is more to know.
@@ -44,11 +45,16 @@ _SERVERS = {
     "triton": "triton",
 }
 _SCHEMA_VERSION = 1
-_EXPORTS = ("onnx", "ort", "trt")
+PACKAGE_FILE = "lpdeploy-package.json"
 
 
 def package(
-    target: str, *, kind: str, output: Path, overwrite: bool = False, **options: Any
+    target: str | os.PathLike[str],
+    *,
+    kind: str,
+    output: Path,
+    overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write the folder that a server opens as it is, with its command in a README.md.
 
@@ -69,22 +75,21 @@ def package(
             exists, holds what it is made from, or lies inside the model.
         LpdeployError: The packager does not know an option.
     """
-    run = Path(target)
-    is_run = (run / "plan.json").is_file()
-    model = _find_model(run) if is_run else resolve_model(target)
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(kind, options)
-    _check_output(output, model, run=run if is_run else None)
-    condition = _check_shape(model, kind, ranks=options.get("tensor_parallel", 1))
-    record = {"target": target, "kind": kind, **options}
+    place = locate_model(target)
+    check_output(output, inputs=place.inputs)
+    condition = _check_shape(place.folder, kind, ranks=options.get("tensor_parallel", 1))
+    record = {"target": str(target), "kind": kind, **options}
     # A model that is no run of ours is left as it is: the record lies in the package then.
-    with record_stage(run if is_run else output, f"package {kind}", record) as stage:
-        with atomic_folder(output, overwrite=overwrite) as folder:
-            result = PACKAGERS[kind](model, folder, output=output, **options)
-            source = {"model": str(model), "sha256": compute_model_sha256(model)}
+    records = output if place.run is None else place.records
+    with place.hold(), record_stage(records, f"package {kind}", record) as stage:
+        with atomic_folder(output, kind=PACKAGE, overwrite=overwrite) as folder:
+            result = PACKAGERS[kind](place, folder, output=output, **options)
+            source = {"model": str(place.folder), "sha256": compute_model_sha256(place.folder)}
             _save_mark(folder, kind=kind, source=source, options=options, result=result)
-        stage.inputs = {model.name: source["sha256"]}
-        stage.outputs = {output.name: compute_sha256(output / PACKAGE)}
+        stage.inputs = {place.folder.name: source["sha256"]}
+        stage.outputs = {output.name: compute_sha256(output / PACKAGE_FILE)}
     files = sorted(path for path in output.rglob("*") if path.is_file())
     return {
         **result,
@@ -97,29 +102,10 @@ def package(
     }
 
 
-def _find_model(run: Path) -> Path:
-    folder = run / "model"
-    if not folder.is_dir():
-        raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
-    return folder
-
-
 def _check_options(kind: str, options: Mapping[str, object]) -> None:
     unknown = options.keys() - inspect.signature(PACKAGERS[kind]).parameters
     if unknown:
-        name = min(unknown).replace("_", "-")
-        raise LpdeployError(f"--{name} is no option of --target {kind}. Leave it out.")
-
-
-def _check_output(output: Path, model: Path, *, run: Path | None) -> None:
-    exports = [folder for name in _EXPORTS if (folder := (run or model) / name).exists()]
-    check_apart(output, inputs=(model, *exports) if run is None else (run, model, *exports))
-    inputs = (model, *exports)
-    if held := [path for path in inputs if output.resolve().is_relative_to(path.resolve())]:
-        raise ArtifactError(
-            f"'{output}' lies inside '{held[0]}', which it would be made from. Use another "
-            "--output."
-        )
+        raise LpdeployError(f"`{min(unknown)}` is not an option of `target={kind}`. Leave it out.")
 
 
 def _check_shape(model: Path, kind: str, *, ranks: int) -> str | None:
@@ -173,4 +159,4 @@ def _save_mark(
         "command": result["command"],
         "versions": list_versions(),
     }
-    save_json(folder / PACKAGE, mark)
+    save_json(folder / PACKAGE_FILE, mark)

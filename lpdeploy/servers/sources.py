@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import compute_sha256, load_json
+from lpdeploy.artifacts import FOLDER_RECORD, compute_sha256, load_json
+from lpdeploy.engines.exports import find_export
+from lpdeploy.engines.registry import describe_exported
 from lpdeploy.errors import LpdeployError
-from lpdeploy.models.loading import compute_model_sha256
+from lpdeploy.models.place import ModelPlace
 
 _GRAPHS = (".onnx", ".data", ".engine")
-_CONTRACTS = {"onnx": "io.json", "ort": "io.json", "trt": "engine.json"}
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -26,25 +27,19 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
-    """Find what ``lpdeploy export`` made of this very checkpoint, merged, and left by default.
-
-    Args:
-        model: The checkpoint: ``RUN/model``, or a folder of its own.
-        engine: ``onnx``, ``ort`` or ``trt``.
+def find_whole_export(place: ModelPlace, engine: str) -> tuple[Path, dict[str, Any]] | None:
+    """Find what ``lpdeploy export`` made of a model, if every file of it is as it was written.
 
     Returns:
-        The folder and its contract, or None where there is none, it was made of other weights, or
-        one of its files has changed.
+        The folder and its contract; None if there is none, or a file of it has changed.
+
+    Raises:
+        ArtifactError: It was made of another model.
     """
-    is_of_run = (model.parent / "plan.json").is_file() and model.name == "model"
-    folder = (model.parent if is_of_run else model) / engine
-    contract_file = folder / _CONTRACTS[engine]
-    if not contract_file.is_file():
+    folder = find_export(place, engine)
+    if folder is None:
         return None
-    contract = load_json(contract_file, fix="Export again with --overwrite.")
-    if not contract["merged"] or contract["source"]["sha256"] != compute_model_sha256(model):
-        return None
+    contract = describe_exported(folder, engine=engine)
     for name, recorded in contract["files"].items():
         path = folder / name
         if not path.is_file() or compute_sha256(path) != recorded["sha256"]:
@@ -54,7 +49,9 @@ def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
 
 def take_export(source: Path, folder: Path) -> None:
     """Put the files of an export into a folder: weights are linked, what people edit is copied."""
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name == FOLDER_RECORD:
+            continue
         put = link_or_copy if file.suffix in _GRAPHS else shutil.copyfile
         put(file, folder / file.name)
 

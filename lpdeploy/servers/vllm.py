@@ -8,6 +8,7 @@ from typing import Any
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.loading import list_weight_files, load_config, load_tokenizer
+from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, link_or_copy, resolve_length
 from lpdeploy.servers.verdicts import SERVERS, divide_over_ranks
@@ -19,7 +20,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def package_vllm(
-    model: Path,
+    place: ModelPlace,
     folder: Path,
     *,
     output: Path,
@@ -29,7 +30,7 @@ def package_vllm(
     """Fill a folder with a stock checkpoint and the commands that serve it.
 
     Args:
-        model: A Hugging Face folder whose layers are alike.
+        place: The model, a Hugging Face folder whose layers are alike.
         folder: To fill.
         output: Where it will be, for the commands.
         tensor_parallel: GPUs that share the heads; the shape was checked against it.
@@ -43,6 +44,7 @@ def package_vllm(
         ArtifactError: There is no tokenizer.
         LpdeployError: The model has fewer positions than ``max_seq_len``.
     """
+    model = place.folder
     config = load_config(model)
     load_tokenizer(model, config)
     length = resolve_length(max_seq_len, positions=config.max_position_embeddings)

@@ -248,7 +248,7 @@ def test_a_run_is_not_overwritten_unasked(run, base, data):
     check_refused(invoke("compact", run.parent), "No plan.json in .* Run 'lpdeploy prune")
     check_refused(invoke("verify", run), "No model in .* Run 'lpdeploy compact")
     assert invoke("compact", run).exit_code == 0
-    check_refused(invoke("compact", run), "exists already. Use --overwrite")
+    check_refused(invoke("compact", run), "already exists")
     assert invoke("compact", run, "--overwrite").exit_code == 0
 
 

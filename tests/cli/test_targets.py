@@ -15,9 +15,9 @@ from lpdeploy.benchmark import target as latency_target
 from lpdeploy.benchmark.target import LatencyTarget, choose_widths, list_counts
 from lpdeploy.cli.targets import BYTES, MILLISECONDS, PARAMETERS
 from lpdeploy.errors import LpdeployError
-from lpdeploy.plan import load_plan
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune as run_prune
+from lpdeploy.run_folder import RunFolder
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning.test_resume import StoppedError, stop_after
@@ -122,7 +122,7 @@ def test_several_ranks_do_not_measure(base, data, tmp_path, monkeypatch):
 
 
 def test_a_run_that_would_be_replaced_is_refused_before_any_measurement(base, data, tmp_path):
-    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").claim(clear=True)
     (tmp_path / "run" / "plan.json").write_text("{}")
     words = ("--target-latency", "1ms", "--engine", "torch")
     check_refused(prune(base, data, tmp_path / "run", *words), "already holds a run")
@@ -235,7 +235,7 @@ def test_a_shape_is_chosen_by_what_was_measured(wide, data, tmp_path, told_times
     quick = [pair for pair in pairs if count_parameters(*pair) <= 20_000]
     assert chosen == min(quick, key=lambda pair: lose(*pair))
     assert record["expected_loss"] == pytest.approx(lose(*chosen), rel=1e-5)
-    plan = load_plan(tmp_path / "run")
+    plan = RunFolder(tmp_path / "run").load_plan()
     assert [len(plan.kept[f"layers.1.{kind}"]) for kind in ("heads", "channels")] == [*chosen]
 
 

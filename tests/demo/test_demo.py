@@ -17,6 +17,6 @@ def test_the_demo_ends_with_a_page_and_true_figures(tmp_path):
     forms = {(row["engine"], row["ratio"], row["merged"]) for row in result["rows"]}
     assert len(forms) == 2 * 3 * 2
     (output / "mine.txt").write_text("x")
-    with pytest.raises(ArtifactError, match="is not empty. Use --overwrite"):
+    with pytest.raises(ArtifactError, match="is not empty"):
         run_demo(output)
     assert (output / "mine.txt").exists()

@@ -19,7 +19,7 @@ def test_an_export_never_replaces_its_own_model(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     (model / "lpdeploy.json").write_text("{}")  # as compact leaves it
     for output in (model, tmp_path):
-        with pytest.raises(ArtifactError, match="holds what it would be made from"):
+        with pytest.raises(ArtifactError, match="holds what it is made from"):
             export(str(model), output=output, overwrite=True)
     assert (model / "model.safetensors").is_file()
 
@@ -31,14 +31,14 @@ def test_an_export_never_replaces_its_run(tmp_path):
         export(str(run))
     (run / "model").mkdir()
     for output in (run, run / "model"):
-        with pytest.raises(ArtifactError, match="holds what it would be made from"):
+        with pytest.raises(ArtifactError, match="holds what it is made from"):
             export(str(run), output=output, overwrite=True)
     assert (run / "plan.json").is_file()
 
 
 def test_unmerged_needs_a_run(tmp_path):
     model = make_tiny_model(tmp_path / "model")
-    with pytest.raises(ArtifactError, match="--unmerged needs a run"):
+    with pytest.raises(ArtifactError, match="`unmerged=True` needs a run"):
         export(str(model), unmerged=True)
 
 
@@ -75,7 +75,7 @@ def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
 
 def test_an_option_of_another_engine_is_refused(tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    with pytest.raises(LpdeployError, match="--opset is no option of --engine ort. Leave it out"):
+    with pytest.raises(LpdeployError, match="`opset` is not an option of"):
         export(str(model), engine="ort", opset=18)
-    with pytest.raises(LpdeployError, match="--block-size is no option of --engine onnx"):
+    with pytest.raises(LpdeployError, match="`block_size` is not an option of"):
         export(str(model), engine="onnx", block_size=32)

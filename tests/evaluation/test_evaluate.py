@@ -100,7 +100,7 @@ class TestRefusals:
             evaluate(str(make_model(tmp_path / "m")), EvalOptions(tasks=("piqa",)), device="cpu")
 
     def test_base_without_a_run(self, tmp_path):
-        with pytest.raises(ArtifactError, match="--with-base needs a run; .* Leave it out"):
+        with pytest.raises(ArtifactError, match="`with_base=True` needs a run, .* Leave it out"):
             evaluate(str(tmp_path), EvalOptions(tasks=("piqa",)), with_base=True)
 
 

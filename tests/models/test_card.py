@@ -103,7 +103,7 @@ def test_the_figures_are_those_of_the_models(bases, tmp_path):
         card.split()
     )
     assert "LoRA is merged into the weights." in card
-    assert f"It is a stock `{result.architecture}`" in card
+    assert f"It is a stock `{result.record.architecture}`" in card
 
 
 def test_per_layer_widths_are_listed(bases, tmp_path):
@@ -148,6 +148,6 @@ def test_a_base_of_bf16_keeps_half_the_bytes(tmp_path):
     result = compact(make_run(tmp_path / "run", base, choose_kept(base, heads=2, channels=20)))
     wide = make_base(tmp_path / "wide", "llama-mha")
     other = compact(make_run(tmp_path / "other", wide, choose_kept(wide, heads=2, channels=20)))
-    assert result.parameters == other.parameters
+    assert result.record.parameters == other.record.parameters
     header = 4000  # of the file; names and offsets
-    assert abs(2 * result.bytes["after"] - other.bytes["after"]) < header
+    assert abs(2 * result.record.bytes["after"] - other.record.bytes["after"]) < header

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from lpdeploy.artifacts import compute_sha256, load_stage
 from lpdeploy.families.groups import list_group_specs
-from lpdeploy.models.compact import compact, load_record
+from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import compute_model_sha256, load_config, load_model, load_tokenizer
-from lpdeploy.plan import load_plan
+from lpdeploy.models.record import load_model_record
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
+from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, need_shared
 from tests.models.families import (
     FAMILIES,
@@ -68,7 +69,12 @@ def test_a_uniform_model_is_a_stock_checkpoint_of_the_same_function(
     divides = 32 % model.config.num_attention_heads == 0
     stays = not family.startswith("llama") or divides
     expected = load_config(base).architectures[0] if stays else "MistralForCausalLM"
-    assert type(model).__name__ == expected == result.architecture == model.config.architectures[0]
+    assert (
+        type(model).__name__
+        == expected
+        == result.record.architecture
+        == model.config.architectures[0]
+    )
     if not stays:
         assert model.config.sliding_window is None
     stored = load_file(run / "model" / "model.safetensors")
@@ -91,7 +97,7 @@ def test_pruned_by_prune_compacts_to_the_masked_base(bases, tmp_path):
     text = make_text(tmp_path / "text.txt")
     prune(str(base), tmp_path / "run", data=str(text), options=options)
     compact(tmp_path / "run")
-    kept = load_plan(tmp_path / "run").kept
+    kept = RunFolder(tmp_path / "run").load_plan().kept
     assert {len(kept["layers.0.heads"]), len(kept["layers.1.heads"])} == {3}
     expected = compute_logits(build_reference(base, kept, tmp_path / "run" / "adapter"))
     model = load_stock(tmp_path / "run" / "model")
@@ -111,7 +117,7 @@ def test_scaled_rotary_positions_are_carried(tmp_path):
     base = make_base(tmp_path / "base", "llama-gqa", rope_parameters=rope, rms_norm_eps=1e-2)
     kept = choose_kept(base, heads=3, channels=20)
     run = make_run(tmp_path / "run", base, kept)
-    assert compact(run).architecture == "MistralForCausalLM"
+    assert compact(run).record.architecture == "MistralForCausalLM"
     expected = compute_logits(build_reference(base, kept, run / "adapter"))
     torch.testing.assert_close(compute_logits(load_stock(run / "model")), expected, **CLOSE)
 
@@ -160,7 +166,7 @@ def test_per_layer_models_load_where_lpdeploy_is_not(bases, tmp_path):
     for family, (heads, channels) in PER_LAYER.items():
         kept = choose_kept(bases(family), heads=heads, channels=channels)
         run = make_run(tmp_path / family, bases(family), kept)
-        assert compact(run).architecture.startswith("PerLayer")
+        assert compact(run).record.architecture.startswith("PerLayer")
         folders[run / "model"] = (family, kept, run)
     compact(run, keep_adapter=True)
     folders[run / "unmerged"] = (family, kept, run)
@@ -205,7 +211,7 @@ def test_a_kept_adapter_computes_what_the_merged_model_computes(bases, family, t
     compact(run)
     result = compact(run, keep_adapter=True)
     folder = run / "unmerged"
-    assert result.model == str(folder)
+    assert result.model == folder
     unmerged = PeftModel.from_pretrained(load_stock(folder), str(folder / "adapter"))
     expected = compute_logits(load_stock(run / "model"))
     torch.testing.assert_close(compute_logits(unmerged.eval()), expected, **CLOSE)
@@ -216,8 +222,8 @@ def test_a_kept_adapter_computes_what_the_merged_model_computes(bases, family, t
     assert config["base_model_name_or_path"] == str(folder)
     weights = "adapter_model.safetensors"
     assert (folder / "adapter" / weights).read_bytes() == (run / "adapter" / weights).read_bytes()
-    assert load_record(folder)["merged"] is False
-    assert load_record(run / "model")["merged"] is True
+    assert load_model_record(folder).merged is False
+    assert load_model_record(run / "model").merged is True
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
@@ -233,7 +239,7 @@ def test_shards_are_the_same_model(bases, family, tmp_path):
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    assert result.parameters == whole.parameters
+    assert result.record.parameters == whole.record.parameters
     model = load_stock(tmp_path / "shards")
     assert torch.equal(compute_logits(model), compute_logits(load_stock(run / "model")))
 
@@ -243,8 +249,8 @@ def test_keeping_all_gives_the_base_back(bases, tmp_path):
     result = compact(run, keep_adapter=True)
     written = (run / "unmerged" / "model.safetensors").read_bytes()
     assert written == (bases("llama-mha") / "model.safetensors").read_bytes()
-    assert result.parameters["before"] == result.parameters["after"]
-    assert result.bytes["before"] == result.bytes["after"] == len(written)
+    assert result.record.parameters["before"] == result.record.parameters["after"]
+    assert result.record.bytes["before"] == result.record.bytes["after"] == len(written)
 
 
 def permute_groups(base, folder, orders):
@@ -291,7 +297,7 @@ def test_a_compacted_model_can_be_pruned_and_compacted_again(bases, tmp_path):
     compact(first)
     kept = choose_kept(first / "model", heads=1, channels=9)
     second = make_run(tmp_path / "b", first / "model", kept)
-    assert compact(second).architecture == "MistralForCausalLM"
+    assert compact(second).record.architecture == "MistralForCausalLM"
     expected = compute_logits(build_reference(first / "model", kept, second / "adapter"))
     torch.testing.assert_close(compute_logits(load_stock(second / "model")), expected, **CLOSE)
 
@@ -316,7 +322,7 @@ def test_a_stored_copy_of_a_tied_head_is_counted_once(tmp_path):
     run = make_run(tmp_path / "run", base, kept)
     result = compact(run)
     model = load_stock(run / "model")
-    assert result.parameters["after"] == sum(p.numel() for p in model.parameters())
+    assert result.record.parameters["after"] == sum(p.numel() for p in model.parameters())
     expected = compute_logits(build_reference(base, kept, run / "adapter"))
     torch.testing.assert_close(compute_logits(model), expected, **CLOSE)
 
@@ -335,44 +341,46 @@ def test_tokenizer_and_generation_config_are_carried(base, run):
 def test_the_result_states_what_was_written(base, run):
     result = compact(run)
     model = load_stock(run / "model")
-    assert result.parameters == {
+    assert result.record.parameters == {
         "before": sum(p.numel() for p in load_model(base).parameters()),
         "after": sum(p.numel() for p in model.parameters()),
     }
-    assert result.bytes == {
+    assert result.record.bytes == {
         "before": (base / "model.safetensors").stat().st_size,
         "after": (run / "model" / "model.safetensors").stat().st_size,
     }
-    assert (result.heads, result.kv_heads, result.channels) == ([6, 6], [3, 3], [20, 20])
+    record = result.record
+    assert (record.heads, record.kv_heads, record.channels) == ([6, 6], [3, 3], [20, 20])
     assert result.seconds > 0
     assert result.peak_bytes > 0
 
 
 def test_the_record_says_where_a_model_is_from(base, run):
     result = compact(run)
-    record = load_record(run / "model")
-    plan = load_plan(run)
-    assert record == {
+    record = load_model_record(run / "model")
+    plan = RunFolder(run).load_plan()
+    assert record.to_json() == {
         "schema_version": 1,
         "base_model": str(base),
         "base_sha256": compute_model_sha256(base),
+        "plan_sha256": compute_sha256(run / "plan.json"),
         "ratio": 0.5,
         "achieved": dict(plan.achieved),
         "merged": True,
         "architecture": "MistralForCausalLM",
-        "parameters": dict(result.parameters),
-        "bytes": dict(result.bytes),
+        "parameters": dict(result.record.parameters),
+        "bytes": dict(result.record.bytes),
         "heads": [6, 6],
         "kv_heads": [3, 3],
         "channels": [20, 20],
         "sha256": compute_model_sha256(run / "model"),
     }
-    assert load_record(base) == {}
+    assert load_model_record(base) is None
     stage = load_stage(run, "compact")
     assert stage["inputs"] == {
         "base": plan.base_sha256, "adapter": compute_sha256(run / "adapter"),
     }  # fmt: skip
-    assert stage["outputs"] == {"model": record["sha256"]}
+    assert stage["outputs"] == {"model": record.sha256}
     assert stage["options"] == {"output": str(run / "model"), "max_shard_bytes": 1 << 30}
 
 
@@ -386,11 +394,11 @@ def test_both_ways_are_recorded(run):
 def test_nothing_but_the_model_is_written(run):
     compact(run)
     assert {path.name for path in (run / "model").iterdir()} == {
-        "README.md", "config.json", "generation_config.json", "lpdeploy.json",
+        ".lpdeploy.json", "README.md", "config.json", "generation_config.json", "lpdeploy.json",
         "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "manifest.json", "model", "plan.json",
+        ".lock", "adapter", "manifest.json", "model", "plan.json",
     }  # fmt: skip
 
 
@@ -399,7 +407,7 @@ def test_a_real_model_compacts_to_the_masked_base(tmp_path):
     base = need_shared() / "models" / "stories260K"
     kept = choose_kept(base, heads=3, channels=120)
     run = make_run(tmp_path / "run", base, kept)
-    assert compact(run).architecture == "MistralForCausalLM"  # 64 does not divide by 6 heads
+    assert compact(run).record.architecture == "MistralForCausalLM"  # 64 does not divide by 6 heads
     expected = compute_logits(build_reference(base, kept, run / "adapter"))
     # As CLOSE, over five layers and logits up to about 20.
     torch.testing.assert_close(
@@ -408,5 +416,5 @@ def test_a_real_model_compacts_to_the_masked_base(tmp_path):
     tokenizer = load_tokenizer(run / "model", load_config(run / "model"))
     words = "Once upon a time, there was a little girl."
     assert tokenizer(words) == load_tokenizer(base, load_config(base))(words)
-    assert make_plan(base, kept).base_sha256 == load_record(run / "model")["base_sha256"]
-    assert re.fullmatch("[0-9a-f]{64}", load_record(run / "model")["sha256"])
+    assert make_plan(base, kept).base_sha256 == load_model_record(run / "model").base_sha256
+    assert re.fullmatch("[0-9a-f]{64}", load_model_record(run / "model").sha256)

@@ -17,7 +17,7 @@ def test_a_mistral_result_encodes_as_its_llama_base(tmp_path):
     # What LLaMA-1 and 2 say of their tokenizer; transformers heeds it beside a LLaMA config only.
     edit_json(base / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     run = make_run(tmp_path / "run", base, choose_kept(base, heads=3, channels=80))
-    assert compact(run).architecture == "MistralForCausalLM"  # 6 heads do not divide 64
+    assert compact(run).record.architecture == "MistralForCausalLM"  # 6 heads do not divide 64
     before = AutoTokenizer.from_pretrained(base)
     after = AutoTokenizer.from_pretrained(run / "model")
     for text in ("Once upon a time</s> there was", "  two  spaces", "a\nb"):

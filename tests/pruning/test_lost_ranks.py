@@ -10,9 +10,9 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
+from lpdeploy.run_folder import RunFolder
 from tests.pruning.launching import (
     ACCELERATE,
     SECONDS,
@@ -66,7 +66,7 @@ def break_off(processes, output, *, lines, end):
     assert names == ["log.jsonl", "recipe.yaml", "state.safetensors"]
     load_file(output / "checkpoint" / "state.safetensors")
     (sentence,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
-    kept = f"The state after step {count_lines(log)} is kept in '{output / CHECKPOINT}'."
+    kept = f"The state after step {count_lines(log)} is kept in '{RunFolder(output).checkpoint}'."
     assert kept in sentence
     return sentence.replace(kept, "KEPT")
 

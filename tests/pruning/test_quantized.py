@@ -16,8 +16,8 @@ from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_base_linear, get_lora_weights
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
-from lpdeploy.plan import load_plan
 from lpdeploy.pruning.criteria import build_criterion
+from lpdeploy.run_folder import RunFolder
 from tests import reference
 from tests.helpers import fill_lora, make_text, make_tiny_model
 from tests.models.test_quantized import dequantize
@@ -86,7 +86,7 @@ def test_a_run_is_stock_and_compacts_to_full_precision(base, data, tmp_path, opt
     said = []
     run(base, tmp_path / "run", data, options=options, log=said.append)
     assert any(f"fp32 over a base in {options['load_in']} (checkpoint fp32)" in s for s in said)
-    plan = load_plan(tmp_path / "run")
+    plan = RunFolder(tmp_path / "run").load_plan()
     run(base, tmp_path / "plain", data)
     plain = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -117,7 +117,10 @@ def test_cutting_and_masking_an_8bit_base_give_the_same_plan(base, data, tmp_pat
     for removal in ("cut", "mask"):
         options = {"load_in": "8bit", "removal": removal, "lora_dropout": 0.0}
         run(base, tmp_path / removal, data, options=options)
-    assert load_plan(tmp_path / "cut").kept == load_plan(tmp_path / "mask").kept
+    assert (
+        RunFolder(tmp_path / "cut").load_plan().kept
+        == RunFolder(tmp_path / "mask").load_plan().kept
+    )
     cut, mask = (
         load_file(tmp_path / removal / "adapter" / "adapter_model.safetensors")
         for removal in ("cut", "mask")

@@ -15,10 +15,10 @@ from torch import distributed as dist
 from lpdeploy.errors import LpdeployError, RankLostError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
-from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.travel import compute_travel
+from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning import rank_worker
 from tests.pruning.launching import TORCHRUN, finish, start
@@ -198,15 +198,15 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_one_keeps_the_state(root):
     assert "is kept in" in first
     assert "Lower --lr (it was 1e+30) and go on with --resume." in first
     assert second == "exit 1"  # in silence
-    assert (root / "two" / "infinite" / CHECKPOINT).is_file()
+    assert RunFolder(root / "two" / "infinite").checkpoint.is_file()
 
 
 def test_ranks_of_which_one_is_told_to_end_all_do_after_the_same_step(root):
     first, second = (answers["ended"] for answers in read_answers(root))
     path = root / "two" / "ended"
+    kept = RunFolder(path).checkpoint
     assert first == (
-        f"The run was told to end. The state after step 3 is kept in '{path / CHECKPOINT}'. "
-        "Go on with --resume."
+        f"The run was told to end. The state after step 3 is kept in '{kept}'. Go on with --resume."
     )
     assert second == "exit 1"
     assert (path / "log.jsonl").read_text().count("\n") == 3

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lpdeploy.errors import ArtifactError, RunEndedError
 from lpdeploy.plan import CRITERIA
-from tests.helpers import make_text, make_tiny_model
+from lpdeploy.run_folder import RunFolder
+from tests.helpers import list_names, make_text, make_tiny_model
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after
 
 RESULTS = ("adapter/adapter_model.safetensors", "importance.safetensors", "plan.json")
@@ -213,7 +214,7 @@ class TestSignals:
         assert "Traceback" not in shown
         with safe_open(tmp_path / "run" / "checkpoint" / "state.safetensors", "pt") as file:
             assert file.metadata()["step"] == str(last)
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        assert list_names(tmp_path / "run") == [
             "checkpoint", "log.jsonl", "recipe.yaml",
         ]  # fmt: skip
 
@@ -315,8 +316,8 @@ class TestFullDisk:
 
 class TestRefusals:
     def test_nothing_to_resume(self, base, tmp_path):
-        (tmp_path / "begun").mkdir()
-        (tmp_path / "begun" / "recipe.yaml").touch()
+        RunFolder(tmp_path / "begun").claim(clear=True)
+        RunFolder(tmp_path / "begun").recipe.touch()
         for folder, how in (("never", "without --resume"), ("begun", "with --overwrite")):
             sentence = f"Nothing to resume: '.*' holds no checkpoint. Run {how} to start anew."
             with pytest.raises(ArtifactError, match=sentence):  # before any data is read
@@ -431,7 +432,7 @@ class TestRefusals:
             path = stopped / name
             path.with_name(f".{path.name}.tmp-{dead.pid}").write_text("half")
         run(base, stopped, data, resume=True)
-        assert sorted(path.name for path in stopped.iterdir()) == [
+        assert list_names(stopped) == [
             "adapter", "importance.safetensors", "log.jsonl", "manifest.json", "plan.json",
             "recipe.yaml",
         ]  # fmt: skip

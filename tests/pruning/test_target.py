@@ -10,11 +10,11 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import count_parameters
-from lpdeploy.plan import load_plan
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.selection import round_kept
-from lpdeploy.pruning.target import TARGET, build_counter, choose_ratio, load_chosen
+from lpdeploy.pruning.target import build_counter, choose_ratio, load_chosen
+from lpdeploy.run_folder import RunFolder
 from lpdeploy.servers.check import Target, forecast_config, suggest
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning.test_resume import StoppedError, stop_after
@@ -73,8 +73,8 @@ def test_the_run_meets_it_and_the_next_larger_shape_would_not(base, data, tmp_pa
     assert saved <= limit
     assert saved == chosen["after"]
     assert chosen["before"] == dense
-    assert json.loads((tmp_path / "run" / TARGET).read_text()) == chosen
-    assert load_plan(tmp_path / "run").ratio == ratio
+    assert json.loads((tmp_path / "run" / "target.json").read_text()) == chosen
+    assert RunFolder(tmp_path / "run").load_plan().ratio == ratio
 
     def shape(smaller):
         heads = round_kept(4, smaller, multiple=options.round_heads_to)
@@ -160,7 +160,7 @@ def test_heads_and_channels_go_by_ratios_of_their_own(base, data, tmp_path, scop
         str(base), tmp_path / "run", data=str(data), options=options,
         on_step=lambda info: seen.append(info.ratio),
     )  # fmt: skip
-    plan = load_plan(tmp_path / "run")
+    plan = RunFolder(tmp_path / "run").load_plan()
     kept = [
         sum(len(k) for name, k in plan.kept.items() if name.endswith(kind))
         for kind in ("heads", "channels")
@@ -187,13 +187,13 @@ def test_a_resumed_run_keeps_its_ratios_and_their_record(base, data, tmp_path):
             options=dataclasses.replace(options, head_ratio=None),
         )  # fmt: skip
     prune(str(base), run, data=str(data), options=options, target=again, resume=True)
-    assert json.loads((run / TARGET).read_text()) == chosen
+    assert json.loads((run / "target.json").read_text()) == chosen
     stage = json.loads((run / "manifest.json").read_text())["stages"]["prune"]
     assert stage["options"]["target"] == chosen
     with pytest.raises(ArtifactError, match="another target: parameters 5, not bytes 7. Give the"):
         load_chosen(run, {"bytes": 7})
     prune(str(base), run, data=str(data), options=SMALL, overwrite=True)
-    assert not (run / TARGET).exists()
+    assert not (run / "target.json").exists()
     with pytest.raises(ArtifactError, match="No target.json in .* It began with --ratio"):
         load_chosen(run, {"parameters": 5})
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.engines.export import export
 from lpdeploy.servers.package import package
 from tests.servers.models import DEMO, PROMPT, TOKENS, generate, make_demo_run
@@ -71,14 +70,10 @@ def test_an_export_of_this_checkpoint_is_taken_over(run, tmp_path):
         assert (tmp_path / "out" / name).samefile(run / "ort" / name) is shared
 
 
-@pytest.mark.parametrize("why", ["precision", "weights", "damage"])
+@pytest.mark.parametrize("why", ["precision", "damage"])
 def test_another_export_is_not(tmp_path, why):
     run = make_demo_run(tmp_path / "run")
     export(str(run), engine="ort")
-    contract = load_json(run / "ort" / "io.json", fix="")
-    if why == "weights":
-        contract["source"]["sha256"] = "0" * 64
-        save_json(run / "ort" / "io.json", contract)
     if why == "damage":
         with (run / "ort" / "model.onnx.data").open("r+b") as stream:
             stream.write(b"\xff")

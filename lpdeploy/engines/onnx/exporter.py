@@ -29,6 +29,7 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import list_widths
+from lpdeploy.run_folder import EXPORT
 
 SUPPORTED_OPSETS = range(18, 24)  # what torch's exporter writes: no less, and nothing newer yet
 
@@ -94,7 +95,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     _check_options(precision, opset, max_batch, in_place=in_place)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
     buffer = max_seq_len if in_place else None
-    with atomic_folder(output, overwrite=overwrite) as folder:
+    with atomic_folder(output, kind=EXPORT, overwrite=overwrite) as folder:
         model = load_model_with_adapter(model_folder, dtype=precision, adapter=adapter)
         _save_graph(model, folder / "model.onnx", opset=opset, buffer=buffer)
         carry_settings(model_folder, folder)

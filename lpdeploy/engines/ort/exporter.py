@@ -20,6 +20,7 @@ from lpdeploy.engines.ort.graph import OPSET, build_decoder
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_config
+from lpdeploy.run_folder import EXPORT
 
 _ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BITS = {"int8": 8, "int4": 4}
@@ -70,7 +71,7 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
     dtype = _resolve_activations(precision, activations)
     quantization = _resolve_blocks(precision, block_size)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
-    with atomic_folder(output, overwrite=overwrite) as folder:
+    with atomic_folder(output, kind=EXPORT, overwrite=overwrite) as folder:
         weights = Weights(model_folder, dtype=getattr(torch, dtype), adapter=adapter)
         graph = build_decoder(
             config, weights, dtype=dtype, max_seq_len=max_seq_len, quantization=quantization

@@ -21,6 +21,7 @@ from lpdeploy.engines.trt.runner import (
     resolve_shape,
 )
 from lpdeploy.errors import LpdeployError
+from lpdeploy.run_folder import EXPORT
 
 _TIMING_CACHE = "timing.cache"
 
@@ -69,7 +70,7 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
     capability = find_compute_capability(library)
     newest = opset is None or opset >= SCATTER_OPSET
     in_place = newest and library.takes_operator("TensorScatter")
-    with atomic_folder(output, overwrite=overwrite) as folder:
+    with atomic_folder(output, kind=EXPORT, overwrite=overwrite) as folder:
         graph = folder / "onnx"
         contract = export_onnx(
             model_folder,

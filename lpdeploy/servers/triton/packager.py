@@ -10,8 +10,9 @@ from typing import Any
 from lpdeploy.engines.export import export_folder
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_config, load_tokenizer
+from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
-from lpdeploy.servers.sources import find_export, take_export
+from lpdeploy.servers.sources import find_whole_export, take_export
 
 ENGINES = ("ort", "trt")
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -27,7 +28,7 @@ _WARM_UP_SIZES = {"sequence": 1, "past": 1, "total": 2}  # one token after anoth
 
 
 def package_triton(  # noqa: PLR0913 - one keyword an option of the command
-    model: Path,
+    place: ModelPlace,
     folder: Path,
     *,
     output: Path,
@@ -45,7 +46,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     the export, with its tensors in and out where a backend of Triton can do that.
 
     Args:
-        model: A Hugging Face folder.
+        place: The model, a Hugging Face folder.
         folder: To fill.
         output: Where it will be, for the commands.
         engine: ``ort`` or ``trt``. An export of this very model is taken over where it lies in
@@ -64,6 +65,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         ArtifactError: There is no tokenizer, or the model cannot be exported.
         LpdeployError: An option is out of range.
     """
+    model = place.folder
     name = _resolve_name(name, output)
     if engine not in ENGINES:
         raise LpdeployError(f"--engine {engine} cannot be packaged. Use {' or '.join(ENGINES)}.")
@@ -72,7 +74,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     exported.parent.mkdir()
     wanted = {"precision": precision, "max_batch": max_batch, "max_seq_len": max_seq_len}
     wanted = {option: value for option, value in wanted.items() if value is not None}
-    contract, made = _place_export(model, exported, engine=engine, wanted=wanted)
+    contract, made = _place_export(place, exported, engine=engine, wanted=wanted)
     values = {
         "name": name,
         "engine": engine,
@@ -114,16 +116,16 @@ def _resolve_name(name: str | None, output: Path) -> str:
 
 
 def _place_export(
-    model: Path, target: Path, *, engine: str, wanted: Mapping[str, Any]
+    place: ModelPlace, target: Path, *, engine: str, wanted: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
     """Put an export at ``target``; return its contract, and whether it was made now."""
-    found = find_export(model, engine)
+    found = find_whole_export(place, engine)
     if found is not None and all(found[1][name] == value for name, value in wanted.items()):
         source, contract = found
         target.mkdir()
         take_export(source, target)
         return contract, False
-    return export_folder(engine, model, target, **wanted), True
+    return export_folder(engine, place.folder, target, **wanted), True
 
 
 def _save_tensor_model(

@@ -220,7 +220,7 @@ def test_an_opset_the_exporter_did_not_reach():
 
 def test_output_in_the_way(model_folder, tmp_path):
     (tmp_path / "onnx").mkdir()
-    with pytest.raises(ArtifactError, match="exists already. Use --overwrite"):
+    with pytest.raises(ArtifactError, match="already exists"):
         export_onnx(model_folder, tmp_path / "onnx")
 
 

@@ -335,7 +335,7 @@ def test_the_command_says_it_in_a_sentence(model_folder, tmp_path, fake, quick, 
 
 def test_output_in_the_way(model_folder, tmp_path, fake, quick):
     export_tensorrt(model_folder, tmp_path / "trt")
-    with pytest.raises(ArtifactError, match="exists already. Use --overwrite"):
+    with pytest.raises(ArtifactError, match="already exists"):
         export_tensorrt(model_folder, tmp_path / "trt")
 
 

@@ -88,7 +88,7 @@ def run(*words):
     ("words", "sentence"),
     [
         (["--name", "a b"], "'a b' is no name for a model of Triton"),
-        (["--tensor-parallel", "2"], "--tensor-parallel is no option of --target triton"),
+        (["--tensor-parallel", "2"], "--tensor-parallel is not an option of --target triton"),
         (["--max-seq-len", "9999"], "--max-seq-len 9999 does not fit a model of 128 positions"),
     ],
 )

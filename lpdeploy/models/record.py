@@ -1,0 +1,91 @@
+"""What ``compact`` says of the model that it wrote, in ``lpdeploy.json`` beside the weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lpdeploy.artifacts import load_json, save_json
+from lpdeploy.errors import ArtifactError
+
+FILE = "lpdeploy.json"
+_FIX = "Run 'lpdeploy compact' again with `overwrite=True`."
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Where a pruned model comes from, and its shape.
+
+    Attributes:
+        base_model: Folder or hub name of the unpruned model.
+        base_sha256: Hash of that model's weights and config.
+        plan_sha256: Hash of the plan file that the model was cut by.
+        ratio: Share of groups that was asked to be removed.
+        achieved: Share removed, of groups, heads, channels and parameters.
+        merged: Whether LoRA is in the weights; otherwise it lies in the folder ``adapter``.
+        architecture: Class that loads the model.
+        parameters: Number of parameters, ``before`` and ``after``, without an adapter.
+        bytes: Size of the weights, ``before`` and ``after``.
+        heads: Query heads of each layer.
+        kv_heads: Key/value heads of each layer.
+        channels: FFN channels of each layer.
+        sha256: Hash of the model's weights and config.
+        schema_version: Version of this file format.
+    """
+
+    base_model: str
+    base_sha256: str
+    plan_sha256: str
+    ratio: float
+    achieved: Mapping[str, float]
+    merged: bool
+    architecture: str
+    parameters: Mapping[str, int]
+    bytes: Mapping[str, int]
+    heads: list[int]
+    kv_heads: list[int]
+    channels: list[int]
+    sha256: str
+    schema_version: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict; ``from_json`` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = FILE) -> Self:
+        """Read a record back.
+
+        Raises:
+            ArtifactError: It is of another version, or not such a record.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != 1:
+            raise ArtifactError(
+                f"'{where}' has schema version {version!r}; this lpdeploy reads 1. {_FIX}"
+            )
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ArtifactError(
+                f"'{where}' is not a record of a model ({error}). {_FIX}"
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write the record beside the model's weights."""
+        save_json(folder / FILE, self.to_json())
+
+
+def load_model_record(folder: Path) -> ModelRecord | None:
+    """Read what ``compact`` recorded beside a model; None for a model that it did not write.
+
+    Raises:
+        ArtifactError: The record cannot be read.
+    """
+    path = folder / FILE
+    return (
+        ModelRecord.from_json(load_json(path, fix=_FIX), where=str(path))
+        if path.is_file()
+        else None
+    )

@@ -1,0 +1,371 @@
+"""A run folder: the name of everything in it, who holds it, and what in it may be replaced.
+
+Standard library only. No other module spells these names.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lpdeploy.artifacts import (
+    MANIFEST,
+    FolderRecord,
+    check_replaceable,
+    compute_sha256,
+    load_folder_record,
+    load_stage,
+    remove_leftovers,
+)
+from lpdeploy.errors import ArtifactError, RunInUseError
+from lpdeploy.plan import PruningPlan, load_plan
+
+RUN, ADAPTER, MODEL, EXPORT, PACKAGE = "run", "adapter", "model", "export", "package"
+"""Kinds of folders that lpdeploy writes."""
+
+_UNMERGED_EXPORT = "{engine}-unmerged"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, init=False)
+class RunFolder:
+    """What ``prune`` writes, and what later stages add to it.
+
+    Attributes:
+        path: The folder. It need not exist yet.
+    """
+
+    path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # What is in it.
+
+    @property
+    def plan(self) -> Path:
+        """Which groups stay. The last file that ``prune`` writes: a run that has it is complete."""
+        return self.path / "plan.json"
+
+    @property
+    def adapter(self) -> Path:
+        """LoRA of the pruned model, as PEFT saves it."""
+        return self.path / "adapter"
+
+    @property
+    def importance(self) -> Path:
+        """Importance of every group when it was last scored."""
+        return self.path / "importance.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """One line of JSON for each step."""
+        return self.path / "log.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        """Options, hashes, versions, time and memory of every stage."""
+        return self.path / MANIFEST
+
+    @property
+    def recipe(self) -> Path:
+        """The options of ``prune``, resolved."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def target(self) -> Path:
+        """How the ratios were chosen, where a size or a latency was asked for."""
+        return self.path / "target.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State of training that ``--resume`` goes on from; gone when the run is complete."""
+        return self.path / "checkpoint" / "state.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The dense, merged model that ``compact`` writes."""
+        return self.path / "model"
+
+    @property
+    def unmerged(self) -> Path:
+        """The pruned base that ``compact --keep-adapter`` writes, with its adapter inside."""
+        return self.path / "unmerged"
+
+    @property
+    def verification(self) -> Path:
+        """What ``verify`` found."""
+        return self.path / "verify.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """What ``eval`` measured."""
+        return self.path / "eval.json"
+
+    @property
+    def benchmark(self) -> Path:
+        """What ``bench latency`` measured; a table and a plot of the same name lie beside it."""
+        return self.path / "bench.json"
+
+    @property
+    def samples(self) -> Path:
+        """Text that the dense and the pruned model generated."""
+        return self.path / "samples.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    def get_model(self, *, unmerged: bool) -> Path:
+        """Return the folder of the merged or of the unmerged model."""
+        return self.unmerged if unmerged else self.model
+
+    def get_export(self, engine: str, *, unmerged: bool = False) -> Path:
+        """Return the folder in which an export of this run lies by default."""
+        return self.path / name_export(engine, unmerged=unmerged)
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        bench = (self.benchmark.with_suffix(suffix) for suffix in (".json", ".md", ".svg"))
+        return (
+            *(self.plan, self.importance, self.log, self.manifest, self.recipe, self.target),
+            *(self.checkpoint, self.verification, self.evaluation, *bench),
+            *(self.samples, self.report),
+        )
+
+    @property
+    def _folders(self) -> dict[Path, str]:
+        return {self.adapter: ADAPTER, self.model: MODEL, self.unmerged: MODEL}
+
+    # What state it is in.
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether ``prune`` has come to its end here."""
+        return self.plan.is_file()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether lpdeploy made this folder for a run."""
+        record = load_folder_record(self.path)
+        return record is not None and record.kind == RUN
+
+    def load_plan(self) -> PruningPlan:
+        """Read the plan, checked against the hash that ``prune`` recorded.
+
+        Raises:
+            ArtifactError: The run is not complete, or its plan was changed afterwards.
+        """
+        if not self.is_complete and self.checkpoint.is_file():
+            raise ArtifactError(
+                f"The run in '{self}' is not complete. Run 'lpdeploy prune' with its options and "
+                "`resume=True` first."
+            )
+        plan = load_plan(self.plan)
+        expected = load_stage(self.path, "prune").get("outputs", {}).get(self.plan.name)
+        if expected is not None and compute_sha256(self.plan) != expected:
+            raise ArtifactError(
+                f"'{self.plan}' has changed since it was written. Restore it, or prune again."
+            )
+        return plan
+
+    # Who holds it.
+
+    @contextmanager
+    def hold(self, *, shared: bool = False) -> Iterator[None]:
+        """Keep other processes from writing into the run meanwhile.
+
+        The lock is the operating system's: it is released when the process ends, however that
+        happens. Where no run came of it, the folder is left as it was.
+
+        Args:
+            shared: Let others read at the same time; nobody may prune, compact or export.
+
+        Raises:
+            RunInUseError: Another process holds the run.
+        """
+        made = _make_folders(self.path)
+        lock = self.path / _LOCK
+        is_new = not lock.exists()
+        with _open_lock(lock, shared=shared) as stream:
+            try:
+                if stream is not None:
+                    fcntl.flock(
+                        stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+                    )
+            except BlockingIOError:
+                raise RunInUseError(
+                    f"'{self}' is in use by another lpdeploy process. Wait until that has ended, "
+                    "or use another `output`."
+                ) from None
+            try:
+                yield
+            finally:
+                if is_new and not (self.is_ours or self.is_complete):
+                    lock.unlink(missing_ok=True)
+                _remove_empty(made)
+
+    # What may be replaced.
+
+    def check_free(self, *, base: Path, resume: bool, overwrite: bool) -> None:
+        """Refuse a run that would write over something, or that cannot be resumed.
+
+        Args:
+            base: The model that is to be pruned.
+            resume: Whether an interrupted run is to go on.
+            overwrite: Whether a run that is there already is to be replaced.
+
+        Raises:
+            ArtifactError: That.
+        """
+        check_output(self.path, inputs=(base,))
+        present = [path.name for path in (*self._files, *self._folders) if path.exists()]
+        record = load_folder_record(self.path)
+        if record is not None and record.kind != RUN:
+            raise ArtifactError(
+                f"'{self}' holds another result of lpdeploy ({record.kind}). Use another `output`."
+            )
+        if record is None:
+            if present:
+                raise ArtifactError(
+                    f"'{self}' holds '{present[0]}', and lpdeploy did not make this folder. "
+                    "Nothing was replaced: use another `output`."
+                )
+        elif resume and self.is_complete:
+            raise ArtifactError(
+                f"Nothing to resume: the run in '{self}' is complete. "
+                f"Go on with 'lpdeploy compact {self}'."
+            )
+        elif overwrite:
+            for folder, kind in self._list_parts().items():
+                check_replaceable(folder, kind=kind, overwrite=True)
+        elif present and not resume:
+            ways = "" if self.is_complete else "`resume=True` to go on from its checkpoint, "
+            raise ArtifactError(
+                f"'{self}' already holds a run ({', '.join(present)}). Use {ways}"
+                "`overwrite=True` to replace it, or another `output`."
+            )
+
+    def claim(self, *, clear: bool) -> None:
+        """Make the folder a run's.
+
+        Args:
+            clear: Remove what an earlier run left, and nothing else.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if clear:
+            self.clear()
+        for path in (*self._files, *self._folders):
+            remove_leftovers(path)
+        FolderRecord(RUN).save(self.path)
+
+    def clear(self) -> None:
+        """Remove everything that lpdeploy wrote for this run, and nothing else.
+
+        Packages stay: they are complete without the run.
+
+        Raises:
+            ArtifactError: A folder of the run holds a file that lpdeploy did not write.
+        """
+        parts = self._list_parts()
+        for folder, kind in parts.items():
+            check_replaceable(folder, kind=kind, overwrite=True)
+        for folder in parts:
+            shutil.rmtree(folder)
+        for file in self._files:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or something else lies in it
+            self.checkpoint.parent.rmdir()
+
+    def _list_parts(self) -> dict[Path, str]:
+        """List the folders of the run that are there, and what they should be."""
+        parts = {folder: kind for folder, kind in self._folders.items() if folder.exists()}
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            record = load_folder_record(path) if path.is_dir() else None
+            if record is not None and record.kind == EXPORT:
+                parts[path] = EXPORT
+        return parts
+
+
+def _open_lock(path: Path, *, shared: bool) -> AbstractContextManager[IO[str] | None]:
+    try:
+        return path.open("a+")
+    except OSError:
+        if not shared:
+            raise
+        return nullcontext()  # a folder that cannot be written is not written by others either
+
+
+def name_export(engine: str, *, unmerged: bool = False) -> str:
+    """Return the name that the folder of an export has by default."""
+    return _UNMERGED_EXPORT.format(engine=engine) if unmerged else engine
+
+
+def check_output(output: Path, *, inputs: Iterable[Path], default: Path | None = None) -> None:
+    """Refuse an output that would destroy what it is made from, or a part of a run.
+
+    Args:
+        output: File or folder that a command is to write.
+        inputs: What it is made from.
+        default: Where that command writes when nothing else is asked for: always allowed.
+
+    Raises:
+        ArtifactError: ``output`` is, holds, or lies inside one of these.
+    """
+    place = output.resolve()
+    if default is not None and place == default.resolve():
+        return
+    for path in inputs:
+        if path.resolve().is_relative_to(place):
+            raise ArtifactError(f"'{output}' holds what it is made from. Use another `output`.")
+        run = RunFolder(path)
+        if place.is_relative_to(path.resolve()) and not (run.is_complete or run.is_ours):
+            raise ArtifactError(
+                f"'{output}' lies inside '{path}', which it is made from. Use another `output`."
+            )
+    for parent in (place, *place.parents):
+        record = load_folder_record(parent)
+        if record is not None and record.kind == RUN:
+            _refuse_part(output, RunFolder(parent), place)
+        elif record is not None and parent != place:
+            raise ArtifactError(
+                f"'{output}' lies inside '{parent}', which lpdeploy replaces as a whole. Use "
+                "another `output`."
+            )
+
+
+def _refuse_part(output: Path, run: RunFolder, place: Path) -> None:
+    parts = (*run._files, *run._folders, run.checkpoint.parent)
+    if any(place.is_relative_to(part) for part in parts):
+        raise ArtifactError(
+            f"'{output}' is a part of the run in '{run}'. Use another `output`, or leave it out."
+        )
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; return those that were made, the innermost first."""
+    made = []
+    for folder in (path, *path.parents):
+        if folder.exists():
+            break
+        made.append(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):  # the innermost first; one that is in use stays
+        for folder in folders:
+            folder.rmdir()
