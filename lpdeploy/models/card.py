@@ -61,7 +61,13 @@ model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 
 def build_model_card(
-    plan: PruningPlan, config: Any, result: Any, *, recorded: Mapping[str, Any], merged: bool
+    plan: PruningPlan,
+    config: Any,
+    result: Any,
+    *,
+    recorded: Mapping[str, Any],
+    merged: bool,
+    stock: bool,
 ) -> str:
     """Return the card as Markdown.
 
@@ -71,8 +77,8 @@ def build_model_card(
         config: Config of the unpruned model.
         result: The ``CompactResult``.
         merged: Whether LoRA is in the weights, or an adapter beside them.
+        stock: Whether transformers has a class of these widths.
     """
-    stock = not result.architecture.startswith("PerLayer")
     loading = (_STOCK if stock else _OWN_CODE) + ("" if merged else _ADAPTER)
     local = Path(plan.base_model).is_dir()
     base = Path(plan.base_model).name if local else plan.base_model
@@ -148,7 +154,7 @@ def _describe_servers(config: Any, result: Any, *, stock: bool) -> str:
     if len(set(zip(result.heads, result.channels, strict=True))) == 1:
         why = (
             f"its {result.heads[0]} heads do not divide its hidden size of {config.hidden_size}, "
-            "as `LlamaForCausalLM` asks, and `MistralForCausalLM` has no biases"
+            "as its own class requires, and no other stock class has its biases"
         )
         fix = "Prune to a number of heads that divides the hidden size"
     return (

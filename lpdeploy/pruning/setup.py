@@ -19,11 +19,11 @@ from lpdeploy.data.batches import (
 from lpdeploy.data.cache import find_cache, load_or_build
 from lpdeploy.data.sources import compute_source_sha256, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
-    PER_LAYER_PREFIX,
     PRECISIONS,
     load_config,
     load_model,
@@ -72,7 +72,7 @@ def load_source(model: str, options: PruneOptions) -> Source:
     """
     folder = resolve_model(model)
     config = load_config(folder)
-    if config.model_type.startswith(PER_LAYER_PREFIX):
+    if is_per_layer(config.model_type):
         raise ArtifactError(
             f"'{model}' was pruned to per-layer widths already. Prune its base model instead."
         )
