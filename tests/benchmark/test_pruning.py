@@ -89,7 +89,7 @@ def make_result():
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4,
     )  # fmt: skip
-    lora = WORKLOAD.build_options(criterion=CRITERIA["lora"])
+    lora = WORKLOAD.build_options(criterion="lora")
     gradient = WORKLOAD.build_options(criterion="gradient")
     away = WORKLOAD.build_options(criterion="gradient", offload_gradients=True)
     measured = [
