@@ -1,25 +1,11 @@
 """LLaMA: the family that the others vary."""
 
-from typing import Any
+from functools import partial
 
 from lpdeploy.families.mistral import MISTRAL
-from lpdeploy.families.record import GGUF_LLAMA, Family, Fields
+from lpdeploy.families.record import GGUF_LLAMA, PER_LAYER_MODULE, Family, Fields, import_classes
 
 _NOT_IN_MISTRAL = ("attention_bias", "mlp_bias", "pretraining_tp")
-
-
-def load_classes() -> tuple[Any, Any]:
-    """Import the stock classes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaConfig, LlamaForCausalLM
-
-
-def load_per_layer_classes() -> tuple[Any, Any]:
-    """Import the classes whose layers differ."""
-    from lpdeploy.families import modeling_per_layer
-
-    return modeling_per_layer.PerLayerLlamaConfig, modeling_per_layer.PerLayerLlamaForCausalLM
 
 
 def carry_odd_heads(values: Fields) -> tuple[str, Fields] | None:
@@ -38,8 +24,8 @@ def carry_odd_heads(values: Fields) -> tuple[str, Fields] | None:
 
 LLAMA = Family(
     model_type="llama",
-    load_classes=load_classes,
-    load_per_layer_classes=load_per_layer_classes,
+    load_classes=partial(import_classes, "transformers", "Llama"),
+    load_per_layer_classes=partial(import_classes, PER_LAYER_MODULE, "PerLayerLlama"),
     carry_odd_heads=carry_odd_heads,
     gguf=GGUF_LLAMA,
 )

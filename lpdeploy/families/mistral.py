@@ -1,28 +1,13 @@
 """Mistral: a LLaMA without biases, with a sliding window."""
 
-from typing import Any
+from functools import partial
 
-from lpdeploy.families.record import GGUF_LLAMA, Family
-
-
-def load_classes() -> tuple[Any, Any]:
-    """Import the stock classes."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return MistralConfig, MistralForCausalLM
-
-
-def load_per_layer_classes() -> tuple[Any, Any]:
-    """Import the classes whose layers differ."""
-    from lpdeploy.families import modeling_per_layer
-
-    return modeling_per_layer.PerLayerMistralConfig, modeling_per_layer.PerLayerMistralForCausalLM
-
+from lpdeploy.families.record import GGUF_LLAMA, PER_LAYER_MODULE, Family, import_classes
 
 MISTRAL = Family(
     model_type="mistral",
-    load_classes=load_classes,
-    load_per_layer_classes=load_per_layer_classes,
+    load_classes=partial(import_classes, "transformers", "Mistral"),
+    load_per_layer_classes=partial(import_classes, PER_LAYER_MODULE, "PerLayerMistral"),
     biased=(),
     gguf=GGUF_LLAMA,
 )

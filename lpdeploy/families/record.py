@@ -4,9 +4,13 @@ All families share the decoder that ``groups.py`` describes: projections of the 
 positions, RMS norms, and attention whose KV heads serve one or more query heads.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+PER_LAYER_MODULE = "lpdeploy.families.modeling_per_layer"
+"""Our own classes, whose layers have different widths."""
 
 Fields = dict[str, Any]
 """Fields of a config by name."""
@@ -60,3 +64,9 @@ class Family:
     carry_odd_heads: Callable[[Fields], tuple[str, Fields] | None] | None = None
     genai: str | None = None
     gguf: GgufArchitecture | None = None
+
+
+def import_classes(module: str, stem: str) -> tuple[Any, Any]:
+    """Import a config class and its causal LM, which share the first part of their names."""
+    found = importlib.import_module(module)
+    return getattr(found, f"{stem}Config"), getattr(found, f"{stem}ForCausalLM")
