@@ -1,6 +1,6 @@
 """What is pruned: groups of weights that go together, and the plan that says which stay.
 
-Standard library only, so that a plan can be read without torch.
+It loads no heavy library, so that a plan can be read without torch.
 """
 
 import json
@@ -9,18 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError
 
 SCHEMA_VERSION = 1
-CRITERIA = {
-    "lora": "LoRA's gradients",
-    "gate": "the gradients of a gate on each group",
-    "gradient": "the gradients of the weights",
-    "magnitude": "the magnitude of the weights",
-    "wanda": "the weights times the norms of their inputs",
-    "random": "chance",
-}
-"""Name -> what groups are chosen by."""
 SCHEDULES = {
     "joint": "while fine-tuning with LoRA",
     "separate": "before fine-tuning with LoRA",
@@ -166,5 +158,8 @@ def load_plan(path: Path) -> PruningPlan:
 
 
 def describe_method(recorded: Mapping[str, Any]) -> str:
-    """Say by what groups were chosen, and when; of options that a run's manifest recorded."""
-    return f"chosen by {CRITERIA[recorded['criterion']]}, {SCHEDULES[recorded['schedule']]}"
+    """Say how groups were chosen, and when, from the options that a run's manifest recorded."""
+    name = recorded["criterion"]
+    # A criterion from outside the package may not be known to the process that writes a card.
+    words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
+    return f"chosen by {words}, {SCHEDULES[recorded['schedule']]}"

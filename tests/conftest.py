@@ -1,8 +1,10 @@
 """What every test needs."""
 
 import pytest
+import torch
 
 from tests.helpers import make_text, make_tiny_model
+from tests.models.families import make_base
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,3 +24,17 @@ def base(tmp_path):
 @pytest.fixture
 def data(tmp_path):
     return make_text(tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Return what makes (once) the base of a family; tests that change one make their own."""
+    made = {}
+
+    def get(family, dtype=torch.float32):
+        key = (family, dtype)
+        if key not in made:
+            made[key] = make_base(tmp_path_factory.mktemp(family) / "base", family, dtype=dtype)
+        return made[key]
+
+    return get

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "lpdeploy"
-BASE = {"errors", "environment", "plan", "artifacts", "run_folder"}
+BASE = {"criteria", "errors", "environment", "plan", "artifacts", "run_folder"}
 CORE = BASE | {"families", "models", "data"}
 
 # Package -> packages it may import, besides itself. Imports point one way; nothing imports cli.
@@ -14,7 +14,8 @@ ALLOWED = {
     "errors": set(),
     "environment": set(),
     "plotting": set(),
-    "plan": {"errors"},
+    "criteria": set(),
+    "plan": {"criteria", "errors"},
     "artifacts": {"errors"},
     "recipe": {"errors"},
     "run_folder": {"errors", "plan", "artifacts"},

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from lpdeploy.artifacts import list_versions, now, save_json
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import list_projections, list_widths
 from lpdeploy.pruning.memory import plan_memory
@@ -59,7 +60,9 @@ def plan(name: str, case: tuple[int, bool, str | None, bool, int]) -> dict[str, 
     flops = compute_training_flops(
         config, tokens=options.seq_len, batch=options.batch_size, rank=options.lora_rank,
         checkpointing=checkpointing,
-    ) + compute_scoring_flops(config, rank=options.lora_rank, criterion="lora")  # fmt: skip
+    )  # fmt: skip
+    scoring = CRITERIA[options.criterion]
+    flops += compute_scoring_flops(config, rank=options.lora_rank, criterion=scoring)
     sizes = [size for width in list_widths(config) for size in list_projections(config, width)]
     passes = 3 if checkpointing else 2  # forward, again, backward
     rounds = options.batch_size // (micro * gpus)

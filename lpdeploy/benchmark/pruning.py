@@ -10,6 +10,7 @@ import torch
 
 from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.pruning_worker import Prepared, StepCost
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import LayerWidths, build_pruned_config, list_widths
 from lpdeploy.pruning.options import PruneOptions
@@ -141,14 +142,15 @@ def build_result(
     *,
     interleaved: bool,
 ) -> dict[str, Any]:
-    """Make the rows, relative to ``gradient`` over a base in full precision on the same device.
+    """Make the rows, relative to the criterion that needs the gradients of the weights.
 
     Returns:
         ``{"machine": ..., "workload": ..., "rows": [PruningRow as dict, ...]}``.
     """
     rows = [build_row(config, workload, *one) for one in measured]
     reference = next(
-        (r for r in rows if r.criterion == "gradient" and not r.offload_gradients), None
+        (r for r in rows if CRITERIA[r.criterion].weight_gradients and not r.offload_gradients),
+        None,
     )
     if reference is not None:
         rows = [relate(row, reference) for row in rows]
@@ -238,15 +240,16 @@ def relate(row: PruningRow, reference: PruningRow) -> PruningRow:
 
 def count_flops(config: Any, options: PruneOptions, *, scored: bool = True) -> float:
     """Count the operations of one step: matrix products of the batch, and scoring."""
+    criterion = CRITERIA[options.criterion]
     own = compute_training_flops(
         config,
         tokens=options.seq_len,
         batch=options.batch_size,
         rank=options.lora_rank,
-        weight_gradients=scored and options.criterion == "gradient",
+        weight_gradients=scored and criterion.weight_gradients,
         checkpointing=options.gradient_checkpointing,
     )
-    scoring = compute_scoring_flops(config, rank=options.lora_rank, criterion=options.criterion)
+    scoring = compute_scoring_flops(config, rank=options.lora_rank, criterion=criterion)
     return own + (scoring if scored else 0)
 
 

@@ -10,6 +10,7 @@ from lpdeploy.benchmark.plot import draw_pruning
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_table import render_pruning
 from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.loading import load_config, resolve_device, resolve_model
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
@@ -41,8 +42,9 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
     Args:
         model: Folder or hub name; a folder with a config alone gives random weights.
         workload: Batches, and how many steps.
-        criteria: What to compare; ``gradient`` on a GPU also with its gradients off-loaded.
-        load_in: Also measure ``lora`` over a base in ``8bit``.
+        criteria: What to compare. On a GPU, one that needs the gradients of the weights is also
+            measured with them off-loaded.
+        load_in: Also measure the default criterion over a base in ``8bit``.
         data: Data source; None for random tokens.
         output: Folder for the files.
         on_progress: Is told (steps done, all steps).
@@ -92,14 +94,16 @@ def _list_options(
     log: Log,
 ) -> list[PruneOptions]:
     changes: list[dict[str, Any]] = [{"criterion": name} for name in criteria]
-    if "gradient" in criteria:
+    for name in criteria:
+        if not CRITERIA[name].weight_gradients:
+            continue
         if device == "cpu":
-            log("gradient with off-loading is left out: on a CPU it is the same as gradient.")
+            log(f"{name} with off-loading is left out: on a CPU it is the same as {name}.")
         else:
-            changes.append({"criterion": "gradient", "offload_gradients": True})
+            changes.append({"criterion": name, "offload_gradients": True})
     for kind in load_in:
         check_load_in(kind, removal="cut")
-        changes.append({"criterion": "lora", "load_in": kind})
+        changes.append({"criterion": PruneOptions.criterion, "load_in": kind})
     return [workload.build_options(**change) for change in changes]
 
 

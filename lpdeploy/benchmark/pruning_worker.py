@@ -180,11 +180,11 @@ def run_step(steps: Iterator[Any], *, device: str) -> StepCost:
 
 def measure_scoring(training: Training, *, device: str) -> Timing:
     """Score once, from the gradients of one row, and forget it; what it took beside the model."""
-    criterion = training.state.criterion
+    scorer = training.state.scorer
     ids = training.dataset.collate([0])["input_ids"].to(training.accelerator.device)
-    with criterion.observe():
+    with scorer.observe():
         training.accelerator.backward(run_forward(training, ids, ids, targets=ids.numel()))
-    timing = time_work(criterion.compute_importance, device=device)
+    timing = time_work(scorer.compute_importance, device=device)
     training.optimizer.zero_grad()
     return timing
 

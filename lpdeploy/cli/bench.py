@@ -15,7 +15,7 @@ from lpdeploy.cli.common import (
     shared_options,
     split_names,
 )
-from lpdeploy.plan import CRITERIA
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.pruning.options import PruneOptions
 
 _COUNT = click.IntRange(min=1)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,20 @@ _FIELD = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]+))?`")
 _ARGUMENTS = ("model", "run")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class NameChoice(click.Choice[str]):
+    """A choice of the names in a table, which may grow until the command line is read."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self.table = table
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names in the table now."""
+        return tuple(self.table)
+
 
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)

@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from lpdeploy.artifacts import format_bytes
-from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, NameChoice, log, print_result, shared_options
 from lpdeploy.cli.targets import choose_ratios, take_target, target_options
-from lpdeploy.plan import CRITERIA, SCHEDULES
+from lpdeploy.criteria import CRITERIA
+from lpdeploy.plan import SCHEDULES
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.schedule import RAMPS
 
@@ -29,10 +30,10 @@ _LAYERS = click.IntRange(min=0)
 @target_options
 @click.option(
     "--criterion",
-    type=click.Choice(CRITERIA),
+    type=NameChoice(CRITERIA),
     default=_DEFAULT.criterion,
-    help="How groups are scored: from LoRA's gradients (Eq. 10), the Fisher information of a gate "
-    "on each group, the true gradients (Eq. 3), the weights, weights times features, at random.",
+    help="How groups are scored. "
+    + " ".join(f"{name}: {criterion.help}." for name, criterion in CRITERIA.items()),
 )
 @click.option(
     "--score-form",
@@ -42,7 +43,9 @@ _LAYERS = click.IntRange(min=0)
 )
 @click.option("--normalize", is_flag=True, help="Divide each Linear's scores by their L2 norm.")
 @click.option(
-    "--offload-gradients", is_flag=True, help="Keep gradients of --criterion gradient on the CPU."
+    "--offload-gradients",
+    is_flag=True,
+    help="Keep the gradients of the weights in CPU memory, if the criterion needs them.",
 )
 @click.option(
     "--schedule",

@@ -1,19 +1,12 @@
-"""The groups of a LLaMA-family decoder: what must be removed together."""
+"""The groups of a decoder: what must be removed together, in every family alike."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lpdeploy.families import get_family
 from lpdeploy.plan import GroupSpec, Slice
-
-SUPPORTED_MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""transformers ``model_type`` -> class. All name their projections alike, which is what counts."""
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -21,8 +14,15 @@ LINEARS = ATTENTION_LINEARS + FFN_LINEARS
 
 
 def get_head_dim(config: Any) -> int:
-    """Return ``head_dim``; Qwen2's config has none unless a pruned checkpoint states it."""
+    """Return ``head_dim``, which some configs do not state until heads are removed."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def build_rotary_embedding(config: Any) -> Any:
+    """Build transformers' module of rotary positions, which is the same in every family."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(config)
 
 
 def list_group_specs(config: Any) -> tuple[GroupSpec, ...]:
@@ -30,7 +30,7 @@ def list_group_specs(config: Any) -> tuple[GroupSpec, ...]:
 
     A head group is one KV head with the ``n_rep`` query heads that read it, so that grouped-query
     attention stays grouped; a LLaMA-1 head is the case ``n_rep = 1``. Biases of q, k and v follow
-    their rows. Qwen3's per-head norms have one weight for all heads and need no cut.
+    their rows. Norms of single heads have one weight for all heads and need no cut.
 
     Args:
         config: A transformers config of a supported model type, unpruned (uniform widths).
@@ -89,11 +89,11 @@ def count_group_parameters(spec: GroupSpec, config: Any) -> int:
 def has_bias(config: Any, module: str) -> bool:
     """Tell whether the projection named ``module`` has a bias in this model type."""
     name = module.rsplit(".", 1)[1]
-    if name in FFN_LINEARS:
-        return bool(getattr(config, "mlp_bias", False))
-    if config.model_type.endswith("qwen2"):
-        return name != "o_proj"
-    return bool(getattr(config, "attention_bias", False))
+    family = get_family(config.model_type)
+    if family.biased is not None:
+        return name in family.biased
+    stated = "mlp_bias" if name in FFN_LINEARS else "attention_bias"
+    return bool(getattr(config, stated, False))
 
 
 def expand_index(kept: Tensor, block: int) -> Tensor:

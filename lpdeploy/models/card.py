@@ -62,7 +62,12 @@ model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 
 def build_model_card(
-    record: ModelRecord, config: Any, *, target: Path, recorded: Mapping[str, Any]
+    record: ModelRecord,
+    config: Any,
+    *,
+    target: Path,
+    recorded: Mapping[str, Any],
+    stock: bool,
 ) -> str:
     """Return the card of a pruned model as Markdown.
 
@@ -71,8 +76,8 @@ def build_model_card(
         config: Config of the unpruned model.
         target: The model's folder, for the snippet that loads it.
         recorded: Options that ``prune`` recorded; empty where they are not known.
+        stock: Whether transformers has a class of these widths.
     """
-    stock = not record.architecture.startswith("PerLayer")
     loading = (_STOCK if stock else _OWN_CODE) + ("" if record.merged else _ADAPTER)
     local = Path(record.base_model).is_dir()
     base = Path(record.base_model).name if local else record.base_model
@@ -148,7 +153,7 @@ def _describe_servers(config: Any, record: ModelRecord, *, stock: bool) -> str:
     if len(set(zip(record.heads, record.channels, strict=True))) == 1:
         why = (
             f"its {record.heads[0]} heads do not divide its hidden size of {config.hidden_size}, "
-            "as `LlamaForCausalLM` asks, and `MistralForCausalLM` has no biases"
+            "as its own class requires, and no other stock class has its biases"
         )
         fix = "Prune to a number of heads that divides the hidden size"
     return (

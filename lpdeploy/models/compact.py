@@ -1,5 +1,6 @@
 """The compact stage: from base, plan and adapter to a dense checkpoint that others load."""
 
+import inspect
 import json
 import os
 import shutil
@@ -20,8 +21,8 @@ from lpdeploy.artifacts import (
     record_stage,
 )
 from lpdeploy.errors import ArtifactError
+from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import list_group_specs
-from lpdeploy.models import modeling_per_layer
 from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
 from lpdeploy.models.checkpoint import (
@@ -31,7 +32,6 @@ from lpdeploy.models.checkpoint import (
     stream_pruned_blocks,
 )
 from lpdeploy.models.loading import (
-    PER_LAYER_PREFIX,
     compute_model_sha256,
     list_weight_files,
     load_config,
@@ -148,9 +148,7 @@ def _save_rest(
     widths = compute_widths(config, plan.specs, plan.kept)
     pruned = build_pruned_config(config, widths)
     pruned.save_pretrained(folder)
-    _carry_tokenizer(base, folder, before=config, after=pruned)
-    if pruned.model_type.startswith(PER_LAYER_PREFIX):
-        shutil.copyfile(modeling_per_layer.__file__, folder / "modeling_per_layer.py")
+    _carry_files(base, folder, before=config, after=pruned)
     if not merged:
         _copy_adapter(run, folder, base=target)
     record = ModelRecord(
@@ -170,7 +168,8 @@ def _save_rest(
     )
     record.save(folder)
     recorded = load_stage(run.path, "prune").get("options", {})
-    card = build_model_card(record, config, target=target, recorded=recorded)
+    stock = not is_per_layer(pruned.model_type)
+    card = build_model_card(record, config, target=target, recorded=recorded, stock=stock)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return record
 
@@ -213,12 +212,15 @@ def _use_one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _carry_tokenizer(base: Path, folder: Path, *, before: Any, after: Any) -> None:
+def _carry_files(base: Path, folder: Path, *, before: Any, after: Any) -> None:
+    """Put beside the weights what else a model needs: tokenizer, settings, classes of its own."""
     carry_files(base, folder)
-    if (before.model_type, after.model_type) != ("llama", "mistral"):
+    if is_per_layer(after.model_type):
+        shutil.copy(inspect.getfile(type(after)), folder)
+    if get_family(before.model_type) is get_family(after.model_type):
         return
-    # transformers chooses a tokenizer's class by the model type beside it, and that of LLaMA-1 and
-    # 2 differs from Mistral's at spaces. Saved as it was loaded, it encodes as the base's does.
+    # transformers chooses a tokenizer's class by the model type beside it, and the two may differ
+    # at spaces, as LLaMA's and Mistral's do. Saved as it was loaded, it encodes as the base's does.
     tokenizer = load_tokenizer(base, before)
     if type(tokenizer) is not type(load_tokenizer(folder, after)):
         tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lpdeploy.criteria import Criterion
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.shapes import list_projections, list_widths
 
@@ -73,17 +74,18 @@ def compute_training_flops(
     return total * batch * tokens
 
 
-def compute_scoring_flops(config: Any, *, rank: int, criterion: str) -> float:
+def compute_scoring_flops(config: Any, *, rank: int, criterion: Criterion) -> float:
     """Count the operations of scoring every weight once, whatever the batch.
 
-    ``W + scaling B A`` is a product of rank ``rank`` and one of ``lora`` has another of twice
-    that (Eq. 10); then a few operations a weight. ``random`` and ``gate`` score no weight.
+    Args:
+        config: A model's config, uniform or of per-layer widths.
+        rank: Of LoRA: ``W + scaling B A`` takes so many multiply-adds a weight.
+        criterion: How it is scored; one that scores no weights costs nothing here.
 
     Returns:
-        Floating-point operations, two a product and sum.
+        Floating-point operations, two a multiply-add.
     """
-    products = {"lora": 3 * rank, "gradient": rank, "magnitude": rank, "wanda": rank}
-    if criterion not in products:
+    if criterion.score_weights is None:
         return 0.0
     weights = sum(
         rows * columns
@@ -91,7 +93,7 @@ def compute_scoring_flops(config: Any, *, rank: int, criterion: str) -> float:
         for columns, rows in list_projections(config, width)
     )
     # scaled sum, product with the gradient, square, sum over the group
-    return weights * (2.0 * products[criterion] + 4)
+    return weights * (2.0 * rank * (1 + criterion.rank_products) + 4)
 
 
 def compute_decode_bytes(

@@ -9,16 +9,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from lpdeploy.artifacts import compute_sha256, load_json
-from lpdeploy.errors import ArtifactError
-from lpdeploy.families.groups import SUPPORTED_MODEL_TYPES
+from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.families import FAMILIES, get_family, is_per_layer
 from lpdeploy.models.quantized import apply_training_layout, build_quantization, list_misshapen
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}
 """torch dtype -> name of the precision."""
-
-PER_LAYER_PREFIX = "lpdeploy_"
 
 
 def resolve_model(model: str) -> Path:
@@ -113,10 +111,14 @@ def load_config(folder: Path) -> Any:
     if not isinstance(raw, dict):
         raise ArtifactError(f"'{folder / 'config.json'}' is no config. Copy the checkpoint anew.")
     model_type = str(raw.get("model_type"))
-    if model_type.removeprefix(PER_LAYER_PREFIX) not in SUPPORTED_MODEL_TYPES:
-        known = ", ".join(SUPPORTED_MODEL_TYPES.values())
+    try:
+        get_family(model_type)
+    except KeyError:
+        known = ", ".join(family.load_classes()[1].__name__ for family in FAMILIES.values())
         named = (raw.get("architectures") or [model_type])[0]
-        raise ArtifactError(f"'{folder}' is a {named}, which lpdeploy does not know. Use {known}.")
+        raise ArtifactError(
+            f"'{folder}' is a {named}, which lpdeploy does not know. Use {known}."
+        ) from None
     config_class, _ = get_model_classes(model_type)
     try:
         config = config_class.from_pretrained(folder)
@@ -134,18 +136,20 @@ def load_config(folder: Path) -> Any:
 
 
 def get_model_classes(model_type: str) -> tuple[Any, Any]:
-    """Return the (config class, model class) of a supported model type."""
-    import transformers
+    """Return the (config class, model class) of a supported model type, stock or per-layer.
 
-    from lpdeploy.models import modeling_per_layer
-
-    base = model_type.removeprefix(PER_LAYER_PREFIX)
-    stem = SUPPORTED_MODEL_TYPES[base].removesuffix("ForCausalLM")
-    if model_type.startswith(PER_LAYER_PREFIX):
-        stem, module = f"PerLayer{stem}", modeling_per_layer
-    else:
-        module = transformers
-    return getattr(module, f"{stem}Config"), getattr(module, f"{stem}ForCausalLM")
+    Raises:
+        LpdeployError: The family has no class whose layers differ.
+    """
+    family = get_family(model_type)
+    if not is_per_layer(model_type):
+        return family.load_classes()
+    if family.load_per_layer_classes is None:
+        raise LpdeployError(
+            f"A {family.model_type} has no class whose layers have different widths. Use "
+            "`scope='layer'` and protect no layers."
+        )
+    return family.load_per_layer_classes()
 
 
 def load_model(

@@ -1,20 +1,19 @@
 """The shape of a pruned model: widths a layer, and the config that states them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lpdeploy.families.groups import (
-    SUPPORTED_MODEL_TYPES,
-    count_group_parameters,
-    get_head_dim,
-)
-from lpdeploy.models.loading import PER_LAYER_PREFIX, get_model_classes
+from lpdeploy.families import get_family, name_per_layer
+from lpdeploy.families.groups import count_group_parameters, get_head_dim
+from lpdeploy.models.loading import get_model_classes
 from lpdeploy.plan import GroupSpec, Kept
 
-_NOT_IN_MISTRAL = ("attention_bias", "mlp_bias", "pretraining_tp")
+_AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -65,51 +64,57 @@ def compute_widths(config: Any, specs: Sequence[GroupSpec], kept: Kept) -> list[
 
 
 def build_pruned_config(config: Any, widths: Sequence[LayerWidths]) -> Any:
-    """Return the config of the pruned model: stock where all layers are alike.
+    """Return the config of the pruned model: of a stock class where all layers are alike.
 
-    transformers' ``LlamaConfig`` refuses a hidden size that the head count does not divide, even
-    with an explicit ``head_dim``. ``MistralConfig`` without a sliding window is the same
-    computation and has no such check, so it carries those LLaMAs. Only widths that differ between
-    layers (or an undivided LLaMA with biases, which Mistral lacks) need the project's own class.
+    A class of the project's own states widths that differ between layers, or a head count that no
+    stock class of the family allows.
+
+    Raises:
+        LpdeployError: It takes such a class, and the family has none.
     """
     values = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(name, None)
     values["head_dim"] = get_head_dim(config)
-    model_type = _choose_model_type(config, widths)
-    if model_type.startswith(PER_LAYER_PREFIX):
-        values["layer_widths"] = [[w.kv_heads, w.channels] for w in widths]
-        values["auto_map"] = _auto_map(model_type)
-    else:
-        values["num_attention_heads"] = widths[0].heads
-        values["num_key_value_heads"] = widths[0].kv_heads
-        values["intermediate_size"] = widths[0].channels
-    if model_type == "mistral" and config.model_type == "llama":
-        values = {k: v for k, v in values.items() if k not in _NOT_IN_MISTRAL}
-        values["sliding_window"] = None
+    uniform = len(set(widths)) == 1
+    stated = _state_uniform(config, values, widths[0]) if uniform else None
+    model_type, values = stated or _state_per_layer(config, values, widths)
     config_class, model_class = get_model_classes(model_type)
     pruned = config_class(**values)
     pruned.architectures = [model_class.__name__]
     return pruned
 
 
-def _choose_model_type(config: Any, widths: Sequence[LayerWidths]) -> str:
-    if len(set(widths)) > 1:
-        return PER_LAYER_PREFIX + config.model_type
-    if config.model_type != "llama" or config.hidden_size % widths[0].heads == 0:
-        return config.model_type
-    if config.attention_bias or config.mlp_bias:
-        return PER_LAYER_PREFIX + config.model_type
-    return "mistral"
+def _state_uniform(
+    config: Any, values: Mapping[str, Any], width: LayerWidths
+) -> tuple[str, dict[str, Any]] | None:
+    """Return the stock model type and fields of a model whose layers are alike, if there are."""
+    stated = {
+        **values,
+        "num_attention_heads": width.heads,
+        "num_key_value_heads": width.kv_heads,
+        "intermediate_size": width.channels,
+    }
+    carry = get_family(config.model_type).carry_odd_heads
+    if carry is None or config.hidden_size % width.heads == 0:
+        return config.model_type, stated
+    return carry(stated)
 
 
-def _auto_map(model_type: str) -> dict[str, str]:
-    stem = SUPPORTED_MODEL_TYPES[model_type.removeprefix(PER_LAYER_PREFIX)].removesuffix(
-        "ForCausalLM"
-    )
-    return {
-        "AutoConfig": f"modeling_per_layer.PerLayer{stem}Config",
-        "AutoModelForCausalLM": f"modeling_per_layer.PerLayer{stem}ForCausalLM",
+def _state_per_layer(
+    config: Any, values: Mapping[str, Any], widths: Sequence[LayerWidths]
+) -> tuple[str, dict[str, Any]]:
+    """Return the model type and fields of a model that states the widths of each layer."""
+    model_type = name_per_layer(config.model_type)
+    classes = dict(zip(_AUTO_CLASSES, get_model_classes(model_type), strict=True))
+    return model_type, {
+        **values,
+        "layer_widths": [[width.kv_heads, width.channels] for width in widths],
+        # Files beside the checkpoint, where ``compact`` copies the module of these classes.
+        "auto_map": {
+            auto: f"{Path(inspect.getfile(own)).stem}.{own.__name__}"
+            for auto, own in classes.items()
+        },
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lpdeploy.artifacts import format_bytes, read_process_bytes
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import resolve_device, resolve_dtype
 from lpdeploy.pruning.heap import is_tight
@@ -166,7 +167,7 @@ def _list_combined(options: PruneOptions, values: _Values) -> Iterator[tuple[str
 def _list_values(options: PruneOptions) -> _Values:
     """List what each option could become, the least change first."""
     batch, micro = options.batch_size, options.micro_batch_size
-    gradient = options.criterion == "gradient"
+    gradient = CRITERIA[options.criterion].weight_gradients
     on_gpu = resolve_device(options.device) != "cpu"
     return {
         "micro_batch_size": [n for n in range(micro - 1, 0, -1) if batch % n == 0],

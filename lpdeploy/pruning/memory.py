@@ -1,14 +1,15 @@
 """How much memory a run will need: pure functions of the model's shape and the options.
 
 Counted is what PyTorch keeps, tensor by tensor: weights, LoRA with its gradients and moments, what
-autograd saves in a forward pass, the buffers of the loss, the gradients of the weights that
-``--criterion gradient`` needs. ``tests/pruning/test_memory.py`` compares it with the tensors alive
+autograd saves in a forward pass, the buffers of the loss, the gradients of the weights
+if the criterion needs them. ``tests/pruning/test_memory.py`` compares it with the tensors alive
 in a pass, ``tools/measure_memory.py`` with the peak of whole runs.
 """
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lpdeploy.criteria import CRITERIA, Criterion
 from lpdeploy.models.shapes import LayerWidths, count_parameters, list_projections, list_widths
 from lpdeploy.pruning.loss import count_chunk_tokens
 from lpdeploy.pruning.options import PruneOptions
@@ -36,7 +37,7 @@ class MemoryPlan:
         process: What the process holds already: the libraries. 0 on a GPU.
         weights: Of the frozen base.
         adapters: LoRA: weights, gradients and AdamW's two moments, all float32.
-        gradients: Of the base's weights, which only ``--criterion gradient`` has.
+        gradients: Of the base's weights, if the criterion needs them.
         activations: What autograd saves in a micro-batch, and the buffers of the loss.
         scoring: Blocks of rows, and the scores.
         heap: On a CPU, what the C library's heap cannot use again between tensors.
@@ -117,6 +118,10 @@ class _Layer:
     dtype: str
 
     @property
+    def criterion(self) -> Criterion:
+        return CRITERIA[self.options.criterion]
+
+    @property
     def sizes(self) -> list[tuple[int, int]]:
         return list_projections(self.config, self.width)
 
@@ -136,7 +141,7 @@ class _Layer:
     @property
     def keeps_inputs(self) -> bool:
         """Whether the products with the base keep their inputs: for its gradient, or in 8 bits."""
-        return self.options.criterion == "gradient" or self.options.load_in == "8bit"
+        return self.criterion.weight_gradients or self.options.load_in == "8bit"
 
     @property
     def noise(self) -> int:
@@ -153,7 +158,7 @@ class _Layer:
         lora = columns * (size + self.noise) if copied else self.inputs
         lora += len(self.sizes) * self.options.lora_rank * size
         kept = self.inputs if self.keeps_inputs and copied else 0
-        if self.options.criterion == "gate" and self.noise and not kept:
+        if self.criterion.score_features is not None and self.noise and not kept:
             kept = size * self.width.channels  # the input of down_proj, to multiply its gradient
         query, key = (self.sizes[place][1] for place in (0, 1))
         attention = size * 2 * (query + key) + _FLOAT * self.width.heads  # q, output; k, v; sums
@@ -213,7 +218,7 @@ def _plan_activations(
 def _plan_gradients(
     layers: list[_Layer], options: PruneOptions, activations: int, dtype: str, device: str
 ) -> int:
-    if options.criterion != "gradient":
+    if not CRITERIA[options.criterion].weight_gradients:
         return 0
     stop = len(layers) - options.protect_last
     chosen = layers[options.protect_first : stop]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lpdeploy.plan import CRITERIA, SCHEDULES, GroupSpec
+from lpdeploy.criteria import CRITERIA
+from lpdeploy.plan import SCHEDULES, GroupSpec
 from lpdeploy.pruning.schedule import RAMPS
 
 
@@ -18,7 +19,8 @@ class PruneOptions:
         criterion: How groups are scored, one of ``CRITERIA``.
         score_form: ``squared`` (the paper) or ``absolute``: what is summed over a group.
         normalize: Divide the scores of each Linear by their L2 norm before summing.
-        offload_gradients: Keep the gradients of ``gradient`` in CPU memory.
+        offload_gradients: Keep the gradients of the weights, if ``criterion`` needs them, in CPU
+            memory.
         schedule: ``joint`` (Algorithm 1), ``separate`` (prune once, then fine-tune) or
             ``one-shot`` (no fine-tuning), one of ``SCHEDULES``.
         calibration_samples: Rows that are scored before the first step, without training on
@@ -121,11 +123,11 @@ class PruneOptions:
                 f"warmup {warmup} and cooldown {cooldown} leave no steps for pruning; "
                 "their sum must be below 1"
             )
-        if self.criterion == "gradient" and self.load_in:
+        if self.load_in and CRITERIA[self.criterion].weight_gradients:
             raise ValueError(
-                f"--criterion gradient needs the gradients of the frozen weights, and a base in "
-                f"{self.load_in} has none; use --criterion lora, which needs LoRA's only, or "
-                "leave --load-in out"
+                f"`criterion='{self.criterion}'` needs the gradients of the frozen weights, and a "
+                f"base in {self.load_in} has none; use `criterion='{PruneOptions.criterion}'`, "
+                "which needs LoRA's only, or leave `load_in` out"
             )
         if self.shard:
             self._check_shard()
@@ -142,18 +144,18 @@ class PruneOptions:
             (self.removal == "cut" and "--removal cut", "no group can be cut out of its parts"),
             (self.load_in and f"--load-in {self.load_in}", "quantised weights are not divided"),
             (
-                self.criterion == "gradient" and "--criterion gradient",
+                CRITERIA[self.criterion].weight_gradients and f"--criterion {self.criterion}",
                 "the gradients of all its weights would take as much memory again",
             ),
         ):
             if refused:
                 raise ValueError(
                     f"--shard cannot go with {refused}: {why}; use --removal mask, "
-                    "--criterion lora and no --load-in, or leave --shard out"
+                    f"--criterion {PruneOptions.criterion} and no --load-in, or leave --shard out"
                 )
 
     def _check_names(self) -> None:
-        known = {"criterion": CRITERIA, "schedule": SCHEDULES, "ramp": tuple(RAMPS)}
+        known = {"criterion": tuple(CRITERIA), "schedule": tuple(SCHEDULES), "ramp": tuple(RAMPS)}
         for name, names in known.items():
             if (value := getattr(self, name)) not in names:
                 raise ValueError(f"no {name} '{value}'; use one of {', '.join(names)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import (
     Progress,
     TokenDataset,
@@ -18,11 +19,11 @@ from lpdeploy.data.batches import (
 from lpdeploy.data.cache import find_cache, load_or_build
 from lpdeploy.data.sources import compute_source_sha256, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
-    PER_LAYER_PREFIX,
     PRECISIONS,
     load_config,
     load_model,
@@ -39,9 +40,9 @@ from lpdeploy.pruning.checkpoint import (
     apply_checkpoint,
 )
 from lpdeploy.pruning.compilation import check_compile
-from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps
@@ -71,7 +72,7 @@ def load_source(model: str, options: PruneOptions) -> Source:
     """
     folder = resolve_model(model)
     config = load_config(folder)
-    if config.model_type.startswith(PER_LAYER_PREFIX):
+    if is_per_layer(config.model_type):
         raise ArtifactError(
             f"'{model}' was pruned to per-layer widths already. Prune its base model instead."
         )
@@ -202,7 +203,7 @@ def build_training(
     state = PruningState(
         model=model,
         specs=source.prunable,
-        criterion=_build_criterion(model, source.prunable, options, ranks),
+        scorer=_build_scorer(model, source.prunable, options, ranks),
         removal=options.removal,
         kept=dict(kept),
     )
@@ -258,17 +259,17 @@ def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
     return wrapped
 
 
-def _build_criterion(
+def _build_scorer(
     model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions, ranks: Ranks
-) -> Criterion:
+) -> Scorer:
     form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
-    return build_criterion(
-        options.criterion,
+    return Scorer(
+        CRITERIA[options.criterion],
         model,
         specs,
         form=form,
-        offload_gradients=options.offload_gradients,
         ranks=ranks,
+        offload_gradients=options.offload_gradients,
     )
 
 

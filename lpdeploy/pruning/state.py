@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lpdeploy.models.cutting import CutParameter, apply_cut, apply_cut_to_adapter, apply_masks
 from lpdeploy.plan import GroupSpec, Kept
-from lpdeploy.pruning.criteria import Criterion
 from lpdeploy.pruning.importance import Importance, apply_moving_average
+from lpdeploy.pruning.scoring import Scorer
 from lpdeploy.pruning.selection import select_globally, select_per_layer
 
 SELECTIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -27,7 +27,7 @@ class PruningState:
     Attributes:
         model: The causal LM inside peft.
         specs: The groups that may be removed (none of protected layers).
-        criterion: Scores them.
+        scorer: Scores them.
         removal: ``cut`` or ``mask``.
         kept: Original indices of the groups still there, int64, shape (alive,).
         average: Moving average of their importance (Eq. 11), shape (alive,).
@@ -36,7 +36,7 @@ class PruningState:
 
     model: Any
     specs: tuple[GroupSpec, ...]
-    criterion: Criterion
+    scorer: Scorer
     removal: str
     kept: dict[str, Tensor] = field(default_factory=dict)
     average: Importance = field(default_factory=dict)
@@ -53,7 +53,7 @@ class PruningState:
     def update_average(self, *, decay: float) -> None:
         """Score the live groups from the observed batch and fold them into the average."""
         # A masked model still has the groups that are gone.
-        scores = self.criterion.compute_importance(self.kept if self.removal == "mask" else None)
+        scores = self.scorer.compute_importance(self.kept if self.removal == "mask" else None)
         apply_moving_average(self.average, scores, decay=decay)
 
     def remove_groups(

@@ -160,7 +160,7 @@ def _calibrate(training: Training) -> StepInfo:
     scoring: list[_Seconds] = []
     tokens = 0
     for start_row in range(0, len(rows), options.batch_size):
-        with training.state.criterion.observe():
+        with training.state.scorer.observe():
             loss, count = _accumulate_gradients(
                 training, rows[start_row : start_row + options.batch_size]
             )
@@ -206,7 +206,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
         len(training.dataset), step=step - 1, batch_size=options.batch_size, seed=options.seed
     )
     scored = step <= events[-1]
-    with training.state.criterion.observe() if scored else nullcontext():
+    with training.state.scorer.observe() if scored else nullcontext():
         loss, tokens = _accumulate_gradients(training, rows)
     norm = _compute_norm(training)
     mean_loss = _check_finite(step, loss=loss, norm=norm)
@@ -266,7 +266,7 @@ def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[Tensor, 
 def _compute_loss(training: Training, micro: Mapping[str, Tensor], *, targets: int) -> Tensor:
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
-    training.state.criterion.attention_mask = micro["attention_mask"]
+    training.state.scorer.attention_mask = micro["attention_mask"]
     device = training.accelerator.device
     ids, labels = (_move(micro[name], device) for name in ("input_ids", "labels"))
     return run_forward(training, ids, labels, targets=targets)

@@ -1,9 +1,12 @@
 """What travels between ranks in a step, counted from shapes: bytes a rank puts into messages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.families.groups import count_group_parameters, list_group_specs
+from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT_BYTES = 4
@@ -16,7 +19,7 @@ class Travel:
     Attributes:
         gradients: LoRA's gradients and the loss, summed over the ranks in one message.
         scores: What the criterion sums besides, in steps that score.
-        weights: Weights of the layers that are gathered on every rank, with ``--shard``.
+        weights: Weights of the layers that are gathered on every rank, with ``shard``.
     """
 
     gradients: int
@@ -43,31 +46,33 @@ def compute_travel(config: Any, options: PruneOptions, *, ranks: int, itemsize: 
         itemsize: Bytes of one weight of the base.
     """
     specs, hidden = list_group_specs(config), config.hidden_size
-    groups = sum(spec.num_groups for spec in specs)
     # Rows of q, k, v, gate and up with the hidden size beside them, columns of o and down.
     cut = sum(spec.num_groups * piece.block for spec in specs for piece in spec.slices)
     linears = sum(len(spec.slices) for spec in specs)
     projections = sum(spec.num_groups * count_group_parameters(spec, config) for spec in specs)
-    features = sum(
-        spec.num_groups * piece.block if piece.dim else hidden
-        for spec in specs
-        for piece in spec.slices
-    )
-    numbers = {
-        "gate": groups,
-        "random": groups,
-        "wanda": features,
-        "gradient": cut * hidden,
-    }.get(options.criterion, 0)
     weights = 0
     if options.shard:
-        if options.criterion not in ("gate", "random"):  # each Linear's sums over a rank's rows
-            numbers += sum(spec.num_groups * len(spec.slices) for spec in specs)
         norms = 2 * hidden * config.num_hidden_layers
         passes = 2 * options.batch_size // (options.micro_batch_size * ranks)  # there and back
         weights = passes * (projections + norms) * itemsize
     return Travel(
         gradients=_FLOAT_BYTES * (options.lora_rank * (cut + linears * hidden) + 1),
-        scores=_FLOAT_BYTES * numbers,
+        scores=_FLOAT_BYTES * _count_scores(specs, hidden, options),
         weights=weights,
     )
+
+
+def _count_scores(specs: Sequence[GroupSpec], hidden: int, options: PruneOptions) -> int:
+    """Count the numbers that are summed over the ranks for the scores of one step."""
+    criterion = CRITERIA[options.criterion]
+    pieces = [(spec.num_groups, piece) for spec in specs for piece in spec.slices]
+    if criterion.score_weights is None:
+        return sum(spec.num_groups for spec in specs)
+    numbers = 0
+    if criterion.weight_gradients:
+        numbers += sum(groups * piece.block * hidden for groups, piece in pieces)
+    if criterion.measure_inputs is not None:
+        numbers += sum(groups * piece.block if piece.dim else hidden for groups, piece in pieces)
+    if options.shard:  # each Linear's sums over a rank's rows
+        numbers += sum(groups for groups, _ in pieces)
+    return numbers

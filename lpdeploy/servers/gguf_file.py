@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lpdeploy.errors import LpdeployError, MissingDependencyError
+from lpdeploy.families import GgufArchitecture, get_family
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.loading import (
     get_model_classes,
@@ -25,9 +26,6 @@ from lpdeploy.servers.gguf_vocab import Vocabulary, build_vocabulary
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Qwen2 is a LLaMA with biases, which the architecture `llama` may have. That of the name `qwen2`
-# wants as many query rows as the hidden size, which a model without some of its heads has not.
-_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "LLAMA", "qwen3": "QWEN3"}
 _ROPE_FACTORS = "rope_freqs.weight"
 _STEADY_ROPES = ("default", "linear", "llama3")
 
@@ -58,7 +56,8 @@ def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str
     vocabulary = build_vocabulary(tokenizer, rows=config.vocab_size)
     factors = compute_rope_factors(config)
     names = _list_names(gguf, model, config)
-    writer = gguf.GGUFWriter(file, _get_architecture(gguf, config))
+    architecture = gguf.MODEL_ARCH[get_architecture(config).name]
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     _add_metadata(writer, config, name=name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[TYPES[precision]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -90,9 +89,19 @@ def _load_library() -> Any:
     return gguf
 
 
-def _get_architecture(gguf: Any, config: Any) -> str:
-    architecture = gguf.MODEL_ARCH[_ARCHITECTURES[config.model_type]]
-    return gguf.MODEL_ARCH_NAMES[architecture]
+def get_architecture(config: Any) -> GgufArchitecture:
+    """Return what llama.cpp runs a model as.
+
+    Raises:
+        LpdeployError: It has no architecture for the family.
+    """
+    architecture = get_family(config.model_type).gguf
+    if architecture is None:
+        raise LpdeployError(
+            f"llama.cpp has no architecture for a {config.model_type}. Use `target='vllm'` or "
+            "`target='genai'`."
+        )
+    return architecture
 
 
 def compute_rope_factors(config: Any) -> Tensor | None:
@@ -110,7 +119,7 @@ def compute_rope_factors(config: Any) -> Tensor | None:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
-    if kind not in _STEADY_ROPES or _ARCHITECTURES[config.model_type] != "LLAMA":
+    if kind not in _STEADY_ROPES or not get_architecture(config).rope_factors:
         raise LpdeployError(
             f"--target llamacpp does not write rotary positions of type '{kind}' for a "
             f"{config.model_type}. Use --target vllm or genai."
@@ -135,7 +144,7 @@ def _list_names(gguf: Any, model: Path, config: Any) -> dict[str, tuple[str, tup
     }
     wrong = {name for name, shape in wanted.items() if stored.get(name) != shape}
     refuse_incomplete(model, wrong)
-    architecture = gguf.MODEL_ARCH[_ARCHITECTURES[config.model_type]]
+    architecture = gguf.MODEL_ARCH[get_architecture(config).name]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     return {
         name: (table.get_name(name, try_suffixes=(".weight", ".bias")), shape)
@@ -205,10 +214,10 @@ def _iterate_weights(
     """Yield the weights in the order of ``names``, one in memory at a time."""
     files = [safe_open(file, framework="pt") for file in list_weight_files(model)]
     homes = {name: file for file in files for name in file.offset_keys()}
-    permuted = _ARCHITECTURES[config.model_type] == "LLAMA"
+    interleaved = get_architecture(config).interleaved
     for name in names:
         tensor = homes[name].get_tensor(name)
-        if permuted and ("q_proj" in name or "k_proj" in name):
+        if interleaved and ("q_proj" in name or "k_proj" in name):
             tensor = interleave_rotary_rows(tensor, head_dim=get_head_dim(config))
         yield name, tensor
 

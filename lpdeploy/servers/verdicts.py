@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lpdeploy.families.groups import get_head_dim
-from lpdeploy.models.loading import PER_LAYER_PREFIX
+from lpdeploy.families import get_family, is_per_layer
+from lpdeploy.families.groups import get_head_dim, has_bias
 from lpdeploy.models.shapes import list_widths
 
 _ANSWERS = ("yes", "condition", "no")
@@ -85,20 +85,16 @@ def _judge(server: Server, config: Any, ranks: int) -> Verdict:
     return Verdict(server.name, loads, why, server.version, server.checked)
 
 
-def _is_per_layer(config: Any) -> bool:
-    return bool(config.model_type.startswith(PER_LAYER_PREFIX))
-
-
 def refuse_per_layer(config: Any, _: int) -> Finding | None:
     """Layers of different widths."""
-    if not _is_per_layer(config):
+    if not is_per_layer(config.model_type):
         return None
     return Finding("no", "Its layers have different widths. Prune with --scope layer.")
 
 
 def need_own_code(config: Any, _: int) -> Finding | None:
     """Layers of different widths, unless trust_remote_code lets their modelling file run."""
-    if not _is_per_layer(config):
+    if not is_per_layer(config.model_type):
         return None
     return Finding(
         "condition", "With trust_remote_code=True: its layers have different widths, which the "
@@ -193,11 +189,14 @@ def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
     return None
 
 
-def need_no_output_bias(config: Any, _: int) -> Finding | None:
-    """A Qwen3 with biases of attention, for which its architecture there has no place."""
-    if not config.model_type.endswith("qwen3") or not config.attention_bias:
+def need_gguf_architecture(config: Any, _: int) -> Finding | None:
+    """A family that it has no architecture for, or one with a bias of o_proj that has no place."""
+    architecture = get_family(config.model_type).gguf
+    if architecture is None:
+        return Finding("no", f"It has no architecture for a {config.model_type}.")
+    if architecture.output_bias or not has_bias(config, "self_attn.o_proj"):
         return None
-    return Finding("no", "Its architecture for Qwen3 has no place for a bias of o_proj.")
+    return Finding("no", "Its architecture for this family has no place for a bias of o_proj.")
 
 
 _TEST = "tests/servers/test_check.py"
@@ -239,7 +238,7 @@ SERVERS: Sequence[Server] = (
     Server(
         "llama.cpp", "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
         "lpdeploy package --target llamacpp.",
-        (refuse_per_layer, need_no_output_bias, fit_gguf_blocks),
+        (refuse_per_layer, need_gguf_architecture, fit_gguf_blocks),
     ),
 )  # fmt: skip
 """A rule says what stands against a shape; a server whose rules are silent loads it."""

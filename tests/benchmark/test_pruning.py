@@ -29,6 +29,7 @@ from lpdeploy.benchmark.pruning_worker import (
 )
 from lpdeploy.benchmark.random_models import build_random_model
 from lpdeploy.benchmark.worker import Worker
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.loading import load_config
@@ -115,7 +116,7 @@ def test_rows_are_medians_without_the_warm_up_and_without_the_cut():
     assert lora["relative_memory"] == 3050 / 5050
     assert lora["relative_beside"] == 2000 / 4000
     assert lora["flops"] == compute_training_flops(config, tokens=16, batch=2, rank=8) + (
-        compute_scoring_flops(config, rank=8, criterion="lora")
+        compute_scoring_flops(config, rank=8, criterion=CRITERIA["lora"])
     )
     assert gradient["flops"] > lora["flops"] > lora["after_flops"]
 

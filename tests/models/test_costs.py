@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.costs import (
     compute_decode_bytes,
@@ -93,7 +94,7 @@ def test_scoring_costs_its_products_a_weight(tmp_path):
     config = load_config(make_tiny_model(tmp_path / "m"))
     weights = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     by_criterion = {
-        name: compute_scoring_flops(config, rank=4, criterion=name) / weights
+        name: compute_scoring_flops(config, rank=4, criterion=CRITERIA[name]) / weights
         for name in ("lora", "gradient", "magnitude", "wanda", "gate", "random")
     }
     # B A of rank 4, Eq. 10's factor of rank 8, two operations each; then four for a weight.

@@ -20,8 +20,9 @@ from torch import distributed as dist
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_model
 from lpdeploy.models.sharded import list_own_rows, load_sharded_model
-from lpdeploy.pruning import criteria, ranks, run
+from lpdeploy.pruning import ranks, run
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.scoring import Scorer
 
 # Without dropout, whose masks are a rank's own.
 OPTIONS = {
@@ -82,7 +83,7 @@ def run_with_others(root, rank):
     }
     # A rank that does not take part in what makes random scores the same.
     if rank == 1:
-        criteria.RandomCriterion.compute_importance = draw_alone
+        Scorer.compute_importance = draw_alone
     answers["groups"] = catch(prune, root, "mha-random", "two/groups", checkpoint_every=2)
     return answers
 
@@ -121,11 +122,8 @@ def count_messages(root):
     return counts
 
 
-def draw_alone(self, kept=None):
-    scores = {spec.name: torch.randn(spec.num_groups).abs() for spec in self.specs}
-    own = {spec.name: self._draw(spec, kept) for spec in self.specs}
-    self.ranks.copy_first(list(own.values()))
-    return {name: scores[name][: len(values)] for name, values in own.items()}
+def draw_alone(self, kept=None, compute=Scorer.compute_importance):
+    return {name: torch.randn(len(own)).abs() for name, own in compute(self, kept).items()}
 
 
 def catch(work, *arguments, **options):

@@ -6,11 +6,12 @@ import weakref
 import pytest
 import torch
 
+from lpdeploy.criteria import CRITERIA, Criterion
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.cutting import apply_cut
-from lpdeploy.plan import CRITERIA
-from lpdeploy.pruning.criteria import ScoreForm, build_criterion
+from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from tests.helpers import make_lora_model
 from tests.pruning.independent import Independent, assert_scores, list_pieces, make_rows
 
@@ -29,18 +30,18 @@ def make(tmp_path, *, model="grouped"):
     return wrapped, causal_lm, list_group_specs(causal_lm.config)
 
 
-def observe(criterion, model, batch, *, parts=(slice(None),)):
+def observe(scorer, model, batch, *, parts=(slice(None),)):
     """Run a batch in parts, as training does; leave LoRA's gradients in place."""
     model.zero_grad()
-    with criterion.observe():
+    with scorer.observe():
         for rows in parts:
-            criterion.attention_mask = batch.mask[rows, : max(batch.lengths[rows])]
+            scorer.attention_mask = batch.mask[rows, : max(batch.lengths[rows])]
             batch.run(model, rows).backward()
 
 
-def score(criterion, model, batch, **how):
-    observe(criterion, model, batch, **how)
-    return criterion.compute_importance()
+def score(scorer, model, batch, **how):
+    observe(scorer, model, batch, **how)
+    return scorer.compute_importance()
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["squared", "absolute"])
@@ -49,8 +50,8 @@ def score(criterion, model, batch, **how):
 def test_matches_the_loops_over_whole_specs(name, model, absolute, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path, model=model)
     batch = make_rows()
-    criterion = build_criterion(name, causal_lm, specs, form=ScoreForm(absolute=absolute))
-    scores = score(criterion, wrapped, batch)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs, form=ScoreForm(absolute=absolute))
+    scores = score(scorer, wrapped, batch)
     independent = Independent(tmp_path, causal_lm, specs, batch)
     assert scores.keys() == {spec.name for spec in specs}
     for spec in (specs[0], specs[3]):  # heads of the first layer, channels of the last
@@ -62,8 +63,8 @@ def test_matches_the_loops_over_whole_specs(name, model, absolute, tmp_path):
 def test_normalising_divides_each_linear_by_its_norm(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     batch = make_rows()
-    criterion = build_criterion(name, causal_lm, specs, form=ScoreForm(normalize=True))
-    scores = score(criterion, wrapped, batch)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs, form=ScoreForm(normalize=True))
+    scores = score(scorer, wrapped, batch)
     independent = Independent(tmp_path, causal_lm, specs, batch)
     for spec in (specs[0], specs[3]):
         assert_scores(scores[spec.name], independent.expect(name, spec, normalize=True))
@@ -75,7 +76,7 @@ def test_the_gate_is_what_a_gate_of_ones_feels(model, absolute, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path, model=model)
     batch = make_rows((12, 12, 7))
     form = ScoreForm(absolute=absolute)
-    scores = score(build_criterion("gate", causal_lm, specs, form=form), wrapped, batch)
+    scores = score(Scorer(CRITERIA["gate"], causal_lm, specs, form=form), wrapped, batch)
     gates = Independent(tmp_path, causal_lm, specs, batch).compute_gate_gradients()
     for name, gradient in gates.items():
         felt = gradient.abs() if absolute else gradient.square()
@@ -87,9 +88,9 @@ def test_micro_batches_and_padding_change_nothing(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     batch = make_rows((12, 9, 6, 12))  # padding holds ordinary tokens, which must not be seen
     independent = Independent(tmp_path, causal_lm, specs, batch)
-    criterion = build_criterion(name, causal_lm, specs)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs)
     for parts in ([slice(None)], [slice(0, 1), slice(1, 3), slice(3, 4)]):
-        scores = score(criterion, wrapped, batch, parts=parts)
+        scores = score(scorer, wrapped, batch, parts=parts)
         for spec in (specs[0], specs[3]):
             assert_scores(scores[spec.name], independent.expect(name, spec))
 
@@ -100,10 +101,10 @@ def test_gradient_checkpointing_scores_the_same(name, absolute, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     wrapped.train()
     batch = make_rows()
-    criterion = build_criterion(name, causal_lm, specs, form=ScoreForm(absolute=absolute))
-    plain = score(criterion, wrapped, batch)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs, form=ScoreForm(absolute=absolute))
+    plain = score(scorer, wrapped, batch)
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again = score(criterion, wrapped, batch)
+    again = score(scorer, wrapped, batch)
     # Each layer's forward pass runs twice, so Wanda sees each token twice: its energies double.
     factor = {"wanda": 2**0.5 if absolute else 2.0}.get(name, 1.0)
     for spec in specs:
@@ -114,8 +115,8 @@ def test_gradient_checkpointing_scores_the_same(name, absolute, tmp_path):
 def test_offloaded_gradients_go_to_the_cpu_and_score_the_same(tmp_path, monkeypatch):
     wrapped, causal_lm, specs = make(tmp_path)
     batch, moved = make_rows((12, 12)), []
-    plain = build_criterion("gradient", causal_lm, specs)
-    offloading = build_criterion("gradient", causal_lm, specs, offload_gradients=True)
+    plain = Scorer(CRITERIA["gradient"], causal_lm, specs)
+    offloading = Scorer(CRITERIA["gradient"], causal_lm, specs, offload_gradients=True)
     to_cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t.shape) or to_cpu(t))
     expected = score(plain, wrapped, batch)
@@ -138,18 +139,18 @@ def test_scores_on_a_gpu_as_on_a_cpu(name, tmp_path):
     batch = make_rows((12, 9))
     form = {"offload_gradients": True}
     torch.manual_seed(0)
-    expected = score(build_criterion(name, causal_lm, specs, **form), wrapped, batch)
+    expected = score(Scorer(CRITERIA[name], causal_lm, specs, **form), wrapped, batch)
     wrapped.cuda()
     batch.ids = batch.ids.cuda()
     batch_cpu_mask = batch.mask.cpu()
-    criterion = build_criterion(name, causal_lm, specs, **form)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs, **form)
     torch.manual_seed(0)
-    with criterion.observe():
-        criterion.attention_mask = batch_cpu_mask
+    with scorer.observe():
+        scorer.attention_mask = batch_cpu_mask
         batch.run(wrapped).backward()
     if name == "gradient":
-        assert {g.device.type for g in criterion._gradients.values()} == {"cpu"}
-    scores = criterion.compute_importance()
+        assert {g.device.type for g in scorer._observed.values()} == {"cpu"}
+    scores = scorer.compute_importance()
     for spec in specs:
         assert scores[spec.name].device.type == "cuda"
         assert_scores(scores[spec.name].cpu(), expected[spec.name])
@@ -170,10 +171,10 @@ def test_nothing_stays_on_the_model(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     before = {n: len(m._forward_pre_hooks) for n, m in causal_lm.named_modules()}
     batch = make_rows()
-    criterion = build_criterion(name, causal_lm, specs)
-    observe(criterion, wrapped, batch)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs)
+    observe(scorer, wrapped, batch)
     assert_untouched(causal_lm, before)
-    with pytest.raises(KeyboardInterrupt), criterion.observe():
+    with pytest.raises(KeyboardInterrupt), scorer.observe():
         batch.run(wrapped)
         raise KeyboardInterrupt
     assert_untouched(causal_lm, before)
@@ -183,12 +184,12 @@ def test_nothing_stays_on_the_model(name, tmp_path):
 def test_nothing_of_a_batch_leaks_into_the_next(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     first, second = make_rows(seed=1), make_rows(seed=2)
-    expected = score(build_criterion(name, causal_lm, specs), wrapped, second)
-    criterion = build_criterion(name, causal_lm, specs)
-    score(criterion, wrapped, first)
-    scored_before = score(criterion, wrapped, second)
-    observe(criterion, wrapped, first)  # never scored, as after a loss that is not finite
-    broken_off_before = score(criterion, wrapped, second)
+    expected = score(Scorer(CRITERIA[name], causal_lm, specs), wrapped, second)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs)
+    score(scorer, wrapped, first)
+    scored_before = score(scorer, wrapped, second)
+    observe(scorer, wrapped, first)  # never scored, as after a loss that is not finite
+    broken_off_before = score(scorer, wrapped, second)
     for spec in specs:
         assert torch.equal(scored_before[spec.name], expected[spec.name])
         assert torch.equal(broken_off_before[spec.name], expected[spec.name])
@@ -208,7 +209,7 @@ def test_no_activation_outlives_its_batch(name, checkpointing, tmp_path):
         causal_lm.get_submodule(piece.module).register_forward_pre_hook(
             lambda _, args: seen.append(weakref.ref(args[0]))
         )
-    observe(build_criterion(name, causal_lm, specs), wrapped, make_rows())
+    observe(Scorer(CRITERIA[name], causal_lm, specs), wrapped, make_rows())
     gc.collect()
     assert len(seen) >= 14
     assert not [reference for reference in seen if reference() is not None]
@@ -219,7 +220,7 @@ def test_scores_follow_a_cut(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     kept = {spec.name: torch.arange(1, spec.num_groups, 2) for spec in specs}
     apply_cut(causal_lm, specs, kept)
-    scores = score(build_criterion(name, causal_lm, specs), wrapped, make_rows())
+    scores = score(Scorer(CRITERIA[name], causal_lm, specs), wrapped, make_rows())
     assert {n: s.shape for n, s in scores.items()} == {n: k.shape for n, k in kept.items()}
     assert all(s.isfinite().all() and (s > 0).all() for s in scores.values())
 
@@ -228,22 +229,22 @@ def test_scores_follow_a_cut(name, tmp_path):
 def test_permuting_heads_permutes_their_importance(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path, model="dense")
     batch, order = make_rows(), torch.tensor([2, 0, 3, 1])
-    criterion = build_criterion(name, causal_lm, specs)
-    plain = score(criterion, wrapped, batch)
+    scorer = Scorer(CRITERIA[name], causal_lm, specs)
+    plain = score(scorer, wrapped, batch)
     # A "cut" to all heads in another order: the model computes the same.
     apply_cut(causal_lm, specs, {"layers.0.heads": order})
-    moved = score(criterion, wrapped, batch)
+    moved = score(scorer, wrapped, batch)
     assert_scores(moved["layers.0.heads"], plain["layers.0.heads"][order])
     assert_scores(moved["layers.0.channels"], plain["layers.0.channels"])
 
 
 def test_random_draws_by_the_seed_alone(tmp_path):
     _, causal_lm, specs = make(tmp_path)
-    criterion = build_criterion("random", causal_lm, specs)
+    scorer = Scorer(CRITERIA["random"], causal_lm, specs)
     torch.manual_seed(3)
-    first, second = criterion.compute_importance(), criterion.compute_importance()
+    first, second = scorer.compute_importance(), scorer.compute_importance()
     torch.manual_seed(3)
-    again = build_criterion("random", causal_lm, specs).compute_importance()
+    again = Scorer(CRITERIA["random"], causal_lm, specs).compute_importance()
     for spec in specs:
         assert torch.equal(first[spec.name], again[spec.name])
         assert not torch.equal(first[spec.name], second[spec.name])
@@ -252,10 +253,27 @@ def test_random_draws_by_the_seed_alone(tmp_path):
 def test_lora_needs_gradients(tmp_path):
     _, causal_lm, specs = make(tmp_path)
     with pytest.raises(ValueError, match="call backward first"):
-        build_criterion("lora", causal_lm, specs).compute_importance()
+        Scorer(CRITERIA["lora"], causal_lm, specs).compute_importance()
 
 
-def test_an_unknown_criterion_names_the_known_ones(tmp_path):
-    _, causal_lm, specs = make(tmp_path)
+def test_an_unknown_criterion_names_the_known_ones():
     with pytest.raises(ValueError, match="no criterion 'guess'; use one of lora, gate, gradient"):
-        build_criterion("guess", causal_lm, specs)
+        PruneOptions(criterion="guess")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"score_weights": lambda _: None, "score_groups": torch.rand},
+        {"score_groups": torch.rand, "weight_gradients": True},
+        {
+            "score_weights": lambda _: None,
+            "weight_gradients": True,
+            "measure_inputs": torch.square,
+        },
+    ],
+)
+def test_a_record_that_cannot_score_is_refused(fields):
+    with pytest.raises(ValueError, match="criterion 'mine' m"):
+        Criterion(name="mine", words="mine", help="mine", **fields)

@@ -2,14 +2,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpdeploy.models.adapters import LoraWeights
+from lpdeploy.criteria import CRITERIA, ScoredLinear
 from lpdeploy.pruning import importance
-from lpdeploy.pruning.importance import (
-    apply_moving_average,
-    compute_gradient_importance,
-    compute_lora_importance,
-    compute_weight_importance,
-)
+from lpdeploy.pruning.importance import apply_moving_average, score_linear
 from tests import reference
 
 # Both sides are float32 sums of squares in another order; the loops run in float64.
@@ -22,8 +17,15 @@ def random_layer(out=12, columns=8, rank=3, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def score(weight, a, b, grad_a, grad_b, *, scaling=1.0, **how):
-    return compute_lora_importance(weight, LoraWeights(a, b, scaling), grad_a, grad_b, **how)
+SCORES = [name for name, criterion in CRITERIA.items() if criterion.score_weights is not None]
+
+
+def score(weight, a, b, grad_a, grad_b, *, name="lora", scaling=1.0, **how):
+    """Score by any criterion; a weight serves as its own gradient, and features are all one."""
+    a.grad, b.grad = grad_a, grad_b
+    observed = {"gradient": weight, "wanda": torch.ones(weight.shape[1])}.get(name)
+    linear = ScoredLinear(a, b, scaling, observed)
+    return score_linear(CRITERIA[name], weight, linear, **how)
 
 
 @pytest.mark.parametrize(("dim", "block"), [(0, 1), (0, 4), (1, 1), (1, 2)])
@@ -57,17 +59,6 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-SCORES = {
-    "lora": compute_lora_importance,
-    "gradient": lambda w, lora, *_, **how: compute_gradient_importance(w, lora, w, **how),
-    "magnitude": lambda w, lora, *_, **how: compute_weight_importance(w, lora, **how),
-    "wanda": lambda w, lora, *_, **how: compute_weight_importance(
-        w, lora, torch.ones(w.shape[1]), **how
-    ),
-}
-"""Every function that scores, called alike; a weight serves as its own gradient."""
-
-
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", SCORES)
@@ -76,7 +67,7 @@ def test_no_temporary_is_larger_than_a_block(name, dim, absolute, monkeypatch):
     weight, a, b, *grads = [t.half() for t in random_layer(out=256, columns=128)]  # casts show
     largest = LargestTensor()
     with largest:
-        SCORES[name](weight, LoraWeights(a, b, 1.0), *grads, dim=dim, block=1, absolute=absolute)
+        score(weight, a, b, *grads, name=name, dim=dim, block=1, absolute=absolute)
     # The LoRA factors, (256, 2 * 3), are the only other thing; the weight has 32,768 elements.
     assert largest.numel <= max(1024, 256 * 6)
 
@@ -86,29 +77,23 @@ def test_scoring_leaves_its_arguments_alone(name):
     weight, a, b, *grads = random_layer()
     tensors = [weight, a, b, *grads]
     before = [t.clone() for t in tensors]
-    SCORES[name](weight, LoraWeights(a, b, 2.0), *grads, dim=0, block=4)
+    score(weight, a, b, *grads, name=name, scaling=2.0, dim=0, block=4)
     assert all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
-
-
-def test_refuses_a_gradient_of_another_weight():
-    weight, a, b, *_ = random_layer()
-    with pytest.raises(ValueError, match=r"gradient of shape \(8, 12\) is of another weight"):
-        compute_gradient_importance(weight, LoraWeights(a, b, 1.0), weight.T, dim=0, block=1)
 
 
 @pytest.mark.parametrize("name", ["gradient", "magnitude"])
 def test_every_score_checks_its_shapes(name):
     weight, a, b, *grads = random_layer()
     with pytest.raises(ValueError, match="do not fit a weight of shape"):
-        SCORES[name](weight, LoraWeights(a, b[:5], 1.0), *grads, dim=0, block=1)
+        score(weight, a, b[:5], *grads[:1], grads[1][:5], name=name, dim=0, block=1)
     with pytest.raises(ValueError, match="groups of 5 do not divide a dimension of 12"):
-        SCORES[name](weight, LoraWeights(a, b, 1.0), *grads, dim=0, block=5)
+        score(weight, a, b, *grads, name=name, dim=0, block=5)
 
 
 def test_refuses_factors_of_another_layer():
     weight, a, b, grad_a, grad_b = random_layer()
     with pytest.raises(ValueError, match="do not fit a weight of shape"):
-        score(weight, a, b[:5], grad_a, grad_b, dim=0, block=1)
+        score(weight, a, b[:5], grad_a, grad_b[:5], dim=0, block=1)
 
 
 def test_refuses_a_block_that_does_not_divide():

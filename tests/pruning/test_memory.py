@@ -9,14 +9,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from lpdeploy.benchmark.random_models import build_random_model
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.quantized import import_bitsandbytes
 from lpdeploy.pruning import loss as loss_module
-from lpdeploy.pruning.criteria import build_criterion
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.scoring import Scorer
 from lpdeploy.pruning.setup import apply_checkpointing
 
 SHAPE = {
@@ -60,10 +61,10 @@ def measure(config, options, *, dtype):
     wrapped = attach_lora(
         model, rank=options.lora_rank, alpha=8, dropout=options.lora_dropout, seed=0
     ).train()
-    criterion = build_criterion(options.criterion, model, list_group_specs(config))
+    scorer = Scorer(CRITERIA[options.criterion], model, list_group_specs(config))
     shape = (options.micro_batch_size, options.seq_len)
     ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    with LiveTensors(wrapped.parameters()) as live, criterion.observe():
+    with LiveTensors(wrapped.parameters()) as live, scorer.observe():
         for _ in range(2):
             live.peak = live.live
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):

@@ -11,12 +11,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from lpdeploy.cli.main import main
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, LpdeployError, MissingDependencyError
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_base_linear, get_lora_weights
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
-from lpdeploy.pruning.criteria import build_criterion
+from lpdeploy.pruning.scoring import Scorer
 from lpdeploy.run_folder import RunFolder
 from tests import reference
 from tests.helpers import fill_lora, make_text, make_tiny_model
@@ -62,7 +63,7 @@ def test_scores_are_those_of_the_dequantised_weights(base, load_in):
     ids = torch.arange(24).view(2, 12)
     wrapped(input_ids=ids, labels=ids).loss.backward()
     specs = list_group_specs(model.config)
-    scores = build_criterion("lora", model, specs).compute_importance()
+    scores = Scorer(CRITERIA["lora"], model, specs).compute_importance()
     for spec in (specs[0], specs[3]):
         expected = torch.zeros(spec.num_groups, dtype=torch.float64)
         for piece in spec.slices:

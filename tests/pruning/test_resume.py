@@ -17,8 +17,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, RunEndedError
-from lpdeploy.plan import CRITERIA
 from lpdeploy.run_folder import RunFolder
 from tests.helpers import list_names, make_text, make_tiny_model
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after

@@ -5,14 +5,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import TokenDataset, build_token_dataset, list_batch
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.families.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.plan import CRITERIA
-from lpdeploy.pruning.criteria import ScoreForm, build_criterion
 from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, _accumulate_gradients, count_steps, run_steps
 from tests.helpers import make_lora_model, make_text
@@ -42,7 +42,7 @@ def make_training(tmp_path, *, model=None, **options):
         state=PruningState(
             model=causal_lm,
             specs=specs,
-            criterion=build_criterion(chosen.criterion, causal_lm, specs, form=form),
+            scorer=Scorer(CRITERIA[chosen.criterion], causal_lm, specs, form=form),
             removal=chosen.removal,
         ),
         options=chosen,
@@ -201,13 +201,13 @@ def test_pruning_at_once_lands_on_the_target_without_training(tmp_path, schedule
 def calibrate_by_hand(training, sizes):
     """Scores of each batch of the calibration, by the criterion alone; rows as step 1 has them."""
     rows = list_batch(len(training.dataset), step=0, batch_size=sum(sizes), seed=0)
-    criterion, scores = training.state.criterion, []
+    scorer, scores = training.state.scorer, []
     for size in sizes:
         batch = training.dataset.collate([rows.pop(0) for _ in range(size)])
-        criterion.attention_mask = batch["attention_mask"]
-        with criterion.observe():
+        scorer.attention_mask = batch["attention_mask"]
+        with scorer.observe():
             training.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
-        scores.append(criterion.compute_importance())
+        scores.append(scorer.compute_importance())
         training.optimizer.zero_grad()
     return scores
 
@@ -301,14 +301,14 @@ def test_rows_sorted_by_length_train_and_score_as_rows_alone(tmp_path, criterion
     training = make_instructions(make_training(tmp_path, **options))
     alone = make_instructions(make_training(tmp_path, **options))
     rows = list_batch(16, step=0, batch_size=8, seed=0)
-    with training.state.criterion.observe():
+    with training.state.scorer.observe():
         loss, tokens = _accumulate_gradients(training, rows)
     batches = [alone.dataset.collate([row]) for row in rows]
     targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     total = 0.0
-    with alone.state.criterion.observe():
+    with alone.state.scorer.observe():
         for batch in batches:
-            alone.state.criterion.attention_mask = batch["attention_mask"]
+            alone.state.scorer.attention_mask = batch["attention_mask"]
             logits = alone.model(input_ids=batch["input_ids"]).logits[0, :-1].float()
             losses = torch.nn.functional.cross_entropy(
                 logits, batch["labels"][0, 1:], ignore_index=-100, reduction="sum"
@@ -319,8 +319,8 @@ def test_rows_sorted_by_length_train_and_score_as_rows_alone(tmp_path, criterion
     for mine, expected in zip(training.trainable, alone.trainable, strict=True):
         # Batches of four rows against single rows: float32 sums in another order.
         torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-3, atol=1e-6)
-    scores = alone.state.criterion.compute_importance()
-    for name, score in training.state.criterion.compute_importance().items():
+    scores = alone.state.scorer.compute_importance()
+    for name, score in training.state.scorer.compute_importance().items():
         torch.testing.assert_close(score, scores[name], rtol=2e-3, atol=0)
     lengths = sorted((len(batch["input_ids"][0]) for batch in batches), reverse=True)
     assert tokens == 4 * (lengths[0] + lengths[4])

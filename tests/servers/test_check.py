@@ -43,7 +43,7 @@ def get_verdict(config, name, *, ranks=1):
 @pytest.fixture(scope="module", params=SHAPES)
 def saved(request, tmp_path_factory):
     """A checkpoint of each shape, with what compact puts beside one of per-layer widths."""
-    from lpdeploy.models import modeling_per_layer
+    from lpdeploy.families import modeling_per_layer
 
     config = SHAPES[request.param]
     folder = tmp_path_factory.mktemp("shapes") / request.param

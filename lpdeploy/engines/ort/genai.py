@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lpdeploy.artifacts import save_json
+from lpdeploy.families import get_family
 
 _GRAPH = "genai.onnx"
 
@@ -85,9 +86,10 @@ def build_genai_config(config: Any, contract: Mapping[str, Any]) -> dict[str, An
     """Build ``genai_config.json`` for a model whose layers have the same number of heads."""
     stops = contract["eos_token_ids"]
     bos = contract["bos_token_id"]
+    family = get_family(config.model_type)
     return {
         "model": {
-            "type": config.model_type.removeprefix("lpdeploy_"),
+            "type": family.genai or family.model_type,
             "vocab_size": config.vocab_size,
             "context_length": contract["max_seq_len"],
             "bos_token_id": bos if bos is not None else (stops or [0])[0],

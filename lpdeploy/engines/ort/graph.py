@@ -16,7 +16,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
-from lpdeploy.families.groups import get_head_dim
+from lpdeploy.families.groups import build_rotary_embedding, get_head_dim
 from lpdeploy.models.shapes import LayerWidths, list_widths
 
 OPSET = 23
@@ -189,7 +189,7 @@ class _Decoder:
         return query, self._add_head_norm(key, f"{module}.k_norm.weight"), value
 
     def _add_head_norm(self, states: ir.Value, name: str) -> ir.Value:
-        """Normalise each head by itself, where the model has such a norm (Qwen3)."""
+        """Normalise each head by itself, where the model has such a norm."""
         if name not in self.weights:
             return states
         split = self._add_int64([0, 0, -1, self.head_dim])
@@ -339,15 +339,13 @@ def compute_rotary_tables(config: Any, length: int) -> tuple[torch.Tensor, torch
     Raises:
         LpdeployError: The angles depend on how long the text is, which a table cannot say.
     """
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise LpdeployError(
             f"--engine ort does not take rotary positions of type '{kind}', which change with "
             "the length of the text. Use --engine onnx."
         )
-    rotary = LlamaRotaryEmbedding(config)
+    rotary = build_rotary_embedding(config)
     positions = torch.arange(length).unsqueeze(0)  # (1, L)
     cos, sin = rotary(torch.zeros(1), positions)  # (1, L, D), its halves alike
     half = cos.shape[-1] // 2

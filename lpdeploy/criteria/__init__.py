@@ -1,0 +1,20 @@
+"""The criteria: by what groups are chosen, and what each costs.
+
+A criterion is a record in a file of its own, listed in the tuple below. To add one from outside the
+package, put a ``Criterion`` into ``CRITERIA`` before the options that name it are made.
+"""
+
+from lpdeploy.criteria.gate import GATE
+from lpdeploy.criteria.gradient import GRADIENT
+from lpdeploy.criteria.lora import LORA
+from lpdeploy.criteria.magnitude import MAGNITUDE
+from lpdeploy.criteria.random import RANDOM
+from lpdeploy.criteria.record import Criterion, ScoredLinear
+from lpdeploy.criteria.wanda import WANDA
+
+__all__ = ["CRITERIA", "Criterion", "ScoredLinear"]
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion for criterion in (LORA, GATE, GRADIENT, MAGNITUDE, WANDA, RANDOM)
+}
+"""Name -> criterion. It is looked up whenever it is needed, so it may grow at any time."""
