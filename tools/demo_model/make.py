@@ -1,15 +1,14 @@
 """Make the embedded demo: stories, a tokenizer and a small LLaMA model trained on them.
 
-Run `python tools/make_demo_model.py`; it needs no network, and everything it writes comes from
-the story grammar beside it and from one seed.
+    python -m tools.demo_model.make
+
+It needs no network. Everything it writes comes from the story grammar beside it and from one seed.
 """
 
 from __future__ import annotations
 
 import math
-import shlex
 import string
-import sys
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from random import Random
 import click
 import torch
 import transformers
-from story_grammar import generate_story
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tools.demo_model.story_grammar import generate_story
+from tools.measure.common import describe_command
 
 SEPARATOR = "<|endoftext|>"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -40,8 +41,8 @@ TRAIN_CHARS, VALID_CHARS, TOKENIZER_CHARS = 600_000, 50_000, 2_000_000
 README = """\
 # The embedded demo
 
-A small LLaMA model, its tokenizer and its text, all made by `tools/make_demo_model.py` from the
-story grammar in `tools/`: no text, weights or code of others went in. Licence: Apache-2.0.
+A small LLaMA model, its tokenizer and its text. All of it was made by `tools/demo_model/` from the
+story grammar there; no text, weights or code of others went in. Licence: Apache-2.0.
 
 | file | what it is |
 |---|---|
@@ -283,7 +284,7 @@ def _write_readme(path: Path, evaluation: Evaluation, **figures: float) -> None:
         torch=torch.__version__,
         transformers=transformers.__version__,
         threads=torch.get_num_threads(),
-        command=shlex.join(["python", *sys.argv]),
+        command=describe_command(),
         separator=SEPARATOR,
         segment=SEGMENT,
         **figures,

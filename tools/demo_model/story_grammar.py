@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from story_parts import (
+from tools.demo_model.story_parts import (
     CLOSING,
     COLOURS,
     DAYS,

@@ -1,8 +1,8 @@
-"""The parts of `gpu_suite.py` that prune: seconds and memory of a step by criterion (Table 4).
+"""Measure seconds and memory of a pruning step by criterion (Table 4): parts of `suite.py`.
 
-Weights are random and made on the device, a module at a time, 8-bit ones as codes: nothing larger
-than the model is ever there. The variants run one after another in this process; each frees what it
-had before the next one starts.
+Weights are random and made on the device, one module at a time, and 8-bit ones directly as codes,
+so that nothing larger than the model is ever in memory. The variants run one after another in this
+process, and each frees its memory before the next one starts.
 """
 
 import gc
@@ -26,12 +26,12 @@ MICRO_BATCHES = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class PruningSize:
-    """What a step is.
+    """The size of a step.
 
     Attributes:
         batch_size: Sequences a step; the paper takes 128.
         seq_len: Tokens of each.
-        steps: Steps that count.
+        steps: Steps that are timed, after the warm-up.
         small_batch: Sequences of a step whose memory is measured at a micro-batch of 1.
     """
 
@@ -80,7 +80,7 @@ def build_options(suite: Any, size: PruningSize, **changes: Any) -> PruneOptions
 
 
 def choose_micro_batch(config: Any, options: PruneOptions, variants: Sequence[Any]) -> int:
-    """Return the largest micro-batch with which every variant fits, by the plan."""
+    """Return the largest micro-batch at which every variant fits according to its memory plan."""
     free = measure_free_bytes(options.device)
     for micro in MICRO_BATCHES:
         if options.batch_size % micro == 0:
@@ -113,7 +113,7 @@ def measure(config: Any, workload: PruningWorkload, variants: Sequence[Any]) -> 
 def take_steps(
     variant: PruningVariant, workload: PruningWorkload
 ) -> tuple[Prepared, list[StepCost]]:
-    """Run one variant and free it."""
+    """Run one variant and free its memory."""
     run = Run(variant)
     rounds = WARM_UPS + workload.steps + workload.steps_after
     (costs,) = run_interleaved([run], rounds, lambda: None)
@@ -140,7 +140,7 @@ def run_pruning(suite: Any) -> Any:
 
 
 def run_offloading(suite: Any) -> Any:
-    """True gradients with and without off-loading (Table 6), at a small batch: it is slow."""
+    """Measure true gradients with and without off-loading (Table 6), at a small batch."""
     size = SIZES[suite.name]
     config = suite.build_config(suite.size.heads, suite.size.channels)
     options = build_options(suite, size, batch_size=size.small_batch)
@@ -149,7 +149,7 @@ def run_offloading(suite: Any) -> Any:
 
 
 def run_65b(suite: Any) -> Any:
-    """A base of LLaMA-65B's shapes in 8 bits on one GPU, where it has the memory."""
+    """Measure a base of LLaMA-65B's shapes in 8 bits on one GPU, if it has the memory."""
     size = SIZES[suite.name]
     config = suite.build_config(suite.size.heads, suite.size.channels)
     if suite.name != "tiny":
@@ -163,7 +163,7 @@ def run_65b(suite: Any) -> Any:
     free = measure_free_bytes(suite.device)
     planned = {"planned_bytes": plan.to_json()}
     if free is not None and plan.total > free:
-        reason = f"needs {format_bytes(plan.total)} by the plan, {format_bytes(free)} are free"
+        reason = f"planned memory is {format_bytes(plan.total)}, {format_bytes(free)} are free"
         print(f"   skipped: {reason}", file=sys.stderr, flush=True)
         return {"skipped": reason, **planned}
     return {**planned, **measure(config, workload, ({"criterion": "lora"},))}

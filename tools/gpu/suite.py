@@ -1,15 +1,14 @@
-"""Measure what only a GPU shows, with random weights of LLaMA-7B's and 65B's shapes made on it.
+"""Measure what needs a GPU, on random weights of LLaMA-7B's and 65B's shapes that are made there.
 
-    python tools/gpu_suite.py --output docs/measurements/gpu.json                 all parts
-    python tools/gpu_suite.py table-3 decode --output docs/measurements/gpu.json  some of them
-    python tools/gpu_suite.py --size tiny --device cpu --output gpu.json          the same, on a CPU
+    python -m tools.gpu.suite --output docs/measurements/gpu.json                 all parts
+    python -m tools.gpu.suite table-3 decode --output docs/measurements/gpu.json  some of them
+    python -m tools.gpu.suite --size tiny --device cpu --output gpu.json          the same, on a CPU
 
-No network and no checkpoint is needed. Each part ends well inside ten minutes and puts what it has
-measured into the JSON beside what is there; a part whose engine is not installed says so there.
-Every engine that is installed is compared with torch in the same precision before it is timed.
+The suite needs no network and no checkpoint. Each part takes less than ten minutes and adds its
+result to the JSON; a part whose engine is not installed says so there. Every engine is compared
+with torch in the same precision before it is timed.
 """
 
-import argparse
 import functools
 import gc
 import importlib.util
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_pruning import run_65b, run_offloading, run_pruning
 from transformers import MistralConfig, MistralForCausalLM
 
 from lpdeploy.artifacts import describe_machine, load_json, save_json
@@ -38,6 +36,8 @@ from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import TorchRunner
 from lpdeploy.engines.verify import build_inputs, collect_logits
 from lpdeploy.models.shapes import count_parameters
+from tools.gpu.pruning import run_65b, run_offloading, run_pruning
+from tools.measure.common import build_parser, describe_command, report
 
 RANK = 8
 LIBRARIES = {"onnx": ("onnxruntime",), "ort": ("onnxruntime",), "trt": ("tensorrt", "tensorrt_rtx")}
@@ -45,7 +45,7 @@ LIBRARIES = {"onnx": ("onnxruntime",), "ort": ("onnxruntime",), "trt": ("tensorr
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: LLaMA-7B, or something that a test has time for."""
+    """The shapes and workloads to measure: LLaMA-7B, or something small enough for a test."""
 
     hidden_size: int
     layers: int
@@ -67,7 +67,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """Where and what to measure."""
+    """What to measure, where, and in which precision."""
 
     name: str
     device: str
@@ -79,7 +79,7 @@ class Suite:
         return SIZES[self.name]
 
     def list_shapes(self) -> list[tuple[float, bool, Any]]:
-        """List (ratio, whether its channels are rounded, config); the dense one is round anyway."""
+        """List (ratio, whether channels are rounded, config); the dense shape counts as rounded."""
         shapes = []
         for ratio in (0.0, 0.2, 0.5):
             heads = round(self.size.heads * (1 - ratio))
@@ -116,7 +116,7 @@ class Suite:
         return model.to(config.dtype).eval()
 
     def build_unmerged(self, model: MistralForCausalLM) -> Any:
-        """Return the model with LoRA beside its projections; the weights are those of ``model``."""
+        """Return the model with LoRA beside its projections; it shares the weights of ``model``."""
         with torch.device("meta"):
             twin = MistralForCausalLM(model.config)
         twin.load_state_dict(model.state_dict(), assign=True)
@@ -127,7 +127,7 @@ class Suite:
         return wrapped.eval()
 
     def describe(self, config: Any, ratio: float, engine: str, *, rounded: bool) -> Variant:
-        """Return what the rows say of a model; its folder is where its config would be."""
+        """Describe a model for the rows of the result."""
         channels = config.intermediate_size
         name = f"{config.num_attention_heads} heads, {channels} channels"
         bits = {"fp32": 4, "fp16": 2, "bf16": 2}[self.precision]
@@ -146,18 +146,13 @@ class Suite:
 
 
 def measure(suite: Suite, subjects: Sequence[Subject], workloads: Sequence[Workload]) -> Any:
-    """Time subjects of this process, with the machine's limits in between."""
+    """Time the models of this process, and the machine's limits in between."""
     works = LimitsProbe(device=suite.device, precision=suite.precision)
     probe = Probe(
         works.units, lambda _, work: time_work(lambda: works.run(work), device=suite.device)
     )
     result = measure_latency(subjects, workloads, probe=probe, on_progress=report)
     return {key: result[key] for key in ("limits", "rows")}
-
-
-def report(done: int, total: int) -> None:
-    """Tell how far it is."""
-    print(f"\r{done} of {total} ", end="", file=sys.stderr, flush=True)
 
 
 def build_subject(variant: Variant, runner: Runner, config: Any) -> Subject:
@@ -181,23 +176,23 @@ def list_torch_subjects(suite: Suite, *, unmerged: bool) -> list[Subject]:
 
 
 def run_table_3(suite: Suite) -> Any:
-    """The paper's Table 3 in torch: prefill, merged and unmerged, widths rounded or not."""
+    """Measure the paper's Table 3 in torch: prefill, merged and unmerged, widths rounded or not."""
     return measure(suite, list_torch_subjects(suite, unmerged=True), [suite.size.workload])
 
 
 def run_decode(suite: Suite) -> Any:
-    """Decoding in torch at batch 1 and 8, merged."""
+    """Measure decoding in torch at batch 1 and 8, merged."""
     workloads = [replace(suite.size.decode, batch=batch) for batch in (1, 8)]
     return measure(suite, list_torch_subjects(suite, unmerged=False), workloads)
 
 
 def run_engine(engine: str, suite: Suite) -> Any:
-    """One engine beside torch: its logits compared, then dense and 50 % timed in both."""
+    """Compare an engine's logits with torch's, then time the dense and the 50 % model in both."""
     libraries = LIBRARIES[engine]
     if not any(importlib.util.find_spec(name) for name in libraries):
         return {"skipped": f"{' or '.join(libraries)} is not installed"}
     if engine == "trt" and suite.device == "cpu":
-        return {"skipped": "TensorRT runs on a GPU alone"}
+        return {"skipped": "TensorRT needs a GPU"}
     subjects, parity = [], []
     shapes = [s for s in suite.list_shapes() if s[1] and s[0] in (0.0, 0.5)]
     for ratio, rounded, config in shapes:
@@ -212,7 +207,7 @@ def run_engine(engine: str, suite: Suite) -> Any:
 
 
 def export_and_load(engine: str, suite: Suite, model: Any) -> tuple[Runner, float]:
-    """Export a live model through a folder that is gone afterwards."""
+    """Export a live model through a temporary folder, and load the result."""
     size = suite.size
     with tempfile.TemporaryDirectory(prefix="lpdeploy-gpu-") as scratch:
         folder = Path(scratch) / "model"
@@ -253,12 +248,9 @@ PARTS: dict[str, Callable[[Suite], Any]] = {
 
 
 def main() -> None:
-    """Read the command line, run the parts, keep what each gives."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Read the command line, run the parts, and keep each result."""
+    parser = build_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"))
@@ -274,11 +266,11 @@ def main() -> None:
 
 
 def run_part(suite: Suite, name: str) -> Any:
-    """Run one part; what it raises stands in its place, and the others go on."""
+    """Run one part; an error becomes its result, so that the other parts still run."""
     start = time.perf_counter()
     try:
         result = PARTS[name](suite)
-    except Exception as error:  # noqa: BLE001 - a lent GPU is too dear to lose the other parts
+    except Exception as error:  # noqa: BLE001 - GPU time is too dear to lose the other parts
         result = {"failed": f"{type(error).__name__}: {str(error).strip()[:500]}"}
     gc.collect()
     if suite.device != "cpu":
@@ -288,11 +280,10 @@ def run_part(suite: Suite, name: str) -> Any:
 
 
 def keep(path: Path, name: str, result: Any) -> None:
-    """Put a part into the JSON, beside the others."""
+    """Add the result of a part to the JSON, beside the others."""
     document = load_json(path, fix="Delete it.") if path.is_file() else {"parts": {}}
-    machine = describe_machine()
-    command = " ".join(["python", "tools/gpu_suite.py", *sys.argv[1:]])
-    document["parts"][name] = {"machine": {**machine, "command": command}, **result}
+    machine = {**describe_machine(), "command": describe_command()}
+    document["parts"][name] = {"machine": machine, **result}
     save_json(path, document)
 
 

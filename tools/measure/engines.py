@@ -1,14 +1,13 @@
 """Time every engine on a LLaMA of random weights, dense and pruned, beside ONNX Runtime GenAI.
 
-    python tools/measure_engines.py --output docs/measurements/engines-cpu.json
+    python -m tools.measure.engines --output docs/measurements/engines-cpu.json
 
-The default shape has 109 M parameters (12 layers, hidden 768, tied embeddings). GenAI runs the
-model that its own builder makes of the same dense checkpoint. Each engine has a process of its
-own, and all are interleaved in one run: compare ratios, since other work on the machine disturbs
-all alike.
+The model has 109 M parameters (12 layers, hidden size 768, tied embeddings). GenAI runs the model
+that its own builder makes from the same dense checkpoint. Each engine runs in its own process, and
+all of them take turns. Compare ratios rather than milliseconds: other work on the machine slows
+every engine down alike.
 """
 
-import argparse
 import dataclasses
 import functools
 import subprocess
@@ -18,19 +17,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import MistralConfig, PreTrainedTokenizerFast
+from transformers import MistralConfig
 
-from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.latency import Subject, measure_latency
 from lpdeploy.benchmark.random_models import save_random_adapter, save_random_model
 from lpdeploy.benchmark.stage import start_workers
 from lpdeploy.benchmark.variants import Checkpoint, Variant, build_variant
 from lpdeploy.benchmark.worker import Loaded, Served, Timing, Worker, Workload
 from lpdeploy.models.loading import load_model
+from tools.measure.common import build_parser, report, save_measurement, save_word_tokenizer
 
 VOCAB = 32000
 # What --ratio 0.2 and 0.5 leave of 12 heads and 2,048 channels with --round-to 32.
@@ -38,7 +35,7 @@ SHAPES = {0.0: (12, 2048), 0.2: (10, 1632), 0.5: (6, 1024)}
 
 
 def save_models(folder: Path) -> dict[float, Path]:
-    """Save the dense and the pruned shapes; MistralConfig takes any number of heads."""
+    """Save the dense and the pruned shapes as Mistral, whose config takes any number of heads."""
     saved = {}
     for ratio, (heads, channels) in SHAPES.items():
         config = MistralConfig(
@@ -61,7 +58,7 @@ def save_models(folder: Path) -> dict[float, Path]:
 def list_all(
     saved: dict[float, Path], engines: Sequence[str], *, unmerged: bool, scratch: Path
 ) -> list[Variant]:
-    """List all shapes on all engines, exported where the engine wants that."""
+    """List all shapes on all engines, and export them for the engines that need an export."""
     checkpoints = [
         Checkpoint(path.name, path, ratio, adapter, None)
         for ratio, path in saved.items()
@@ -76,10 +73,9 @@ def list_all(
 
 
 def build_with_genai(model: Path, output: Path, *, precision: str) -> Path:
-    """Let GenAI's own builder make its model of a checkpoint; it wants a tokenizer beside it."""
+    """Convert a checkpoint with GenAI's own builder, which expects a tokenizer in the folder."""
     if not (model / "tokenizer.json").is_file():
-        words = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
-        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
+        save_word_tokenizer(model, ["<unk>"])
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", output]
     command += ["-p", precision, "-e", "cpu", "-c", output / "cache"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -87,8 +83,8 @@ def build_with_genai(model: Path, output: Path, *, precision: str) -> Path:
 
 
 def load_genai(folders: Sequence[tuple[str, Path]], threads: int) -> Served:
-    """Open folders in GenAI, in a process of their own."""
-    import onnxruntime_genai as genai  # noqa: PLC0415 - only where it is timed
+    """Open folders in GenAI, inside a worker process."""
+    import onnxruntime_genai as genai  # noqa: PLC0415 - optional, and only timed here
 
     opened = []
     for _, folder in folders:
@@ -139,13 +135,12 @@ def start_genai(
 
 
 def main() -> None:
-    """Read the command line, measure, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True)
+    """Read the command line, measure, and write the JSON."""
+    parser = build_parser(__doc__)
     parser.add_argument("--engines", default="torch,ort,ort:int4")
-    parser.add_argument("--genai", default="fp32,int4", help="its precisions; empty for none")
+    parser.add_argument(
+        "--genai", default="fp32,int4", help="precisions of GenAI; empty to leave it out"
+    )
     parser.add_argument("--unmerged", action="store_true")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
@@ -167,22 +162,11 @@ def main() -> None:
             names = options.genai.split(",")
             subjects += stack.enter_context(start_genai(variants[0], names, scratch=folder))
         result = measure_latency(subjects, [workload], probe=probe, on_progress=report)
-    save_json(options.output, build_document(result))
-
-
-def report(done: int, total: int) -> None:
-    """Tell how far it is."""
-    print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
-
-
-def build_document(result: dict[str, Any]) -> dict[str, Any]:
-    """Name the command that was run; models are named by what they are."""
-    command = " ".join(["python", "tools/measure_engines.py", *sys.argv[1:]])
-    # Which of its bytes GenAI reads for a token depends on its own graph: none of our business.
+    # GenAI's own graph decides which bytes a token reads, so its share of the limit is unknown.
     rows = [
         {**row, "limit_share": None} if row["engine"] == "genai" else row for row in result["rows"]
     ]
-    return {**result, "rows": rows, "machine": {**result["machine"], "command": command}}
+    save_measurement(options.output, {**result, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Kill runs of `prune` at random moments, go on with --resume, and compare with runs never killed.
+"""Kill runs of `prune` at random moments, resume them, and compare with runs never killed.
 
-    python tools/kill_test.py --output docs/measurements/kills.json
+    python -m tools.measure.kills --output docs/measurements/kills.json
 
-Each case (a model, data and options) is run once without a kill. Then runs of the same are killed
-by SIGKILL at random moments, from loading to the last file written, and resumed until they end.
-After each kill every file under its final name has to be whole, and every run has to end with the
-same bytes of plan, adapter and scores. One process imports the libraries and is forked for each
-attempt, since importing takes longer than such a run; it starts no thread of its own.
+Each case (a model, data and options) runs once without a kill. Then the same run is killed by
+SIGKILL at random moments, from loading to the last file written, and resumed until it ends. After
+each kill, every file under its final name must be whole. Every run must end with the same bytes of
+plan, adapter and scores. One process imports the libraries and is forked for each attempt, because
+importing takes longer than such a short run. It starts no thread of its own.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,19 +28,20 @@ from typing import Any, NoReturn
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import accelerate  # noqa: F401 - so that no attempt has to
+import accelerate  # noqa: F401 - so that no attempt has to import it
 import peft  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 import yaml
 from safetensors import safe_open
 
-from lpdeploy.artifacts import check_unchanged, describe_machine, load_stage, save_json
+from lpdeploy.artifacts import check_unchanged, load_stage
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
+from tools.measure.common import build_parser, save_measurement
 
 ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
 RESULTS = ("plan.json", "adapter/adapter_model.safetensors", "importance.safetensors")
@@ -66,11 +66,11 @@ CASES = {
 
 
 class KillTestError(Exception):
-    """A run that was killed did not end as the run that was not, or left half a file."""
+    """A killed run ended otherwise than the run never killed, or left half a file."""
 
 
 def run_attempt(run: Path, case: str, text: Path) -> NoReturn:
-    """Run or resume in a forked process, and leave it without cleaning up."""
+    """Run or resume in a forked process, and exit without cleaning up."""
     failed = 1
     try:
         sys.stdout = sys.stderr = (run.parent / "attempt.log").open("w", encoding="utf-8")
@@ -80,14 +80,14 @@ def run_attempt(run: Path, case: str, text: Path) -> NoReturn:
         model = str(ASSETS / "story-llama-1M")
         prune(model, run, data=str(text), options=options, resume=begun, overwrite=not begun)
         failed = 0
-    except BaseException:  # noqa: BLE001 - it is told by the exit code, and kept for the parent
+    except BaseException:  # noqa: BLE001 - the exit code tells the parent, and the log says why
         traceback.print_exc()
         sys.stderr.flush()
     os._exit(failed)
 
 
 def attempt(run: Path, case: str, text: Path, *, kill_after: float | None) -> bool:
-    """Fork an attempt and kill it after a time; return whether it was killed before it ended."""
+    """Fork an attempt, kill it after a while, and return whether the kill came before its end."""
     pid = os.fork()
     if not pid:
         run_attempt(run, case, text)
@@ -124,7 +124,7 @@ def check_whole(run: Path) -> None:
             _read(path)
         if (run / "adapter").exists():
             load_adapter(run / "adapter")
-        if (run / "plan.json").exists():  # then all the rest is there, too
+        if (run / "plan.json").exists():  # then everything else is there, too
             load_plan(run)
             check_unchanged(run / "adapter", load_stage(run, "prune")["outputs"]["adapter"], fix="")
             compute_hashes(run)
@@ -162,7 +162,7 @@ def count_steps(run: Path) -> int:
 
 
 def describe_moment(run: Path, steps_before: int) -> str:
-    """Say where a kill came, from what it left."""
+    """Say when a kill came, judging by what it left."""
     if (run / "plan.json").exists():
         return "after the plan was written"
     if any(run.rglob(".*.tmp-*")) or any(run.rglob(".*.old-*")):
@@ -187,7 +187,7 @@ def kill_often(kills: int, scratch: Path, *, seed: int) -> dict[str, Any]:
     """Kill until there were enough kills, each run of them resumed to its end.
 
     Raises:
-        KillTestError: A file was not whole, or a run ended otherwise than the one never killed.
+        KillTestError: A file was not whole, or a run ended otherwise than the run never killed.
     """
     texts = dict.fromkeys(CASES, ASSETS / "train.txt")
     texts["instruction pairs"] = save_pairs(scratch / "pairs.json")
@@ -214,7 +214,7 @@ def kill_often(kills: int, scratch: Path, *, seed: int) -> dict[str, Any]:
             elif attempt(run, case, texts[case], kill_after=moment):
                 came = describe_moment(run, steps)
                 moments[came] += 1
-                # Where the machine has become slower or faster, so has a run.
+                # Follow the machine's speed, which drifts.
                 seconds[case] *= 1.1 if came == "while loading" else 0.98
             else:
                 seconds[case] = min(seconds[case], moment)
@@ -233,9 +233,8 @@ def count_threads() -> int:
 
 
 def main() -> None:
-    """Kill, resume, compare, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
+    """Kill, resume, compare, and write the JSON."""
+    parser = build_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -246,9 +245,8 @@ def main() -> None:
         os.environ["LPDEPLOY_CACHE"] = f"{scratch}/cache"
         result = kill_often(arguments.kills, Path(scratch), seed=arguments.seed)
     result |= {"seed": arguments.seed, "seconds": round(time.perf_counter() - start, 1)}
-    machine = {**describe_machine(), "command": f"python {' '.join(sys.argv)}"}
     options = {name: {**_COMMON, **case} for name, case in CASES.items()}
-    save_json(arguments.output, {"machine": machine, **result, "options": options})
+    save_measurement(arguments.output, {**result, "options": options})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measure the whole line on one model, and write one JSON that documents quote.
+"""Measure the whole line on one model: quality, size, time and latency at several ratios.
 
-    python tools/measure.py MODEL --train train.txt --valid valid.txt --output x.json
+    python -m tools.measure.line MODEL --train train.txt --valid valid.txt --output x.json
 
-For each ratio: prune, compact, evaluate, export and verify through the command line, then one
-interleaved latency benchmark over all of them. Everything is a fact of the commands' own JSON.
+For each ratio the script runs prune, compact, eval, export and verify, and then one interleaved
+latency benchmark over all of them. Every figure comes from the JSON that the commands print.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import save_json
+from tools.measure.common import build_parser, save_measurement
 
 
 def call(*words: str | Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def measure_run(options: argparse.Namespace, ratio: float, run: Path) -> dict[st
 
 
 def list_training(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of prune that this script takes."""
+    """Return the options that this script passes on to prune."""
     return {
         "steps": options.steps,
         "batch-size": options.batch_size,
@@ -66,7 +66,7 @@ def list_training(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summarise_log(path: Path) -> dict[str, float]:
-    """Return the share of scoring, and how the step's time falls as groups go."""
+    """Return the share of time spent scoring, and the time of a step before and after pruning."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line for line in lines if line["step"]]  # 0 is the calibration
     scored = [step for step in steps if step["scoring_seconds"] > 0]
@@ -83,14 +83,11 @@ def summarise_log(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Read the command line, measure, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Read the command line, measure, and write the JSON."""
+    parser = build_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--train", required=True)
     parser.add_argument("--valid", required=True)
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -107,29 +104,11 @@ def main() -> None:
             "bench", "latency", *runs.values(), "--tokens", str(options.tokens),
             "--repeats", str(options.repeats),
         )  # fmt: skip
-    save_json(options.output, build_document(options, measured, bench))
-
-
-def build_document(
-    options: argparse.Namespace, runs: list[dict[str, Any]], bench: dict[str, Any]
-) -> dict[str, Any]:
-    """Put the figures beside what they depend on; paths are cut to their last part."""
-    names = ("model", "train", "valid")
-    values = {k: Path(v).name if k in names else v for k, v in vars(options).items()}
-    values.pop("output")
+    given = {name: value for name, value in vars(options).items() if name != "output"}
     rows = [{key: value for key, value in row.items() if key != "model"} for row in bench["rows"]]
-    machine = {k: v for k, v in bench["machine"].items() if k != "command"}
-    words = ["python tools/measure.py", values.pop("model")]
-    for key, value in values.items():
-        words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
-    command = " ".join(map(str, words))
-    return {
-        "machine": machine,
-        "command": command,
-        "options": values,
-        "runs": runs,
-        "latency": rows,
-    }
+    names = {name: Path(given[name]).name for name in ("model", "train", "valid")}
+    document = {"options": given | names, "runs": measured, "latency": rows}
+    save_measurement(options.output, document)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Compare the memory that `prune` plans with what runs then take, on a CPU.
+"""Compare the memory that `prune` plans with the memory that runs then take, on a CPU.
 
-    python tools/measure_memory.py --output docs/measurements/memory-plan-cpu.json
-    python tools/measure_memory.py --size tiny --output x.json
+    python -m tools.measure.memory --output docs/measurements/memory-plan-cpu.json
+    python -m tools.measure.memory --size tiny --output x.json
 
-Each case is a process of its own: a LLaMA of random weights takes two steps of two micro-batches,
-as `lpdeploy prune` takes them. The models are large enough that the libraries' own memory hides
-nothing; their tokens are random.
+Each case runs in its own process: a LLaMA with random weights takes two steps of two micro-batches
+of random tokens, just as `lpdeploy prune` does. The models are large enough that the memory of the
+libraries themselves does not hide an error.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,10 +16,11 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from lpdeploy.artifacts import describe_machine, save_json
+from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
 from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.options import PruneOptions
+from tools.measure.common import build_parser, save_measurement
 
 SHAPES = {
     "109M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
@@ -32,7 +32,7 @@ SHAPES = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4},
 }  # fmt: skip
-# Shape, and what differs from lora with micro-batches of 1 x 512.
+# Shape, and what differs from criterion lora with micro-batches of 1 x 512 tokens.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("109M", {}),
     ("109M", {"seq_len": 256}),
@@ -48,7 +48,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def build_case(shape: str, changes: dict[str, Any]) -> tuple[LlamaConfig, PruneOptions]:
-    """Return the model of a case, and how it is pruned."""
+    """Return the config of a case, and the options it is pruned with."""
     vocab = 64 if shape == "tiny" else 32000
     config = LlamaConfig(
         vocab_size=vocab, max_position_embeddings=2048, tie_word_embeddings=True, **SHAPES[shape]
@@ -58,7 +58,7 @@ def build_case(shape: str, changes: dict[str, Any]) -> tuple[LlamaConfig, PruneO
 
 
 def measure(shape: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run one case in a process of its own."""
+    """Run one case in its own process."""
     config, options = build_case(shape, changes)
     config.save_pretrained(folder)
     with start_pruning(PruningVariant(folder, options)) as worker:
@@ -73,7 +73,7 @@ def measure(shape: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def plan(row: dict[str, Any]) -> dict[str, Any]:
-    """Put the plan beside what was measured."""
+    """Add the plan to what was measured."""
     config, options = build_case(row["shape"], row["options"])
     process = row["process_bytes"]
     parts = plan_memory(
@@ -84,25 +84,22 @@ def plan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the command line, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True)
+    """Read the command line, measure, print, and write the JSON."""
+    parser = build_parser(__doc__)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument(
-        "--replan", action="store_true", help="plan anew for what --output says was measured"
+        "--replan", action="store_true", help="plan again for the measurements in --output"
     )
     options = parser.parse_args()
     if options.replan:
         document = json.loads(options.output.read_text(encoding="utf-8"))
+        rows = [show(plan(row)) for row in document["rows"]]
+        save_json(options.output, document | {"rows": rows})  # the machine stays the measured one
     else:
-        command = " ".join(["python", "tools/measure_memory.py", *sys.argv[1:]])
-        rows = measure_all(CASES if options.size == "full" else [("tiny", {"seq_len": 16})])
-        document = {"machine": {**describe_machine(), "command": command}, "rows": rows}
-    document["rows"] = [report(plan(row)) for row in document["rows"]]
-    save_json(options.output, document)
-    print(f"largest error {max(abs(row['error']) for row in document['rows']):.1%}")
+        cases = CASES if options.size == "full" else [("tiny", {"seq_len": 16})]
+        rows = measure_all(cases)
+        save_measurement(options.output, {"rows": rows})
+    print(f"largest error {max(abs(row['error']) for row in rows):.1%}")
 
 
 def measure_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -110,12 +107,11 @@ def measure_all(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]
     rows = []
     for shape, changes in cases:
         with tempfile.TemporaryDirectory(prefix="lpdeploy-memory-") as folder:
-            rows.append(measure(shape, changes, Path(folder)))
-        report(plan(rows[-1]))
+            rows.append(show(plan(measure(shape, changes, Path(folder)))))
     return rows
 
 
-def report(row: dict[str, Any]) -> dict[str, Any]:
+def show(row: dict[str, Any]) -> dict[str, Any]:
     """Print a row."""
     planned, measured = row["planned_bytes"]["total"] / 1e6, row["measured_bytes"] / 1e6
     print(

@@ -1,28 +1,26 @@
-"""Run whole pruning runs side by side, cut against mask: seconds and memory of every step.
+"""Run the same pruning run twice, once cutting and once masking, and compare every step.
 
-    python tools/measure_pruning.py MODEL --output docs/measurements/pruning-run-cpu.json
-    python tools/measure_pruning.py MODEL --data train.txt --valid valid.txt --output x.json
+    python -m tools.measure.pruning MODEL --output docs/measurements/pruning-run-cpu.json
+    python -m tools.measure.pruning MODEL --data train.txt --valid valid.txt --output x.json
 
-Both runs see the same rows, each in a process of its own, and take their steps in turn, so that
-what slows one slows the other. A MODEL with a config.json alone gets random weights, which cost the
-same; without --data it sees random tokens. A picture is written beside the JSON.
+Both runs see the same rows, each in its own process, and take their steps in turn, so that other
+work on the machine slows both. A MODEL folder with nothing but a config.json gets random weights,
+which cost the same. Without --data the runs see random tokens. A plot is written beside the JSON.
 """
 
-import argparse
 import dataclasses
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.benchmark.plot import draw_run_costs
 from lpdeploy.benchmark.pruning import run_interleaved
 from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, start_pruning
 from lpdeploy.pruning.options import PruneOptions
+from tools.measure.common import build_parser, report, save_measurement
 
 REMOVALS = ("cut", "mask")
 
@@ -54,12 +52,9 @@ def summarise(prepared: Prepared, costs: Sequence[StepCost], loss: float | None)
 
 
 def main() -> None:
-    """Read the command line, measure, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Read the command line, measure, and write JSON and plot."""
+    parser = build_parser(__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data")
     parser.add_argument("--valid")
     parser.add_argument("--steps", type=int, default=40)
@@ -93,42 +88,32 @@ def main() -> None:
         removal: summarise(*one)
         for removal, *one in zip(REMOVALS, described, costs, losses, strict=True)
     }
-    scoring = {"scoring_seconds": scored.seconds, "scoring_bytes": scored.bytes}
-    save_json(output, {**build_document(model, given, runs), **scoring})
+    cut, mask = (runs[name] for name in REMOVALS)
+    save_measurement(
+        output,
+        {
+            "model": model.name,
+            "options": given,
+            "cut_over_mask": cut["seconds"] / mask["seconds"],
+            "late_cut_over_mask": compare_late(cut["steps"], mask["steps"]),
+            "runs": runs,
+            "scoring_seconds": scored.seconds,
+            "scoring_bytes": scored.bytes,
+        },
+    )
     output.with_suffix(".svg").write_text(
         draw_run_costs({name: run["steps"] for name, run in runs.items()}), encoding="utf-8"
     )
 
 
 def compare_late(cut: Sequence[Mapping[str, Any]], mask: Sequence[Mapping[str, Any]]) -> float:
-    """Return cut over mask in the last quarter of the rounds, the median.
+    """Return the median of cut over mask in the last quarter of the steps.
 
-    A masked step costs the same all along, so this is also a late step over an early one, whatever
-    else the machine did meanwhile.
+    A masked step costs the same throughout, so this also says how much faster a late step is than
+    an early one, whatever else the machine did meanwhile.
     """
     pairs = list(zip(cut, mask, strict=True))[-max(1, len(cut) // 4) :]
     return statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in pairs)
-
-
-def report(done: int, total: int) -> None:
-    """Tell how far it is."""
-    print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
-
-
-def build_document(
-    model: Path, options: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Put the runs beside what they depend on."""
-    command = " ".join(["python", "tools/measure_pruning.py", *sys.argv[1:]])
-    cut, mask = (runs[name] for name in REMOVALS)
-    return {
-        "machine": {**describe_machine(), "command": command},
-        "model": model.name,
-        "options": dict(options),
-        "cut_over_mask": cut["seconds"] / mask["seconds"],
-        "late_cut_over_mask": compare_late(cut["steps"], mask["steps"]),
-        "runs": runs,
-    }
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Measure what a rank holds of a sharded base, and what travels between two ranks.
+"""Measure how much of a sharded base a rank holds, and how much two ranks send each other.
 
-    python tools/measure_ranks.py --output docs/measurements/ranks-cpu.json
+    python -m tools.measure.ranks --output docs/measurements/ranks-cpu.json
 
-Starts two ranks over gloo on this machine, with a LLaMA of random weights. Memory is that of the
-process without what it maps from files (RssAnon), sampled while the base is loaded. Messages are
-those that torch.distributed was given in two steps, beside what `compute_travel` counts.
+The script starts two ranks over gloo on this machine, with a LLaMA of random weights. Memory is
+that of the process without the files it maps (RssAnon), sampled while the base is loaded. Messages
+are the tensors handed to torch.distributed in two steps, beside what `compute_travel` counts.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -24,11 +23,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import distributed as dist
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
-from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.benchmark.random_models import save_random_model
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.sharded import is_shard, load_sharded_model
@@ -36,6 +33,7 @@ from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import join_ranks
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.travel import compute_travel
+from tools.measure.common import build_parser, save_measurement, save_word_tokenizer
 
 RANKS = 2
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -61,7 +59,7 @@ def read_anonymous_bytes() -> int:
 
 
 def measure_load(load: Callable[[], Any]) -> dict[str, int]:
-    """Return what loading a model adds to the process: while it goes on, and afterwards."""
+    """Return the memory that loading a model adds: at its peak, and afterwards."""
     gc.collect()
     before, samples, done = read_anonymous_bytes(), [0], threading.Event()
 
@@ -86,7 +84,7 @@ def measure_load(load: Callable[[], Any]) -> dict[str, int]:
 
 
 def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
-    """Return the bytes a step put into messages: summed over the ranks, and gathered from them."""
+    """Return the bytes of a step's messages: summed over the ranks, and gathered from them."""
     counts = {"summed": 0, "gathered": 0}
 
     def counted(name: str, kind: str) -> Any:
@@ -107,7 +105,7 @@ def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
 
 
 def measure_rank(folder: Path) -> None:
-    """Measure on one of the ranks; the first writes."""
+    """Measure on one of the ranks; the first one writes the result."""
     torch.set_num_threads(1)
     ranks = join_ranks(PruneOptions(device="cpu", batch_size=8))
     model = folder / "model"
@@ -124,32 +122,21 @@ def measure_rank(folder: Path) -> None:
 
 
 def main() -> None:
-    """Make the model, start the ranks, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
-    output = parser.parse_args().output
+    """Make the model, start the ranks, and write the JSON."""
+    output = build_parser(__doc__).parse_args().output
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_random_model(LlamaConfig(**SHAPE), folder / "model")
-        save_tokenizer(folder / "model")
+        save_word_tokenizer(folder / "model", ["<unk>", *"abcdefgh"])
         (folder / "text.txt").write_text("a b c d e f g h " * 400, encoding="utf-8")
         start = time.perf_counter()
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        subprocess.run([sys.executable, *launcher, __file__, str(folder)], check=True)
+        module = ["-m", "tools.measure.ranks", str(folder)]
+        subprocess.run([sys.executable, *launcher, *module], check=True)
         measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
-    machine = describe_machine()
-    command = f"python tools/measure_ranks.py --output {output}"
-    about = {"machine": machine | {"command": command}, "command": command, "ranks": RANKS}
     seconds = round(time.perf_counter() - start, 1)
-    save_json(output, {**about, "shape": SHAPE, "options": OPTIONS, "seconds": seconds, **measured})
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of a few words beside a model."""
-    words = {word: index for index, word in enumerate(["<unk>", *"abcdefgh"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 - no password
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)  # noqa: S106
+    about = {"ranks": RANKS, "shape": SHAPE, "options": OPTIONS, "seconds": seconds}
+    save_measurement(output, {**about, **measured})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Make the tables of docs/results.md, or what is missing of them, with `lpdeploy paper`.
+"""Make the tables of docs/results.md with `lpdeploy paper`, or only those that are missing.
 
-    python tools/measure_results.py MODEL [STUDY ...] --train train.txt --valid valid.txt
+    python -m tools.measure.results MODEL [STUDY ...] --train train.txt --valid valid.txt
         --output DIR [--seeds 3] [--jobs 2] [-- PRUNE_OPTIONS ...]
 
-Cells that are in DIR are not run again, so it can be stopped at any time and started again. After
-it, `python tools/update_docs.py` puts the tables into the page.
+Cells that are already in DIR are not run again, so you can stop the script at any time and start it
+again. Then run `python tools/update_docs.py` to put the tables into the page.
 """
 
 import argparse
@@ -18,8 +18,8 @@ PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
 CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
 RAMPS = "early,separate,separate-hold"
 
-# Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`; the
-# most wanted first. Tables of other steps have folders of their own.
+# Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`, the
+# most wanted first. A table with another number of steps has its own folder.
 STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
     "criteria-50": ("2", 200, "", ["--ratios", "0.5", "--rows", CRITERIA]),
     "masks": ("figure-4", 200, "", []),
@@ -46,7 +46,7 @@ def list_words(name: str, options: argparse.Namespace) -> list[str]:
     words += ["--seeds", str(options.seeds)]
     if table != "figure-4":
         words += ["--perplexity", options.valid, "--eval-seq-len", "256"]
-    if table not in ("4", "6"):  # whose cells must run alone
+    if table not in ("4", "6"):  # these hold times, so their cells run alone
         words += ["--jobs", str(options.jobs)]
     prune = f"{PRUNE.format(steps=steps, batch=options.batch_size)} {PRUNE_REST}"
     return [*words, "--", *prune.split(), *options.prune_options]
@@ -72,7 +72,7 @@ def main() -> None:
     unknown = set(options.studies) - STUDIES.keys()
     if unknown:
         parser.error(f"no study '{sorted(unknown)[0]}'; choose from {', '.join(STUDIES)}")
-    # One thread a cell where several run: they would fight over the cores.
+    # Cells that run side by side get one thread each, or they would compete for the cores.
     threads = {"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}
     for name in options.studies or STUDIES:
         print(f"== {name}", file=sys.stderr, flush=True)

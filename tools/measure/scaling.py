@@ -1,24 +1,21 @@
-"""Plan 65B and 70B on one and on eight GPUs: computed from shapes, not measured.
+"""Plan 7B, 65B and 70B on one and on eight GPUs: computed from shapes, not measured.
 
-    python tools/plan_scaling.py --output docs/measurements/scaling-plan.json
+    python -m tools.measure.scaling --output docs/measurements/scaling-plan.json
 
-Memory is what `prune` plans (`lpdeploy/pruning/memory.py`, whose terms are measured on a CPU by
-`tools/measure_memory.py`); operations are counted from the shapes; hours are those at the speed of
-the paper's own LLaMA-7B run.
+Memory is what `prune` plans (`lpdeploy/pruning/memory.py`; `tools.measure.memory` checks its terms
+on a CPU). Operations are counted from the shapes. Hours assume the speed of the paper's own
+LLaMA-7B run.
 """
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 
-from lpdeploy.artifacts import list_versions, now, save_json
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import list_projections, list_widths
 from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.options import PruneOptions
+from tools.measure.common import build_parser, save_measurement
 
 MODELS = {
     "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -28,7 +25,7 @@ MODELS = {
     "Llama-2-70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
                     "num_attention_heads": 64, "num_key_value_heads": 8},
 }  # fmt: skip
-# GPUs, whether the layers' weights are divided over them, base, checkpointing, micro-batch.
+# GPUs, whether the layers' weights are sharded over them, base, checkpointing, micro-batch.
 CASES: list[tuple[int, bool, str | None, bool, int]] = [
     (1, False, None, False, 1),
     (1, False, "8bit", True, 1),
@@ -61,7 +58,7 @@ def plan(name: str, case: tuple[int, bool, str | None, bool, int]) -> dict[str, 
         checkpointing=checkpointing,
     ) + compute_scoring_flops(config, rank=options.lora_rank, criterion="lora")  # fmt: skip
     sizes = [size for width in list_widths(config) for size in list_projections(config, width)]
-    passes = 3 if checkpointing else 2  # forward, again, backward
+    passes = 3 if checkpointing else 2  # forward, recomputed forward, backward
     rounds = options.batch_size // (micro * gpus)
     gathered = 2 * sum(i * o for i, o in sizes) * (gpus - 1) // gpus * passes * rounds
     exchanged = 4 * options.lora_rank * sum(i + o for i, o in sizes)
@@ -83,18 +80,12 @@ def plan(name: str, case: tuple[int, bool, str | None, bool, int]) -> dict[str, 
 
 
 def main() -> None:
-    """Read the command line, plan, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True)
-    output = parser.parse_args().output
+    """Read the command line, plan, and write the JSON."""
+    output = build_parser(__doc__).parse_args().output
     rows = [plan(name, case) for name in MODELS for case in CASES]
-    made = {"computed": "from shapes; nothing here was measured", "versions": list_versions()}
-    command = " ".join(["python", "tools/plan_scaling.py", *sys.argv[1:]])
     setting = {"batch_size": 128, "seq_len": 512, "lora_rank": 8, "dtype": "bf16", "steps": STEPS}
-    document = {**made, "date": now(), "command": command, "setting": setting}
-    save_json(output, {**document, "constants": CONSTANTS, "rows": rows})
+    made = {"computed": "from shapes; nothing here was measured", "setting": setting}
+    save_measurement(output, {**made, "constants": CONSTANTS, "rows": rows})
 
 
 if __name__ == "__main__":

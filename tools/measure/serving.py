@@ -1,10 +1,10 @@
-"""Load Triton with clients, beside the same runner called in one process with the same batch.
+"""Compare Triton under load with the same runner called in one process with the same batch.
 
-    python tools/measure_triton.py --output docs/measurements/triton-cpu.json
+    python -m tools.measure.serving --output docs/measurements/triton-cpu.json
 
-The model is a LLaMA of 109 M parameters with random weights (12 layers, hidden 768, tied
-embeddings). Each client asks, over a gRPC stream, for one answer after the other. Rounds of both
-kinds take turns: compare their ratio, since other work on the machine disturbs both.
+The model is a LLaMA of 109 M parameters with random weights (12 layers, hidden size 768, tied
+embeddings). Each client asks for one answer after another over a gRPC stream. Rounds of the two
+kinds take turns. Compare their ratio: other work on the machine slows both down.
 """
 
 import argparse
@@ -22,26 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure_engines import SHAPES, VOCAB, save_models
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from triton_server import VENV, VERSION, setup
-
-from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.registry import load_exported
 from lpdeploy.servers.package import package
+from tools.measure.common import build_parser, save_measurement, save_word_tokenizer
+from tools.measure.engines import SHAPES, VOCAB, save_models
+from tools.servers.triton_server import VENV, VERSION, setup
 
 NAME = "llama"
 _HTTP, _GRPC = 18100, 18101
-_SETTLE = 5  # seconds of a round before its tokens count: clients join one after the other
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of one word for each token."""
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, "w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+SERVERS = Path(__file__).parent.parent / "servers"
+_SETTLE = 5  # seconds at the start of a round that do not count: clients join one by one
 
 
 def make_prompts(count: int, tokens: int) -> list[list[int]]:
@@ -54,7 +45,7 @@ def start_server(repository: Path, log: Path, *, seconds: int) -> subprocess.Pop
     """Start Triton and wait until it is ready."""
     words = ["serve", repository, "--http-port", _HTTP, "--grpc-port", _GRPC]
     words += ["--stop-after", seconds]
-    script = Path(__file__).with_name("triton_server.py")
+    script = SERVERS / "triton_server.py"
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, script, *map(str, words)], stdout=file, stderr=subprocess.STDOUT
@@ -72,7 +63,7 @@ def start_server(repository: Path, log: Path, *, seconds: int) -> subprocess.Pop
 def load_server(questions: Path, scratch: Path, *, clients: int, seconds: float) -> list[Any]:
     """Let clients ask for some time; return what each was told."""
     told = scratch / "told.json"
-    words = [VENV / "bin" / "python", Path(__file__).with_name("triton_load.py")]
+    words = [VENV / "bin" / "python", SERVERS / "triton_load.py"]
     words += ["--http", f"127.0.0.1:{_HTTP}", "--grpc", f"127.0.0.1:{_GRPC}", "--model", NAME]
     words += ["--questions", questions, "--transports", "stream", "--clients", clients]
     words += ["--seconds", seconds, "--output", told]
@@ -100,7 +91,7 @@ def describe_times(seconds: Sequence[float]) -> dict[str, float]:
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Measure both, in turns."""
     model = save_models(scratch / "models")[options.ratio]
-    save_tokenizer(model)
+    save_word_tokenizer(model, [f"w{index}" for index in range(VOCAB)])
     repository = scratch / "repository"
     package(
         str(model), kind="triton", output=repository, name=NAME, max_batch=options.clients,
@@ -160,16 +151,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Read the command line, measure, and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True)
+    parser = build_parser(__doc__)
     parser.add_argument("--ratio", type=float, choices=sorted(SHAPES), default=0.0)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of an answer")
-    parser.add_argument("--seconds", type=float, default=20, help="of a round of the server")
+    parser.add_argument("--seconds", type=float, default=20, help="length of a round")
     parser.add_argument(
         "--alone", type=int, default=2, help="batches in one process before and after a round"
     )
@@ -179,10 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lpdeploy-") as scratch:
         measured = measure(options, Path(scratch))
     chosen = {name: value for name, value in vars(options).items() if name != "output"}
-    machine = {**describe_machine(), "command": f"python {' '.join(sys.argv)}"}
-    save_json(
-        options.output, {"machine": machine, "triton": VERSION, "options": chosen, **measured}
-    )
+    save_measurement(options.output, {"triton": VERSION, "options": chosen, **measured})
 
 
 if __name__ == "__main__":

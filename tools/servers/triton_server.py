@@ -1,11 +1,10 @@
 """Start Triton Inference Server without a container.
 
-    python tools/triton_server.py serve REPOSITORY
+    python tools/servers/triton_server.py serve REPOSITORY
 
-The server is that of the package nvidia-pytriton, which has the Python backend alone. It gets an
-environment of its own beside the checkout, `.triton`, since its Python backend needs numpy 1;
-lpdeploy and its engines are those of the Python that runs this file. It listens on the loopback
-address.
+The server comes from the package nvidia-pytriton, which has only the Python backend. It gets its
+own environment in the checkout, `.triton`, because its Python backend needs numpy 1. lpdeploy and
+its engines come from the Python that runs this file. The server listens on the loopback address.
 """
 
 import argparse
@@ -25,21 +24,21 @@ from typing import Any, NoReturn
 from lpdeploy.artifacts import PACKAGE, load_json
 from lpdeploy.errors import LpdeployError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".triton"
-REQUIREMENTS = ROOT / "tools" / "triton-requirements.txt"
+REQUIREMENTS = Path(__file__).with_name("triton-requirements.txt")
 VERSION = "2.51.0"
-"""Of the server in it."""
+"""Version of the Triton server in nvidia-pytriton."""
 
 
 def find_server(folder: Path) -> Path:
-    """Return where the server lies in an environment."""
+    """Return the folder of the server in an environment."""
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return folder / "lib" / python / "site-packages" / "pytriton" / "tritonserver"
 
 
 def setup(folder: Path = VENV) -> Path:
-    """Make the environment, unless it is there.
+    """Make the environment unless it exists.
 
     Returns:
         The folder of the server.
@@ -65,7 +64,7 @@ def setup(folder: Path = VENV) -> Path:
         known = ", ".join(sorted(path.parent.name for path in stub.parent.parent.glob("*/*")))
         raise LpdeployError(f"nvidia-pytriton has no backend for Python {version}. Use {known}.")
     shutil.copy(stub, server / "backends" / "python")
-    # Behind the environment's own packages, so that its numpy comes first.
+    # After the environment's own packages, so that its numpy comes first.
     pth = f"import site; site.addsitedir({packages!r})\n"
     (server.parent.parent / "lpdeploy.pth").write_text(pth, encoding="utf-8")
     stamp.write_text(made_from, encoding="utf-8")
@@ -73,7 +72,7 @@ def setup(folder: Path = VENV) -> Path:
 
 
 def build_environment(server: Path) -> dict[str, str]:
-    """Return the variables that the server is started with."""
+    """Return the environment variables of the server's process."""
     site_packages = server.parent.parent
     folder = site_packages.parents[2]
     libraries = [
@@ -84,17 +83,17 @@ def build_environment(server: Path) -> dict[str, str]:
     ]
     return {
         **os.environ,
-        # The backend looks for its Python on the path, and at no variable of Python's own.
+        # The backend finds its Python through PATH; it ignores Python's own variables.
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries)),
     }
 
 
 def load_mark(repository: Path) -> dict[str, Any]:
-    """Read what a package says of itself.
+    """Read the record of a packaged folder.
 
     Raises:
-        LpdeployError: It is none, or of another server.
+        LpdeployError: The folder is no package, or one for another server.
     """
     mark: dict[str, Any] = load_json(
         repository / PACKAGE, fix="Give a folder of 'lpdeploy package --target triton'."
@@ -107,15 +106,15 @@ def load_mark(repository: Path) -> dict[str, Any]:
 
 
 def list_options(repository: Path, extra: list[str], server: Path) -> list[str]:
-    """Return which models of a package the server loads, as its options.
+    """Return the server's options that name the models to load.
 
     Args:
         repository: What ``lpdeploy package --target triton`` wrote.
-        extra: Models to load beside those that its README loads.
-        server: Where the server lies.
+        extra: Models to load beside those that its README names.
+        server: Folder of the server.
 
     Raises:
-        LpdeployError: It is no such folder, or one of its models needs another backend.
+        LpdeployError: The folder is no such package, or a model needs another backend.
     """
     mark = load_mark(repository)
     options = shlex.split(mark["command"])[2:] + [f"--load-model={name}" for name in extra]
@@ -135,10 +134,10 @@ def list_options(repository: Path, extra: list[str], server: Path) -> list[str]:
 
 
 def check_ports(*ports: int) -> None:
-    """Refuse a port that somebody listens on.
+    """Refuse a port that is in use.
 
     Raises:
-        LpdeployError: Somebody does.
+        LpdeployError: A port is in use.
     """
     for port in ports:
         with socket.socket() as probe:
@@ -153,7 +152,7 @@ def check_ports(*ports: int) -> None:
 
 
 def serve(options: argparse.Namespace) -> NoReturn:
-    """Become the server: signals and exit code are its own."""
+    """Replace this process with the server, which gets its signals and sets its exit code."""
     load_mark(options.repository)
     check_ports(options.http_port, options.grpc_port)
     server = setup()
@@ -177,13 +176,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("setup", help="make the environment, nothing else")
+    commands.add_parser("setup", help="make the environment and nothing else")
     serving = commands.add_parser("serve", help="start the server on a model repository")
     serving.add_argument("repository", type=Path)
     serving.add_argument("--http-port", type=int, default=8000)
     serving.add_argument("--grpc-port", type=int, default=8001)
-    serving.add_argument("--load", action="append", default=[], help="one more of its models")
-    serving.add_argument("--stop-after", type=int, metavar="SECONDS", help="end by itself")
+    serving.add_argument("--load", action="append", default=[], help="one more model to load")
+    serving.add_argument(
+        "--stop-after", type=int, metavar="SECONDS", help="end the server after this time"
+    )
     options = parser.parse_args()
     try:
         if options.command == "setup":
