@@ -20,9 +20,9 @@ from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.travel import compute_travel
 from tests.helpers import make_text, make_tiny_model
-from tests.pruning import rank_worker
-from tests.pruning.launching import TORCHRUN, finish, start
-from tests.pruning.rank_worker import CASES
+from tests.slow.pruning import rank_worker
+from tests.slow.pruning.launching import TORCHRUN, finish, start
+from tests.slow.pruning.rank_worker import CASES
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
     make_unusable(folder)
     make_text(folder / "text.txt")
     make_pairs(folder / "pairs.jsonl")
-    launched = start(TORCHRUN, "tests.pruning.rank_worker", folder, stderr=subprocess.PIPE)
+    launched = start(TORCHRUN, "tests.slow.pruning.rank_worker", folder, stderr=subprocess.PIPE)
     rank_worker.run_alone(folder)
     _, errors = finish(launched)
     assert launched.returncode == 0, errors

@@ -15,10 +15,10 @@ import torch
 
 from lpdeploy.models.loading import load_model, load_tokenizer
 from lpdeploy.servers.package import package
-from tools import triton_server
+from tests.helpers import ROOT
+from tools.servers import triton_server
 
-MODEL = Path("lpdeploy/demo/assets/story-llama-1M").resolve()
-ROOT = Path(__file__).parent.parent.parent
+MODEL = ROOT / "lpdeploy" / "demo" / "assets" / "story-llama-1M"
 PYTHON = ROOT / ".triton" / "bin" / "python"
 NAME = "story"
 SECONDS = 120
@@ -38,10 +38,11 @@ class Server:
     def __init__(self, repository, log):
         self.http, self.grpc = find_ports()
         self.log = log
-        words = ["serve", repository, "--http-port", self.http, "--grpc-port", self.grpc]
+        words = ["tools/servers/triton_server.py", "serve", repository, "--stop-after", 600]
+        words += ["--http-port", self.http, "--grpc-port", self.grpc]
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "tools/triton_server.py", *map(str, words), "--stop-after", "600"],
+                [sys.executable, *map(str, words)],
                 cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -127,7 +128,7 @@ def run_client(server, tmp_path, questions, **options):
     words = [f"--{name}={value}" for name, value in options.items()]
     subprocess.run(
         [
-            PYTHON, "tools/triton_load.py", f"--http=127.0.0.1:{server.http}",
+            PYTHON, "tools/servers/triton_load.py", f"--http=127.0.0.1:{server.http}",
             f"--grpc=127.0.0.1:{server.grpc}", f"--model={NAME}",
             f"--questions={tmp_path / 'questions.json'}", f"--output={tmp_path / 'told.json'}",
             *words,

@@ -1,21 +1,21 @@
-"""A few of the kills that tools/kill_test.py makes two hundred of."""
+"""A few of the kills that tools/measure/kills.py makes two hundred of."""
 
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "kill_test.py"
+from tests.helpers import ROOT
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_killed_runs_end_as_the_run_never_killed(tmp_path):
     """The script exits 1 where a file was half written, or a run ended with other bytes."""
     path = tmp_path / "kills.json"
-    command = [sys.executable, SCRIPT, "--kills", "4", "--output", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.measure.kills", "--kills", "4", "--output", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
     assert document["kills"] == sum(document["moments"].values()) == 4
@@ -24,12 +24,12 @@ def test_killed_runs_end_as_the_run_never_killed(tmp_path):
 
 
 @pytest.fixture
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    import kill_test
+def script(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # the script sets them
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    from tools.measure import kills
 
-    yield kill_test
-    sys.path.remove(str(SCRIPT.parent))
+    return kills
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lpdeploy.pruning.checkpoint import CHECKPOINT
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
-from tests.pruning.launching import (
+from tests.slow.pruning.launching import (
     ACCELERATE,
     SECONDS,
     TORCHRUN,

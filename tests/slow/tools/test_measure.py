@@ -1,20 +1,19 @@
-"""The tools behind docs/costs.md, in small: that they run, and that their tables can be written."""
+"""The tools behind docs/costs.md and docs/scaling.md run in small, and give their tables."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.helpers import make_text, make_tiny_model
-
-TOOLS = Path(__file__).parent.parent / "tools"
+from tests.helpers import ROOT, make_text, make_tiny_model
+from tools import doc_tables
 
 
 def run(tool, *words):
     done = subprocess.run(
-        [sys.executable, TOOLS / tool, *map(str, words)],
+        [sys.executable, "-m", f"tools.measure.{tool}", *map(str, words)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -23,33 +22,25 @@ def run(tool, *words):
     return done.stdout
 
 
-@pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import cost_tables
-
-    return cost_tables
-
-
-def test_memory_is_measured_and_planned_anew(tmp_path, tables):
+def test_memory_is_measured_and_planned_anew(tmp_path):
     path = tmp_path / "memory.json"
-    run("measure_memory.py", "--size", "tiny", "--output", path)
+    run("memory", "--size", "tiny", "--output", path)
     document = json.loads(path.read_text())
     (row,) = document["rows"]
     assert row["error"] == row["planned_bytes"]["total"] / row["measured_bytes"] - 1
     row["planned_bytes"] = {}
     path.write_text(json.dumps(document))
-    assert "largest error" in run("measure_memory.py", "--replan", "--output", path)
+    assert "largest error" in run("memory", "--replan", "--output", path)
     assert json.loads(path.read_text())["rows"][0]["planned_bytes"]["weights"] > 0
-    assert "| tiny | seq len 16 |" in tables.render_memory(document | {"rows": [
+    assert "| tiny | seq len 16 |" in doc_tables.render_memory(document | {"rows": [
         json.loads(path.read_text())["rows"][0]]})  # fmt: skip
 
 
-def test_a_run_that_cuts_and_one_that_masks(tmp_path, tables):
+def test_a_run_that_cuts_and_one_that_masks(tmp_path):
     model = make_tiny_model(tmp_path / "m", num_hidden_layers=1)
     data, path = make_text(tmp_path / "t.txt"), tmp_path / "run.json"
     run(
-        "measure_pruning.py", model, "--data", data, "--valid", data, "--output", path,
+        "pruning", model, "--data", data, "--valid", data, "--output", path,
         "--steps", 8, "--prune-every", 2, "--batch-size", 2, "--seq-len", 16, "--device", "cpu",
     )  # fmt: skip
     document = json.loads(path.read_text())
@@ -61,12 +52,12 @@ def test_a_run_that_cuts_and_one_that_masks(tmp_path, tables):
         assert one["steps"][-1]["ratio"] == 0.5
     assert document["cut_over_mask"] == cut["seconds"] / mask["seconds"]
     assert path.with_suffix(".svg").read_text().startswith("<?xml")
-    assert "| mask |" in tables.render_run(document)
+    assert "| mask |" in doc_tables.render_run(document)
 
 
-def test_large_models_are_planned_without_any_device(tmp_path, tables):
+def test_large_models_are_planned_without_any_device(tmp_path):
     path = tmp_path / "plan.json"
-    run("plan_scaling.py", "--output", path)
+    run("scaling", "--output", path)
     document = json.loads(path.read_text())
     assert "nothing here was measured" in document["computed"]
     by_case = {
@@ -82,4 +73,4 @@ def test_large_models_are_planned_without_any_device(tmp_path, tables):
     sharded = by_case["LLaMA-65B", 8, True, None]["bytes"]["weights"]
     whole = by_case["LLaMA-65B", 1, False, None]["bytes"]["weights"]
     assert whole / 8 < sharded < whole / 4
-    assert "| LLaMA-65B | 8 | bf16, sharded |" in tables.render_scaling(document)
+    assert "| LLaMA-65B | 8 | bf16, sharded |" in doc_tables.render_scaling(document)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lpdeploy.models.compact import compact
 from lpdeploy.servers.gguf_vocab import _SPLITS
 from lpdeploy.servers.package import package
+from tests.helpers import ROOT
 from tests.models.families import choose_kept, make_run
 from tests.servers.models import (
     DEMO,
@@ -26,7 +27,7 @@ from tests.servers.test_llamacpp import make_sentencepiece_tokenizer
 
 pytestmark = pytest.mark.servers
 
-ENVIRONMENTS = Path(__file__).parent.parent.parent / ".venv-servers"
+ENVIRONMENTS = ROOT / ".venv-servers"
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 MIXED = [

@@ -1,4 +1,4 @@
-"""What each rank of tests/pruning/test_ranks.py runs: ``python -m tests.pruning.rank_worker ROOT``.
+"""Run one rank of test_ranks.py: ``python -m tests.slow.pruning.rank_worker ROOT``.
 
 ``run_alone`` makes the runs of one process that theirs are compared with.
 """

@@ -1,14 +1,12 @@
-"""The suite for a machine with a GPU, in small on a CPU: that it runs, and what it keeps."""
+"""The suite for a machine with a GPU runs in small on a CPU, and keeps its results."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "gpu_suite.py"
-
+from tests.helpers import ROOT
 
 PARTS = ("table-3", "decode", "ort", "trt", "pruning", "pruning-offload", "pruning-65b")
 
@@ -19,7 +17,10 @@ def document(tmp_path_factory):
     path.write_text('{"parts": {"earlier": {"rows": []}}}')
     words = [*PARTS, "--size", "tiny", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, SCRIPT, *words, "--output", path], capture_output=True, check=False
+        [sys.executable, "-m", "tools.gpu.suite", *words, "--output", path],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(path.read_text())
@@ -54,7 +55,7 @@ def test_an_engine_is_compared_before_it_is_timed(document):
 
 
 def test_what_cannot_run_says_so_and_earlier_parts_stay(document):
-    assert "GPU alone" in document["parts"]["trt"]["skipped"]
+    assert "needs a GPU" in document["parts"]["trt"]["skipped"]
     assert document["parts"]["earlier"] == {"rows": []}
     assert document["parts"]["ort"]["machine"]["versions"]["torch"]
 
