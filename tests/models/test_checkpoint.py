@@ -280,6 +280,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
         list(blocks)
 
 
+@pytest.mark.slow
 def test_memory_is_blocks_and_neither_tensors_nor_a_model(tmp_path):
     """A process of its own compacts 200 MB, tensors of 32 MB each; its peak grows by far less."""
     tensors = {f"t{n}": torch.zeros(4096, 2048) for n in range(6)}

@@ -18,6 +18,7 @@ def load_table(folder, stem):
     return json.loads((folder / f"{stem}.json").read_text())
 
 
+@pytest.mark.slow
 def test_table_7_runs_once_and_shares_its_cells_with_table_2(paper, recorder, tmp_path):
     first = paper("7", *SEEDS, "--json")
     assert first.exit_code == 0, first.output
@@ -73,6 +74,7 @@ def test_a_cell_says_how_it_was_made_without_paths(paper, recorder, tmp_path):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_cell_leaves_the_others_and_is_tried_again(paper, recorder, tmp_path):
     error = CommandError("The loss became nan at step 3.", killed=False)
     recorder.fail_at[("prune", "--schedule joint")] = error
@@ -109,6 +111,7 @@ def test_a_killed_cell_goes_on_after_its_prune(paper, recorder, tmp_path):
     assert recorder.list_verbs() == ["compact", "eval"]
 
 
+@pytest.mark.slow
 def test_a_killed_prune_goes_on_from_its_checkpoint(paper, recorder, monkeypatch, tmp_path):
     prune = [*PRUNE, "--checkpoint-every", "2"]
     words = ["--seeds", "1", "--ratios", "0.5", "--rows", "joint"]
@@ -165,6 +168,7 @@ def test_a_cost_table_reports_costs_against_its_first_row(paper, recorder, tmp_p
     assert "(+0.0%)" in (tmp_path / "out" / "table-6.md").read_text()
 
 
+@pytest.mark.slow
 def test_figure_4_compares_the_masks_of_two_criteria(paper, recorder, tmp_path):
     result = paper("figure-4", "--seeds", "2", "--ratios", "0.25,0.5", perplexity=False)
     assert result.exit_code == 0, result.output

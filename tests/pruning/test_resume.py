@@ -189,6 +189,7 @@ class TestSignals:
         thread.join()
         assert seen == [before] * 8
 
+    @pytest.mark.slow
     def test_on_the_command_line(self, base, data, tmp_path):
         command = [
             sys.executable, "-m", "lpdeploy", "prune", str(base), "--data", str(data),

@@ -97,6 +97,7 @@ def draw_prompts(count, seed=0):
     return [[rng.randrange(3, 64) for _ in range(rng.randrange(1, 20))] for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_many_requests_of_any_lengths_get_what_each_would_get_alone(batcher, model):
     prompts = draw_prompts(12)
     counts = [random.Random(index).randrange(1, 30) for index in range(12)]
