@@ -20,7 +20,6 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.slow
 def test_the_page_of_a_bare_run_shows_its_training(run):
     page = save_report(run).read_text()
     assert "50.0 % of the heads" in page
@@ -29,7 +28,6 @@ def test_the_page_of_a_bare_run_shows_its_training(run):
     assert "Latency" not in page
 
 
-@pytest.mark.slow
 def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
     pair = {"a": "x", "b": "y", "max_abs_diff": 1e-6, "tolerance": 1e-4, "ok": False}
     save_json(run / "verify.json", {"ok": False, "pairs": [pair]})
@@ -45,7 +43,6 @@ def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
     assert "different" in page
 
 
-@pytest.mark.slow
 def test_the_page_shows_the_quality_of_every_engine(run):
     def measure(engine, perplexity):
         score = {"perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 3}
@@ -65,7 +62,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         save_report(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_broken_file_is_refused(run):
     (run / "verify.json").write_text("{")
     with pytest.raises(ArtifactError, match="not valid JSON"):
