@@ -91,9 +91,10 @@ def test(arguments: list[str]) -> None:
     else:
         run(BIN / "python", "tools/update_docs.py", "--check")
         run(BIN / "python", "tools/servers/triton_server.py", "setup")  # a slow test starts it
-    # One thread for each worker: more would compete for the cores.
-    workers = str(max(1, min(8, os.cpu_count() or 1)))
-    run(BIN / "python", "-m", "pytest", "-n", workers, *arguments, env={"OMP_NUM_THREADS": "1"})
+    # One thread for each worker: more would compete for the cores. A file stays with one worker,
+    # so that its fixtures, many of them exports, are made once.
+    workers = ["-n", str(max(1, min(8, os.cpu_count() or 1))), "--dist", "loadfile"]
+    run(BIN / "python", "-m", "pytest", *workers, *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 def test_servers(arguments: list[str]) -> None:

@@ -155,6 +155,7 @@ def test_a_runs_own_recipe_repeats_it(run, base, data, tmp_path):
     assert (tmp_path / "again" / "adapter" / "adapter_model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "schedule"),
     [

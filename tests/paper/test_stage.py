@@ -151,6 +151,7 @@ def test_a_killed_prune_goes_on_from_its_checkpoint(paper, recorder, monkeypatch
     assert cell["undisturbed"] is True
 
 
+@pytest.mark.slow
 def test_a_cost_table_reports_costs_against_its_first_row(paper, recorder, tmp_path):
     result = paper("6", "--seeds", "1", perplexity=False)
     assert result.exit_code == 0, result.output
@@ -196,6 +197,7 @@ def test_figure_4_compares_the_masks_of_two_criteria(paper, recorder, tmp_path):
     assert heads["values"] == {}
 
 
+@pytest.mark.slow
 def test_figure_6_scales_the_steps_and_shares_what_is_the_same_run(paper, recorder, tmp_path):
     result = paper("figure-6", "--seeds", "1", "--rows", "ema-0.9,steps-0.5x,steps-1x")
     assert result.exit_code == 0, result.output

@@ -105,6 +105,7 @@ def edit_contract(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "chunks"),
     [([9, 4, 11], [7, 1, 1, 1, 1]), ([5], [1, 1, 1, 1, 1])],
