@@ -1,10 +1,25 @@
-"""What every test needs."""
+"""Fixtures that many tests share, and the markers of tests/slow and tests/gpu."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers import make_text, make_tiny_model
 from tests.models.families import make_base
+
+TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """Mark the tests of tests/slow and tests/gpu; skip the latter where there is no GPU."""
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0]
+        if room in ("slow", "gpu"):
+            item.add_marker(room)
+        if room == "gpu" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True, scope="session")

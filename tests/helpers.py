@@ -16,7 +16,8 @@ from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
 from lpdeploy.models.loading import get_model_classes
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
 VOCAB = 64
 WORDS = [f"w{index}" for index in range(VOCAB - 3)]
 

@@ -1,7 +1,13 @@
-"""Set up, demonstrate and test lpdeploy from a checkout: `python3 tools/dev.py demo|test|setup`.
+"""Set up, demonstrate and test lpdeploy from a checkout.
 
-Standard library only. Makes `.venv` beside the checkout's files, installs the exact versions of
-`constraints.txt`, and does nothing twice that has not changed.
+    python3 tools/dev.py setup            make .venv and install lpdeploy
+    python3 tools/dev.py demo             set up, then run `lpdeploy demo`
+    python3 tools/dev.py test             set up, then run every check and test, as CI does
+    python3 tools/dev.py test --fast      lint, types and the fast tests: about two minutes
+    python3 tools/dev.py test --servers   the tests of real servers, each in its own environment
+
+Other arguments go to `lpdeploy demo` or to pytest. This file needs the standard library only. It
+installs the exact versions of `constraints.txt`, and installs again only after a change.
 """
 
 import argparse
@@ -12,7 +18,7 @@ import sys
 import venv
 from pathlib import Path
 
-import servers
+from servers import environments
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -23,7 +29,7 @@ EXTRAS = "cpu,dev,eval,genai,gguf,quant,serve,trt-rtx"
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    """Run a command in the checkout; end with its exit code where it fails."""
+    """Run a command in the checkout, and exit with its exit code if it fails."""
     words = [str(word) for word in command]
     print("+", " ".join(words), flush=True)
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, check=False)
@@ -32,18 +38,18 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
 
 
 def read_stamp() -> str:
-    """Return what the present environment was made from."""
+    """Return the stamp of the existing environment, or an empty string."""
     return STAMP.read_text(encoding="utf-8") if STAMP.is_file() else ""
 
 
 def compute_stamp() -> str:
-    """Hash what an environment is made from."""
+    """Hash the files that determine the environment."""
     files = [ROOT / "pyproject.toml", CONSTRAINTS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def setup() -> None:
-    """Make `.venv` and install lpdeploy in it, unless that is done."""
+    """Make `.venv` and install lpdeploy in it, unless it is up to date."""
     if read_stamp() == compute_stamp():
         return
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
@@ -70,40 +76,43 @@ def demo(arguments: list[str]) -> None:
 
 
 def test(arguments: list[str]) -> None:
-    """Run lint, formatting, types and tests; extra arguments go to pytest."""
+    """Run lint, formatting, types, documents and tests."""
     setup()
     if "--servers" in arguments:
         test_servers([word for word in arguments if word != "--servers"])
         return
-    run(BIN / "python", "tools/triton_server.py", "setup")  # a server that tests ask
+    fast = "--fast" in arguments
+    arguments = [word for word in arguments if word != "--fast"]
     run(BIN / "ruff", "check", ".")
     run(BIN / "ruff", "format", "--check", ".")
     run(BIN / "mypy")
-    run(BIN / "python", "tools/update_docs.py", "--check")
-    # One thread a worker: two workers with two threads each would fight over two cores.
-    workers = str(max(1, min(8, os.cpu_count() or 1)))
-    run(BIN / "python", "-m", "pytest", "-n", workers, *arguments, env={"OMP_NUM_THREADS": "1"})
+    if fast:
+        arguments = ["-m", "not slow and not servers", *arguments]
+    else:
+        run(BIN / "python", "tools/update_docs.py", "--check")
+        run(BIN / "python", "tools/servers/triton_server.py", "setup")  # a slow test starts it
+    # One thread for each worker: more would compete for the cores. A file stays with one worker,
+    # so that its fixtures, many of them exports, are made once.
+    workers = ["-n", str(max(1, min(8, os.cpu_count() or 1))), "--dist", "loadfile"]
+    run(BIN / "python", "-m", "pytest", *workers, *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 def test_servers(arguments: list[str]) -> None:
-    """Run the tests that start real servers, and keep their results where documents quote them."""
-    for name in servers.SERVERS:
-        servers.setup(name)
+    """Run the tests of real servers, and write their results to the JSON that a document quotes."""
+    for name in environments.SERVERS:
+        environments.setup(name)
     record = {"LPDEPLOY_SERVERS_RECORD": str(ROOT / "docs" / "measurements" / "servers.json")}
-    command = [BIN / "python", "-m", "pytest", "-m", "servers", "tests/servers", *arguments]
+    command = [BIN / "python", "-m", "pytest", "-m", "servers", "tests/slow/servers", *arguments]
     run(*command, env={"OMP_NUM_THREADS": "1", **record})
 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("command", choices=["setup", "demo", "test"])
-    parser.add_argument(
-        "arguments",
-        nargs=argparse.REMAINDER,
-        help="passed on to demo or pytest; "
-        "test --servers: only real servers, in environments of their own",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("command", choices=["setup", "demo", "test"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for demo or pytest")
     options = parser.parse_args()
     if options.command == "setup":
         setup()
@@ -111,10 +120,6 @@ def main() -> None:
         demo(options.arguments)
     else:
         test(options.arguments)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the paragraphs of the module's docstring."""
 
 
 if __name__ == "__main__":

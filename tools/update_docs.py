@@ -1,8 +1,8 @@
-"""Write what documents take from elsewhere: docs/cli.md from the commands, tables from JSON.
+"""Write the generated parts of the documents: docs/cli.md from the commands, tables from JSON.
 
-`python tools/update_docs.py` writes; with `--check` it changes nothing and fails where a document
-is not what it would write. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`,
-that of servers between `<!-- servers -->` and `<!-- end -->`.
+`python tools/update_docs.py` writes them. With `--check` it changes nothing, and fails if a
+document is out of date. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`, and
+one that is computed between `<!-- servers -->` or `<!-- travel -->` and `<!-- end -->`.
 """
 
 import inspect
@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cost_tables import render_memory, render_pruning, render_run, render_scaling
+from doc_tables import RENDERERS, write_table
 from transformers import LlamaConfig
 
-from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.cli.main import main as root
-from lpdeploy.paper.render import render_markdown
 from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.servers.verdicts import SERVERS
@@ -36,15 +34,16 @@ DOCUMENTS = [
 _CLI_INTRODUCTION = """\
 # Commands
 
-Made by `tools/update_docs.py` from the commands themselves. A recipe is YAML with one top-level key
-a command (`prune`, `bench latency`) and option names with underscores below it; the command line
-wins over it.
+`tools/update_docs.py` makes this page from the commands themselves. A recipe is a YAML file with
+one top-level key for each command (`prune`, `bench latency`) and option names with underscores
+below it. Options on the command line override the recipe.
 
-Exit codes: 0, done; 1, it cannot be done or was interrupted, or `verify` found a difference; 2, an
-option or a value is wrong. With 1 and 2 one sentence on stderr says what to do.
+Exit codes: 0 means done; 1 means that the command failed or was interrupted, or that `verify` found
+a difference; 2 means that an option or a value is wrong. With 1 and 2 a sentence on stderr says
+what to do.
 """
-_SERVERS = re.compile(r"(<!-- servers -->\n).*?(<!-- end -->)", re.DOTALL)
-_TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MEASURED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_COMPUTED = re.compile(r"(<!-- (servers|travel) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render_cli() -> str:
@@ -70,60 +69,7 @@ def walk_commands(
             yield f"{prefix} {name}", command
 
 
-def render_latency(data: dict[str, Any]) -> str:
-    """Return the paper's Table 3 as measured here."""
-    lines = [
-        "| engine | pruned | unmerged, ms | merged, ms | merged against dense |",
-        "|---|---|---|---|---|",
-    ]
-    rows = [row for row in data["latency"] if row["phase"] == "prefill"]
-    for engine in dict.fromkeys(row["engine"] for row in rows):
-        for ratio in sorted({row["ratio"] for row in rows}):
-            pair = {
-                row["merged"]: row
-                for row in rows
-                if row["engine"] == engine and row["ratio"] == ratio
-            }
-            lines.append(
-                f"| {engine} {pair[True]['precision']} | {ratio:.0%} | {show(pair[False])} "
-                f"| {show(pair[True])} | {pair[True]['relative'] - 1:+.1%} |"
-            )
-    about = (
-        f"Prefill of {rows[0]['tokens']} tokens, batch {rows[0]['batch']}, median of "
-        f"{rows[0]['repeats']} interleaved trials (p10 to p90)."
-    )
-    return "\n".join([*lines, "", about, describe(data)])
-
-
-def show(row: dict[str, Any]) -> str:
-    """Write a median with its spread."""
-    return f"{row['median_ms']:.2f} ({row['p10_ms']:.2f} to {row['p90_ms']:.2f})"
-
-
-def describe(data: dict[str, Any]) -> str:
-    """Say on what, with what and when something was measured."""
-    machine = data["machine"]
-    versions = ", ".join(
-        f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "onnxruntime")
-    )
-    return (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
-        f"{machine['date'][:10]}: `{data['command']}`"
-    )
-
-
-def render_paper(data: dict[str, Any]) -> str:
-    """Return a table that `lpdeploy paper` wrote, without its heading."""
-    return render_markdown(data).split("\n", 2)[2].rstrip()
-
-
-def render_bench(data: dict[str, Any]) -> str:
-    """Return a table of `lpdeploy bench latency`, without its heading."""
-    return render_latency_table(data).split("\n", 2)[2].rstrip()
-
-
-# (name, config) of what docs/scaling.md plans for: LLaMA (arXiv:2302.13971), Llama 3
-# (arXiv:2407.21783).
+# Shapes for the table of messages: LLaMA (arXiv:2302.13971), Llama 3 (arXiv:2407.21783).
 LARGE = {
     "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     "LLaMA-65B": {
@@ -137,110 +83,29 @@ LARGE = {
 }  # fmt: skip
 
 
-def render_travel(data: dict[str, Any]) -> str:  # noqa: ARG001 - from shapes, not from the file
-    """Return what travels between eight ranks, for the shapes of large models."""
-    lines = [
-        "| base | LoRA's gradients | a rank sends | gathered with `--shard` | a rank sends |",
-        "|---|---|---|---|---|",
-    ]
+def render_travel() -> str:
+    """Show how much eight ranks send each other, counted from the shapes of large models."""
+    rows = []
     for name, shape in LARGE.items():
         plain, sharded = (
             compute_travel(LlamaConfig(**shape), options, ranks=8, itemsize=2)
             for options in (PruneOptions(), PruneOptions(shard=True, removal="mask"))
         )
-        lines.append(
-            f"| {name} | {plain.gradients / 1e6:,.0f} MB | {plain.count_sent(8) / 1e6:,.0f} MB "
-            f"| {sharded.weights / 1e9:,.0f} GB | {sharded.count_sent(8) / 1e9:,.0f} GB |"
-        )
-    return "\n".join(lines)
-
-
-def render_messages(data: dict[str, Any]) -> str:
-    """Return what was put into messages in a step, beside what is counted from shapes."""
-    lines = [
-        "| criterion | summed, counted from shapes | summed | gathered, counted | gathered |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in data["messages"].items():
-        computed = row["computed"]
-        lines.append(
-            f"| {name} | {computed['gradients'] + computed['scores']:,} | {row['summed']:,} "
-            f"| {computed['weights']:,} | {row['gathered']:,} |"
-        )
-    about = "Bytes; what is summed beyond is the ranks' agreement about how to go on."
-    return "\n".join([*lines, "", about, describe(data)])
-
-
-def render_load(data: dict[str, Any]) -> str:
-    """Return the memory of a rank that loads its share of a base."""
-    load = data["load"]
-    names = {
-        "the whole base": "weight_bytes",
-        "what the rank keeps of it": "own_bytes",
-        "memory after loading": "held_bytes",
-        "most memory while loading": "peak_bytes",
-    }
-    rows = [f"| {name} | {load[key] / 1e6:.0f} |" for name, key in names.items()]
-    return "\n".join(["| | MB |", "|---|---|", *rows, "", describe(data)])
-
-
-def render_triton(data: dict[str, Any]) -> str:
-    """Return what Triton gives to many clients, beside the runner alone."""
-    options, rounds = data["options"], data["rounds"]
-    shares = [f"{each['relative']:.2f}" for each in rounds]
-    alone, served = (sorted(each[name] for each in rounds) for name in ("alone", "served"))
-    lines = ["| | p50 | p95 | p99 |", "|---|---|---|---|"]
-    for name, key in (("first token", "first_token"), ("each next token", "next_token")):
-        cells = (f"{data[key][f'p{cut}_ms']:.0f}" for cut in (50, 95, 99))
-        lines.append(f"| {name}, ms | {' | '.join(cells)} |")
-    about = (
-        f"{options['clients']} clients, prompts of {options['prompt']} tokens and "
-        f"{options['tokens']} new ones, {options['precision']}, {data['answers']} answers in "
-        f"{len(rounds)} rounds. Triton: {served[0]:.0f} to {served[-1]:.0f} tokens/s; the same "
-        f"runner in one process with the same batch: {alone[0]:.0f} to {alone[-1]:.0f}; a round's "
-        f"ratio: {', '.join(shares)}, their median {data['relative']:.2f}."
-    )
-    machine = f"Triton {data['triton']}, {describe(data | {'command': data['machine']['command']})}"
-    return "\n".join([*lines, "", about, machine])
-
-
-def render_served(data: dict[str, Any]) -> str:
-    """Return what the optional job found of real servers."""
-    lines = ["| server | version | shape | gives | date |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['server']} | {row['version']} | {row['shape']} | {row['result']} "
-        f"| {row['date'][:10]} |"
-        for row in data["rows"]
-    ]
-    commands = ", ".join(f"`{name}`" for name in sorted({row["command"] for row in data["rows"]}))
-    machine = data["machine"]
-    return "\n".join([*lines, "", f"{machine['cpu']}, {machine['cores']} cores: {commands}"])
-
-
-RENDERERS = {
-    "served": render_served,
-    "triton": render_triton,
-    "bench": render_bench,
-    "load": render_load,
-    "memory": render_memory,
-    "pruning": render_pruning,
-    "run": render_run,
-    "scaling": render_scaling,
-    "messages": render_messages,
-    "travel": render_travel,
-    "latency": render_latency,
-    "paper": render_paper,
-}
+        summed = [f"{count / 1e6:,.0f} MB" for count in (plain.gradients, plain.count_sent(8))]
+        gathered = [f"{count / 1e9:,.0f} GB" for count in (sharded.weights, sharded.count_sent(8))]
+        rows.append((name, *summed, *gathered))
+    sent = "sent by a rank"
+    return write_table(("base", "LoRA's gradients", sent, "gathered with `--shard`", sent), rows)
 
 
 def render_servers() -> str:
-    """Return the servers, what each is given, and what its rules were checked against."""
-    lines = ["| server | give it | objects to | checked |", "|---|---|---|---|"]
+    """List the servers, what each is given, and what its rules were checked against."""
+    rows = []
     for server in SERVERS:
         objections = "; ".join(summarise(rule) for rule in server.rules)
         checked = " ".join(part for part in (server.version, f"({server.checked})") if part)
-        lines.append(f"| {server.name} | {server.how} | {objections} | {checked} |")
-    return "\n".join(lines)
+        rows.append((server.name, server.how, objections, checked))
+    return write_table(("server", "give it", "objects to", "checked"), rows)
 
 
 def summarise(function: Any) -> str:
@@ -250,14 +115,14 @@ def summarise(function: Any) -> str:
 
 def fill_tables(text: str) -> str:
     """Replace what stands between the markers of a document."""
+    computed = {"servers": render_servers, "travel": render_travel}
 
     def fill(match: re.Match[str]) -> str:
         data = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
         return f"{match[1]}{RENDERERS[match[2]](data)}\n{match[4]}"
 
-    return _SERVERS.sub(
-        lambda match: f"{match[1]}{render_servers()}\n{match[2]}", _TABLE.sub(fill, text)
-    )
+    text = _MEASURED.sub(fill, text)
+    return _COMPUTED.sub(lambda match: f"{match[1]}{computed[match[2]]()}\n{match[3]}", text)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """How much memory a run will need: pure functions of the model's shape and the options.
 
 Counted is what PyTorch keeps, tensor by tensor: weights, LoRA with its gradients and moments, what
-autograd saves in a forward pass, the buffers of the loss, the gradients of the weights
-if the criterion needs them. ``tests/pruning/test_memory.py`` compares it with the tensors alive
-in a pass, ``tools/measure_memory.py`` with the peak of whole runs.
+autograd saves in a forward pass, the buffers of the loss, and the gradients of the weights if the
+criterion needs them. ``tests/pruning/test_memory.py`` compares it with the tensors alive in a pass,
+``tools/measure/memory.py`` with the peak of whole runs.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from lpdeploy.pruning.loss import count_chunk_tokens
 from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT = 4  # bytes
-# Measured on glibc 2.36 by tools/measure_memory.py: small objects settle in the holes that tensors
+# Measured on glibc 2.36 by tools/measure/memory.py: small objects settle in the holes that tensors
 # leave, which are then too small for the next tensor; fewer where ``heap`` has left out the caches.
 # Larger tensors have pages of their own.
 _HEAP_WASTE = 1.2

@@ -200,7 +200,7 @@ def need_gguf_architecture(config: Any, _: int) -> Finding | None:
 
 
 _TEST = "tests/servers/test_check.py"
-_JOB = "tests/servers/test_servers.py by the optional job"
+_JOB = "tests/slow/servers/test_servers.py by the optional job"
 _FOLDER = "The folder as it is"
 
 SERVERS: Sequence[Server] = (
@@ -228,7 +228,7 @@ SERVERS: Sequence[Server] = (
         (refuse_per_layer, divide_over_ranks),
     ),
     Server(
-        "triton", "2.51.0", "tests/servers/triton/test_server.py with --engine ort",
+        "triton", "2.51.0", "tests/slow/servers/triton/test_server.py with --engine ort",
         "lpdeploy package --target triton.", (run_on_one_gpu, need_trt_for_other_heads),
     ),
     Server(

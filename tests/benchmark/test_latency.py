@@ -156,6 +156,7 @@ def test_more_tokens_than_positions_are_refused(model):
         measure_latency([make_subject(model, [])], [Workload(tokens=60, decode=10)])
 
 
+@pytest.mark.slow
 def test_a_worker_hands_on_what_cannot_be_loaded(tmp_path):
     missing = Variant("m", 0.0, "onnx", True, 1, 1, "cpu", tmp_path, exported=tmp_path)
     with pytest.raises(LpdeployError, match=r"No io.json in .*Export the model again"):
@@ -173,6 +174,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
     workloads = [Workload(tokens=8, decode=2, repeats=2)]
     with pytest.raises(ArtifactError, match="Run 'lpdeploy compact .*run' first"):

@@ -171,6 +171,7 @@ def base(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("bench") / "m", heads=4, num_hidden_layers=1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path):
     pytest.importorskip("bitsandbytes")
     log, seen = [], []
@@ -196,6 +197,7 @@ def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path):
     assert weights["8bit"] == 4 * (2 * 72 * 32 + 3 * 32 + rows) + 4 * 32 * 32 + 3 * 32 * 48
 
 
+@pytest.mark.slow
 def test_one_after_another_where_all_at_once_do_not_fit(base, tmp_path, monkeypatch):
     monkeypatch.setattr(pruning_stage, "measure_free_bytes", lambda _: 1000)
     log = []
@@ -208,6 +210,7 @@ def test_one_after_another_where_all_at_once_do_not_fit(base, tmp_path, monkeypa
     assert len(result["rows"]) == 2
 
 
+@pytest.mark.slow
 def test_a_whole_run_steps_through_its_events_and_is_evaluated(base, tmp_path):
     data = str(make_text(tmp_path / "t.txt"))
     losses = {}
@@ -228,6 +231,7 @@ def test_a_whole_run_steps_through_its_events_and_is_evaluated(base, tmp_path):
     assert losses["cut"] == pytest.approx(losses["mask"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_worker_says_what_does_not_work(base):
     options = replace(OPTIONS, seq_len=4096)
     with pytest.raises(LpdeployError, match="--seq-len 4096 is longer than the 128 positions"):

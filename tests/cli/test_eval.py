@@ -56,6 +56,7 @@ def test_the_json_of_the_contract(model, folder):
     assert "average of piqa, winogrande: " in lines[3]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_both_kinds(run, folder):
     text = run.parent / "text.txt"
     perplexity = last_json(

@@ -128,6 +128,7 @@ def test_a_run_that_would_be_replaced_is_refused_before_any_measurement(base, da
     check_refused(prune(base, data, tmp_path / "run", *words), "already holds a run")
 
 
+@pytest.mark.slow
 def test_what_is_typed_wins_over_what_a_recipe_says(base, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
 
@@ -201,6 +202,7 @@ def count_parameters(heads, channels):
     return 2 * layer + 2 * 72 * 32 + 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "ort"])
 def test_a_shape_is_chosen_by_what_was_measured(wide, data, tmp_path, told_times, engine):
     words = ["--target-latency", "20000ms", "--engine", engine, "--latency-tokens", "32"]
@@ -239,6 +241,7 @@ def test_a_shape_is_chosen_by_what_was_measured(wide, data, tmp_path, told_times
     assert [len(plan.kept[f"layers.1.{kind}"]) for kind in ("heads", "channels")] == [*chosen]
 
 
+@pytest.mark.slow
 def test_a_target_outside_of_what_shapes_take_is_refused_with_both_numbers(
     wide, data, tmp_path, told_times
 ):
@@ -260,6 +263,7 @@ def test_a_target_outside_of_what_shapes_take_is_refused_with_both_numbers(
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_nothing_again(base, data, tmp_path, monkeypatch):
     chosen = {
         "asked": {"latency_ms": 5.0, "engine": "ort", "phase": "prefill", "tokens": 512},

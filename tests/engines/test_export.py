@@ -42,6 +42,7 @@ def test_unmerged_needs_a_run(tmp_path):
         export(str(model), unmerged=True)
 
 
+@pytest.mark.slow
 def test_an_engine_has_a_folder_and_an_entry_of_its_own(tmp_path, monkeypatch):
     library = wrap_module("tensorrt_rtx", fake_tensorrt.make_module())
     monkeypatch.setattr(tensorrt, "load_library", lambda: library)

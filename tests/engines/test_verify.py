@@ -14,6 +14,8 @@ from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from tests.helpers import make_text, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = PruneOptions(
     steps=2, batch_size=2, micro_batch_size=2, seq_len=16, lr=1e-2, prune_every=1, warmup=0.0,
     round_to=4, device="cpu",

@@ -124,6 +124,7 @@ class TestAgainstHFLM:
         cut = generate([stop, "nothing"])
         assert cut[whole.index(text)] == text[: text.find(stop)]
 
+    @pytest.mark.slow
     @pytest.mark.real
     def test_real_tasks(self):
         shared = need_shared()
@@ -134,6 +135,7 @@ class TestAgainstHFLM:
         check_equal(build_ours(model).loglikelihood(requests), expected)
 
 
+@pytest.mark.slow
 def test_onnx_agrees_with_torch(with_bos, folder, tmp_path):
     export_onnx(with_bos, tmp_path / "onnx")
     onnx = load_onnx_runner(tmp_path / "onnx")

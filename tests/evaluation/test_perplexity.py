@@ -235,6 +235,7 @@ class TestRealModel:
         # fp32 in the log-softmax and its sum, and matmuls of another batch size.
         assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
+    @pytest.mark.slow
     def test_published_figure(self, loaded):
         model, tokenizer = loaded
         found = compute_perplexity(

@@ -160,6 +160,7 @@ class TestPrompts:
         assert int(get_answer(ours)) == int(get_answer(theirs))
         assert set(ours.aggregation()) == set(theirs.aggregation())
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("hub")
     def test_those_of_mmlu(self, local):
         theirs = load_tasks(["mmlu"], num_fewshot=0)
@@ -171,6 +172,7 @@ class TestPrompts:
         assert set(ours.tasks["mmlu_anatomy"].aggregation()) == {"acc"}
         assert ours.groups["mmlu"].has_aggregation
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("hub")
     def test_five_shots_of_mmlu(self, tmp_path):
         write_rows(tmp_path / "mmlu" / "anatomy.jsonl", LOCAL["mmlu/anatomy"][:1])
@@ -249,6 +251,7 @@ class TestAverage:
 
 
 class TestHub:
+    @pytest.mark.slow
     def test_default_shots(self, hub):
         found = load_tasks(["piqa", "mmlu"])
         assert found.tasks["piqa"].get_config("num_fewshot") == 0

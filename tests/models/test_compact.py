@@ -160,6 +160,7 @@ assert "lpdeploy" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_per_layer_models_load_where_lpdeploy_is_not(bases, tmp_path):
     """One process for all families: the card's snippet, logits, cached generation, tokenizer."""
     folders = {}

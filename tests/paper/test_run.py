@@ -12,6 +12,8 @@ from lpdeploy.paper.stage import build_evaluation, build_study
 from lpdeploy.paper.tables import Row
 from tests.paper.conftest import PRUNE, load_cells
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def study(base, texts):

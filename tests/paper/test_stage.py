@@ -18,6 +18,7 @@ def load_table(folder, stem):
     return json.loads((folder / f"{stem}.json").read_text())
 
 
+@pytest.mark.slow
 def test_table_7_runs_once_and_shares_its_cells_with_table_2(paper, recorder, tmp_path):
     first = paper("7", *SEEDS, "--json")
     assert first.exit_code == 0, first.output
@@ -73,6 +74,7 @@ def test_a_cell_says_how_it_was_made_without_paths(paper, recorder, tmp_path):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_cell_leaves_the_others_and_is_tried_again(paper, recorder, tmp_path):
     error = CommandError("The loss became nan at step 3.", killed=False)
     recorder.fail_at[("prune", "--schedule joint")] = error
@@ -109,6 +111,7 @@ def test_a_killed_cell_goes_on_after_its_prune(paper, recorder, tmp_path):
     assert recorder.list_verbs() == ["compact", "eval"]
 
 
+@pytest.mark.slow
 def test_a_killed_prune_goes_on_from_its_checkpoint(paper, recorder, monkeypatch, tmp_path):
     prune = [*PRUNE, "--checkpoint-every", "2"]
     words = ["--seeds", "1", "--ratios", "0.5", "--rows", "joint"]
@@ -148,6 +151,7 @@ def test_a_killed_prune_goes_on_from_its_checkpoint(paper, recorder, monkeypatch
     assert cell["undisturbed"] is True
 
 
+@pytest.mark.slow
 def test_a_cost_table_reports_costs_against_its_first_row(paper, recorder, tmp_path):
     result = paper("6", "--seeds", "1", perplexity=False)
     assert result.exit_code == 0, result.output
@@ -165,6 +169,7 @@ def test_a_cost_table_reports_costs_against_its_first_row(paper, recorder, tmp_p
     assert "(+0.0%)" in (tmp_path / "out" / "table-6.md").read_text()
 
 
+@pytest.mark.slow
 def test_figure_4_compares_the_masks_of_two_criteria(paper, recorder, tmp_path):
     result = paper("figure-4", "--seeds", "2", "--ratios", "0.25,0.5", perplexity=False)
     assert result.exit_code == 0, result.output
@@ -192,6 +197,7 @@ def test_figure_4_compares_the_masks_of_two_criteria(paper, recorder, tmp_path):
     assert heads["values"] == {}
 
 
+@pytest.mark.slow
 def test_figure_6_scales_the_steps_and_shares_what_is_the_same_run(paper, recorder, tmp_path):
     result = paper("figure-6", "--seeds", "1", "--rows", "ema-0.9,steps-0.5x,steps-1x")
     assert result.exit_code == 0, result.output

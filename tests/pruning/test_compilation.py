@@ -9,6 +9,8 @@ from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.training import run_steps
 from tests.pruning.test_training import make_training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch):

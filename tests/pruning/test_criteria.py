@@ -131,31 +131,6 @@ def test_offloaded_gradients_go_to_the_cpu_and_score_the_same(tmp_path, monkeypa
         assert_scores(scores[spec.name], expected[spec.name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", CRITERIA)
-def test_scores_on_a_gpu_as_on_a_cpu(name, tmp_path):
-    wrapped, causal_lm, specs = make(tmp_path)
-    batch = make_rows((12, 9))
-    form = {"offload_gradients": True}
-    torch.manual_seed(0)
-    expected = score(Scorer(CRITERIA[name], causal_lm, specs, **form), wrapped, batch)
-    wrapped.cuda()
-    batch.ids = batch.ids.cuda()
-    batch_cpu_mask = batch.mask.cpu()
-    scorer = Scorer(CRITERIA[name], causal_lm, specs, **form)
-    torch.manual_seed(0)
-    with scorer.observe():
-        scorer.attention_mask = batch_cpu_mask
-        batch.run(wrapped).backward()
-    if name == "gradient":
-        assert {g.device.type for g in scorer._observed.values()} == {"cpu"}
-    scores = scorer.compute_importance()
-    for spec in specs:
-        assert scores[spec.name].device.type == "cuda"
-        assert_scores(scores[spec.name].cpu(), expected[spec.name])
-
-
 def assert_untouched(causal_lm, before):
     """Gradients flow to LoRA alone, and no module or weight carries a hook."""
     for name, parameter in causal_lm.named_parameters():

@@ -164,6 +164,7 @@ def test_gradient_checkpointing_and_bf16_train_over_a_quantised_base(base, data,
         assert all(tensor.any() for tensor in trained)  # they start at zero
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_the_command_line_prunes_compacts_and_verifies(base, data, tmp_path, load_in):

@@ -66,6 +66,7 @@ CASES = {
 
 
 # In turn: an event after the checkpoint has to be repeated, or is the next thing to come.
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "step"), zip(CASES, itertools.cycle([4, 7]), strict=False))
 def test_a_resumed_run_is_the_same_to_the_bit(base, data, tmp_path, case, step):
     """Dropout is on, the rate changes at each step, and groups go at every second one."""
@@ -80,6 +81,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(base, data, tmp_path, case, step):
     assert resumed.achieved == whole.achieved
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_again_and_again(base, data, tmp_path):
     whole = run(base, tmp_path / "whole", data, options={"checkpoint_every": 1})
     for step in range(2, 9):  # each time one step further: the checkpoint is of the one before
@@ -190,6 +192,7 @@ class TestSignals:
         thread.join()
         assert seen == [before] * 8
 
+    @pytest.mark.slow
     def test_on_the_command_line(self, base, data, tmp_path):
         command = [
             sys.executable, "-m", "lpdeploy", "prune", str(base), "--data", str(data),
@@ -246,6 +249,7 @@ def small_disk(tmp_path):
 
 
 class TestFullDisk:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("step", "kept"), [(5, 3), (8, 6)])  # before a checkpoint; the results
     def test_a_real_one_leaves_the_last_checkpoint_whole(
         self, base, data, tmp_path, small_disk, step, kept
@@ -273,6 +277,7 @@ class TestFullDisk:
         run(base, tmp_path / "whole", data)
         assert_same_run(small_disk / "run", tmp_path / "whole")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("what", "step", "rest"),
         [

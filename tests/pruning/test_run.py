@@ -202,6 +202,7 @@ def test_a_nan_after_the_calibration_keeps_the_cut_model(base, data, tmp_path):
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_only_whole_files(base, data, tmp_path):
     """Kill at several moments; each time every file under a final name can be read whole."""
     command = [

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -6,23 +7,24 @@ from lpdeploy.pruning.schedule import Schedule, compute_learning_rate
 from tests import reference
 
 
-@pytest.mark.parametrize("steps", [100, 200, 217, 600])
-@pytest.mark.parametrize(("warmup", "cooldown"), [(0.1, 0.1), (0.05, 0.5), (0.0, 0.0)])
-def test_matches_the_table_of_the_reference(steps, warmup, cooldown):
-    schedule = Schedule(ratio=0.5, steps=steps, every=10, warmup=warmup, cooldown=cooldown)
-    table = reference.schedule(0.5, steps, 10, warmup, cooldown)
-    assert schedule.list_events() == list(table)
-    for step, ratio in table.items():
-        assert schedule.compute_ratio(step) == pytest.approx(ratio)
+def test_matches_the_table_of_the_reference():
+    shares = [(0.1, 0.1), (0.05, 0.5), (0.0, 0.0)]
+    for steps, (warmup, cooldown) in itertools.product((100, 200, 217, 600), shares):
+        case = f"{steps} steps, warm-up {warmup}, cool-down {cooldown}"
+        schedule = Schedule(ratio=0.5, steps=steps, every=10, warmup=warmup, cooldown=cooldown)
+        table = reference.schedule(0.5, steps, 10, warmup, cooldown)
+        assert schedule.list_events() == list(table), case
+        for step, ratio in table.items():
+            assert schedule.compute_ratio(step) == pytest.approx(ratio), case
 
 
-@pytest.mark.parametrize("steps", [1, 3, 9, 10, 11, 50, 1000])
-def test_last_event_lands_on_the_target_exactly(steps):
-    schedule = Schedule(ratio=0.37, steps=steps)
-    events = schedule.list_events()
-    assert 1 <= events[0] <= events[-1] <= steps
-    assert schedule.compute_ratio(events[-1]) == 0.37
-    assert schedule.compute_ratio(steps) == 0.37
+def test_last_event_lands_on_the_target_exactly():
+    for steps in (1, 3, 9, 10, 11, 50, 1000):
+        schedule = Schedule(ratio=0.37, steps=steps)
+        events = schedule.list_events()
+        assert 1 <= events[0] <= events[-1] <= steps, steps
+        assert schedule.compute_ratio(events[-1]) == 0.37, steps
+        assert schedule.compute_ratio(steps) == 0.37, steps
 
 
 def test_ratio_never_falls_and_starts_at_zero():
@@ -63,9 +65,9 @@ def test_learning_rate_without_warm_up_starts_at_the_peak():
     assert compute_learning_rate(1, steps=10, peak=0.3, warmup_steps=0) == 0.3
 
 
-@pytest.mark.parametrize("kind", ["separate", "one-shot"])
-@pytest.mark.parametrize("steps", [0, 1, 200])
-def test_pruning_at_once_has_one_event_before_the_first_step(kind, steps):
-    schedule = Schedule(ratio=0.37, steps=steps, kind=kind)
-    assert schedule.list_events() == [0]
-    assert {schedule.compute_ratio(step) for step in range(steps + 1)} == {0.37}
+def test_pruning_at_once_has_one_event_before_the_first_step():
+    for kind, steps in itertools.product(("separate", "one-shot"), (0, 1, 200)):
+        schedule = Schedule(ratio=0.37, steps=steps, kind=kind)
+        assert schedule.list_events() == [0], (kind, steps)
+        ratios = {schedule.compute_ratio(step) for step in range(steps + 1)}
+        assert ratios == {0.37}, (kind, steps)

@@ -144,6 +144,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(tmp_path):
         torch.testing.assert_close(parameter, named_lora(two)[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path):
     infos = list(run_steps(make_training(tmp_path, steps=60, ratio=0.2, lr=3e-2)))
     losses = [info.loss for info in infos]

@@ -196,6 +196,7 @@ def test_a_model_that_a_server_does_not_take_anyway():
     assert suggest(config, Target(0.5, round_to=8), ranks=1) is None
 
 
+@pytest.mark.slow
 def test_a_run_has_its_own_shape(tmp_path, base, data):
     options = PruneOptions(
         ratio=0.5, steps=2, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1,

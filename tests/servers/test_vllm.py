@@ -89,6 +89,7 @@ def test_what_is_missing_or_out_of_range(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_transformers_serve_gives_the_tokens_of_generate(tmp_path):
     pytest.importorskip("fastapi", reason="lpdeploy[serve] is not installed")
     pytest.importorskip("uvicorn", reason="lpdeploy[serve] is not installed")

@@ -22,7 +22,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
 """Engine -> the backend of Triton that runs its file as tensors, and that file."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-_WITHOUT_CONTAINER = "python tools/triton_server.py serve"
+_WITHOUT_CONTAINER = "python tools/servers/triton_server.py serve"
 _WARM_UP = "Once upon a time"
 _WARM_UP_SIZES = {"sequence": 1, "past": 1, "total": 2}  # one token after another
 

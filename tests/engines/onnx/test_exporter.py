@@ -27,6 +27,8 @@ from tests.helpers import (
     run_with_cache,
 )
 
+pytestmark = pytest.mark.slow
+
 # Sums of up to 48 products in another order, over two layers, up to logits of 10: some ten times
 # the float32 rounding unit of that size, 1e-6.
 ATOL = 2e-5

@@ -14,6 +14,8 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_model
 from tests.helpers import EXPORTS, make_batch, make_export, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def list_dims(value):
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

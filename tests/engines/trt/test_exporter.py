@@ -21,6 +21,8 @@ from lpdeploy.models.loading import compute_model_sha256
 from tests import fake_tensorrt
 from tests.helpers import EXPORTS, copy_export, make_export, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def find_reason_to_skip():
     try:

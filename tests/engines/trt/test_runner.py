@@ -105,6 +105,7 @@ def edit_contract(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "chunks"),
     [([9, 4, 11], [7, 1, 1, 1, 1]), ([5], [1, 1, 1, 1, 1])],
@@ -140,6 +141,7 @@ def test_each_profile_has_its_context(folder):
     assert [context.runs for context in runner._contexts.values()] == [1, 2]
 
 
+@pytest.mark.slow
 def test_tokens_in_chunks_of_any_length(in_place):
     runner = open_engine(in_place)
     ids, mask = make_batch([9, 4], vocab_size=72)

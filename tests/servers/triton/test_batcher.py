@@ -27,7 +27,6 @@ def folder(tmp_path_factory):
         root / "model", head_dim=16, kv_heads=2, max_position_embeddings=POSITIONS
     )
     export_ort(model, root / "ort")
-    export_onnx(model, root / "onnx")
     return root
 
 
@@ -36,11 +35,14 @@ def model(folder):
     return load_model(folder / "model").eval()
 
 
-@pytest.fixture(params=["ort", "onnx", "torch"])
+@pytest.fixture(params=["ort", pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def runner(folder, model, request):
     if request.param == "torch":
         return TorchRunner(model)
-    return load_exported(folder / request.param, engine=request.param)
+    exported = folder / request.param
+    if request.param == "onnx" and not exported.exists():  # takes seconds
+        export_onnx(folder / "model", exported)
+    return load_exported(exported, engine=request.param)
 
 
 @pytest.fixture
@@ -97,6 +99,7 @@ def draw_prompts(count, seed=0):
     return [[rng.randrange(3, 64) for _ in range(rng.randrange(1, 20))] for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_many_requests_of_any_lengths_get_what_each_would_get_alone(batcher, model):
     prompts = draw_prompts(12)
     counts = [random.Random(index).randrange(1, 30) for index in range(12)]

@@ -13,7 +13,7 @@ from lpdeploy.engines.export import export
 from lpdeploy.errors import LpdeployError
 from lpdeploy.servers.package import package
 from tests.helpers import make_tiny_model
-from tools import triton_server
+from tools.servers import triton_server
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,184 @@
+"""Real servers, each in an environment of its own: `python3 tools/dev.py test --servers`."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lpdeploy.models.compact import compact
+from lpdeploy.servers.gguf_vocab import _SPLITS
+from lpdeploy.servers.package import package
+from tests.helpers import ROOT
+from tests.models.families import choose_kept, make_run
+from tests.servers.models import (
+    DEMO,
+    PROMPT,
+    TOKENS,
+    copy_demo_tokenizer,
+    generate,
+    make_demo_run,
+    make_family,
+)
+from tests.servers.serving import complete, serve
+from tests.servers.test_llamacpp import make_sentencepiece_tokenizer
+
+pytestmark = pytest.mark.servers
+
+ENVIRONMENTS = ROOT / ".venv-servers"
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+MIXED = [
+    "once upon a time", "there's 12345 apples;  and  \n\n she said: 'hello world!' ",
+    "a\n b  c   d", "it's i'll 7 77 777 7777 -- ...!?", "x=y+1; z(3)",
+]  # fmt: skip
+SAME = f"the {TOKENS} greedy tokens of transformers"
+
+
+def find_python(name):
+    python = ENVIRONMENTS / name / "bin" / "python"
+    if not python.is_file():
+        pytest.skip(f"no {python}: python3 tools/dev.py test --servers makes it")
+    return python
+
+
+def make_pruned(folder, family, *, keep, channels, **config):
+    base = make_family(folder / "base", family, **config)
+    run = make_run(folder / "run", base, choose_kept(base, heads=keep, channels=channels))
+    compact(run)
+    copy_demo_tokenizer(run / "model")
+    return run / "model"
+
+
+# Shape -> what makes it in a folder. What is not the demo has random weights.
+SHAPES = {
+    "demo, 8 heads of 16": lambda _: DEMO,
+    "demo pruned to 5 heads of 16 at hidden 128": lambda folder: (
+        make_demo_run(folder / "run") / "model"
+    ),
+    "llama, grouped heads, pruned": lambda folder: make_pruned(
+        folder, "llama-gqa", keep=3, channels=20
+    ),
+    "llama with biases, pruned": lambda folder: make_pruned(
+        folder, "llama-bias", keep=2, channels=32
+    ),
+    "llama, rotary positions of Llama 3": lambda folder: make_family(
+        folder / "model", "llama-gqa", rope_parameters=LLAMA3
+    ),
+    "qwen2, pruned to 6 heads of 4 at hidden 32": lambda folder: make_pruned(
+        folder, "qwen2", keep=3, channels=32
+    ),
+    "qwen3, grouped heads, pruned": lambda folder: make_pruned(
+        folder, "qwen3", keep=3, channels=32, attention_bias=False
+    ),
+}
+
+
+def run_llama(file, ids, *, tokens=TOKENS, texts=()):
+    worker = Path(__file__).parent / "llama_worker.py"
+    words = [find_python("llama-cpp-python"), worker, file, ids, tokens, list(texts)]
+    words = [json.dumps(word) if isinstance(word, list) else str(word) for word in words]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llamacpp_gives_the_tokens_of_transformers(tmp_path, record, shape):
+    find_python("llama-cpp-python")
+    model = SHAPES[shape](tmp_path)
+    result = package(str(model), kind="llamacpp", output=tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    found = run_llama(tmp_path / "out" / result["file"], ids, texts=[PROMPT])
+    assert found["texts"] == [ids]
+    expected = generate(model, ids)
+    assert found["tokens"] == expected
+    assert len(set(expected)) > 2
+    record(
+        server="llama.cpp", version=f"llama-cpp-python {found['version']}", shape=shape, result=SAME
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_llamacpp_loads_each_type(tmp_path, record, precision):
+    find_python("llama-cpp-python")
+    run = make_demo_run(tmp_path / "run")
+    result = package(str(run), kind="llamacpp", output=tmp_path / "out", precision=precision)
+    ids = AutoTokenizer.from_pretrained(run / "model")(PROMPT).input_ids
+    found = run_llama(tmp_path / "out" / result["file"], ids)
+    # Rounded weights may turn a close choice later on; the first is not close.
+    assert found["tokens"][0] == generate(run / "model", ids, tokens=1)[0]
+    version = f"llama-cpp-python {found['version']}"
+    shape = f"demo pruned to 5 heads of 16, {precision}"
+    record(server="llama.cpp", version=version, shape=shape, result="loads, the first greedy token")
+
+
+def make_tokenizer_like(name):
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokenizer.normalizer = None
+    pattern = next(pattern for pattern, split in _SPLITS.items() if split == name)
+    if pattern is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
+    tokenizer.model.ignore_merges = name == "llama-bpe"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "sentencepiece"])
+def test_llamacpp_splits_text_as_transformers_does(tmp_path, record, name):
+    find_python("llama-cpp-python")
+    model = make_family(tmp_path / "model", "llama-gqa")
+    if name == "sentencepiece":
+        tokenizer, texts = make_sentencepiece_tokenizer(model), ["up on once", "no one: é\n up"]
+    else:
+        tokenizer, texts = make_tokenizer_like(name), MIXED
+        tokenizer.save_pretrained(model)
+    result = package(str(model), kind="llamacpp", output=tmp_path / "out")
+    found = run_llama(tmp_path / "out" / result["file"], [1, 5], tokens=1, texts=texts)
+    bos = [1] if name == "sentencepiece" else []  # its template adds none; the worker asks for one
+    assert found["texts"] == [bos + tokenizer(text).input_ids for text in texts]
+    version = f"llama-cpp-python {found['version']}"
+    record(
+        server="llama.cpp", version=version, shape=f"tokenizer, {name}", result="the same tokens"
+    )
+
+
+# On a CPU vLLM has attention for heads of 32 numbers and more, which the demo's are not.
+_WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+VLLM_SHAPES = {
+    "llama pruned to 3 heads of 32 at hidden 128": ("llama-mha", {"heads": 4}, 3),
+    "llama, grouped heads, pruned": ("llama-gqa", {"heads": 8, "kv_heads": 4}, 3),
+}
+
+
+@pytest.mark.parametrize("shape", VLLM_SHAPES)
+def test_vllm_gives_the_tokens_of_transformers(tmp_path, record, shape):
+    python = find_python("vllm")
+    family, config, keep = VLLM_SHAPES[shape]
+    model = make_pruned(tmp_path, family, keep=keep, channels=96, **_WIDE, **config)
+    result = package(str(model), kind="vllm", output=tmp_path / "out")
+    options = result["command"].split()[3:]
+    command = [
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "out", *options,
+        "--host", "127.0.0.1", "--port", "PORT", "--enforce-eager",
+    ]  # fmt: skip
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    with serve(command, tmp_path / "log.txt", seconds=420, env=variables) as address:
+        answer = complete(
+            address, model=tmp_path / "out", prompt=PROMPT, tokens=TOKENS, ignore_eos=True,
+            return_token_ids=True,
+        )  # fmt: skip
+    assert answer["choices"][0]["prompt_token_ids"] == ids
+    expected = generate(model, ids)
+    assert answer["choices"][0]["token_ids"] == expected
+    assert len(set(expected)) > 2
+    words = [python, "-c", "import vllm; print(vllm.__version__)"]
+    version = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
+    record(server="vllm", version=version, shape=shape, result=SAME)

@@ -1,0 +1,217 @@
+"""Write the tables of the documents from the JSON that the tools and `lpdeploy` measured."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lpdeploy.benchmark.pruning_table import render_pruning as render_pruning_table
+from lpdeploy.benchmark.table import render_latency as render_latency_table
+from lpdeploy.paper.render import render_markdown
+
+_PARTS = ("training", "scoring", "cutting")
+
+
+def write_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Write a Markdown table."""
+    lines = [header, *rows]
+    written = [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+    return "\n".join([written[0], "|---" * len(header) + "|", *written[1:]])
+
+
+def describe(data: dict[str, Any], library: str = "onnxruntime") -> str:
+    """Say on what machine, with which versions and when something was measured."""
+    machine = data["machine"]
+    versions = ", ".join(
+        f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", library)
+    )
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
+        f"{machine['date'][:10]}: `{find_command(data)}`"
+    )
+
+
+def find_command(data: dict[str, Any]) -> str:
+    """Return the recorded command; older files hold it beside the machine."""
+    return data.get("command") or data["machine"]["command"]
+
+
+def strip_heading(text: str) -> str:
+    """Drop the heading of a table that a command of lpdeploy writes."""
+    return text.split("\n", 2)[2].rstrip()
+
+
+def render_memory(data: dict[str, Any]) -> str:
+    """Compare planned with measured memory."""
+
+    def name(option: str, value: object) -> str:
+        return option.replace("_", " ") + ("" if value is True else f" {value}")
+
+    rows = [
+        (
+            row["shape"],
+            ", ".join(name(*item) for item in row["options"].items()) or "the defaults below",
+            f"{row['planned_bytes']['total'] / 1e6:,.0f}",
+            f"{row['measured_bytes'] / 1e6:,.0f}",
+            f"{row['error']:+.1%}",
+        )
+        for row in data["rows"]
+    ]
+    table = write_table(("model", "options", "planned, MB", "measured, MB", "error"), rows)
+    about = (
+        "Defaults: criterion lora, two micro-batches of 1 x 512 tokens a step, LoRA of rank 8 with "
+        "dropout, fp32. Measured is the peak of the process, including its libraries."
+    )
+    return "\n".join([table, "", about, describe(data, "peft")])
+
+
+def render_run(data: dict[str, Any]) -> str:
+    """Compare a whole run that cuts with the same run that masks."""
+    header = (
+        *("removal", "total, s", *_PARTS, "step before, s", "after, s", "after / before"),
+        *("last losses", "held-out perplexity"),
+    )
+    rows = []
+    for name, run in data["runs"].items():
+        total, perplexity = run["seconds"], run["valid_perplexity"]
+        shares = [f"{run[f'{part}_s'] / total:.1%}" for part in _PARTS]
+        steps = [f"{run['step_s_before']:.3g}", f"{run['step_s_after']:.3g}"]
+        quality = [f"{run['loss']:.3f}", "" if perplexity is None else f"{perplexity:.2f}"]
+        ratio = f"{run['after_over_before']:.2f}"
+        rows.append((name, f"{total:.1f}", *shares, *steps, ratio, *quality))
+    options = data["options"]
+    about = (
+        f"{data['model']}, {options['steps']} steps of {options['batch_size']} x "
+        f"{options['seq_len']} tokens. Cutting took {data['cut_over_mask']:.2f} of the time of "
+        f"masking over the whole run, and {data['late_cut_over_mask']:.2f} of it in the steps of "
+        "the last quarter, compared pair by pair."
+    )
+    return "\n".join([write_table(header, rows), "", about, describe(data, "peft")])
+
+
+def render_scaling(data: dict[str, Any]) -> str:
+    """Show the plans for large models."""
+    header = (
+        *("model", "GPUs", "base", "checkpointing", "micro-batch", "weights, GB", "LoRA, GB"),
+        *("activations, GB", "in all, GB", "fits 80 GB", "hours"),
+    )
+    rows = [
+        (
+            row["model"],
+            row["gpus"],
+            (row["load_in"] or "bf16") + (", sharded" if row["sharded"] else ""),
+            "yes" if row["gradient_checkpointing"] else "no",
+            row["micro_batch_size"],
+            *(
+                f"{row['bytes'][part] / 1e9:.1f}"
+                for part in ("weights", "adapters", "activations", "total")
+            ),
+            "yes" if row["fits"] else "no",
+            f"{row['run_hours']:.1f}" if row["fits"] else "",
+        )
+        for row in data["rows"]
+    ]
+    setting, rate = data["setting"], data["constants"]["flops_per_s"]
+    about = (
+        f"Computed, not measured: `{find_command(data)}`. Batch of {setting['batch_size']} x "
+        f"{setting['seq_len']} tokens, LoRA of rank {setting['lora_rank']}, {setting['steps']} "
+        f"steps. Memory is that of each GPU. Hours assume {rate['value'] / 1e12:.0f} TFLOP/s a GPU "
+        f"({rate['source']}) and leave out the network."
+    )
+    return "\n".join([write_table(header, rows), "", about])
+
+
+def render_latency(data: dict[str, Any]) -> str:
+    """Show the paper's Table 3 as measured here."""
+
+    def show(row: dict[str, Any]) -> str:
+        return f"{row['median_ms']:.2f} ({row['p10_ms']:.2f} to {row['p90_ms']:.2f})"
+
+    header = ("engine", "pruned", "unmerged, ms", "merged, ms", "merged against dense")
+    measured = [row for row in data["latency"] if row["phase"] == "prefill"]
+    rows = []
+    for engine in dict.fromkeys(row["engine"] for row in measured):
+        for ratio in sorted({row["ratio"] for row in measured}):
+            same = [row for row in measured if (row["engine"], row["ratio"]) == (engine, ratio)]
+            pair = {row["merged"]: row for row in same}
+            name, gain = f"{engine} {pair[True]['precision']}", pair[True]["relative"] - 1
+            rows.append((name, f"{ratio:.0%}", show(pair[False]), show(pair[True]), f"{gain:+.1%}"))
+    about = (
+        f"Prefill of {measured[0]['tokens']} tokens, batch {measured[0]['batch']}, median of "
+        f"{measured[0]['repeats']} interleaved trials (p10 to p90)."
+    )
+    return "\n".join([write_table(header, rows), "", about, describe(data)])
+
+
+def render_messages(data: dict[str, Any]) -> str:
+    """Compare the bytes of a step's messages with those counted from shapes."""
+    header = ("criterion", "summed, counted from shapes", "summed", "gathered, counted", "gathered")
+    rows = [
+        (
+            name,
+            f"{row['computed']['gradients'] + row['computed']['scores']:,}",
+            f"{row['summed']:,}",
+            f"{row['computed']['weights']:,}",
+            f"{row['gathered']:,}",
+        )
+        for name, row in data["messages"].items()
+    ]
+    about = "In bytes. The rest of what is summed is the ranks' agreement on how to go on."
+    return "\n".join([write_table(header, rows), "", about, describe(data)])
+
+
+def render_load(data: dict[str, Any]) -> str:
+    """Show the memory of a rank that loads its share of a base."""
+    names = {
+        "the whole base": "weight_bytes",
+        "the share of this rank": "own_bytes",
+        "memory after loading": "held_bytes",
+        "peak while loading": "peak_bytes",
+    }
+    rows = [(name, f"{data['load'][key] / 1e6:.0f}") for name, key in names.items()]
+    return "\n".join([write_table(("", "MB"), rows), "", describe(data)])
+
+
+def render_triton(data: dict[str, Any]) -> str:
+    """Show what Triton gives to many clients, beside the runner alone."""
+    options, rounds, cuts = data["options"], data["rounds"], (50, 95, 99)
+    alone, served = (sorted(each[name] for each in rounds) for name in ("alone", "served"))
+    rows = [
+        (f"{name}, ms", *(f"{data[key][f'p{cut}_ms']:.0f}" for cut in cuts))
+        for name, key in (("first token", "first_token"), ("each next token", "next_token"))
+    ]
+    ratios = ", ".join(f"{each['relative']:.2f}" for each in rounds)
+    about = (
+        f"{options['clients']} clients, prompts of {options['prompt']} tokens and "
+        f"{options['tokens']} new ones, {options['precision']}, {data['answers']} answers in "
+        f"{len(rounds)} rounds. Triton gave {served[0]:.0f} to {served[-1]:.0f} tokens/s, and the "
+        f"same runner in one process with the same batch {alone[0]:.0f} to {alone[-1]:.0f}. Their "
+        f"ratio by round: {ratios}; median {data['relative']:.2f}."
+    )
+    table = write_table(("", *(f"p{cut}" for cut in cuts)), rows)
+    return "\n".join([table, "", about, f"Triton {data['triton']}, {describe(data)}"])
+
+
+def render_served(data: dict[str, Any]) -> str:
+    """Show what the optional tests found with real servers."""
+    rows = [
+        (row["server"], row["version"], row["shape"], row["result"], row["date"][:10])
+        for row in data["rows"]
+    ]
+    commands = ", ".join(f"`{name}`" for name in sorted({row["command"] for row in data["rows"]}))
+    machine = f"{data['machine']['cpu']}, {data['machine']['cores']} cores: {commands}"
+    table = write_table(("server", "version", "shape", "gives", "date"), rows)
+    return "\n".join([table, "", machine])
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bench": lambda data: strip_heading(render_latency_table(data)),
+    "latency": render_latency,
+    "load": render_load,
+    "memory": render_memory,
+    "messages": render_messages,
+    "paper": lambda data: strip_heading(render_markdown(data)),
+    "pruning": lambda data: strip_heading(render_pruning_table(data)),
+    "run": render_run,
+    "scaling": render_scaling,
+    "served": render_served,
+    "triton": render_triton,
+}

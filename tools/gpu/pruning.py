@@ -1,0 +1,169 @@
+"""Measure seconds and memory of a pruning step by criterion (Table 4): parts of `suite.py`.
+
+Weights are random and made on the device, one module at a time, and 8-bit ones directly as codes,
+so that nothing larger than the model is ever in memory. The variants run one after another in this
+process, and each frees its memory before the next one starts.
+"""
+
+import gc
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
+from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, load_pruning
+from lpdeploy.pruning.fit import measure_free_bytes, plan_run
+from lpdeploy.pruning.options import PruneOptions
+
+MICRO_BATCHES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class PruningSize:
+    """The size of a step.
+
+    Attributes:
+        batch_size: Sequences a step; the paper takes 128.
+        seq_len: Tokens of each.
+        steps: Steps that are timed, after the warm-up.
+        small_batch: Sequences of a step whose memory is measured at a micro-batch of 1.
+    """
+
+    batch_size: int
+    seq_len: int
+    steps: int
+    small_batch: int
+
+
+SIZES = {"7b": PruningSize(128, 512, 3, 8), "tiny": PruningSize(4, 16, 1, 2)}
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"criterion": "lora"},
+    {"criterion": "gradient"},
+    {"criterion": "magnitude"},
+    {"criterion": "lora", "load_in": "8bit"},
+)
+OFF_LOADED: tuple[dict[str, Any], ...] = (
+    {"criterion": "gradient"},
+    {"criterion": "gradient", "offload_gradients": True},
+)
+
+
+class Run:
+    """A pruning run of this process."""
+
+    def __init__(self, variant: PruningVariant) -> None:
+        """Build the model, on its device."""
+        self.described: Prepared
+        self.described, self.call = load_pruning(variant)
+
+
+def build_options(suite: Any, size: PruningSize, **changes: Any) -> PruneOptions:
+    """Return the options that all variants share."""
+    dtype = "fp32" if suite.precision == "fp32" else "bf16"
+    return PruneOptions(
+        **{
+            "batch_size": size.batch_size,
+            "micro_batch_size": 1,
+            "seq_len": size.seq_len,
+            "round_to": suite.size.round_to,
+            "dtype": dtype,
+            "device": suite.device,
+            **changes,
+        }
+    )
+
+
+def choose_micro_batch(config: Any, options: PruneOptions, variants: Sequence[Any]) -> int:
+    """Return the largest micro-batch at which every variant fits according to its memory plan."""
+    free = measure_free_bytes(options.device)
+    for micro in MICRO_BATCHES:
+        if options.batch_size % micro == 0:
+            workload = PruningWorkload(with_micro_batch(options, micro), steps=1)
+            plans = [plan_run(config, workload.build_options(**own)) for own in variants]
+            if free is None or max(plan.total for plan in plans) < 0.9 * free:
+                return micro
+    return 1
+
+
+def with_micro_batch(options: PruneOptions, micro: int) -> PruneOptions:
+    """Return the same options with another micro-batch."""
+    return PruneOptions(**{**vars(options), "micro_batch_size": micro})
+
+
+def measure(config: Any, workload: PruningWorkload, variants: Sequence[Any]) -> dict[str, Any]:
+    """Run the variants, one after another, and make their rows."""
+    measured = []
+    with tempfile.TemporaryDirectory(prefix="lpdeploy-gpu-") as folder:
+        config.save_pretrained(folder)
+        for changes in variants:
+            options = workload.build_options(**changes)
+            print(f"   {changes}", file=sys.stderr, flush=True)
+            prepared, costs = take_steps(PruningVariant(Path(folder), options), workload)
+            measured.append((options, prepared, costs))
+    result = build_result(config, workload, measured, interleaved=False)
+    return {key: result[key] for key in ("workload", "rows")}
+
+
+def take_steps(
+    variant: PruningVariant, workload: PruningWorkload
+) -> tuple[Prepared, list[StepCost]]:
+    """Run one variant and free its memory."""
+    run = Run(variant)
+    rounds = WARM_UPS + workload.steps + workload.steps_after
+    (costs,) = run_interleaved([run], rounds, lambda: None)
+    described = run.described
+    del run
+    gc.collect()
+    if variant.options.device != "cpu":
+        torch.cuda.empty_cache()
+    return described, costs
+
+
+def run_pruning(suite: Any) -> Any:
+    """Time a step by criterion at the paper's batch, and memory at its micro-batch of 1."""
+    size = SIZES[suite.name]
+    config = suite.build_config(suite.size.heads, suite.size.channels)
+    options = build_options(suite, size)
+    micro = choose_micro_batch(config, options, VARIANTS)
+    timed = PruningWorkload(with_micro_batch(options, micro), size.steps)
+    small = PruningWorkload(build_options(suite, size, batch_size=size.small_batch), steps=1)
+    return {
+        **measure(config, timed, VARIANTS),
+        "micro_batch_1": measure(config, small, VARIANTS),
+    }
+
+
+def run_offloading(suite: Any) -> Any:
+    """Measure true gradients with and without off-loading (Table 6), at a small batch."""
+    size = SIZES[suite.name]
+    config = suite.build_config(suite.size.heads, suite.size.channels)
+    options = build_options(suite, size, batch_size=size.small_batch)
+    micro = choose_micro_batch(config, options, OFF_LOADED[:1])
+    return measure(config, PruningWorkload(with_micro_batch(options, micro), 1), OFF_LOADED)
+
+
+def run_65b(suite: Any) -> Any:
+    """Measure a base of LLaMA-65B's shapes in 8 bits on one GPU, if it has the memory."""
+    size = SIZES[suite.name]
+    config = suite.build_config(suite.size.heads, suite.size.channels)
+    if suite.name != "tiny":
+        config.update({"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 22016,
+                       "num_attention_heads": 64, "num_key_value_heads": 64})  # fmt: skip
+    options = build_options(
+        suite, size, batch_size=size.small_batch, gradient_checkpointing=True, load_in="8bit"
+    )
+    workload = PruningWorkload(options, steps=1)
+    plan = plan_run(config, options)
+    free = measure_free_bytes(suite.device)
+    planned = {"planned_bytes": plan.to_json()}
+    if free is not None and plan.total > free:
+        reason = f"planned memory is {format_bytes(plan.total)}, {format_bytes(free)} are free"
+        print(f"   skipped: {reason}", file=sys.stderr, flush=True)
+        return {"skipped": reason, **planned}
+    return {**planned, **measure(config, workload, ({"criterion": "lora"},))}

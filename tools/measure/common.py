@@ -1,0 +1,53 @@
+"""Share what the measuring scripts have in common: a parser, a counter, and the JSON they write.
+
+A script runs as a module from the root of the checkout: `python -m tools.measure.NAME`.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lpdeploy.artifacts import describe_machine, save_json
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that takes `--output` and shows the docstring of a script as it stands."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    return parser
+
+
+def describe_command() -> str:
+    """Return the running command; absolute paths are cut to their last part."""
+    spec = sys.modules["__main__"].__spec__
+    script = ["-m", spec.name] if spec else [sys.argv[0]]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", *script, *words])
+
+
+def save_measurement(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document with the machine, the versions, the date and the command beside it."""
+    machine = {**describe_machine(), "command": describe_command()}
+    save_json(path, {**document, "machine": machine})
+
+
+def report(done: int, total: int) -> None:
+    """Show progress on stderr."""
+    print(f"\r{done} of {total} ", end="", file=sys.stderr, flush=True)
+
+
+def save_word_tokenizer(folder: Path, words: Iterable[str]) -> None:
+    """Save a tokenizer with one token for each word beside a model; the first word is unknown."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    unknown = next(iter(vocabulary))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(folder)
