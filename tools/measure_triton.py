@@ -29,7 +29,7 @@ from triton_server import VENV, VERSION, setup
 
 from lpdeploy.artifacts import describe_machine, save_json
 from lpdeploy.engines.generation import generate
-from lpdeploy.engines.registry import load_exported
+from lpdeploy.engines.ort.runner import load_ort_runner
 from lpdeploy.servers.package import package
 
 NAME = "llama"
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         str(model), kind="triton", output=repository, name=NAME, max_batch=options.clients,
         max_seq_len=options.prompt + options.tokens, precision=options.precision,
     )  # fmt: skip
-    runner = load_exported(repository / f"{NAME}_engine" / "1", engine="ort")
+    runner = load_ort_runner(repository / f"{NAME}_engine" / "1")
     prompts = make_prompts(options.clients, options.prompt)
 
     def run_alone() -> tuple[float, list[list[int]]]:

@@ -1,23 +1,36 @@
 """The export stage: which folder of a run or model goes to which engine, and its record."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import check_apart, compute_sha256, record_stage
-from lpdeploy.engines.onnx.exporter import export_onnx
-from lpdeploy.engines.ort.exporter import export_ort
-from lpdeploy.engines.trt.exporter import export_tensorrt
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.engines import ENGINES, get_engine
+from lpdeploy.engines.contract import Contract
+from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
 
-# Engine -> what exports to it, and the file that stands for the result in the manifest.
-_EXPORTERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
-    "onnx": (export_onnx, "model.onnx"),
-    "ort": (export_ort, "model.onnx"),
-    "trt": (export_tensorrt, "model.engine"),
-}
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export is, and what it took.
+
+    Attributes:
+        contract: What the export says of itself.
+        output: Its folder.
+        bytes: Size of everything in the folder.
+        seconds: How long the export took.
+    """
+
+    contract: Contract
+    output: Path
+    bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contract's keys, with ``output``, ``bytes`` and ``seconds`` beside them."""
+        own = {"output": str(self.output), "bytes": self.bytes, "seconds": self.seconds}
+        return {**self.contract.to_json(), **own}
 
 
 def export(
@@ -26,46 +39,44 @@ def export(
     engine: str = "onnx",
     output: Path | None = None,
     unmerged: bool = False,
+    overwrite: bool = False,
     **options: Any,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Export a run's compacted model, or a model folder.
 
     Args:
         target: Run, model folder or hub name.
-        engine: ``onnx``, ``ort`` or ``trt``.
+        engine: Name of the engine.
         output: Folder; by default ``ENGINE`` (``ENGINE-unmerged``) in the run or model folder.
         unmerged: Export a run's ``unmerged`` model, with LoRA as separate products.
-        options: Of ``export_onnx``, ``export_ort`` or ``export_tensorrt``; None is as if not
+        overwrite: Replace the export that is there.
+        options: ``precision`` and the other options of the engine's exporter; None is as if not
             given.
-
-    Returns:
-        The contract of the export, and ``output``, ``bytes`` and ``seconds``.
 
     Raises:
         ArtifactError: The run has no such model, or ``output`` exists.
         LpdeployError: The engine does not know an option.
+        ValueError: There is no such engine, or nothing is exported for it.
     """
     run = Path(target)
     is_run = (run / "plan.json").is_file()
     if unmerged and not is_run:
-        raise ArtifactError(f"--unmerged needs a run; '{target}' has no plan.json.")
+        raise ArtifactError(f"`unmerged` needs a run; '{target}' has no plan.json.")
     model = _find_model(run, unmerged=unmerged) if is_run else resolve_model(target)
     options = {name: value for name, value in options.items() if value is not None}
-    _check_options(engine, options)
     folder = output or (run if is_run else model) / (f"{engine}-unmerged" if unmerged else engine)
     check_apart(folder, inputs=(run, model) if is_run else (model,))
-    record = {"target": target, "engine": engine, "unmerged": unmerged, **options}
+    record = {"target": target, "engine": engine, "unmerged": unmerged, "overwrite": overwrite}
+    record |= options
     with record_stage(run if is_run else model, f"export {folder.name}", record) as stage:
         adapter = model / "adapter" if unmerged else None
-        contract = export_folder(engine, model, folder, adapter=adapter, **options)
+        contract = export_folder(
+            engine, model, folder, adapter=adapter, overwrite=overwrite, **options
+        )
         stage.inputs = {model.name: compute_model_sha256(model)}
-        stage.outputs = {folder.name: compute_sha256(folder / _EXPORTERS[engine][1])}
-    return {
-        **contract,
-        "output": str(folder),
-        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
-        "seconds": stage.seconds,
-    }
+        stage.outputs = {folder.name: compute_sha256(folder / ENGINES[engine].main_file)}
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return ExportResult(contract, folder, size, stage.seconds)
 
 
 def _find_model(run: Path, *, unmerged: bool) -> Path:
@@ -76,23 +87,33 @@ def _find_model(run: Path, *, unmerged: bool) -> Path:
     return folder
 
 
-def export_folder(engine: str, model: Path, output: Path, **options: Any) -> dict[str, Any]:
+def export_folder(
+    engine: str,
+    model: Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Contract:
     """Export a checkpoint to an engine, and keep no record of it.
 
     Args:
-        engine: As above.
+        engine: Name of the engine.
         model: A Hugging Face folder.
         output: The folder to write.
-        options: Of the engine's exporter.
+        adapter: A peft adapter that stays beside the weights.
+        overwrite: Replace what is at ``output``.
+        options: ``precision`` and the other options of the engine's exporter.
 
-    Returns:
-        The contract of the export.
+    Raises:
+        LpdeployError: The engine does not know an option.
+        ValueError: There is no such engine, or nothing is exported for it.
     """
-    return _EXPORTERS[engine][0](model, output, **options)
-
-
-def _check_options(engine: str, options: Mapping[str, object]) -> None:
-    unknown = options.keys() - inspect.signature(_EXPORTERS[engine][0]).parameters
-    if unknown:
-        name = min(unknown).replace("_", "-")
-        raise LpdeployError(f"--{name} is no option of --engine {engine}. Leave it out.")
+    record = get_engine(engine)
+    if record.export is None:
+        raise ValueError(
+            f"engine {engine} runs checkpoints as they are; nothing is exported for it"
+        )
+    record.check_options(options)
+    return record.export(model, output, adapter=adapter, overwrite=overwrite, **options)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.engines.registry import EXPORTS, describe_exported, load_exported
+from lpdeploy.engines import ONNX, TORCH, get_engine
+from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.runner import Runner, pad_left
 from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
 from lpdeploy.errors import ArtifactError
@@ -56,6 +57,26 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class VerifyResult:
+    """Every pair of neighbouring stages.
+
+    Attributes:
+        pairs: The pairs, in the order of the stages.
+    """
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every pair agrees."""
+        return all(pair.ok for pair in self.pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {"ok": self.ok, "pairs": [asdict(pair) for pair in self.pairs]}
+
+
+@dataclass(frozen=True)
 class _Stage:
     """A way to compute, made when it is its turn and forgotten afterwards."""
 
@@ -64,7 +85,7 @@ class _Stage:
     precision: str
 
 
-def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> list[Pair]:
+def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> VerifyResult:
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
     Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
@@ -74,7 +95,7 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
 
     Args:
         target: A run or a model folder.
-        engine: Of ``EXPORTS`` to compare its exports too, ``torch`` to leave exports out.
+        engine: Compare the exports for this engine too; ``torch`` leaves exports out.
         atol: Tolerance for every pair instead of the one of its precision.
 
     Raises:
@@ -82,20 +103,19 @@ def verify(target: Path, *, engine: str = "onnx", atol: float | None = None) -> 
     """
     is_run = (target / "plan.json").is_file()
     stages = (_list_run if is_run else _list_model)(target, engine)
-    asked_for = engine if engine in EXPORTS else "onnx"
+    asked_for = engine if get_engine(engine).export else ONNX.name
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
-    missing = asked_for != "onnx" and not any(s.name.startswith(engine) for s in stages)
+    missing = asked_for != ONNX.name and not any(s.name.startswith(engine) for s in stages)
     if len(stages) < 2 or missing:
         what = f"no {asked_for} export" if missing else "only one stage"
         raise ArtifactError(
             f"'{target}' has {what} to look at. "
             f"Run 'lpdeploy export {target} --engine {asked_for}' first."
         )
-    pairs = list(_compare_chain(stages, atol=atol))
+    result = VerifyResult(tuple(_compare_chain(stages, atol=atol)))
     if is_run:
-        record = {"ok": all(p.ok for p in pairs), "pairs": [asdict(p) for p in pairs]}
-        save_json(target / "verify.json", record)
-    return pairs
+        save_json(target / "verify.json", result.to_json())
+    return result
 
 
 def _compare_chain(stages: list[_Stage], *, atol: float | None) -> Iterator[Pair]:
@@ -178,7 +198,7 @@ def _list_run(run: Path, engine: str) -> list[_Stage]:
 
 
 def _list_model(model: Path, engine: str) -> list[_Stage]:
-    return [_torch_stage("torch", model), *_list_exported(model / engine, engine)]
+    return [_torch_stage(TORCH.name, model), *_list_exported(model / engine, engine)]
 
 
 def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _Stage:
@@ -187,10 +207,11 @@ def _torch_stage(name: str, folder: Path, *, adapter: Path | None = None) -> _St
 
 
 def _list_exported(folder: Path, engine: str) -> list[_Stage]:
-    if engine not in EXPORTS or not folder.is_dir():
+    record = get_engine(engine)
+    if record.export is None or not folder.is_dir():
         return []
-    precision = describe_exported(folder, engine=engine)["precision"]
-    return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
+    precision = load_contract(folder, record).precision
+    return [_Stage(folder.name, lambda: record.load(folder), precision)]
 
 
 def _build_masked(run: Path, plan: PruningPlan) -> Runner:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.data.sources import load_corpus
-from lpdeploy.engines.registry import check_engine, load_exported
+from lpdeploy.engines import get_engine
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import ArtifactError, MissingDependencyError
@@ -50,7 +50,7 @@ def evaluate(
     Args:
         target: Model folder, hub name, or a run, whose compacted model is taken.
         options: What to measure.
-        engine: ``torch``, or that of an export of the target.
+        engine: What to run: ``torch``, or the engine of an export of the target.
         with_base: Of a run, measure the unpruned base too.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_progress: Is told (source, segments done, all segments), and ("tasks", answers scored,
@@ -69,7 +69,7 @@ def evaluate(
     if with_base and not is_run:
         raise ArtifactError(f"--with-base needs a run; '{target}' has no plan.json. Leave it out.")
     device = resolve_device(device)
-    check_engine(engine, device=device)
+    get_engine(engine).check(device)
     model = _find_model(target, is_run=is_run)
     exported = (run if is_run else model) / engine
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
@@ -158,9 +158,8 @@ def _find_model(target: str, *, is_run: bool) -> Path:
 
 
 def _load_runner(model: Path, exported: Path, *, engine: str, device: str) -> Runner:
-    if engine == "torch":
-        return load_torch_runner(model, device=device)
-    return load_exported(exported, engine=engine, device=device)
+    record = get_engine(engine)
+    return record.load(model if record.export is None else exported, device=device)
 
 
 def _measure(

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import load_json
+from lpdeploy.engines import ENGINES
+from lpdeploy.engines.contract import load_contract
+from lpdeploy.engines.engine import Engine
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.card import build_hub_card
 from lpdeploy.models.compact import RECORD
 from lpdeploy.plan import PruningPlan, load_plan
 
 CARD = "README.md"
-_EXPORTS = ("onnx", "ort")
-_CONTRACT = "io.json"
 # Where files of ours, of transformers and of peft name a model or an adapter.
 _NAMES_MODELS = ("base_model", "model", "adapter", "name_or_path", "_name_or_path")
 # Large, and made of the vocabulary alone.
@@ -58,12 +59,13 @@ def list_uploads(run: Path, *, repo: str) -> list[Upload]:
     model = run / "model"
     if not (model / RECORD).is_file():
         raise ArtifactError(f"No model in '{run}'. Run 'lpdeploy compact {run}' first.")
-    exports = [name for name in _EXPORTS if (run / name).is_dir()]
-    for name in exports:
-        _check_export(run / name, model, run=run)
+    exports = [e for e in ENGINES.values() if e.hub_card is not None and (run / e.name).is_dir()]
+    for engine in exports:
+        _check_export(run / engine.name, model, run=run, engine=engine)
     files = [(path.name, path) for path in _list_files(model) if path.name != CARD]
     files.append(("plan.json", run / "plan.json"))
-    files += [(f"{name}/{path.name}", path) for name in exports for path in _list_files(run / name)]
+    names = [engine.name for engine in exports]
+    files += [(f"{name}/{path.name}", path) for name in names for path in _list_files(run / name)]
     card = _build_card(model, plan, repo=repo, exports=exports)
     return [
         Upload(CARD, model / CARD, card.encode()),
@@ -77,14 +79,14 @@ def _list_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _check_export(folder: Path, model: Path, *, run: Path) -> None:
+def _check_export(folder: Path, model: Path, *, run: Path, engine: Engine) -> None:
     fix = f"Run 'lpdeploy export {run} --engine {folder.name} --overwrite' first."
-    made_from = load_json(folder / _CONTRACT, fix=fix).get("source", {}).get("sha256")
+    made_from = load_contract(folder, engine).source.sha256
     if made_from != load_json(model / RECORD, fix="Compact again.")["sha256"]:
         raise ArtifactError(f"'{folder}' was exported from another model than '{model}'. {fix}")
 
 
-def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[str]) -> str:
+def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[Engine]) -> str:
     path = model / CARD
     if not path.is_file():
         raise ArtifactError(
@@ -92,7 +94,9 @@ def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[str]
             f"'lpdeploy compact {model.parent} --overwrite'."
         )
     text = path.read_text(encoding="utf-8")
-    return build_hub_card(text, repo=repo, exports=exports, base_is_local=is_local(plan.base_model))
+    described = [engine.hub_card for engine in exports if engine.hub_card]
+    local = is_local(plan.base_model)
+    return build_hub_card(text, repo=repo, exports=described, base_is_local=local)
 
 
 def is_local(name: str) -> bool:

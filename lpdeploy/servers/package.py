@@ -14,6 +14,7 @@ from lpdeploy.artifacts import (
     record_stage,
     save_json,
 )
+from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.models.shapes import list_widths
@@ -44,7 +45,6 @@ _SERVERS = {
     "triton": "triton",
 }
 _SCHEMA_VERSION = 1
-_EXPORTS = ("onnx", "ort", "trt")
 
 
 def package(
@@ -112,7 +112,7 @@ def _check_options(kind: str, options: Mapping[str, object]) -> None:
 
 
 def _check_output(output: Path, model: Path, *, run: Path | None) -> None:
-    exports = [folder for name in _EXPORTS if (folder := (run or model) / name).exists()]
+    exports = [folder for name in ENGINES if (folder := (run or model) / name).exists()]
     check_apart(output, inputs=(model, *exports) if run is None else (run, model, *exports))
     inputs = (model, *exports)
     if held := [path for path in inputs if output.resolve().is_relative_to(path.resolve())]:

@@ -3,14 +3,14 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.artifacts import compute_sha256, load_json
+from lpdeploy.engines import get_engine
+from lpdeploy.engines.contract import Contract, load_contract
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import compute_model_sha256
 
 _GRAPHS = (".onnx", ".data", ".engine")
-_CONTRACTS = {"onnx": "io.json", "ort": "io.json", "trt": "engine.json"}
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -26,12 +26,12 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
+def find_export(model: Path, engine: str) -> tuple[Path, Contract] | None:
     """Find what ``lpdeploy export`` made of this very checkpoint, merged, and left by default.
 
     Args:
         model: The checkpoint: ``RUN/model``, or a folder of its own.
-        engine: ``onnx``, ``ort`` or ``trt``.
+        engine: Name of the engine.
 
     Returns:
         The folder and its contract, or None where there is none, it was made of other weights, or
@@ -39,15 +39,15 @@ def find_export(model: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
     """
     is_of_run = (model.parent / "plan.json").is_file() and model.name == "model"
     folder = (model.parent if is_of_run else model) / engine
-    contract_file = folder / _CONTRACTS[engine]
-    if not contract_file.is_file():
+    record = get_engine(engine)
+    if not (folder / record.contract_file).is_file():
         return None
-    contract = load_json(contract_file, fix="Export again with --overwrite.")
-    if not contract["merged"] or contract["source"]["sha256"] != compute_model_sha256(model):
+    contract = load_contract(folder, record)
+    if not contract.merged or contract.source.sha256 != compute_model_sha256(model):
         return None
-    for name, recorded in contract["files"].items():
+    for name, recorded in contract.files.items():
         path = folder / name
-        if not path.is_file() or compute_sha256(path) != recorded["sha256"]:
+        if not path.is_file() or compute_sha256(path) != recorded.sha256:
             return None
     return folder, contract
 
@@ -67,7 +67,7 @@ def resolve_length(max_seq_len: int | None, *, positions: int) -> int:
     """
     if max_seq_len is not None and not 2 <= max_seq_len <= positions:
         raise LpdeployError(
-            f"--max-seq-len {max_seq_len} does not fit a model of {positions} positions. "
+            f"`max_seq_len` {max_seq_len} does not fit a model of {positions} positions. "
             f"Use 2 to {positions}."
         )
     return max_seq_len or positions
