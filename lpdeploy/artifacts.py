@@ -225,7 +225,7 @@ def load_json(path: Path, *, fix: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"No {path.name} in '{path.parent}'. {fix}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ArtifactError(f"'{path}' is not valid JSON ({error}). {fix}") from error
 
 

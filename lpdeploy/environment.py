@@ -1,8 +1,27 @@
-"""Environment variables, set for a while."""
+"""What a process shares with the libraries in it: environment variables, warnings and loggers."""
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Each warns, at its import or on every call, of what a user of lpdeploy can do nothing about:
+# bitsandbytes of a kernel that it would download, gguf and lm_eval of their progress.
+_TALKATIVE = ("bitsandbytes.backends.cpu.ops", "gguf", "lm_eval")
+
+
+def quieten_libraries() -> None:
+    """Silence what other libraries announce to their authors, in a process that is ours alone.
+
+    For the command line and the processes that are started for it, before they import anything
+    else. Variables that the user has set in the environment stay as they are.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

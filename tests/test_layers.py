@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "lpdeploy"
-BASE = {"criteria", "errors", "environment", "plan", "artifacts", "run_folder"}
+BASE = {"criteria", "errors", "environment", "records", "plan", "artifacts", "run_folder"}
 CORE = BASE | {"families", "models", "data"}
 
 # Package -> packages it may import, besides itself. Imports point one way; nothing imports cli.
 ALLOWED = {
     "errors": set(),
     "environment": set(),
+    "records": set(),
     "plotting": set(),
     "criteria": set(),
     "plan": {"criteria", "errors"},

@@ -13,7 +13,7 @@ from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.table import render_latency
 from lpdeploy.benchmark.variants import Variant, list_variants
 from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
-from lpdeploy.engines.registry import check_engine
+from lpdeploy.engines import get_engine
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.run_folder import RunFolder, check_output
@@ -50,7 +50,7 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
     device = resolve_device(device)
     result_file = _choose_file(targets, output)
     for engine in engines:
-        check_engine(engine.partition(":")[0], device=device)
+        get_engine(engine.partition(":")[0]).check(device)
     with tempfile.TemporaryDirectory(prefix="lpdeploy-bench-") as scratch:
         variants = list_variants(
             targets,

@@ -21,7 +21,7 @@ from lpdeploy.benchmark.random_models import save_random_model
 from lpdeploy.benchmark.variants import TimedModel, Variant, build_variant
 from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
 from lpdeploy.data.batches import Progress
-from lpdeploy.engines.registry import check_engine
+from lpdeploy.engines import get_engine
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import PRECISIONS, resolve_device
 from lpdeploy.pruning.fit import check_memory
@@ -103,7 +103,7 @@ def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
         LpdeployError: The target is met already or out of reach, or as ``prune``.
     """
     device = resolve_device(options.device)
-    check_engine(target.engine.partition(":")[0], device=device)
+    get_engine(target.engine.partition(":")[0]).check(device)
     source = load_source(model, options)
     RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
     _check_options(source, options, target)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.benchmark.random_models import save_random_adapter
+from lpdeploy.engines import get_engine
+from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.export import export_folder
 from lpdeploy.engines.exports import find_export
-from lpdeploy.engines.registry import describe_exported
+from lpdeploy.engines.runner import Runner
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.compact import find_base
 from lpdeploy.models.loading import (
@@ -36,6 +38,7 @@ class Variant:
         folder: The checkpoint.
         adapter: A peft adapter that stays unmerged.
         exported: What the engine opens; None for torch, which opens the checkpoint.
+        load: What opens ``exported``, of the engine's record: a process of its own imports it.
         rank: Of the unmerged LoRA; 0 where it is merged.
     """
 
@@ -49,6 +52,7 @@ class Variant:
     folder: Path
     adapter: Path | None = None
     exported: Path | None = None
+    load: Callable[..., Runner] | None = None
     rank: int = 0
 
 
@@ -159,7 +163,8 @@ def build_variant(
     """Describe a checkpoint on an engine, exporting it to ``scratch`` where that is still to do."""
     engine, _, precision = engine.partition(":")
     exported = None
-    if engine != "torch":
+    record = get_engine(engine)
+    if record.export is not None:
         exported = _find_export(checkpoint, engine, precision)
         if exported is None:
             log(f"exporting {checkpoint.name} to {engine} for the benchmark")
@@ -180,6 +185,7 @@ def build_variant(
         folder=checkpoint.folder,
         adapter=checkpoint.adapter,
         exported=exported,
+        load=record.load if exported else None,
         rank=rank,
     )
 
@@ -188,7 +194,7 @@ def _find_export(model: TimedModel, engine: str, precision: str) -> Path | None:
     folder = find_export(model.place, engine) if model.place else None
     if folder is None:
         return None
-    stored = describe_exported(folder, engine=engine)["precision"]
+    stored = load_contract(folder, get_engine(engine)).precision
     return folder if precision in ("", stored) else None
 
 
@@ -211,8 +217,8 @@ def _export(
 
 def _count_bytes(checkpoint: TimedModel, engine: str, exported: Path | None) -> int:
     if exported is not None:
-        files = describe_exported(exported, engine=engine)["files"]
-        return sum(entry["bytes"] for entry in files.values())
+        files = load_contract(exported, get_engine(engine)).files
+        return sum(file.bytes for file in files.values())
     paths = list_weight_files(checkpoint.folder)
     if checkpoint.adapter is not None:
         paths = [*paths, checkpoint.adapter / "adapter_model.safetensors"]

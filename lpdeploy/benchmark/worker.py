@@ -3,7 +3,6 @@
 import gc
 import multiprocessing
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,9 +16,9 @@ from torch import Tensor
 from lpdeploy.artifacts import read_process_bytes
 from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.variants import Variant
-from lpdeploy.engines.registry import load_exported
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
+from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import LpdeployError
 
 
@@ -143,12 +142,12 @@ def load_timed(variant: Variant) -> tuple[TimedRunner, Loaded]:
     """Load one variant in this process."""
     gc.collect()
     before = read_bytes(variant.device)
-    if variant.exported is None:
+    if variant.load is None:
         runner: Runner = load_torch_runner(
             variant.folder, device=variant.device, adapter=variant.adapter
         )
     else:
-        runner = load_exported(variant.exported, engine=variant.engine, device=variant.device)
+        runner = variant.load(variant.exported, device=variant.device)
     # A checkpoint may be mapped from its file: its pages are there once they have been read.
     runner.forward(torch.zeros(1, 2, dtype=torch.int64), attention_mask=torch.ones(1, 2).long())
     gc.collect()
@@ -248,7 +247,7 @@ class Worker:
 
 
 def _serve(connection: Connection, load: Callable[[], Served]) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as in the command that started it
+    quieten_libraries()  # as in the command that started it
     try:
         described, answer = load()
         connection.send(described)

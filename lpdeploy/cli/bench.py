@@ -8,7 +8,7 @@ import click
 
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
-    ENGINES,
+    ENGINE,
     FOLDER,
     log,
     print_result,
@@ -31,7 +31,9 @@ def command() -> None:
 @command.command("latency")
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option(
-    "--engine", default="torch,onnx", help="Of torch, onnx, ort, trt; ort:int4 names a precision."
+    "--engine",
+    default="torch,onnx",
+    help=f"Engines to time, of {', '.join(ENGINE.choices)}; ort:int4 names a precision.",
 )
 @click.option("--merged", "form", flag_value="merged", help="Only models with LoRA merged.")
 @click.option("--unmerged", "form", flag_value="unmerged", help="Only models with LoRA apart.")
@@ -164,9 +166,9 @@ def _parse_criteria(text: str) -> tuple[str, ...]:
 
 def _parse_engines(text: str) -> tuple[str, ...]:
     engines = split_names(text)
-    unknown = [name for name in engines if name.partition(":")[0] not in ENGINES]
+    unknown = [name for name in engines if name.partition(":")[0] not in ENGINE.choices]
     if unknown or not engines:
-        known = ", ".join(ENGINES)
+        known = ", ".join(ENGINE.choices)
         raise click.UsageError(
             f"--engine {text!r}: choose from {known}, with a precision behind a colon where it "
             "matters, such as torch,ort,ort:int4."

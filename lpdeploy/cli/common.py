@@ -4,16 +4,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.recipe import load_recipe
 
-# As in engines/registry.py, which is too heavy to import before a command runs.
-ENGINES = ("torch", "onnx", "ort", "trt")
 # As in servers/package.py.
 TARGETS = ("triton", "genai", "vllm", "llamacpp")
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -40,6 +39,31 @@ class NameChoice(click.Choice[str]):
 
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class LateChoice(click.Choice[str]):
+    """A choice that is read when it is needed, so that what is added from outside counts."""
+
+    def __init__(self, read: Callable[[], Iterable[str]]) -> None:
+        super().__init__(())
+        self._read = read
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What may be chosen now."""
+        return tuple(self._read())
+
+    @choices.setter
+    def choices(self, _: object) -> None:
+        """Leave it to ``read``."""
+
+
+ENGINE = LateChoice(lambda: ENGINES)
+EXPORTED = LateChoice(lambda: (engine.name for engine in list_exporting()))
+SERVED = LateChoice(lambda: (engine.name for engine in list_exporting() if engine.triton))
+PRECISION = LateChoice(
+    lambda: dict.fromkeys(name for engine in list_exporting() for name in engine.precisions)
+)
 
 
 def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:

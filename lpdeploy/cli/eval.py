@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import ENGINES, print_result, shared_options, split_names
+from lpdeploy.cli.common import ENGINE, print_result, shared_options, split_names
 from lpdeploy.evaluation.options import EvalOptions
 
 
@@ -57,7 +57,7 @@ class _Names(click.ParamType):
     default=EvalOptions.batch_size,
     help="Segments, or answers of tasks, a forward pass.",
 )
-@click.option("--engine", type=click.Choice(ENGINES), default="torch")
+@click.option("--engine", type=ENGINE, default="torch")
 @click.option("--with-base", is_flag=True, help="Of a RUN, measure its unpruned base too.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @shared_options()

@@ -5,35 +5,66 @@ from pathlib import Path
 import click
 
 from lpdeploy.artifacts import format_bytes
-from lpdeploy.cli.common import ENGINES, FOLDER, print_result, shared_options
-
-
-@click.command("export")
-@click.argument("target", metavar="RUN|MODEL")
-@click.option("--engine", type=click.Choice(ENGINES[1:]), required=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
-    default="fp32",
-    help="int8 and int4, of weights alone, with --engine ort.",
+from lpdeploy.cli.common import (
+    EXPORTED,
+    FOLDER,
+    PRECISION,
+    print_result,
+    shared_options,
+    write_flags,
 )
+from lpdeploy.engines import list_exporting
+
+_HELP = """Export a RUN or a MODEL folder with its KV cache as inputs and outputs.
+
+Batch size, sequence length and past length stay dynamic. The engines are:
+
+"""
+
+
+def _describe_engines() -> str:
+    lines = (write_flags(f"{engine.name}: {engine.summary}.") for engine in list_exporting())
+    return "\n\n".join(lines)
+
+
+def _describe_precisions() -> str:
+    written = (f"{engine.name} {', '.join(engine.precisions)}" for engine in list_exporting())
+    return f"Precision of the weights: {'; '.join(written)}."
+
+
+@click.command("export", help=_HELP + _describe_engines())
+@click.argument("target", metavar="RUN|MODEL")
+@click.option("--engine", type=EXPORTED, required=True, help="Engine that will run the model.")
+@click.option("--precision", type=PRECISION, default="fp32", help=_describe_precisions())
 @click.option(
     "--activations",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Beside int8 and int4 weights; fp16 or bf16 for a GPU.  [default: fp32]",
+    help="Precision beside int8 and int4 weights; use fp16 or bf16 on a GPU.  [default: fp32]",
 )
 @click.option(
-    "--block-size", type=int, help="Weights that share a scale in int8 and int4.  [default: 32]"
+    "--block-size",
+    type=int,
+    help="Number of weights that share a scale in int8 and int4.  [default: 32]",
 )
 @click.option(
-    "--output", type=FOLDER, help="[default: RUN/ENGINE, RUN/ENGINE-unmerged or MODEL/ENGINE]"
+    "--output",
+    type=FOLDER,
+    help="The folder to write.  [default: RUN/ENGINE, RUN/ENGINE-unmerged or MODEL/ENGINE]",
 )
-@click.option("--max-batch", type=click.IntRange(min=1), default=8)
 @click.option(
-    "--max-seq-len", type=click.IntRange(min=2), help="[default: 2048, or the model's positions]"
+    "--max-batch", type=click.IntRange(min=1), help="Largest batch to serve.  [default: 8]"
 )
-@click.option("--opset", type=int, help="[default: what suits the engine]")
-@click.option("--unmerged", is_flag=True, help="Export RUN/unmerged, LoRA as separate products.")
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(min=2),
+    help="Longest prompt plus answer, in tokens.  [default: 2048, or the model's positions]",
+)
+@click.option(
+    "--opset", type=int, help="ONNX opset of the graph.  [default: what suits the engine]"
+)
+@click.option(
+    "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps LoRA beside the weights."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @shared_options()
 def command(  # noqa: PLR0913 - one parameter an option
@@ -44,21 +75,14 @@ def command(  # noqa: PLR0913 - one parameter an option
     activations: str | None,
     block_size: int | None,
     output: Path | None,
-    max_batch: int,
+    max_batch: int | None,
     max_seq_len: int | None,
     opset: int | None,
     unmerged: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export a RUN or a MODEL folder: KV cache in and out, dynamic batch, sequence and past.
-
-    onnx is a graph of standard operators, for any runtime. ort is one of ONNX Runtime's own
-    operators over a cache that is written in place: the fastest on a CPU, and what ONNX Runtime
-    GenAI opens. trt is an engine of TensorRT or TensorRT-RTX: it admits --max-batch
-    and --max-seq-len and no more, and runs on the kind of GPU and the version of the library that
-    built it.
-    """
+    """Export a run or a model for an engine."""
     from lpdeploy.engines.export import export
 
     result = export(
@@ -74,14 +98,15 @@ def command(  # noqa: PLR0913 - one parameter an option
         max_seq_len=max_seq_len,
         overwrite=overwrite,
     )
+    contract = result.contract
     text = (
-        f"{result['output']}: {result['engine']} {result['precision']}, opset {result['opset']}, "
-        f"{format_bytes(result['bytes'])}, {result['seconds']:.1f} s"
+        f"{result.output}: {contract.engine} {contract.precision}, opset {contract.opset}, "
+        f"{format_bytes(result.bytes)}, {result.seconds:.1f} s"
     )
-    if "library" in result:
-        library = result["library"]
+    if contract.build is not None:
+        build = contract.build
         text += (
-            f"\nengine built in {result['build_seconds']:.1f} s "
-            f"by {library['name']} {library['version']}, cache {result['cache']}"
+            f"\nengine built in {build.build_seconds:.1f} s "
+            f"by {build.library.name} {build.library.version}, cache {build.cache}"
         )
-    print_result(result, text, as_json=as_json)
+    print_result(result.to_json(), text, as_json=as_json)

@@ -1,13 +1,10 @@
 """The `lpdeploy` group: commands in pipeline order, and errors as one sentence."""
 
 import importlib
-import logging
-import os
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +12,7 @@ import click
 
 from lpdeploy import __version__
 from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank, write_flags
+from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import LpdeployError, RankLostError, RecipeError
 from lpdeploy.pruning.heap import restart_tight
 
@@ -58,7 +56,7 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
-        _quieten_libraries()
+        quieten_libraries()
         _end_as_interrupted()
         try:
             return super().invoke(ctx)
@@ -74,16 +72,6 @@ class _LazyGroup(click.Group):
             if not isinstance(error, RankLostError):
                 _let_first_rank_speak()
             raise click.ClickException(write_flags(str(error))) from error
-
-
-def _quieten_libraries() -> None:
-    # Before anything imports them. The user can still set these in the environment.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # What libraries announce to each other's authors; --debug and -W show it.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("gguf", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _let_first_rank_speak() -> None:

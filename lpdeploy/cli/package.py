@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from lpdeploy.artifacts import format_bytes
-from lpdeploy.cli.common import FOLDER, TARGETS, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, PRECISION, SERVED, TARGETS, print_result, shared_options
 
 _COUNT = click.IntRange(min=1)
 
@@ -17,11 +17,11 @@ _COUNT = click.IntRange(min=1)
 @click.option("--output", type=FOLDER, required=True, help="The folder to write.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    type=PRECISION,
     help="Of genai and llamacpp (which has no int4), and of triton.  [default: fp32; llamacpp: the "
     "checkpoint's]",
 )
-@click.option("--engine", type=click.Choice(["ort", "trt"]), help="Of triton.  [default: ort]")
+@click.option("--engine", type=SERVED, help="Of triton.  [default: ort]")
 @click.option("--name", help="Of the models of triton.  [default: the name of DIR]")
 @click.option(
     "--max-batch", type=_COUNT, help="Requests that triton decodes at once.  [default: 8]"

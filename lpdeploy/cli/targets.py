@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from lpdeploy.cli.common import ENGINES, log
+from lpdeploy.cli.common import ENGINE, log
 from lpdeploy.errors import LpdeployError
 from lpdeploy.pruning.options import PruneOptions
 
@@ -86,9 +86,7 @@ def target_options(function: _Function) -> _Function:
                 help="In place of --ratio: the longest that it may take here on --engine, such as "
                 "30ms. Shapes are measured, and heads and channels chosen each for themselves.",
             ),
-            click.option(
-                "--engine", type=click.Choice(ENGINES), help="What --target-latency measures."
-            ),
+            click.option("--engine", type=ENGINE, help="What --target-latency measures."),
             click.option(
                 "--latency-phase",
                 type=click.Choice(["prefill", "decode"]),
@@ -125,7 +123,8 @@ def take_target(values: dict[str, Any]) -> dict[str, Any] | None:
         raise click.UsageError(f"{names} each decide what is left. Give one of them.")
     if "target_latency" in given and options["engine"] is None:
         raise click.UsageError(
-            f"--target-latency needs to know what to measure. Give --engine {'|'.join(ENGINES)}."
+            "--target-latency needs to know what to measure. "
+            f"Give --engine {'|'.join(ENGINE.choices)}."
         )
     for name in _LATENCY:
         if "target_latency" not in given and _find_source(name) is ParameterSource.COMMANDLINE:

@@ -1,7 +1,6 @@
 """The demo: the whole line on the model that the package carries, in one folder."""
 
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
@@ -16,6 +15,7 @@ from lpdeploy.engines.export import export
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.engines.verify import verify
+from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
@@ -145,13 +145,13 @@ def _export_all(runs: list[RunFolder]) -> None:
 
 
 def _export_run(run: RunFolder) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as the command line does
+    quieten_libraries()  # as the command line does
     for unmerged in (False, True):
         export(str(run), unmerged=unmerged)
 
 
 def _check(run: RunFolder) -> None:
-    wrong = [pair for pair in verify(run) if not pair.ok]
+    wrong = [pair for pair in verify(run).pairs if not pair.ok]
     if wrong:
         raise ParityError(f"{wrong[0].a} and {wrong[0].b} differ by {wrong[0].max_abs_diff:.1e}.")
 

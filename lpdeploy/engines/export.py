@@ -1,25 +1,37 @@
 """The export stage: which folder of a run or model goes to which engine, and its record."""
 
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import compute_sha256, record_stage
-from lpdeploy.engines.onnx.exporter import export_onnx
-from lpdeploy.engines.ort.exporter import export_ort
-from lpdeploy.engines.trt.exporter import export_tensorrt
-from lpdeploy.errors import LpdeployError
+from lpdeploy.engines import ENGINES, get_engine
+from lpdeploy.engines.contract import Contract
 from lpdeploy.models.place import locate_model
 from lpdeploy.run_folder import check_output
 
-# Engine -> what exports to it, and the file that stands for the result in the manifest.
-_EXPORTERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
-    "onnx": (export_onnx, "model.onnx"),
-    "ort": (export_ort, "model.onnx"),
-    "trt": (export_tensorrt, "model.engine"),
-}
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export is, and what it took.
+
+    Attributes:
+        contract: What the export says of itself.
+        output: Its folder.
+        bytes: Size of everything in the folder.
+        seconds: How long the export took.
+    """
+
+    contract: Contract
+    output: Path
+    bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contract's keys, with ``output``, ``bytes`` and ``seconds`` beside them."""
+        own = {"output": str(self.output), "bytes": self.bytes, "seconds": self.seconds}
+        return {**self.contract.to_json(), **own}
 
 
 def export(
@@ -28,27 +40,26 @@ def export(
     engine: str = "onnx",
     output: Path | None = None,
     unmerged: bool = False,
+    overwrite: bool = False,
     **options: Any,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Export a run's compacted model, or a model folder.
 
     Args:
         target: Run, model folder or hub name.
-        engine: ``onnx``, ``ort`` or ``trt``.
+        engine: Name of the engine.
         output: Folder; by default ``ENGINE`` (``ENGINE-unmerged``) in the run or model folder.
         unmerged: Export a run's ``unmerged`` model, with LoRA as separate products.
-        options: Of ``export_onnx``, ``export_ort`` or ``export_tensorrt``; None is as if not
+        overwrite: Replace the export that is there.
+        options: ``precision`` and the other options of the engine's exporter; None is as if not
             given.
-
-    Returns:
-        The contract of the export, and ``output``, ``bytes`` and ``seconds``.
 
     Raises:
         ArtifactError: The run has no such model, or ``output`` exists.
         LpdeployError: The engine does not know an option.
+        ValueError: There is no such engine, or nothing is exported for it.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    _check_options(engine, options)
     place = locate_model(target, unmerged=unmerged)
     default = place.get_export(engine)
     folder = output or default
@@ -58,34 +69,42 @@ def export(
         place.hold(),
         record_stage(place.records, f"export {folder.name}", record) as stage,
     ):
-        contract = export_folder(engine, place.folder, folder, adapter=place.adapter, **options)
-        stage.inputs = {place.folder.name: contract["source"]["sha256"]}
-        stage.outputs = {folder.name: compute_sha256(folder / _EXPORTERS[engine][1])}
-    return {
-        **contract,
-        "output": str(folder),
-        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
-        "seconds": stage.seconds,
-    }
+        contract = export_folder(
+            engine, place.folder, folder, adapter=place.adapter, overwrite=overwrite, **options
+        )
+        stage.inputs = {place.folder.name: contract.source.sha256}
+        stage.outputs = {folder.name: compute_sha256(folder / ENGINES[engine].main_file)}
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return ExportResult(contract, folder, size, stage.seconds)
 
 
-def export_folder(engine: str, model: Path, output: Path, **options: Any) -> dict[str, Any]:
+def export_folder(
+    engine: str,
+    model: Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Contract:
     """Export a checkpoint to an engine, and keep no record of it.
 
     Args:
-        engine: As above.
+        engine: Name of the engine.
         model: A Hugging Face folder.
         output: The folder to write.
-        options: Of the engine's exporter.
+        adapter: A peft adapter that stays beside the weights.
+        overwrite: Replace what is at ``output``.
+        options: ``precision`` and the other options of the engine's exporter.
 
-    Returns:
-        The contract of the export.
+    Raises:
+        LpdeployError: The engine does not know an option.
+        ValueError: There is no such engine, or nothing is exported for it.
     """
-    return _EXPORTERS[engine][0](model, output, **options)
-
-
-def _check_options(engine: str, options: Mapping[str, object]) -> None:
-    unknown = options.keys() - inspect.signature(_EXPORTERS[engine][0]).parameters
-    if unknown:
-        name = min(unknown)
-        raise LpdeployError(f"`{name}` is not an option of `engine={engine}`. Leave it out.")
+    record = get_engine(engine)
+    if record.export is None:
+        raise ValueError(
+            f"engine {engine} runs checkpoints as they are; nothing is exported for it"
+        )
+    record.check_options(options)
+    return record.export(model, output, adapter=adapter, overwrite=overwrite, **options)

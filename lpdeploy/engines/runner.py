@@ -23,7 +23,7 @@ class Runner(Protocol):
     """A causal LM on some engine.
 
     Attributes:
-        name: ``torch``, ``onnx``, ``ort`` or ``trt``.
+        name: Name of the engine.
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
         vocab_size: Width of the logits.
         max_positions: Longest past + present in tokens.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import save_json
+from lpdeploy.engines import ONNX, TORCH, get_engine
+from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.exports import find_export
-from lpdeploy.engines.registry import EXPORTS, describe_exported, load_exported
 from lpdeploy.engines.runner import Runner, pad_left
 from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
 from lpdeploy.errors import ArtifactError
@@ -59,6 +60,26 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class VerifyResult:
+    """Every pair of neighbouring stages.
+
+    Attributes:
+        pairs: The pairs, in the order of the stages.
+    """
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every pair agrees."""
+        return all(pair.ok for pair in self.pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return {"ok": self.ok, "pairs": [asdict(pair) for pair in self.pairs]}
+
+
+@dataclass(frozen=True)
 class _Stage:
     """A way to compute, made when it is its turn and forgotten afterwards."""
 
@@ -69,7 +90,7 @@ class _Stage:
 
 def verify(
     target: str | os.PathLike[str], *, engine: str = "onnx", atol: float | None = None
-) -> list[Pair]:
+) -> VerifyResult:
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
     Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
@@ -79,7 +100,7 @@ def verify(
 
     Args:
         target: A run or a model folder.
-        engine: Of ``EXPORTS`` to compare its exports too, ``torch`` to leave exports out.
+        engine: Compare the exports for this engine too; ``torch`` leaves exports out.
         atol: Tolerance for every pair instead of the one of its precision.
 
     Raises:
@@ -87,9 +108,9 @@ def verify(
     """
     place = locate_model(target)
     stages = _list_model(place, engine) if place.run is None else _list_run(place.run, engine)
-    asked_for = engine if engine in EXPORTS else "onnx"
+    asked_for = engine if get_engine(engine).export else ONNX.name
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
-    missing = asked_for != "onnx" and not any(s.name.startswith(engine) for s in stages)
+    missing = asked_for != ONNX.name and not any(s.name.startswith(engine) for s in stages)
     if len(stages) < 2 or missing:
         what = f"no {asked_for} export" if missing else "only one stage"
         raise ArtifactError(
@@ -97,11 +118,10 @@ def verify(
             f"Run 'lpdeploy export {target} --engine {asked_for}' first."
         )
     with place.hold(shared=True):
-        pairs = list(_compare_chain(stages, atol=atol))
+        result = VerifyResult(tuple(_compare_chain(stages, atol=atol)))
     if place.run is not None:
-        record = {"ok": all(p.ok for p in pairs), "pairs": [asdict(p) for p in pairs]}
-        save_json(place.run.verification, record)
-    return pairs
+        save_json(place.run.verification, result.to_json())
+    return result
 
 
 def _compare_chain(stages: list[_Stage], *, atol: float | None) -> Iterator[Pair]:
@@ -181,7 +201,7 @@ def _list_run(run: RunFolder, engine: str) -> list[_Stage]:
 
 
 def _list_model(place: ModelPlace, engine: str) -> list[_Stage]:
-    return [_torch_stage("torch", place), *_list_exported(place, engine)]
+    return [_torch_stage(TORCH.name, place), *_list_exported(place, engine)]
 
 
 def _torch_stage(name: str, place: ModelPlace) -> _Stage:
@@ -192,11 +212,12 @@ def _torch_stage(name: str, place: ModelPlace) -> _Stage:
 
 
 def _list_exported(place: ModelPlace, engine: str) -> list[_Stage]:
-    folder = find_export(place, engine) if engine in EXPORTS else None
+    record = get_engine(engine)
+    folder = find_export(place, engine) if record.export else None
     if folder is None:
         return []
-    precision = describe_exported(folder, engine=engine)["precision"]
-    return [_Stage(folder.name, lambda: load_exported(folder, engine=engine), precision)]
+    precision = load_contract(folder, record).precision
+    return [_Stage(folder.name, lambda: record.load(folder), precision)]
 
 
 def _build_masked(run: RunFolder, plan: PruningPlan) -> Runner:

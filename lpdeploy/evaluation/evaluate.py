@@ -9,8 +9,8 @@ from typing import Any
 
 from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.data.sources import load_corpus
+from lpdeploy.engines import get_engine
 from lpdeploy.engines.exports import need_export
-from lpdeploy.engines.registry import check_engine, load_exported
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import ArtifactError, MissingDependencyError
@@ -51,7 +51,7 @@ def evaluate(
     Args:
         target: Model folder, hub name, or a run, whose compacted model is taken.
         options: What to measure.
-        engine: ``torch``, or that of an export of the target.
+        engine: What to run: ``torch``, or the engine of an export of the target.
         with_base: Of a run, measure the unpruned base too.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_progress: Is told (source, segments done, all segments), and ("tasks", answers scored,
@@ -66,7 +66,7 @@ def evaluate(
         LpdeployError: Model, data, a task or the segment length cannot be used.
     """
     device = resolve_device(device)
-    check_engine(engine, device=device)
+    get_engine(engine).check(device)
     if with_base and not RunFolder(target).is_complete:
         raise ArtifactError(f"`with_base=True` needs a run, and '{target}' is none. Leave it out.")
     place = locate_model(target)
@@ -153,9 +153,9 @@ def _merge_part(old: dict[str, Any], new: dict[str, Any], keep: set[str]) -> dic
 
 
 def _load_runner(place: ModelPlace, *, engine: str, device: str) -> Runner:
-    if engine == "torch":
-        return load_torch_runner(place.folder, device=device)
-    return load_exported(need_export(place, engine), engine=engine, device=device)
+    record = get_engine(engine)
+    folder = place.folder if record.export is None else need_export(place, engine)
+    return record.load(folder, device=device)
 
 
 def _measure(

@@ -106,19 +106,13 @@ def build_model_card(
     )
 
 
-_HUB_EXPORTS = {
-    "onnx": "`onnx/`: a graph of standard operators, whose inputs and outputs `io.json` names",
-    "ort": "`ort/`: a graph of ONNX Runtime's operators, with what ONNX Runtime GenAI opens",
-}
-
-
 def build_hub_card(card: str, *, repo: str, exports: Sequence[str], base_is_local: bool) -> str:
     """Return a card as it stands in a repository on the hub.
 
     Args:
         card: What ``build_model_card`` returned, perhaps edited since.
         repo: ``owner/name``; snippets load that, not the folder that the card was written for.
-        exports: Folders beside the checkpoint: ``onnx``, ``ort``.
+        exports: Phrases that describe the exports beside the checkpoint.
         base_is_local: Whether the base model has no name on the hub, only one of its folder.
     """
     card = re.sub(r'(from_pretrained\()"[^"]*"', rf'\1"{repo}"', card)
@@ -128,7 +122,7 @@ def build_hub_card(card: str, *, repo: str, exports: Sequence[str], base_is_loca
         parts[0] = re.sub(r"^base_model: .*\n", "", parts[0], count=1, flags=re.MULTILINE)
         parts.append("The base model was a local folder; it is named here by its last part.")
     if exports:
-        lines = [f"- {_HUB_EXPORTS[name]}." for name in exports]
+        lines = [f"- {phrase}." for phrase in exports]
         parts += ["## Exports", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import load_json
+from lpdeploy.engines import ENGINES
+from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.exports import find_export
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.card import build_hub_card
@@ -15,7 +17,6 @@ from lpdeploy.plan import PruningPlan
 from lpdeploy.run_folder import RunFolder
 
 CARD = "README.md"
-_EXPORTS = ("onnx", "ort")
 # Where files of ours, of transformers and of peft name a model or an adapter.
 _NAMES_MODELS = ("base_model", "model", "adapter", "name_or_path", "_name_or_path")
 # Large, and made of the vocabulary alone.
@@ -57,11 +58,12 @@ def list_uploads(run: RunFolder, *, repo: str) -> list[Upload]:
     """
     plan, place = run.load_plan(), locate_model(run)
     model = place.folder
-    exports = {name: folder for name in _EXPORTS if (folder := find_export(place, name))}
+    found = {e: find_export(place, e.name) for e in ENGINES.values() if e.hub_card is not None}
+    exports = {engine: folder for engine, folder in found.items() if folder is not None}
     files = [(path.name, path) for path in _list_files(model) if path.name != CARD]
     files.append((run.plan.name, run.plan))
-    for name, folder in exports.items():
-        files += [(f"{name}/{path.name}", path) for path in _list_files(folder)]
+    for engine, folder in exports.items():
+        files += [(f"{engine.name}/{path.name}", path) for path in _list_files(folder)]
     card = _build_card(model, plan, repo=repo, exports=list(exports))
     return [
         Upload(CARD, model / CARD, card.encode()),
@@ -75,7 +77,7 @@ def _list_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[str]) -> str:
+def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[Engine]) -> str:
     path = model / CARD
     if not path.is_file():
         raise ArtifactError(
@@ -83,7 +85,9 @@ def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[str]
             f"'lpdeploy compact {model.parent} --overwrite'."
         )
     text = path.read_text(encoding="utf-8")
-    return build_hub_card(text, repo=repo, exports=exports, base_is_local=is_local(plan.base_model))
+    described = [engine.hub_card for engine in exports if engine.hub_card]
+    local = is_local(plan.base_model)
+    return build_hub_card(text, repo=repo, exports=described, base_is_local=local)
 
 
 def is_local(name: str) -> bool:

@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lpdeploy.artifacts import atomic_file, load_json
 from lpdeploy.benchmark.plot import draw_latency, draw_training
+from lpdeploy.engines import list_exporting
 from lpdeploy.engines.exports import find_export
-from lpdeploy.engines.registry import EXPORTS
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.record import ModelRecord, load_model_record
@@ -90,8 +90,8 @@ def _check_exports(run: RunFolder) -> None:
     for unmerged in (False, True):
         if run.get_model(unmerged=unmerged).is_dir():
             place = locate_model(run, unmerged=unmerged)
-            for engine in EXPORTS:
-                find_export(place, engine)
+            for engine in list_exporting():
+                find_export(place, engine.name)
 
 
 def _load(path: Path) -> Any:

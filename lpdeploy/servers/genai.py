@@ -1,12 +1,13 @@
 """The folder that ONNX Runtime GenAI opens: an `ort` export, and the lines that run it."""
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.engines.contract import resolve_max_seq_len
+from lpdeploy.engines import ORT
+from lpdeploy.engines.contract import Contract
 from lpdeploy.engines.export import export_folder
+from lpdeploy.engines.exporting import resolve_max_seq_len
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
@@ -52,7 +53,7 @@ def package_genai(
     config = load_config(model)
     tokenizer = load_tokenizer(model, config)
     length = resolve_max_seq_len(max_seq_len, config)
-    found = find_whole_export(place, "ort")
+    found = find_whole_export(place, ORT.name)
     quantized = precision in ("int8", "int4")
     wanted = {
         "precision": precision,
@@ -81,18 +82,21 @@ def package_genai(
     }
 
 
-def _describe_export(contract: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_export(contract: Contract) -> dict[str, Any]:
     """Return what of an export is chosen by options; its cache is in the type of activations."""
-    cache = next(value for value in contract["inputs"] if value["name"].startswith("past"))
     names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    chosen = {name: contract[name] for name in ("precision", "block_size", "max_seq_len")}
-    return {**chosen, "activations": names[cache["dtype"]]}
+    return {
+        "precision": contract.precision,
+        "block_size": contract.packing.block_size if contract.packing else None,
+        "max_seq_len": contract.max_seq_len,
+        "activations": names[contract.caches[0].dtype],
+    }
 
 
 def _export_into(model: Path, folder: Path, **options: Any) -> None:
     """Export to a folder of its own, as exports are written, and move its files up."""
-    exported = folder / "ort"
-    export_folder("ort", model, exported, **options)
+    exported = folder / ORT.name
+    export_folder(ORT.name, model, exported, **options)
     for file in exported.iterdir():
         file.rename(folder / file.name)
     exported.rmdir()

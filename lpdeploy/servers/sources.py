@@ -3,11 +3,11 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.artifacts import FOLDER_RECORD, compute_sha256, load_json
+from lpdeploy.engines import get_engine
+from lpdeploy.engines.contract import Contract, load_contract
 from lpdeploy.engines.exports import find_export
-from lpdeploy.engines.registry import describe_exported
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.place import ModelPlace
 
@@ -27,7 +27,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def find_whole_export(place: ModelPlace, engine: str) -> tuple[Path, dict[str, Any]] | None:
+def find_whole_export(place: ModelPlace, engine: str) -> tuple[Path, Contract] | None:
     """Find what ``lpdeploy export`` made of a model, if every file of it is as it was written.
 
     Returns:
@@ -39,10 +39,10 @@ def find_whole_export(place: ModelPlace, engine: str) -> tuple[Path, dict[str, A
     folder = find_export(place, engine)
     if folder is None:
         return None
-    contract = describe_exported(folder, engine=engine)
-    for name, recorded in contract["files"].items():
+    contract = load_contract(folder, get_engine(engine))
+    for name, recorded in contract.files.items():
         path = folder / name
-        if not path.is_file() or compute_sha256(path) != recorded["sha256"]:
+        if not path.is_file() or compute_sha256(path) != recorded.sha256:
             return None
     return folder, contract
 
@@ -64,7 +64,7 @@ def resolve_length(max_seq_len: int | None, *, positions: int) -> int:
     """
     if max_seq_len is not None and not 2 <= max_seq_len <= positions:
         raise LpdeployError(
-            f"--max-seq-len {max_seq_len} does not fit a model of {positions} positions. "
+            f"`max_seq_len` {max_seq_len} does not fit a model of {positions} positions. "
             f"Use 2 to {positions}."
         )
     return max_seq_len or positions

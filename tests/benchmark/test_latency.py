@@ -19,6 +19,7 @@ from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_latency, render_latency
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, TimedRunner, Timing, Worker, Workload, load_all
+from lpdeploy.engines import ONNX
 from lpdeploy.engines.runner import Output
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
@@ -158,8 +159,10 @@ def test_more_tokens_than_positions_are_refused(model):
 
 @pytest.mark.slow
 def test_a_worker_hands_on_what_cannot_be_loaded(tmp_path):
-    missing = Variant("m", 0.0, "onnx", True, 1, 1, "cpu", tmp_path, exported=tmp_path)
-    with pytest.raises(LpdeployError, match=r"No io.json in .*Export the model again"):
+    missing = Variant(
+        "m", 0.0, "onnx", True, 1, 1, "cpu", tmp_path, exported=tmp_path, load=ONNX.load
+    )
+    with pytest.raises(LpdeployError, match=r"No io.json in .*Export it again"):
         Worker(functools.partial(load_all, [missing]))
 
 

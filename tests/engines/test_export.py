@@ -50,8 +50,8 @@ def test_an_engine_has_a_folder_and_an_entry_of_its_own(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="no trt export .*export .* --engine trt' first"):
         verify(model, engine="trt")
     result = export(str(model), engine="trt", precision="fp16", max_seq_len=32)
-    assert result["output"] == str(model / "trt")
-    assert result["precision"] == "fp16"
+    assert result.output == model / "trt"
+    assert result.contract.precision == "fp16"
     entry = json.loads((model / "manifest.json").read_text())["stages"]["export trt"]
     assert entry["options"]["engine"] == "trt"
     assert entry["outputs"] == {"trt": compute_sha256(model / "trt" / "model.engine")}
@@ -64,11 +64,11 @@ def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
     with pytest.raises(ArtifactError, match="no ort export .*export .* --engine ort' first"):
         verify(model, engine="ort")
     result = export(str(model), engine="ort", precision="int8", opset=None)
-    assert result["output"] == str(model / "ort")
+    assert result.output == model / "ort"
     entry = json.loads((model / "manifest.json").read_text())["stages"]["export ort"]
     assert entry["options"]["precision"] == "int8"
     assert entry["outputs"] == {"ort": compute_sha256(model / "ort" / "model.onnx")}
-    (pair,) = verify(model, engine="ort")
+    (pair,) = verify(model, engine="ort").pairs
     assert (pair.a, pair.b, pair.ok) == ("torch", "ort", True)
     assert pair.max_abs_diff > 0
     assert 0.5 < pair.top1_agreement <= 1
@@ -76,7 +76,7 @@ def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
 
 def test_an_option_of_another_engine_is_refused(tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    with pytest.raises(LpdeployError, match="`opset` is not an option of"):
+    with pytest.raises(LpdeployError, match="`opset` is no option of engine ort. Leave it out"):
         export(str(model), engine="ort", opset=18)
-    with pytest.raises(LpdeployError, match="`block_size` is not an option of"):
+    with pytest.raises(LpdeployError, match="`block_size` is no option of engine onnx"):
         export(str(model), engine="onnx", block_size=32)

@@ -40,7 +40,7 @@ def names(pairs):
 def test_all_stages_of_a_run_are_equal(run):
     export(str(run))
     export(str(run), unmerged=True)
-    pairs = verify(run)
+    pairs = verify(run).pairs
     assert names(pairs) == [
         ("masked/torch", "cut/torch"),
         ("cut/torch", "unmerged/torch"),
@@ -53,7 +53,7 @@ def test_all_stages_of_a_run_are_equal(run):
     assert json.loads((run / "verify.json").read_text())["ok"] is True
     with pytest.raises(ArtifactError, match=r"no trt export .*lpdeploy export .* --engine trt' fi"):
         verify(run, engine="trt")
-    without = verify(run, engine="torch")
+    without = verify(run, engine="torch").pairs
     assert all("onnx" not in name for pair in names(without) for name in pair)
 
 
@@ -62,7 +62,7 @@ def test_a_model_folder_and_its_export_are_equal(tmp_path):
     with pytest.raises(ArtifactError, match="only one stage .* Run 'lpdeploy export"):
         verify(model)
     export(str(model))
-    pairs = verify(model)
+    pairs = verify(model).pairs
     assert names(pairs) == [("torch", "onnx")]
     assert pairs[0].ok
 
@@ -93,14 +93,14 @@ def test_a_damaged_stage_is_found(run, change, tmp_path):
     before = path.read_bytes()
     try:
         damage(run / "model", change)
-        wrong = [pair for pair in verify(run, engine="torch") if not pair.ok]
+        wrong = [pair for pair in verify(run, engine="torch").pairs if not pair.ok]
         assert names(wrong) == [("unmerged/torch", "compact/torch")]
     finally:
         path.write_bytes(before)
 
 
 def test_the_tolerance_can_be_given(run):
-    assert not any(pair.ok for pair in verify(run, engine="torch", atol=-1.0))
+    assert not any(pair.ok for pair in verify(run, engine="torch", atol=-1.0).pairs)
 
 
 def test_inputs_fit_a_model_of_few_positions():
@@ -120,6 +120,6 @@ def test_a_bf16_checkpoint_has_its_own_tolerance(tmp_path):
     compact(tmp_path / "run")
     stored = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    merged = verify(tmp_path / "run", engine="torch")[-1]
+    merged = verify(tmp_path / "run", engine="torch").pairs[-1]
     assert merged.ok
     assert merged.max_abs_diff > 1e-4  # the weights really were rounded to bf16 once more

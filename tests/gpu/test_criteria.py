@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lpdeploy.plan import CRITERIA
+from lpdeploy.criteria import CRITERIA
+from lpdeploy.pruning.scoring import Scorer
 from tests.pruning.independent import assert_scores, make_rows
 from tests.pruning.test_criteria import make, score
 

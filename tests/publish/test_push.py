@@ -1,5 +1,6 @@
 """What reaches a hub of our own, through the hub's own library, and what does not."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,12 +12,14 @@ import yaml
 
 from lpdeploy.artifacts import compute_sha256, load_json, save_json
 from lpdeploy.cli.common import log
+from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
 from lpdeploy.publish.push import push
 from tests import fake_hub
 from tests.cli.test_cli import check_refused, invoke, last_json
+from tests.engines.test_contract import WRITTEN
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning.test_target import SMALL, prune
 
@@ -34,9 +37,9 @@ def finished(tmp_path_factory):
     compact(run)
     record = load_json(run / "model" / "lpdeploy.json", fix="")
     for name in EXPORTS:
-        source = {"model": str(run / "model"), "sha256": record["sha256"], "adapter": None}
-        source["adapter_sha256"] = None
-        save_json(run / name / "io.json", {"precision": "fp32", "source": source})
+        contract = copy.deepcopy(WRITTEN[ENGINES[name]])
+        contract["source"] |= {"model": str(run / "model"), "sha256": record["sha256"]}
+        save_json(run / name / "io.json", contract)
         (run / name / "model.onnx").write_bytes(b"graph of " + name.encode())
     (run / "checkpoint").mkdir()
     (run / "checkpoint" / "state.safetensors").write_bytes(b"moments")

@@ -75,7 +75,7 @@ def test_genai_loads_what_the_table_says(saved, tmp_path):
     config, folder = saved
     try:
         contract = export_ort(folder, tmp_path / "ort", max_seq_len=32)
-        loads = contract["genai"] and bool(genai.Model(str(tmp_path / "ort")))
+        loads = contract.packing.genai and bool(genai.Model(str(tmp_path / "ort")))
     except LpdeployError:
         loads = False
     assert get_verdict(config, "onnxruntime-genai").loads == ("yes" if loads else "no")

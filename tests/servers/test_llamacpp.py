@@ -121,7 +121,7 @@ def test_a_window_ends_the_context(tmp_path):
     result, reader = package_for_llamacpp(model, tmp_path / "out")
     assert read_field(reader, "llama.context_length") == 5
     assert result["command"].endswith("-c 5 --port 8080")
-    with pytest.raises(LpdeployError, match="--max-seq-len 6 does not fit a model of 5 positions"):
+    with pytest.raises(LpdeployError, match="`max_seq_len` 6 does not fit a model of 5 positions"):
         package_for_llamacpp(model, tmp_path / "again", max_seq_len=6)
 
 

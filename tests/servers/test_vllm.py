@@ -80,7 +80,7 @@ def test_how_many_gpus_the_heads_allow(tmp_path, heads, kv_heads, ranks):
 
 def test_what_is_missing_or_out_of_range(tmp_path):
     model = make_tiny_model(tmp_path / "model")
-    with pytest.raises(LpdeployError, match="--max-seq-len 129 does not fit .* Use 2 to 128"):
+    with pytest.raises(LpdeployError, match="`max_seq_len` 129 does not fit .* Use 2 to 128"):
         package_for_vllm(model, tmp_path / "out", max_seq_len=129)
     for path in model.glob("tokenizer*"):
         path.unlink()

@@ -11,7 +11,6 @@ with torch in the same precision before it is timed.
 
 import functools
 import gc
-import importlib.util
 import shutil
 import sys
 import tempfile
@@ -30,17 +29,17 @@ from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.random_models import fill_random_adapter
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, TimedRunner, Workload, time_work
+from lpdeploy.engines import TORCH, get_engine, list_exporting
 from lpdeploy.engines.export import export_folder
-from lpdeploy.engines.registry import load_exported
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import TorchRunner
 from lpdeploy.engines.verify import build_inputs, collect_logits
+from lpdeploy.errors import LpdeployError
 from lpdeploy.models.shapes import count_parameters
 from tools.gpu.pruning import run_65b, run_offloading, run_pruning
 from tools.measure.common import build_parser, describe_command, report
 
 RANK = 8
-LIBRARIES = {"onnx": ("onnxruntime",), "ort": ("onnxruntime",), "trt": ("tensorrt", "tensorrt_rtx")}
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def list_torch_subjects(suite: Suite, *, unmerged: bool) -> list[Subject]:
     subjects = []
     for ratio, rounded, config in suite.list_shapes():
         model = suite.build_model(config)
-        variant = suite.describe(config, ratio, "torch", rounded=rounded)
+        variant = suite.describe(config, ratio, TORCH.name, rounded=rounded)
         subjects.append(build_subject(variant, TorchRunner(model), config))
         if unmerged:
             apart = replace(variant, merged=False, rank=RANK)
@@ -188,18 +187,17 @@ def run_decode(suite: Suite) -> Any:
 
 def run_engine(engine: str, suite: Suite) -> Any:
     """Compare an engine's logits with torch's, then time the dense and the 50 % model in both."""
-    libraries = LIBRARIES[engine]
-    if not any(importlib.util.find_spec(name) for name in libraries):
-        return {"skipped": f"{' or '.join(libraries)} is not installed"}
-    if engine == "trt" and suite.device == "cpu":
-        return {"skipped": "TensorRT needs a GPU"}
+    try:
+        get_engine(engine).check(suite.device)
+    except LpdeployError as error:
+        return {"skipped": str(error)}
     subjects, parity = [], []
     shapes = [s for s in suite.list_shapes() if s[1] and s[0] in (0.0, 0.5)]
     for ratio, rounded, config in shapes:
         model = suite.build_model(config)
         runner, seconds = export_and_load(engine, suite, model)
         parity.append({"ratio": ratio, "export_s": seconds, **compare(TorchRunner(model), runner)})
-        for name, own in (("torch", TorchRunner(model)), (engine, runner)):
+        for name, own in ((TORCH.name, TorchRunner(model)), (engine, runner)):
             variant = suite.describe(config, ratio, name, rounded=rounded)
             subjects.append(build_subject(variant, own, config))
     workloads = [replace(suite.size.workload, decode=suite.size.decode.decode, repeats=20)]
@@ -223,7 +221,7 @@ def export_and_load(engine: str, suite: Suite, model: Any) -> tuple[Runner, floa
         )
         seconds = time.perf_counter() - start
         shutil.rmtree(folder)
-        return load_exported(Path(scratch) / engine, engine=engine, device=suite.device), seconds
+        return get_engine(engine).load(Path(scratch) / engine, device=suite.device), seconds
 
 
 def compare(reference: Runner, runner: Runner) -> dict[str, float]:
@@ -240,7 +238,7 @@ def compare(reference: Runner, runner: Runner) -> dict[str, float]:
 PARTS: dict[str, Callable[[Suite], Any]] = {
     "table-3": run_table_3,
     "decode": run_decode,
-    **{engine: functools.partial(run_engine, engine) for engine in LIBRARIES},
+    **{engine.name: functools.partial(run_engine, engine.name) for engine in list_exporting()},
     "pruning": run_pruning,
     "pruning-offload": run_offloading,
     "pruning-65b": run_65b,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.engines.generation import generate
-from lpdeploy.engines.registry import load_exported
+from lpdeploy.engines.ort.runner import load_ort_runner
 from lpdeploy.servers.package import package
 from tools.measure.common import build_parser, save_measurement, save_word_tokenizer
 from tools.measure.engines import SHAPES, VOCAB, save_models
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         str(model), kind="triton", output=repository, name=NAME, max_batch=options.clients,
         max_seq_len=options.prompt + options.tokens, precision=options.precision,
     )  # fmt: skip
-    runner = load_exported(repository / f"{NAME}_engine" / "1", engine="ort")
+    runner = load_ort_runner(repository / f"{NAME}_engine" / "1")
     prompts = make_prompts(options.clients, options.prompt)
 
     def run_alone() -> tuple[float, list[list[int]]]:

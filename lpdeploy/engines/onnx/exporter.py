@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpdeploy.artifacts import atomic_folder, list_versions, save_json
-from lpdeploy.engines.contract import (
-    CONTRACT_VERSION,
+from lpdeploy.artifacts import atomic_folder, list_versions
+from lpdeploy.engines.contract import Contract, TensorSpec, save_contract
+from lpdeploy.engines.exporting import (
     carry_settings,
+    check_max_batch,
     describe_files,
     describe_model,
     describe_source,
     resolve_max_seq_len,
 )
+from lpdeploy.engines.onnx import ENGINE
 from lpdeploy.engines.onnx.traced import SCATTER_OPSET, ConcatModel, InPlaceModel
 from lpdeploy.engines.torch.runner import load_model_with_adapter
 from lpdeploy.environment import set_variable
@@ -37,7 +39,7 @@ SUPPORTED_OPSETS = range(18, 24)  # what torch's exporter writes: no less, and n
 # Runtime 1.31 (two busy CPU cores, November 2026; 6 layers of width 768, fp32): prefill of 512
 # tokens 1.06 to 1.11; decode 1.2 to 1.5 with 12 KV heads and 1.2 to 2.0 with 4, since the Attention
 # operator takes grouped KV heads as they are, where 18 copies the cache for every query head. Both
-# are equally close to torch. 23 needs ONNX Runtime 1.23; an older server gets --opset 18.
+# are equally close to torch. 23 needs ONNX Runtime 1.23; an older server needs opset 18.
 DEFAULT_OPSET = 23
 _GROUPED_ATTENTION_OPSET = 23
 
@@ -57,7 +59,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     max_seq_len: int | None = None,
     in_place: bool = False,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Contract:
     """Export a checkpoint with KV cache in and out, and dynamic batch, sequence and past.
 
     Writes a folder that needs nothing else: ``model.onnx``, ``model.onnx.data`` (all weights, so
@@ -92,49 +94,45 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     config = load_config(model_folder)
     default = SCATTER_OPSET if in_place else DEFAULT_OPSET
     opset = default if opset is None else opset
-    _check_options(precision, opset, max_batch, in_place=in_place)
+    ENGINE.check_options({"precision": precision})
+    _check_opset(opset, in_place=in_place)
+    check_max_batch(max_batch)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
     buffer = max_seq_len if in_place else None
     with atomic_folder(output, kind=EXPORT, overwrite=overwrite) as folder:
         model = load_model_with_adapter(model_folder, dtype=precision, adapter=adapter)
         _save_graph(model, folder / "model.onnx", opset=opset, buffer=buffer)
         carry_settings(model_folder, folder)
-        contract = {
-            "schema_version": CONTRACT_VERSION,
-            "engine": "onnx",
-            "precision": precision,
-            "opset": opset,
-            "merged": adapter is None,
-            **_describe_tensors(config, precision, buffer),
-            **describe_model(config, model_folder),
-            "max_batch": max_batch,
-            "max_seq_len": max_seq_len,
-            "source": describe_source(model_folder, adapter),
-            "files": describe_files(folder, "model.onnx*"),
-            "versions": list_versions(),
-        }
-        save_json(folder / "io.json", contract)
+        inputs, outputs = _describe_tensors(config, precision, buffer)
+        contract = Contract(
+            engine=ENGINE.name,
+            precision=precision,
+            opset=opset,
+            merged=adapter is None,
+            inputs=inputs,
+            outputs=outputs,
+            model=describe_model(config, model_folder),
+            max_batch=max_batch,
+            max_seq_len=max_seq_len,
+            source=describe_source(model_folder, adapter),
+            files=describe_files(folder, "model.onnx*"),
+            versions=list_versions(),
+        )
+        save_contract(contract, folder, ENGINE)
     return contract
 
 
-def _check_options(precision: str, opset: int, max_batch: int, *, in_place: bool) -> None:
-    if precision not in _CACHE_DTYPES:
-        raise LpdeployError(
-            f"--precision {precision} is not a precision of a plain ONNX graph. "
-            f"Use {', '.join(_CACHE_DTYPES)}."
-        )
+def _check_opset(opset: int, *, in_place: bool) -> None:
     if in_place and opset != SCATTER_OPSET:
         raise LpdeployError(
-            f"--opset {opset} is not supported with a cache that is written in place; it must be "
+            f"`opset` {opset} is not supported with a cache that is written in place; it must be "
             f"{SCATTER_OPSET}. Leave it out."
         )
     if not in_place and opset not in SUPPORTED_OPSETS:
         raise LpdeployError(
-            f"--opset {opset} is not supported; it must be {SUPPORTED_OPSETS[0]} to "
+            f"`opset` {opset} is not supported; it must be {SUPPORTED_OPSETS[0]} to "
             f"{SUPPORTED_OPSETS[-1]}. Leave it out for {DEFAULT_OPSET}."
         )
-    if max_batch < 1:
-        raise LpdeployError(f"--max-batch {max_batch} serves nothing. Use 1 or more.")
 
 
 def _save_graph(model: nn.Module, path: Path, *, opset: int, buffer: int | None) -> None:
@@ -166,7 +164,7 @@ def _check_graph(path: Path, *, opset: int) -> None:
     if written != opset:  # the exporter only logs that it could not convert
         raise LpdeployError(
             f"The exporter wrote opset {written} and could not convert it to {opset}. "
-            f"Leave --opset out for {DEFAULT_OPSET}."
+            f"Leave `opset` out for {DEFAULT_OPSET}."
         )
     onnx.checker.check_model(path)  # by its path: also right above 2 GB
 
@@ -237,32 +235,31 @@ def _grouped_attention(*, enabled: bool) -> Iterator[None]:
         yield
 
 
-def _describe_tensors(config: Any, precision: str, buffer: int | None) -> dict[str, Any]:
-    """Name, dtype and shape of every input and output; a string is a dynamic dimension."""
+def _describe_tensors(
+    config: Any, precision: str, buffer: int | None
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return the inputs and outputs of the graph; a string is a dynamic dimension."""
     head_dim, dtype = get_head_dim(config), _CACHE_DTYPES[precision]
     past, total = buffer or "past", buffer or "total"
 
-    def describe_cache(prefix: str, length: int | str) -> list[dict[str, Any]]:
+    def describe_cache(prefix: str, length: int | str) -> list[TensorSpec]:
         return [
-            {
-                "name": f"{prefix}.{layer}.{part}",
-                "dtype": dtype,
-                "shape": ["batch", width.kv_heads, length, head_dim],
-            }
+            TensorSpec(
+                f"{prefix}.{layer}.{part}", dtype, ("batch", width.kv_heads, length, head_dim)
+            )
             for layer, width in enumerate(list_widths(config))
             for part in ("key", "value")
         ]
 
-    def describe(name: str, *shape: int | str) -> dict[str, Any]:
-        return {"name": name, "dtype": "int64", "shape": ["batch", *shape]}
-
     lengths = {"attention_mask": total}
-    tokens = [describe(name, lengths.get(name, "sequence")) for name in _TOKEN_INPUTS]
+    tokens = [
+        TensorSpec(name, "int64", ("batch", lengths.get(name, "sequence")))
+        for name in _TOKEN_INPUTS
+    ]
     if buffer is not None:
-        tokens.append(describe(WRITE_INDICES))
-    logits_shape = ["batch", "sequence", config.vocab_size]
-    logits = {"name": "logits", "dtype": "float32", "shape": logits_shape}
-    return {
-        "inputs": tokens + describe_cache("past_key_values", past),
-        "outputs": [logits, *describe_cache("present", total)],
-    }
+        tokens.append(TensorSpec(WRITE_INDICES, "int64", ("batch",)))
+    logits = TensorSpec("logits", "float32", ("batch", "sequence", config.vocab_size))
+    return (
+        (*tokens, *describe_cache("past_key_values", past)),
+        (logits, *describe_cache("present", total)),
+    )

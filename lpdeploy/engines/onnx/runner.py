@@ -1,12 +1,12 @@
 """An exported ONNX folder in ONNX Runtime, behind the Runner protocol."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lpdeploy.engines.contract import load_contract
+from lpdeploy.engines.contract import Contract, load_contract
+from lpdeploy.engines.onnx import ENGINE
 from lpdeploy.engines.ort_session import (
     build_empty_value,
     build_session,
@@ -29,18 +29,16 @@ class OnnxRunner:
         provider: The execution provider that runs the graph.
     """
 
-    name = "onnx"
+    name = ENGINE.name
 
-    def __init__(self, session: Any, contract: Mapping[str, Any], *, device: str = "cpu") -> None:
-        self.precision: str = contract["precision"]
-        self.vocab_size: int = contract["vocab_size"]
-        self.max_positions: int = contract["max_positions"]
+    def __init__(self, session: Any, contract: Contract, *, device: str = "cpu") -> None:
+        self.precision: str = contract.precision
+        self.vocab_size: int = contract.model.vocab_size
+        self.max_positions: int = contract.model.max_positions
         self.contract = contract
         self.provider: str = session.get_providers()[0]
         self._session = session
         self._device, self._device_id = split_device(device)
-        self._caches = [item for item in contract["inputs"] if "past_key_values" in item["name"]]
-        self._outputs = [item["name"] for item in contract["outputs"]]
 
     def forward(
         self,
@@ -77,10 +75,10 @@ class OnnxRunner:
         for name, tensor in tokens.items():
             binding.bind_cpu_input(name, tensor.contiguous().numpy())
         caches = past if past is not None else self._build_empty_past(input_ids.shape[0])
-        for item, value in zip(self._caches, caches, strict=True):
-            binding.bind_ortvalue_input(item["name"], value)
-        for name in self._outputs:
-            binding.bind_output(name, self._device, self._device_id)
+        for item, value in zip(self.contract.caches, caches, strict=True):
+            binding.bind_ortvalue_input(item.name, value)
+        for output in self.contract.outputs:
+            binding.bind_output(output.name, self._device, self._device_id)
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         shared = share_tensor(logits)
@@ -89,8 +87,8 @@ class OnnxRunner:
     def _build_empty_past(self, batch: int) -> list[Any]:
         return [
             # (B, kv_heads, 0, head_dim); nothing in it, so the CPU is the right place for it.
-            build_empty_value([batch, item["shape"][1], 0, item["shape"][3]], item["dtype"])
-            for item in self._caches
+            build_empty_value(list(item.resolve({"batch": batch, "past": 0})), item.dtype)
+            for item in self.contract.caches
         ]
 
 
@@ -107,10 +105,11 @@ def load_onnx_runner(folder: Path, *, device: str = "cpu") -> OnnxRunner:
         MissingDependencyError: ONNX Runtime, or its provider for ``device``, is not installed.
     """
     kind, _ = split_device(device)
-    contract = load_contract(folder, engine="onnx")
-    if contract["precision"] == "bf16" and kind == "cpu":
+    contract = load_contract(folder, ENGINE)
+    contract.check_files(folder, fix=ENGINE.fix)
+    if contract.precision == "bf16" and kind == "cpu":
         raise ArtifactError(
             f"'{folder}' is a bf16 graph, which ONNX Runtime does not run on a CPU. "
-            "Use --device cuda, or export with --precision fp32."
+            "Use `device='cuda'`, or export with `precision='fp32'`."
         )
     return OnnxRunner(build_session(folder, device), contract, device=device)

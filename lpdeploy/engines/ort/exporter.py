@@ -1,20 +1,22 @@
 """A checkpoint for ONNX Runtime alone: its own operators, packed weights, GenAI's config."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from lpdeploy.artifacts import atomic_folder, list_versions, save_json
-from lpdeploy.engines.contract import (
-    CONTRACT_VERSION,
+from lpdeploy.artifacts import atomic_folder, list_versions
+from lpdeploy.engines.contract import Contract, PackingRecord, TensorSpec, save_contract
+from lpdeploy.engines.exporting import (
     carry_settings,
+    check_max_batch,
     describe_files,
     describe_model,
     describe_source,
     resolve_max_seq_len,
 )
+from lpdeploy.engines.ort import ENGINE
 from lpdeploy.engines.ort.genai import save_genai_files
 from lpdeploy.engines.ort.graph import OPSET, build_decoder
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
@@ -24,7 +26,6 @@ from lpdeploy.run_folder import EXPORT
 
 _ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BITS = {"int8": 8, "int4": 4}
-PRECISIONS = (*_ACTIVATIONS, *_BITS)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -39,7 +40,7 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
     max_batch: int = 8,
     max_seq_len: int | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Contract:
     """Export a checkpoint for ONNX Runtime alone, as fast as it runs it.
 
     Writes a folder that needs nothing else: ``model.onnx``, ``model.onnx.data``, ``io.json``,
@@ -68,6 +69,8 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
         LpdeployError: An option is out of range, or a block does not fit a width.
     """
     config = load_config(model_folder)
+    ENGINE.check_options({"precision": precision})
+    check_max_batch(max_batch)
     dtype = _resolve_activations(precision, activations)
     quantization = _resolve_blocks(precision, block_size)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
@@ -78,37 +81,32 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
         )
         ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
         carry_settings(model_folder, folder)
-        contract = {
-            "schema_version": CONTRACT_VERSION,
-            "engine": "ort",
-            "precision": precision,
-            "block_size": quantization.block_size if quantization else None,
-            "opset": OPSET,
-            "merged": adapter is None,
-            "inputs": [_describe_value(value) for value in graph.graph.inputs],
-            "outputs": [_describe_value(value) for value in graph.graph.outputs],
-            **describe_model(config, model_folder),
-            "max_batch": max_batch,
-            "max_seq_len": max_seq_len,
-            "source": describe_source(model_folder, adapter),
-            "files": describe_files(folder, "model.onnx*"),
-            "versions": list_versions(),
-        }
-        contract["genai"] = save_genai_files(folder, config, contract)
-        save_json(folder / "io.json", contract)
+        contract = Contract(
+            engine=ENGINE.name,
+            precision=precision,
+            opset=OPSET,
+            merged=adapter is None,
+            inputs=tuple(_describe_value(value) for value in graph.graph.inputs),
+            outputs=tuple(_describe_value(value) for value in graph.graph.outputs),
+            model=describe_model(config, model_folder),
+            max_batch=max_batch,
+            max_seq_len=max_seq_len,
+            source=describe_source(model_folder, adapter),
+            files=describe_files(folder, "model.onnx*"),
+            versions=list_versions(),
+        )
+        genai = save_genai_files(folder, config, contract)
+        packing = PackingRecord(quantization.block_size if quantization else None, genai)
+        contract = replace(contract, packing=packing)
+        save_contract(contract, folder, ENGINE)
     return contract
 
 
 def _resolve_activations(precision: str, activations: str | None) -> str:
-    if precision not in PRECISIONS:
-        raise LpdeployError(
-            f"--precision {precision} is not a precision of --engine ort. "
-            f"Use {', '.join(PRECISIONS)}."
-        )
     if activations is not None and precision in _ACTIVATIONS:
         raise LpdeployError(
-            f"--activations {activations} goes with int8 or int4 weights; --precision {precision} "
-            "says both. Leave it out."
+            f"`activations` {activations} goes with int8 or int4 weights only; `precision` "
+            f"{precision} sets both. Leave `activations` out."
         )
     return _ACTIVATIONS[activations or ("fp32" if precision in _BITS else precision)]
 
@@ -118,16 +116,17 @@ def _resolve_blocks(precision: str, block_size: int) -> BlockFormat | None:
         return None
     if block_size not in BLOCK_SIZES:
         raise LpdeployError(
-            f"--block-size {block_size} is not a block that ONNX Runtime packs. "
+            f"`block_size` {block_size} is not a block that ONNX Runtime packs. "
             f"Use {', '.join(map(str, BLOCK_SIZES))}."
         )
     return BlockFormat(_BITS[precision], block_size)
 
 
-def _describe_value(value: ir.Value) -> dict[str, Any]:
+def _describe_value(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
     assert value.shape is not None
     assert value.dtype is not None
     names = {ir.DataType.FLOAT: "float32"}
-    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
     dtype = names.get(value.dtype, value.dtype.name.lower())
-    return {"name": value.name, "dtype": dtype, "shape": shape}
+    return TensorSpec(value.name, dtype, shape)

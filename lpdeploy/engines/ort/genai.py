@@ -1,18 +1,18 @@
 """What ONNX Runtime GenAI asks of a folder that it opens: its config, and a graph of its own."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from lpdeploy.artifacts import save_json
+from lpdeploy.engines.contract import Contract
 from lpdeploy.families import get_family
 
 _GRAPH = "genai.onnx"
 
 
-def save_genai_files(folder: Path, config: Any, contract: Mapping[str, Any]) -> bool:
+def save_genai_files(folder: Path, config: Any, contract: Contract) -> bool:
     """Add ``genai_config.json`` and ``genai.onnx`` to an ``ort`` export.
 
     Args:
@@ -23,12 +23,12 @@ def save_genai_files(folder: Path, config: Any, contract: Mapping[str, Any]) -> 
     Returns:
         Whether it could: GenAI knows one number of heads for all layers.
     """
-    if len(set(contract["num_key_value_heads"])) > 1:
+    if len(set(contract.model.num_key_value_heads)) > 1:
         return False
     model = ir.load(folder / "model.onnx")
     apply_attention_mask(model)
     ir.save(model, folder / _GRAPH)
-    save_json(folder / "genai_config.json", build_genai_config(config, contract))
+    save_json(folder / "genai_config.json", _build_genai_config(config, contract))
     return True
 
 
@@ -82,16 +82,16 @@ def _add_lengths(tape: ir.tape.Tape, mask: ir.Value, ids: ir.Value) -> dict[str,
     }
 
 
-def build_genai_config(config: Any, contract: Mapping[str, Any]) -> dict[str, Any]:
+def _build_genai_config(config: Any, contract: Contract) -> dict[str, Any]:
     """Build ``genai_config.json`` for a model whose layers have the same number of heads."""
-    stops = contract["eos_token_ids"]
-    bos = contract["bos_token_id"]
+    stops = list(contract.model.eos_token_ids)
+    bos = contract.model.bos_token_id
     family = get_family(config.model_type)
     return {
         "model": {
             "type": family.genai or family.model_type,
             "vocab_size": config.vocab_size,
-            "context_length": contract["max_seq_len"],
+            "context_length": contract.max_seq_len,
             "bos_token_id": bos if bos is not None else (stops or [0])[0],
             "eos_token_id": stops,
             "pad_token_id": config.pad_token_id
@@ -101,10 +101,10 @@ def build_genai_config(config: Any, contract: Mapping[str, Any]) -> dict[str, An
                 "session_options": {"provider_options": []},
                 "filename": _GRAPH,
                 "hidden_size": config.hidden_size,
-                "head_size": contract["head_dim"],
-                "num_attention_heads": contract["num_attention_heads"][0],
-                "num_key_value_heads": contract["num_key_value_heads"][0],
-                "num_hidden_layers": contract["num_hidden_layers"],
+                "head_size": contract.model.head_dim,
+                "num_attention_heads": contract.model.num_attention_heads[0],
+                "num_key_value_heads": contract.model.num_key_value_heads[0],
+                "num_hidden_layers": contract.model.num_hidden_layers,
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
@@ -120,7 +120,7 @@ def build_genai_config(config: Any, contract: Mapping[str, Any]) -> dict[str, An
         },
         "search": {
             "do_sample": False,
-            "max_length": contract["max_seq_len"],
+            "max_length": contract.max_seq_len,
             "past_present_share_buffer": True,
         },
     }

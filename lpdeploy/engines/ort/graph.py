@@ -74,7 +74,7 @@ def build_decoder(
     if get_head_dim(config) % 16:
         raise LpdeployError(
             f"ONNX Runtime's attention wants heads of a multiple of 16, this model's have "
-            f"{get_head_dim(config)}. Use --engine onnx."
+            f"{get_head_dim(config)}. Use `engine='onnx'`."
         )
     return _Decoder(config, weights, dtype, quantization).build(max_seq_len)
 
@@ -342,8 +342,8 @@ def compute_rotary_tables(config: Any, length: int) -> tuple[torch.Tensor, torch
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise LpdeployError(
-            f"--engine ort does not take rotary positions of type '{kind}', which change with "
-            "the length of the text. Use --engine onnx."
+            f"Engine ort does not take rotary positions of type '{kind}', which change with "
+            "the length of the text. Use `engine='onnx'`."
         )
     rotary = build_rotary_embedding(config)
     positions = torch.arange(length).unsqueeze(0)  # (1, L)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lpdeploy.engines.contract import load_contract
+from lpdeploy.engines.contract import Contract, load_contract
+from lpdeploy.engines.ort import ENGINE
 from lpdeploy.engines.ort_session import bind_tensor, build_session, split_device
 from lpdeploy.engines.runner import Output
 from lpdeploy.errors import LpdeployError
@@ -63,16 +64,15 @@ class OrtRunner:
         contract: What ``io.json`` says.
     """
 
-    name = "ort"
+    name = ENGINE.name
 
-    def __init__(self, session: Any, contract: Mapping[str, Any], *, device: str = "cpu") -> None:
-        self.precision: str = contract["precision"]
-        self.vocab_size: int = contract["vocab_size"]
-        self.max_positions: int = contract["max_seq_len"]
+    def __init__(self, session: Any, contract: Contract, *, device: str = "cpu") -> None:
+        self.precision: str = contract.precision
+        self.vocab_size: int = contract.model.vocab_size
+        self.max_positions: int = contract.max_seq_len
         self.contract = contract
         self._session = session
         self._device = torch.device(device)
-        self._caches = [item for item in contract["inputs"] if "past_key_values" in item["name"]]
 
     def forward(
         self,
@@ -221,9 +221,9 @@ class OrtRunner:
     def _bind(self, buffers: list[Tensor]) -> Any:
         """Bind each buffer as the past that is read and the present that is written."""
         binding = self._session.io_binding()
-        for item, buffer in zip(self._caches, buffers, strict=True):
-            bind_tensor(binding, item["name"], buffer)
-            present = item["name"].replace("past_key_values", "present")
+        for item, buffer in zip(self.contract.caches, buffers, strict=True):
+            bind_tensor(binding, item.name, buffer)
+            present = item.name.replace("past_key_values", "present")
             bind_tensor(binding, present, buffer, output=True)
         return binding
 
@@ -237,11 +237,11 @@ class OrtRunner:
     def _build_cache(self, rows: int, *, capacity: int) -> OrtCache:
         buffers = [
             torch.empty(
-                (rows, item["shape"][1], capacity, item["shape"][3]),
-                dtype=getattr(torch, item["dtype"]),
+                item.resolve({"batch": rows, "past": capacity}),
+                dtype=getattr(torch, item.dtype),
                 device=self._device,
             )
-            for item in self._caches
+            for item in self.contract.caches
         ]
         return OrtCache(buffers, [0] * rows, capacity)
 
@@ -249,7 +249,7 @@ class OrtRunner:
         if needed > self.max_positions:
             raise LpdeployError(
                 f"{needed} tokens do not fit an export for {self.max_positions}. "
-                "Shorten the prompt, or export again with a larger --max-seq-len."
+                "Shorten the prompt, or export again with a larger `max_seq_len`."
             )
         if needed <= cache.capacity:
             if cache.binding is None:
@@ -277,6 +277,7 @@ def load_ort_runner(folder: Path, *, device: str = "cpu") -> OrtRunner:
         MissingDependencyError: ONNX Runtime, or its provider for ``device``, is not installed.
     """
     kind, index = split_device(device)
-    contract = load_contract(folder, engine="ort")
+    contract = load_contract(folder, ENGINE)
+    contract.check_files(folder, fix=ENGINE.fix)
     place = f"{kind}:{index}" if kind == "cuda" else kind
     return OrtRunner(build_session(folder, device), contract, device=place)

@@ -37,10 +37,10 @@ class BlockFormat:
         """
         if width % self.block_size:
             fits = [size for size in (256, 128, 64, 32, 16) if width % size == 0]
-            hint = f"Use --block-size {fits[0]}" if fits else "Prune with --round-to 32"
+            hint = f"Use `block_size={fits[0]}`" if fits else "Prune with `round_to=32`"
             raise LpdeployError(
-                f"--block-size {self.block_size} does not divide the {width} inputs of {name}. "
-                f"{hint}, or another --precision."
+                f"`block_size` {self.block_size} does not divide the {width} inputs of {name}. "
+                f"{hint}, or another `precision`."
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lpdeploy.engines.runner import Output, compute_position_ids
+from lpdeploy.engines.torch import ENGINE
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.adapters import load_adapter, load_unmerged
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model, resolve_dtype
@@ -25,7 +26,7 @@ class TorchRunner:
         config: Its transformers config.
     """
 
-    name = "torch"
+    name = ENGINE.name
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()

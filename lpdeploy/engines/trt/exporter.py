@@ -3,26 +3,33 @@
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import atomic_folder, save_json
-from lpdeploy.engines.contract import describe_files
+from lpdeploy.artifacts import atomic_folder
+from lpdeploy.engines.contract import (
+    CONCAT,
+    IN_PLACE,
+    BuildRecord,
+    Contract,
+    LibraryRecord,
+    Profile,
+    TensorSpec,
+    save_contract,
+)
+from lpdeploy.engines.exporting import describe_files
+from lpdeploy.engines.onnx import ENGINE as ONNX
 from lpdeploy.engines.onnx.exporter import export_onnx
 from lpdeploy.engines.onnx.traced import SCATTER_OPSET
+from lpdeploy.engines.trt import ENGINE
 from lpdeploy.engines.trt.library import Library, load_library
-from lpdeploy.engines.trt.runner import (
-    CONCAT,
-    CONTRACT,
-    ENGINE,
-    IN_PLACE,
-    resolve_shape,
-)
 from lpdeploy.errors import LpdeployError
 from lpdeploy.run_folder import EXPORT
 
+_GRAPH = "model.onnx"
 _TIMING_CACHE = "timing.cache"
 
 
@@ -36,7 +43,7 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
     max_batch: int = 8,
     max_seq_len: int | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Contract:
     """Build an engine with a KV cache, and profiles for prefill and for decode.
 
     Writes ``model.engine``, ``engine.json``, config and tokenizer, and ``timing.cache``, which
@@ -66,13 +73,14 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
         LpdeployError: An option is out of range, there is no GPU where one is needed, or the
             library does not take the graph.
     """
+    ENGINE.check_options({"precision": precision})
     library = load_library()
     capability = find_compute_capability(library)
     newest = opset is None or opset >= SCATTER_OPSET
     in_place = newest and library.takes_operator("TensorScatter")
     with atomic_folder(output, kind=EXPORT, overwrite=overwrite) as folder:
-        graph = folder / "onnx"
-        contract = export_onnx(
+        graph = folder / "graph"
+        described = export_onnx(
             model_folder,
             graph,
             precision=precision,
@@ -83,23 +91,23 @@ def export_tensorrt(  # noqa: PLR0913 - one keyword an option of the command
             in_place=in_place,
         )
         profiles = build_profiles(
-            max_batch=max_batch, max_seq_len=contract["max_seq_len"], in_place=in_place
+            max_batch=max_batch, max_seq_len=described.max_seq_len, in_place=in_place
         )
         _copy_timing_cache(output, folder)
         start = time.perf_counter()
-        build_engine(library, graph / "model.onnx", folder, contract=contract, profiles=profiles)
+        build_engine(library, graph / _GRAPH, folder, contract=described, profiles=profiles)
         seconds = time.perf_counter() - start
         _keep_settings(graph, folder)
-        contract |= {
-            "engine": "trt",
-            "library": {"name": library.name, "version": library.version},
-            "compute_capability": capability,
-            "cache": IN_PLACE if in_place else CONCAT,
-            "profiles": profiles,
-            "files": describe_files(folder, ENGINE),
-            "build_seconds": round(seconds, 3),
-        }
-        save_json(folder / CONTRACT, contract)
+        build = BuildRecord(
+            library=LibraryRecord(library.name, library.version),
+            compute_capability=capability,
+            cache=IN_PLACE if in_place else CONCAT,
+            profiles=profiles,
+            build_seconds=round(seconds, 3),
+        )
+        files = describe_files(folder, ENGINE.main_file)
+        contract = replace(described, engine=ENGINE.name, build=build, files=files)
+        save_contract(contract, folder, ENGINE)
     return contract
 
 
@@ -121,9 +129,7 @@ def find_compute_capability(library: Library) -> str:
     return f"{major}.{minor}"
 
 
-def build_profiles(
-    *, max_batch: int, max_seq_len: int, in_place: bool
-) -> dict[str, dict[str, list[int]]]:
+def build_profiles(*, max_batch: int, max_seq_len: int, in_place: bool) -> dict[str, Profile]:
     """Return the sizes that an engine admits, and those it is tuned for.
 
     Two profiles, in the order of their index: a prompt, and one token. Kernels are chosen for
@@ -131,23 +137,23 @@ def build_profiles(
     number of tokens may come after one: the decode profile takes one, the other two and more.
 
     Returns:
-        Name -> dimension -> [min, opt, max], dimensions as in the contract's shapes.
+        Name -> dimension -> (min, opt, max), dimensions as in the contract's shapes.
     """
     middle = max(2, max_seq_len // 2)
-    batch = [1, 1, max_batch]
+    batch = (1, 1, max_batch)
     first, least = (2, 0) if in_place else (1, 1)
     return {
         "prefill": {
             "batch": batch,
-            "sequence": [first, middle, max_seq_len],
-            "past": [0, 0, max_seq_len - first if in_place else 0],
-            "total": [first, middle, max_seq_len],
+            "sequence": (first, middle, max_seq_len),
+            "past": (0, 0, max_seq_len - first if in_place else 0),
+            "total": (first, middle, max_seq_len),
         },
         "decode": {
             "batch": batch,
-            "sequence": [1, 1, 1],
-            "past": [least, middle - 1, max_seq_len - 1],
-            "total": [least + 1, middle, max_seq_len],
+            "sequence": (1, 1, 1),
+            "past": (least, middle - 1, max_seq_len - 1),
+            "total": (least + 1, middle, max_seq_len),
         },
     }
 
@@ -157,8 +163,8 @@ def build_engine(
     graph: Path,
     folder: Path,
     *,
-    contract: dict[str, Any],
-    profiles: dict[str, dict[str, list[int]]],
+    contract: Contract,
+    profiles: Mapping[str, Profile],
 ) -> None:
     """Build ``model.engine`` in ``folder`` from an ONNX graph, and its timing cache.
 
@@ -180,14 +186,14 @@ def build_engine(
     if not parser.parse_from_file(str(graph)):
         raise LpdeployError(
             f"{library.name} {library.version} does not take this graph of opset "
-            f"{contract['opset']}: {_describe_parser_error(library, parser)}. "
-            "Try another --opset (18 to 24), or a newer version of the library."
+            f"{contract.opset}: {_describe_parser_error(library, parser)}. "
+            "Try another `opset` (18 to 24), or a newer version of the library."
         )
     library.allow_decomposed_attention(network)
     config = library.create_config(builder)
     for sizes in profiles.values():
         profile = builder.create_optimization_profile()
-        _set_shapes(profile, contract["inputs"], sizes)
+        _set_shapes(profile, contract.inputs, sizes)
         config.add_optimization_profile(profile)
     cache = _load_timing_cache(config, folder / _TIMING_CACHE)
     # A profile that contradicts itself is not added, and the build would go on without it.
@@ -196,9 +202,9 @@ def build_engine(
     if plan is None:
         raise LpdeployError(
             f"{library.name} {library.version} cannot build the engine: {library.explain()}. "
-            "Try a smaller --max-batch or --max-seq-len, another --precision or another --opset."
+            "Try a smaller `max_batch` or `max_seq_len`, another `precision` or another `opset`."
         )
-    with (folder / ENGINE).open("wb") as stream:
+    with (folder / ENGINE.main_file).open("wb") as stream:
         stream.write(plan)
     if cache is not None:
         (folder / _TIMING_CACHE).write_bytes(bytes(cache.serialize()))
@@ -213,15 +219,12 @@ def _describe_parser_error(library: Library, parser: Any) -> str:
     return f"{error.node_operator()}: {reason}"
 
 
-def _set_shapes(
-    profile: Any, inputs: Sequence[Mapping[str, Any]], sizes: Mapping[str, Sequence[int]]
-) -> None:
+def _set_shapes(profile: Any, inputs: Sequence[TensorSpec], sizes: Profile) -> None:
     for item in inputs:
         smallest, usual, largest = (
-            resolve_shape(item["shape"], {name: size[rank] for name, size in sizes.items()})
-            for rank in range(3)
+            item.resolve({name: size[rank] for name, size in sizes.items()}) for rank in range(3)
         )
-        profile.set_shape(item["name"], smallest, usual, largest)
+        profile.set_shape(item.name, smallest, usual, largest)
 
 
 def _copy_timing_cache(output: Path, folder: Path) -> None:
@@ -245,6 +248,6 @@ def _load_timing_cache(config: Any, path: Path) -> Any:
 def _keep_settings(graph: Path, folder: Path) -> None:
     """Move config and tokenizer out of the graph's folder, and delete the graph."""
     for path in sorted(graph.iterdir()):
-        if not path.name.startswith("model.onnx") and path.name != "io.json":
+        if not path.name.startswith(_GRAPH) and path.name != ONNX.contract_file:
             shutil.move(path, folder / path.name)
     shutil.rmtree(graph)

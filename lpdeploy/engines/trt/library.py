@@ -9,7 +9,9 @@ from typing import Any
 from lpdeploy.errors import LpdeployError, MissingDependencyError
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
-_EXTRAS = {TENSORRT: "trt", TENSORRT_RTX: "trt-rtx"}
+EXTRAS = {TENSORRT: "trt", TENSORRT_RTX: "trt-rtx"}
+"""Library -> the extra of lpdeploy that installs it."""
+
 # The first versions whose parser takes what the exporter writes: RotaryEmbedding and
 # RMSNormalization as operators, beside Attention.
 _OLDEST = {TENSORRT: (10, 15), TENSORRT_RTX: (1, 7)}
@@ -49,7 +51,7 @@ class Library:
         """Return a build configuration in which float32 products keep float32's 24 bits."""
         config = builder.create_builder_config()
         flag = getattr(self.module.BuilderFlag, "TF32", None)
-        if flag is not None:  # set by default, and ten bits are not what --precision fp32 says
+        if flag is not None:  # set by default, and ten bits are not what fp32 promises
             config.clear_flag(flag)
         return config
 
@@ -110,13 +112,13 @@ def load_library(name: str | None = None) -> Library:
             return wrap_module(candidate, module)
     if name is None:
         raise MissingDependencyError(
-            "TensorRT is not installed; '--engine trt' needs it. Install with: "
+            "TensorRT is not installed; engine trt needs it. Install with: "
             "pip install 'lpdeploy[trt]', or pip install 'lpdeploy[trt-rtx]' to build without a "
             "GPU for GeForce RTX and RTX PRO."
         )
     raise MissingDependencyError(
         f"{name} is not installed; this engine was built by it. "
-        f"Install with: pip install 'lpdeploy[{_EXTRAS[name]}]'."
+        f"Install with: pip install 'lpdeploy[{EXTRAS[name]}]'."
     )
 
 
@@ -131,7 +133,7 @@ def wrap_module(name: str, module: Any) -> Library:
     if tuple(int(part) for part in version.split(".")[:2]) < oldest:
         raise LpdeployError(
             f"{name} {version} is installed; lpdeploy needs {oldest[0]}.{oldest[1]} or newer. "
-            f"Install with: pip install --upgrade 'lpdeploy[{_EXTRAS[name]}]'."
+            f"Install with: pip install --upgrade 'lpdeploy[{EXTRAS[name]}]'."
         )
     messages: list[str] = []
     return Library(name, version, module, messages, _build_logger(module, messages))

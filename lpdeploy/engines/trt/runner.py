@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpdeploy.engines.contract import load_contract
+from lpdeploy.engines.contract import (
+    IN_PLACE,
+    BuildRecord,
+    Contract,
+    Profile,
+    TensorSpec,
+    load_contract,
+)
 from lpdeploy.engines.runner import Output, compute_position_ids
+from lpdeploy.engines.trt import ENGINE
 from lpdeploy.engines.trt.library import Library, load_library
 from lpdeploy.errors import ArtifactError, LpdeployError
-
-CONTRACT, ENGINE = "engine.json", "model.engine"
-CONCAT, IN_PLACE = "concat", "in-place"
-FIX = "Build it again with 'lpdeploy export RUN|MODEL --engine trt --overwrite'."
 
 
 class Stream:
@@ -82,20 +86,21 @@ class TrtRunner:
         contract: What ``engine.json`` says.
     """
 
-    name = "trt"
+    name = ENGINE.name
 
     def __init__(
         self,
         library: Library,
         engine: Any,
-        contract: Mapping[str, Any],
+        contract: Contract,
         *,
         device: torch.device,
         stream: Any,
     ) -> None:
-        self.precision: str = contract["precision"]
-        self.vocab_size: int = contract["vocab_size"]
-        self.max_positions: int = contract["max_seq_len"]
+        build = get_build(contract)
+        self.precision: str = contract.precision
+        self.vocab_size: int = contract.model.vocab_size
+        self.max_positions: int = contract.max_seq_len
         self.contract = contract
         self._library = library
         self._engine = engine
@@ -103,13 +108,15 @@ class TrtRunner:
         self._stream = stream
         # TensorRT wants an address for every tensor, also for one of no elements.
         self._nothing = torch.zeros(1, dtype=torch.float32, device=device)
-        self._in_place = contract["cache"] == IN_PLACE
+        self._profiles = build.profiles
+        self._tokens = [spec for spec in contract.inputs if not spec.is_past]
+        self._in_place = build.cache == IN_PLACE
         # Of the context for decoding: the cache whose addresses it has, and its captured step.
         self._bound: Callable[[], InPlaceCache | None] = lambda: None
         self._replay: Callable[[], object] | None = None
         self._contexts = {
             name: self._create_context(index, capture=self._in_place and name == "decode")
-            for index, name in enumerate(contract["profiles"])
+            for index, name in enumerate(build.profiles)
         }
 
     def _create_context(self, profile: int, *, capture: bool) -> Any:
@@ -119,7 +126,7 @@ class TrtRunner:
         if context is None:
             raise LpdeployError(
                 "The GPU has too little free memory to run this engine. "
-                "Build it again with a smaller --max-batch or --max-seq-len."
+                "Build it again with a smaller `max_batch` or `max_seq_len`."
             )
         context.set_optimization_profile_async(profile, self._stream.handle)
         self._stream.synchronize()
@@ -154,7 +161,7 @@ class TrtRunner:
         batch, tokens = input_ids.shape
         total = attention_mask.shape[1]
         sizes = {"batch": batch, "sequence": tokens, "past": total - tokens, "total": total}
-        profile = choose_profile(self.contract["profiles"], sizes)
+        profile = choose_profile(self._profiles, sizes)
         mask = attention_mask.to(self._device)
         values = [input_ids.to(self._device), mask, compute_position_ids(mask, tokens)]
         run = self._run_in_place if self._in_place else self._run_concat
@@ -164,11 +171,10 @@ class TrtRunner:
     def _run_concat(
         self, profile: str, sizes: Mapping[str, int], values: list[Tensor], past: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        empty = self.contract["inputs"][len(values) :]
-        caches = past if past is not None else self._build(empty, sizes)
+        caches = past if past is not None else self._build(self.contract.caches, sizes)
         # Named, so that what only the context has the address of lives until it is read.
         inputs = [*(value.contiguous() for value in values), *caches]
-        results = self._build(self.contract["outputs"], sizes)
+        results = self._build(self.contract.outputs, sizes)
         context = self._contexts[profile]
         self._bind(context, inputs, results)
         with self._stream.in_order():
@@ -186,7 +192,7 @@ class TrtRunner:
                 "before the new ones; go on from the past of the last call"
             )
         decode = profile == "decode"
-        described = [*self._list_tokens(), self.contract["outputs"][0]]
+        described = [*self._tokens, self.contract.outputs[0]]
         step = cache.step if decode and cache.step else self._build(described, sizes)
         *inputs, logits = step
         _fill(inputs, values, start=cache.length)
@@ -216,38 +222,33 @@ class TrtRunner:
             # After one plain run, which may allocate: that is not allowed while capturing.
             self._replay = self._stream.capture(lambda: self._enqueue(context))
 
-    def _list_tokens(self) -> list[Mapping[str, Any]]:
-        """Inputs that are no cache."""
-        inputs = self.contract["inputs"]
-        return [item for item in inputs if not item["name"].startswith("past_key_values")]
-
     def _build_cache(self, sizes: Mapping[str, int]) -> InPlaceCache:
         # Zeros: positions that no token has filled yet get no weight, and nothing times NaN is NaN.
-        buffers = self._build(self.contract["inputs"][len(self._list_tokens()) :], sizes)
+        buffers = self._build(self.contract.caches, sizes)
         return InPlaceCache([buffer.zero_() for buffer in buffers])
 
-    def _build(self, described: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> Any:
+    def _build(self, described: Sequence[TensorSpec], sizes: Mapping[str, int]) -> Any:
         return [
             torch.empty(
-                resolve_shape(item["shape"], sizes),
-                dtype=getattr(torch, item["dtype"]),
+                item.resolve(sizes),
+                dtype=getattr(torch, item.dtype),
                 device=self._device,
             )
             for item in described
         ]
 
     def _bind(self, context: Any, values: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        for item, tensor in zip(self.contract["inputs"], values, strict=True):
+        for item, tensor in zip(self.contract.inputs, values, strict=True):
             present = tensor if tensor.numel() else self._nothing
-            context.set_input_shape(item["name"], tuple(tensor.shape))
-            context.set_tensor_address(item["name"], present.data_ptr())
-        for item, tensor in zip(self.contract["outputs"], results, strict=True):
-            context.set_tensor_address(item["name"], tensor.data_ptr())
+            context.set_input_shape(item.name, tuple(tensor.shape))
+            context.set_tensor_address(item.name, present.data_ptr())
+        for item, tensor in zip(self.contract.outputs, results, strict=True):
+            context.set_tensor_address(item.name, tensor.data_ptr())
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream.handle):
             raise LpdeployError(
-                f"TensorRT does not run this engine on these inputs. {FIX} "
+                f"TensorRT does not run this engine on these inputs. {ENGINE.fix} "
                 "If that does not help, please report it."
             )
 
@@ -261,18 +262,11 @@ def _fill(inputs: Sequence[Tensor], values: Sequence[Tensor], *, start: int) -> 
     write_indices.fill_(start)
 
 
-def resolve_shape(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Put the sizes of one call, or of a profile, in the place of dynamic dimensions' names."""
-    return tuple(sizes[part] if isinstance(part, str) else part for part in shape)
-
-
-def choose_profile(
-    profiles: Mapping[str, Mapping[str, Sequence[int]]], sizes: Mapping[str, int]
-) -> str:
+def choose_profile(profiles: Mapping[str, Profile], sizes: Mapping[str, int]) -> str:
     """Return the name of the profile that admits a call.
 
     Args:
-        profiles: Name -> dimension -> [min, opt, max].
+        profiles: Name -> dimension -> (min, opt, max).
         sizes: ``batch``, ``sequence``, ``past`` and ``total`` of the call.
 
     Raises:
@@ -285,12 +279,12 @@ def choose_profile(
     if sizes["batch"] > largest["batch"]:
         raise LpdeployError(
             f"A batch of {sizes['batch']} is more than the {largest['batch']} that this engine "
-            f"admits. Use smaller batches, or export again with --max-batch {sizes['batch']}."
+            f"admits. Use smaller batches, or export again with `max_batch={sizes['batch']}`."
         )
     if sizes["total"] > largest["total"]:
         raise LpdeployError(
             f"{sizes['total']} tokens are more than the {largest['total']} that this engine "
-            f"admits. Shorten the prompt, or export again with --max-seq-len {sizes['total']}."
+            f"admits. Shorten the prompt, or export again with `max_seq_len={sizes['total']}`."
         )
     raise LpdeployError(
         f"{sizes['sequence']} tokens after a past of {sizes['past']} fit no profile of this "
@@ -314,44 +308,55 @@ def load_trt_runner(folder: Path, *, device: str = "cuda") -> TrtRunner:
     target = torch.device(device)
     if target.type != "cuda":
         raise ValueError(f"device is {device!r}; an engine of TensorRT runs on cuda or cuda:N")
-    contract = load_contract(folder, engine="trt", name=CONTRACT, fix=FIX)
-    library = load_library(contract["library"]["name"])
-    _check_fit(folder, contract, library, target)
+    contract = load_contract(folder, ENGINE)
+    contract.check_files(folder, fix=ENGINE.fix)
+    build = get_build(contract)
+    library = load_library(build.library.name)
+    _check_fit(folder, build, library, target)
     engine = _load_engine(folder, library)
     return TrtRunner(library, engine, contract, device=target, stream=Stream(target))
 
 
-def _check_fit(
-    folder: Path, contract: Mapping[str, Any], library: Library, device: torch.device
-) -> None:
+def get_build(contract: Contract) -> BuildRecord:
+    """Return what the contract of an engine says of its build.
+
+    Raises:
+        ArtifactError: It says nothing.
+    """
+    if contract.build is None:
+        raise ArtifactError(f"The contract does not say how the engine was built. {ENGINE.fix}")
+    return contract.build
+
+
+def _check_fit(folder: Path, build: BuildRecord, library: Library, device: torch.device) -> None:
     """Refuse an engine that this library or this GPU does not run."""
-    built = contract["library"]["version"]
+    built = build.library.version
     if library.version != built:
         raise ArtifactError(
             f"'{folder}' was built by {library.name} {built}, and {library.version} is installed; "
-            f"an engine runs only on the version that built it. {FIX}"
+            f"an engine runs only on the version that built it. {ENGINE.fix}"
         )
     if not torch.cuda.is_available():
         raise LpdeployError(
             f"'{folder}' needs an NVIDIA GPU with its driver and a torch built for CUDA, and there "
-            "is no GPU that torch can use. Run it where one is, or export with --engine onnx."
+            "is no GPU that torch can use. Run it where one is, or export for another `engine`."
         )
-    capability = contract["compute_capability"]
+    capability = build.compute_capability
     here = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
     if capability not in ("any", here):
         raise ArtifactError(
             f"'{folder}' was built for a GPU of compute capability {capability}; this one, "
-            f"{torch.cuda.get_device_name(device)}, has {here}. {FIX}"
+            f"{torch.cuda.get_device_name(device)}, has {here}. {ENGINE.fix}"
         )
 
 
 def _load_engine(folder: Path, library: Library) -> Any:
     library.messages.clear()
     runtime = library.module.Runtime(library.logger)
-    engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    engine = runtime.deserialize_cuda_engine((folder / ENGINE.main_file).read_bytes())
     if engine is None:
         raise ArtifactError(
-            f"{library.name} {library.version} cannot load '{folder / ENGINE}': "
-            f"{library.explain()}. {FIX}"
+            f"{library.name} {library.version} cannot load '{folder / ENGINE.main_file}': "
+            f"{library.explain()}. {ENGINE.fix}"
         )
     return engine

@@ -7,19 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lpdeploy.engines import ENGINES
+from lpdeploy.engines.contract import IN_PLACE, Contract, TensorSpec
+from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.export import export_folder
+from lpdeploy.engines.trt.library import EXTRAS
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
 from lpdeploy.servers.sources import find_whole_export, take_export
-
-ENGINES = ("ort", "trt")
-BACKENDS: Mapping[str, tuple[str, str]] = {
-    "ort": ("onnxruntime", "model.onnx"),
-    "trt": ("tensorrt", "model.engine"),
-}
-"""Engine -> the backend of Triton that runs its file as tensors, and that file."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _WITHOUT_CONTAINER = "python tools/servers/triton_server.py serve"
@@ -49,13 +46,14 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         place: The model, a Hugging Face folder.
         folder: To fill.
         output: Where it will be, for the commands.
-        engine: ``ort`` or ``trt``. An export of this very model is taken over where it lies in
-            its usual place and is what the other options ask for; else one is made.
+        engine: An engine that Triton serves. An export of this very model that lies in its usual
+            place and is what the other options ask for is taken over; else one is made.
         precision: Of the export; None for what is there, or fp32.
         name: Of the models; None for the name of ``output``.
         max_batch: Requests that decode at once; None for what the export is made for.
         max_seq_len: Longest prompt and answer together; likewise.
-        gpu: Devices that serve, one instance each; none for the CPU (and for ``trt``, GPU 0).
+        gpu: Devices that serve, one instance each; none for the CPU, or for GPU 0 where the engine
+            needs one.
 
     Returns:
         ``command``, ``name``, ``engine``, ``precision``, ``max_batch``, ``max_seq_len``, and
@@ -67,25 +65,22 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     """
     model = place.folder
     name = _resolve_name(name, output)
-    if engine not in ENGINES:
-        raise LpdeployError(f"--engine {engine} cannot be packaged. Use {' or '.join(ENGINES)}.")
+    record = _get_engine(engine)
     load_tokenizer(model, load_config(model))
     exported = folder / f"{name}_engine" / "1"
     exported.parent.mkdir()
     wanted = {"precision": precision, "max_batch": max_batch, "max_seq_len": max_seq_len}
     wanted = {option: value for option, value in wanted.items() if value is not None}
-    contract, made = _place_export(place, exported, engine=engine, wanted=wanted)
+    contract, made = _place_export(place, exported, engine=record, wanted=wanted)
+    gpus = list(gpu) or ([0] if record.needs_gpu else [])
     values = {
         "name": name,
         "engine": engine,
-        "gpus": list(gpu) or ([0] if engine == "trt" else []),
-        "max_batch": contract["max_batch"],
-        "max_seq_len": contract["max_seq_len"],
-        "extra": contract["library"]["name"].replace("_", "-").replace("tensorrt", "trt")
-        if engine == "trt"
-        else None,
+        "gpus": gpus,
+        "max_batch": contract.max_batch,
+        "max_seq_len": contract.max_seq_len,
     }
-    tensors = _save_tensor_model(exported.parent, contract, values)
+    tensors = _save_tensor_model(exported.parent, contract, record, values)
     _save_python_model(folder / name, "text", "TextModel", values)
     _save_python_model(folder / f"{name}_whole", "whole", "WholeModel", values)
     _save_warm_up(folder / name / "warmup")
@@ -93,13 +88,14 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
                f"--load-model={name}", f"--load-model={name}_whole"]  # fmt: skip
     save_readme(
         folder, "triton/README", path=output.resolve(), tensors=tensors,
-        command=shlex.join(command), options=command[2:], precision=contract["precision"],
-        backend=BACKENDS[engine][0], **values,
+        command=shlex.join(command), options=command[2:], precision=contract.precision,
+        backend=record.triton, extra=_find_extra(contract, gpus=gpus),
+        built=contract.build is not None, **values,
     )  # fmt: skip
     return {
         "command": shlex.join(command),
         **{key: values[key] for key in ("name", "engine", "max_batch", "max_seq_len")},
-        "precision": contract["precision"],
+        "precision": contract.precision,
         "exported": made,
         "notes": [f"Without a container, from lpdeploy's checkout: {_WITHOUT_CONTAINER} {output}"],
     }
@@ -115,21 +111,35 @@ def _resolve_name(name: str | None, output: Path) -> str:
     return chosen
 
 
+def _get_engine(name: str) -> Engine:
+    served = [engine.name for engine in ENGINES.values() if engine.triton is not None]
+    if name not in served:
+        raise LpdeployError(f"Triton does not serve `engine` {name}. Use {' or '.join(served)}.")
+    return ENGINES[name]
+
+
+def _find_extra(contract: Contract, *, gpus: Sequence[int]) -> str:
+    """Return the extra of lpdeploy that installs the engine where Triton runs."""
+    if contract.build is not None:
+        return EXTRAS[contract.build.library.name]
+    return "gpu" if gpus else "cpu"
+
+
 def _place_export(
-    place: ModelPlace, target: Path, *, engine: str, wanted: Mapping[str, Any]
-) -> tuple[dict[str, Any], bool]:
+    place: ModelPlace, target: Path, *, engine: Engine, wanted: Mapping[str, Any]
+) -> tuple[Contract, bool]:
     """Put an export at ``target``; return its contract, and whether it was made now."""
-    found = find_whole_export(place, engine)
-    if found is not None and all(found[1][name] == value for name, value in wanted.items()):
+    found = find_whole_export(place, engine.name)
+    if found is not None and all(getattr(found[1], name) == wanted[name] for name in wanted):
         source, contract = found
         target.mkdir()
         take_export(source, target)
         return contract, False
-    return export_folder(engine, place.folder, target, **wanted), True
+    return export_folder(engine.name, place.folder, target, **wanted), True
 
 
 def _save_tensor_model(
-    folder: Path, contract: Mapping[str, Any], values: Mapping[str, Any]
+    folder: Path, contract: Contract, engine: Engine, values: Mapping[str, Any]
 ) -> str | None:
     """Write the config that lets a backend run the export's tensors.
 
@@ -137,30 +147,31 @@ def _save_tensor_model(
         None, or why there is none: Triton gives an output memory of its own, which a cache that is
         written in place cannot have.
     """
-    if contract.get("cache") == "in-place":
+    if contract.build is not None and contract.build.cache == IN_PLACE:
         return "its cache is written in place, which Triton's tensorrt backend cannot do"
-    # ort's graph is told numbers that belong to no row of the batch, so Triton must not batch it.
-    rows = values["max_batch"] if values["engine"] == "trt" else 0
-    backend, file = BACKENDS[values["engine"]]
+    assert engine.triton is not None
+    rows = contract.max_batch if engine.triton.batches else 0
     _save_config(
-        folder, "engine", backend=backend, file=file, rows=rows, **values,
-        inputs=[_describe_tensor(item, rows=rows) for item in contract["inputs"]],
-        outputs=[_describe_tensor(item, rows=rows) for item in contract["outputs"]],
-        profiles=[str(index) for index in range(len(contract.get("profiles", ())))],
+        folder, "engine", backend=engine.triton.name, file=engine.main_file, rows=rows, **values,
+        inputs=[_describe_tensor(item, rows=rows) for item in contract.inputs],
+        outputs=[_describe_tensor(item, rows=rows) for item in contract.outputs],
+        profiles=[str(index) for index in range(len(contract.build.profiles))]
+        if contract.build is not None
+        else [],
     )  # fmt: skip
     return None
 
 
-def _describe_tensor(item: Mapping[str, Any], *, rows: int) -> dict[str, Any]:
+def _describe_tensor(item: TensorSpec, *, rows: int) -> dict[str, Any]:
     """Write a tensor of a contract in the words of Triton, which leaves out the batch."""
     names = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
-    shape = item["shape"][1 if rows else 0 :]
+    shape = item.shape[1 if rows else 0 :]
     return {
-        "name": item["name"],
-        "type": names.get(item["dtype"], item["dtype"].upper()),
+        "name": item.name,
+        "type": names.get(item.dtype, item.dtype.upper()),
         "dims": [size if isinstance(size, int) else -1 for size in shape] or [1],
         "reshape": not shape,  # no tensor of Triton has no dimension
-        "warm_up": [_WARM_UP_SIZES.get(size, size) for size in shape],
+        "warm_up": [n if isinstance(n, int) else _WARM_UP_SIZES.get(n, 1) for n in shape],
     }
 
 

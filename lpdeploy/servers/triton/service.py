@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from lpdeploy.engines.registry import describe_exported, load_exported
+from lpdeploy.engines import get_engine
+from lpdeploy.engines.contract import load_contract
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.servers.triton.batcher import STOP, Batcher, Request
 from lpdeploy.servers.triton.sampling import Sampling
@@ -54,7 +55,7 @@ class TextService:
 
     Args:
         folder: What ``lpdeploy export`` wrote, with its tokenizer.
-        engine: ``ort`` or ``trt``.
+        engine: Name of the export's engine.
         device: ``cpu``, ``cuda:1``; None for where the engine runs everywhere.
         max_batch: Requests that decode at once; None for what the export was made for.
 
@@ -70,15 +71,16 @@ class TextService:
         device: str | None = None,
         max_batch: int | None = None,
     ) -> None:
-        contract = describe_exported(folder, engine=engine)
+        record = get_engine(engine)
+        contract = load_contract(folder, record)
         self._tokenizer = load_tokenizer(folder, load_config(folder))
-        self._stop_ids = set(contract["eos_token_ids"])
-        runner = load_exported(folder, engine=engine, device=device)
+        self._stop_ids = set(contract.model.eos_token_ids)
+        runner = record.load(folder, device=device)
         self._max_positions = runner.max_positions
         # The engine has its threads. Of what is left, only the choice of a token would be shared
         # among torch's, which wait by spinning and take time from the engine's.
         torch.set_num_threads(1)
-        self._batcher = Batcher(runner, max_batch=max_batch or contract["max_batch"])
+        self._batcher = Batcher(runner, max_batch=max_batch or contract.max_batch)
 
     def ask(
         self,

@@ -21,6 +21,7 @@ from lpdeploy.models.shapes import count_parameters, list_widths
 from tests.helpers import (
     EXPORTS,
     compute_reference,
+    list_names,
     make_batch,
     make_export,
     make_tiny_model,
@@ -114,7 +115,7 @@ def test_opset_is_the_one_asked_for(exported):
 
 def test_folder_needs_nothing_else(exported):
     _, model_folder, adapter, folder = exported
-    assert {path.name for path in folder.iterdir()} == {
+    assert set(list_names(folder)) == {
         "config.json",
         "generation_config.json",
         "io.json",
@@ -186,9 +187,9 @@ def test_bf16_exports_without_a_word(tmp_path, capfd):
     )
     assert capfd.readouterr() == ("", "")
     check_half(tmp_path / "onnx", TensorProto.BFLOAT16)
-    assert (contract["precision"], contract["opset"]) == ("bf16", 20)
-    assert (contract["max_batch"], contract["max_seq_len"]) == (2, 64)
-    with pytest.raises(ArtifactError, match="Use --device cuda"):
+    assert (contract.precision, contract.opset) == ("bf16", 20)
+    assert (contract.max_batch, contract.max_seq_len) == (2, 64)
+    with pytest.raises(ArtifactError, match="Use `device=.cuda.`"):
         load_onnx_runner(tmp_path / "onnx")
 
 
@@ -200,12 +201,12 @@ def model_folder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"opset": 17}, r"--opset 17 is not supported; it must be 18 to 23. Leave it out for 23"),
-        ({"opset": 24}, r"--opset 24 is not supported"),
-        ({"precision": "int8"}, r"--precision int8 is not .*Use fp32, fp16, bf16"),
-        ({"max_batch": 0}, r"--max-batch 0 serves nothing. Use 1 or more"),
-        ({"max_seq_len": 129}, r"--max-seq-len 129 .*128 positions. Use 2 to 128"),
-        ({"max_seq_len": 1}, r"--max-seq-len 1 "),
+        ({"opset": 17}, r"`opset` 17 is not supported; it must be 18 to 23. Leave it out for 23"),
+        ({"opset": 24}, r"`opset` 24 is not supported"),
+        ({"precision": "int8"}, r"`precision` int8 .*Use fp32, fp16, bf16"),
+        ({"max_batch": 0}, r"`max_batch` is 0; it must be 1 or more"),
+        ({"max_seq_len": 129}, r"`max_seq_len` 129 .*128 positions. Use 2 to 128"),
+        ({"max_seq_len": 1}, r"`max_seq_len` 1 "),
     ],
 )
 def test_options_out_of_range(model_folder, tmp_path, options, sentence):
@@ -216,7 +217,7 @@ def test_options_out_of_range(model_folder, tmp_path, options, sentence):
 
 def test_an_opset_the_exporter_did_not_reach():
     graph = make_export("per-layer")[2] / "model.onnx"
-    with pytest.raises(LpdeployError, match=r"wrote opset 23 .* to 20. Leave --opset out"):
+    with pytest.raises(LpdeployError, match=r"wrote opset 23 .* to 20. Leave `opset` out"):
         module._check_graph(graph, opset=20)
 
 

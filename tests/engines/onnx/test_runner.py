@@ -56,20 +56,20 @@ def test_it_has_as_many_threads_as_torch(runner):
 
 
 def test_no_contract(tmp_path):
-    with pytest.raises(ArtifactError, match=r"No io.json in .*Export the model again"):
+    with pytest.raises(ArtifactError, match=r"No io.json in .*Export it again"):
         load_onnx_runner(tmp_path)
 
 
 def test_contract_of_something_else(tmp_path):
     (tmp_path / "io.json").write_text('{"engine": "trt"}')
-    with pytest.raises(ArtifactError, match=r"no export for onnx. Export the model again"):
+    with pytest.raises(ArtifactError, match=r"no export for onnx. Export it again"):
         load_onnx_runner(tmp_path)
 
 
 def test_contract_of_another_version(tmp_path):
     folder = copy_export("per-layer", tmp_path / "onnx")
     edit_contract(folder, schema_version=9)
-    with pytest.raises(ArtifactError, match=r"schema version 9; .* reads 1. Export the model"):
+    with pytest.raises(ArtifactError, match=r"schema version 9; .* reads 1. Export it"):
         load_onnx_runner(folder)
 
 
@@ -77,7 +77,7 @@ def test_contract_of_another_version(tmp_path):
 def test_missing_file(tmp_path, name):
     folder = copy_export("per-layer", tmp_path / "onnx")
     (folder / name).unlink()
-    with pytest.raises(ArtifactError, match=rf"No {name} in .*Export the model again"):
+    with pytest.raises(ArtifactError, match=rf"No {name} in .*Export it again"):
         load_onnx_runner(folder)
 
 
@@ -109,7 +109,9 @@ def test_damage_that_the_size_does_not_tell(tmp_path, damage):
 def test_bf16_does_not_run_on_a_cpu(tmp_path):
     folder = copy_export("per-layer", tmp_path / "onnx")
     edit_contract(folder, precision="bf16")
-    with pytest.raises(ArtifactError, match=r"bf16 graph.*--device cuda, or .*--precision fp32"):
+    with pytest.raises(
+        ArtifactError, match=r"bf16 graph.*`device=.cuda.`, or .*`precision=.fp32.`"
+    ):
         load_onnx_runner(folder)
 
 

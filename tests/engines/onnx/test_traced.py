@@ -54,7 +54,7 @@ def test_a_graph_over_buffers(name):
 
 def test_an_opset_without_buffers(tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    with pytest.raises(LpdeployError, match=r"--opset 23 is not .* in place; it must be 24"):
+    with pytest.raises(LpdeployError, match=r"`opset` 23 is not .* in place; it must be 24"):
         export_onnx(model, tmp_path / "onnx", in_place=True, opset=23)
 
 

@@ -219,7 +219,7 @@ def test_genai_opens_the_folder_and_writes_the_same_tokens(tmp_path):
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     model_folder = make_model(tmp_path / "model", heads=3, model_type="mistral")
     contract = export_ort(model_folder, tmp_path / "ort", max_seq_len=64)
-    assert contract["genai"] is True
+    assert contract.packing.genai is True
     prompt = [5, 17, 40, 9, 33]
     model = load_model(model_folder)
     model.generation_config.eos_token_id = None
@@ -247,14 +247,17 @@ def test_heads_that_differ_between_layers_are_not_for_genai(exported):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"precision": "fp8"}, "--precision fp8 is not a precision of --engine ort. Use fp32, "),
-        ({"precision": "int4", "block_size": 24}, "--block-size 24 is not a block .* Use 16, 32"),
+        ({"precision": "fp8"}, "`precision` fp8 is not supported by engine ort. Use fp32, "),
+        ({"precision": "int4", "block_size": 24}, "`block_size` 24 is not a block .* Use 16, 32"),
         (
             {"precision": "int4", "block_size": 64},
-            "--block-size 64 does not divide the 32 inputs of .*q_proj.weight. Use --block-size 32",
+            "`block_size` 64 does not divide the 32 inputs of .*q_proj.weight. Use `block_size=32`",
         ),
-        ({"activations": "fp16"}, "--activations fp16 goes with int8 or int4 .* Leave it out"),
-        ({"max_seq_len": 4000}, "--max-seq-len 4000 does not fit a model of 128 positions"),
+        (
+            {"activations": "fp16"},
+            "`activations` fp16 goes with int8 or int4 .* Leave `activations` out",
+        ),
+        ({"max_seq_len": 4000}, "`max_seq_len` 4000 does not fit a model of 128 positions"),
     ],
 )
 def test_bad_options_leave_nothing_behind(tmp_path, options, sentence):
@@ -266,13 +269,13 @@ def test_bad_options_leave_nothing_behind(tmp_path, options, sentence):
 
 def test_a_width_of_no_block_names_the_rounding_that_has_one(tmp_path):
     model = make_model(tmp_path / "model", intermediate_size=43)
-    with pytest.raises(LpdeployError, match="the 43 inputs of .* Prune with --round-to 32, or"):
+    with pytest.raises(LpdeployError, match="the 43 inputs of .* Prune with `round_to=32`, or"):
         export_ort(model, tmp_path / "ort", precision="int8")
 
 
 def test_heads_that_the_operator_does_not_take(tmp_path):
     model = make_tiny_model(tmp_path / "model")
-    with pytest.raises(LpdeployError, match="heads of a multiple of 16.* have 8. Use --engine on"):
+    with pytest.raises(LpdeployError, match="heads of a multiple of 16.* have 8. Use `engine=.on"):
         export_ort(model, tmp_path / "ort")
 
 
@@ -281,7 +284,7 @@ def test_positions_that_depend_on_the_length(tmp_path):
         tmp_path / "model",
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
     )
-    with pytest.raises(LpdeployError, match="rotary positions of type 'dynamic'.* --engine onnx"):
+    with pytest.raises(LpdeployError, match="rotary positions of type 'dynamic'.* `engine=.onnx"):
         export_ort(model, tmp_path / "ort")
 
 

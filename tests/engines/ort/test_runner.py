@@ -138,5 +138,5 @@ def test_a_graph_that_is_damaged_but_of_the_right_size(folders, tmp_path):
 def test_an_export_for_another_engine(folders, tmp_path):
     contract = json.loads((folders[1] / "io.json").read_text())
     assert contract["engine"] == "ort"
-    with pytest.raises(ArtifactError, match="io.json' describes no export for onnx. Export the m"):
+    with pytest.raises(ArtifactError, match="io.json' describes no export for onnx. Export it ag"):
         load_onnx_runner(folders[1])

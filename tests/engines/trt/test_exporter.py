@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.cli.main import main
+from lpdeploy.engines import ONNX, TRT
+from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.trt import exporter as module
 from lpdeploy.engines.trt.exporter import build_engine, build_profiles, export_tensorrt
 from lpdeploy.engines.trt.library import load_library, wrap_module
@@ -19,7 +22,7 @@ from lpdeploy.engines.trt.runner import _load_engine, load_trt_runner
 from lpdeploy.errors import ArtifactError, LpdeployError, MissingDependencyError
 from lpdeploy.models.loading import compute_model_sha256
 from tests import fake_tensorrt
-from tests.helpers import EXPORTS, copy_export, make_export, make_tiny_model
+from tests.helpers import EXPORTS, copy_export, list_names, make_export, make_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +44,8 @@ PROFILES = {
 both_caches = pytest.mark.parametrize("cache", PROFILES)
 
 
-def load_contract(folder):
-    return json.loads((folder / "io.json").read_text())
-
-
 def build(library, graph, folder, *, cache="concat"):
-    contract = load_contract(graph)
+    contract = load_contract(graph, ONNX)
     profiles = PROFILES[cache]
     build_engine(library, graph / "model.onnx", folder, contract=contract, profiles=profiles)
     return contract
@@ -71,8 +70,8 @@ def test_engines_are_built(name, cache, tmp_path):
     contract = build(library, graph, tmp_path, cache=cache)
     plan = (tmp_path / "model.engine").read_bytes()
     assert len(plan) > 10_000
-    for item in contract["inputs"] + contract["outputs"]:
-        assert item["name"].encode() in plan
+    for item in contract.inputs + contract.outputs:
+        assert item.name.encode() in plan
     assert library.messages == []
 
 
@@ -84,7 +83,7 @@ def test_networks_have_the_tensors_of_the_contract(name, cache):
     library = load_library("tensorrt_rtx")
     graph = make_export(name, in_place=cache == "in-place")[2]
     _, network, _parser = parse(library, graph)
-    contract = load_contract(graph)
+    contract = load_contract(graph, ONNX)
     types = {
         "int64": library.module.DataType.INT64,
         "float32": library.module.DataType.FLOAT,
@@ -92,16 +91,16 @@ def test_networks_have_the_tensors_of_the_contract(name, cache):
     }
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    for described, tensors in ((contract["inputs"], inputs), (contract["outputs"], outputs)):
-        assert [item["name"] for item in described] == [tensor.name for tensor in tensors]
-        assert [types[item["dtype"]] for item in described] == [t.dtype for t in tensors]
+    for described, tensors in ((contract.inputs, inputs), (contract.outputs, outputs)):
+        assert [item.name for item in described] == [tensor.name for tensor in tensors]
+        assert [types[item.dtype] for item in described] == [t.dtype for t in tensors]
         for item, tensor in zip(described, tensors, strict=True):
-            fixed = [-1 if isinstance(part, str) else part for part in item["shape"]]
+            fixed = [-1 if isinstance(part, str) else part for part in item.shape]
             assert list(tensor.shape) == fixed
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     kind = library.module.LayerType.KV_CACHE_UPDATE
     updates = [layer for layer in layers if layer.type == kind]
-    names = [item["name"] for item in contract["inputs"][4:]] if cache == "in-place" else []
+    names = [item.name for item in contract.inputs[4:]] if cache == "in-place" else []
     # From a network input straight to a network output: the two are one memory.
     assert {(layer.get_input(0).name, layer.get_output(0).name) for layer in updates} == {
         (name, name.replace("past_key_values", "present")) for name in names
@@ -115,8 +114,8 @@ def test_networks_have_the_tensors_of_the_contract(name, cache):
 def test_bf16_engine_is_built(opset, cache, tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
     contract = export_tensorrt(model, tmp_path / "trt", precision="bf16", opset=opset, max_batch=2)
-    assert (contract["precision"], contract["cache"]) == ("bf16", cache)
-    assert contract["inputs"][-1]["dtype"] == "bfloat16"
+    assert (contract.precision, contract.build.cache) == ("bf16", cache)
+    assert contract.inputs[-1].dtype == "bfloat16"
     assert (tmp_path / "trt" / "timing.cache").stat().st_size > 0
 
 
@@ -136,7 +135,7 @@ def test_the_command_builds_an_engine_that_says_what_it_needs(tmp_path):
         load_trt_runner(model / "trt")
     # What the library itself says, were it asked.
     with pytest.raises(
-        ArtifactError, match=r"cannot load .*(?i:cuda).*Build it again with"
+        ArtifactError, match=r"cannot load .*(?i:cuda).*Export it again with"
     ) as told:
         _load_engine(model / "trt", load_library("tensorrt_rtx"))
     assert "\n" not in str(told.value)
@@ -155,7 +154,7 @@ def test_a_truncated_graph(name, reason, tmp_path):
     graph = copy_export("odd-heads", tmp_path / "onnx")
     path = graph / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    sentence = rf"does not take this graph of opset 18: .*{reason}.*Try another --opset"
+    sentence = rf"does not take this graph of opset 18: .*{reason}.*Try another `opset`"
     with pytest.raises(LpdeployError, match=sentence) as caught:
         build(load_library("tensorrt_rtx"), graph, tmp_path)
     assert "\n" not in str(caught.value)
@@ -171,7 +170,7 @@ def test_an_operator_that_is_not_taken(tmp_path):
     node = next(node for node in model.graph.node if node.op_type == "MatMul")
     node.op_type, node.domain = "Unheard", "elsewhere"
     onnx.save(model, graph / "model.onnx")
-    with pytest.raises(LpdeployError, match=r"opset 18: Unheard: .*Plugin not found.*--opset"):
+    with pytest.raises(LpdeployError, match=r"opset 18: Unheard: .*Plugin not found.*`opset`"):
         build(load_library("tensorrt_rtx"), graph, tmp_path)
 
 
@@ -179,9 +178,9 @@ def test_an_operator_that_is_not_taken(tmp_path):
 @needs_rtx
 def test_a_profile_that_contradicts_itself(tmp_path, monkeypatch):
     profiles = build_profiles(max_batch=4, max_seq_len=32, in_place=False)
-    profiles["decode"]["total"] = [40, 16, 32]
+    profiles["decode"]["total"] = (40, 16, 32)
     monkeypatch.setitem(PROFILES, "concat", profiles)
-    with pytest.raises(LpdeployError, match=r"cannot build the engine: .*Try a smaller --max-b"):
+    with pytest.raises(LpdeployError, match=r"cannot build the engine: .*Try a smaller `max_b"):
         build(load_library("tensorrt_rtx"), make_export("odd-heads")[2], tmp_path)
 
 
@@ -215,7 +214,7 @@ def quick(monkeypatch, model_folder):
 
     def copy(_, output, **__):
         shutil.copytree(graph, output)
-        return load_contract(graph) | {"max_seq_len": 32}
+        return replace(load_contract(graph, ONNX), max_seq_len=32)
 
     monkeypatch.setattr(module, "export_onnx", copy)
 
@@ -223,7 +222,7 @@ def quick(monkeypatch, model_folder):
 def test_an_exported_folder(model_folder, tmp_path, fake):
     output = tmp_path / "trt"
     contract = export_tensorrt(model_folder, output, max_batch=4, max_seq_len=32)
-    assert {path.name for path in output.iterdir()} == {
+    assert set(list_names(output)) == {
         "config.json",
         "engine.json",
         "generation_config.json",
@@ -232,17 +231,19 @@ def test_an_exported_folder(model_folder, tmp_path, fake):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert json.loads((output / "engine.json").read_text()) == contract
-    assert (contract["schema_version"], contract["engine"]) == (1, "trt")
-    assert contract["library"] == {"name": "tensorrt_rtx", "version": "1.7.1.116"}
-    assert contract["compute_capability"] == "any"
-    assert contract["profiles"] == PROFILES["in-place"]
-    assert (contract["cache"], contract["opset"]) == ("in-place", 24)
-    assert (contract["precision"], contract["merged"]) == ("fp32", True)
-    assert contract["source"]["sha256"] == compute_model_sha256(model_folder)
-    assert contract["build_seconds"] >= 0
+    written = json.loads((output / "engine.json").read_text())
+    assert (written["schema_version"], written["engine"]) == (1, "trt")
+    assert written["library"] == {"name": "tensorrt_rtx", "version": "1.7.1.116"}
+    assert written["compute_capability"] == "any"
+    assert written["profiles"] == json.loads(json.dumps(PROFILES["in-place"]))
+    assert (written["cache"], written["opset"]) == ("in-place", 24)
+    assert load_contract(output, TRT) == contract
+    assert contract.build.profiles == PROFILES["in-place"]
+    assert (contract.precision, contract.merged) == ("fp32", True)
+    assert contract.source.sha256 == compute_model_sha256(model_folder)
+    assert contract.build.build_seconds >= 0
     engine = output / "model.engine"
-    assert contract["files"] == {
+    assert written["files"] == {
         "model.engine": {"bytes": engine.stat().st_size, "sha256": compute_sha256(engine)}
     }
     # What the builder was told: both profiles, in their order, and attention it may take apart.
@@ -253,7 +254,7 @@ def test_an_exported_folder(model_folder, tmp_path, fake):
         assert profile["attention_mask"] == [[1, 32], [1, 32], [4, 32]]
         assert profile["write_indices"] == [[1], [1], [4]]
         assert profile["past_key_values.0.key"] == [[1, 2, 32, 8], [1, 2, 32, 8], [4, 2, 32, 8]]
-    assert prefill.keys() == decode.keys() == {item["name"] for item in contract["inputs"]}
+    assert prefill.keys() == decode.keys() == {item.name for item in contract.inputs}
     for layer in fake_tensorrt.Builder.last.network.layers:
         is_attention = layer.type == fake_tensorrt.LayerType.ATTENTION_INPUT
         assert layer.attention.decomposable == is_attention
@@ -269,7 +270,7 @@ def test_a_cache_that_grows(library, opset, model_folder, tmp_path, fake, monkey
     contract = export_tensorrt(
         model_folder, tmp_path / "trt", max_batch=4, max_seq_len=32, opset=opset
     )
-    assert (contract["cache"], contract["opset"]) == ("concat", 23)
+    assert (contract.build.cache, contract.opset) == ("concat", 23)
     prefill, decode = fake_tensorrt.Builder.last.config.profiles
     assert prefill["input_ids"] == [[1, 1], [1, 16], [4, 32]]
     assert prefill["past_key_values.0.key"] == [[1, 2, 0, 8], [1, 2, 0, 8], [4, 2, 0, 8]]
@@ -311,7 +312,7 @@ def test_a_graph_that_the_library_does_not_take(tmp_path, fake):
     (graph / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(
         LpdeployError,
-        match=r"tensorrt_rtx 1.7.1.116 does not take this graph of opset 18: .*Try another --opset",
+        match=r"tensorrt_rtx 1.7.1.116 does not take this graph of opset 18: .*Try another `opset`",
     ):
         build(fake, graph, tmp_path)
 
@@ -320,7 +321,7 @@ def test_a_failed_build_leaves_nothing(model_folder, tmp_path, fake, quick, monk
     monkeypatch.setattr(fake_tensorrt.Builder, "fails", True)
     with pytest.raises(
         LpdeployError,
-        match=r"cannot build the engine: Could not find any implementation. Try a smaller --max-b",
+        match=r"cannot build the engine: Could not find any implementation. Try a smaller `max_b",
     ):
         export_tensorrt(model_folder, tmp_path / "trt")
     assert list(tmp_path.iterdir()) == []
@@ -342,14 +343,14 @@ def test_output_in_the_way(model_folder, tmp_path, fake, quick):
 
 
 def test_options_are_those_of_the_graph(model_folder, tmp_path, fake, monkeypatch):
-    with pytest.raises(LpdeployError, match="--opset 25 is not .* in place; it must be 24"):
+    with pytest.raises(LpdeployError, match="`opset` 25 is not .* in place; it must be 24"):
         export_tensorrt(model_folder, tmp_path / "trt", opset=25)
-    with pytest.raises(LpdeployError, match="--opset 17 is not supported; it must be 18 to 23"):
+    with pytest.raises(LpdeployError, match="`opset` 17 is not supported; it must be 18 to 23"):
         export_tensorrt(model_folder, tmp_path / "trt", opset=17)
     monkeypatch.setattr(fake_tensorrt.OnnxParser, "unknown", ("TensorScatter",))
-    with pytest.raises(LpdeployError, match="--opset 24 is not supported; it must be 18 to 23"):
+    with pytest.raises(LpdeployError, match="`opset` 24 is not supported; it must be 18 to 23"):
         export_tensorrt(model_folder, tmp_path / "trt", opset=24)
-    with pytest.raises(LpdeployError, match="--max-seq-len 129 does not fit"):
+    with pytest.raises(LpdeployError, match="`max_seq_len` 129 does not fit"):
         export_tensorrt(model_folder, tmp_path / "trt", max_seq_len=129)
     assert list(tmp_path.iterdir()) == []
 

@@ -38,7 +38,7 @@ def test_neither_is_installed(installed):
     installed()
     with pytest.raises(
         MissingDependencyError,
-        match=r"'--engine trt' needs it. Install with: pip install 'lpdeploy\[trt\]', or .*trt-rtx",
+        match=r"engine trt needs it. Install with: pip install 'lpdeploy\[trt\]', or .*trt-rtx",
     ):
         load_library()
 

@@ -1,11 +1,14 @@
 """The TensorRT runner: real pointers and numbers over a fake engine, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lpdeploy.engines.contract import describe_files
+from lpdeploy.engines import ONNX, TRT
+from lpdeploy.engines.contract import BuildRecord, LibraryRecord, load_contract, save_contract
+from lpdeploy.engines.exporting import describe_files
 from lpdeploy.engines.trt import exporter
 from lpdeploy.engines.trt import runner as trt_runner
 from lpdeploy.engines.trt.library import wrap_module
@@ -34,28 +37,27 @@ def make_engine(name, folder, *, cache="concat"):
     """Build a fake engine from a shared export: its folder, as export_tensorrt leaves it."""
     graph = make_export(name, in_place=cache == "in-place")[2]
     library = wrap_module("tensorrt_rtx", fake_tensorrt.make_module())
-    contract = json.loads((graph / "io.json").read_text())
+    contract = load_contract(graph, ONNX)
     profiles = PROFILES[cache]
     exporter.build_engine(
         library, graph / "model.onnx", folder, contract=contract, profiles=profiles
     )
-    contract |= {
-        "engine": "trt",
-        "library": {"name": "tensorrt_rtx", "version": library.version},
-        "compute_capability": "any",
-        "cache": cache,
-        "max_batch": 4,
-        "max_seq_len": 32,
-        "profiles": profiles,
-        "files": describe_files(folder, "model.engine"),
-    }
-    (folder / "engine.json").write_text(json.dumps(contract))
+    made_by = LibraryRecord("tensorrt_rtx", library.version)
+    contract = replace(
+        contract,
+        engine="trt",
+        max_batch=4,
+        max_seq_len=32,
+        files=describe_files(folder, "model.engine"),
+        build=BuildRecord(made_by, "any", cache, profiles, 0.5),
+    )
+    save_contract(contract, folder, TRT)
     return folder
 
 
 def open_engine(folder, *, captures_graphs=True):
     """Open it as load_trt_runner does behind its checks, on the CPU."""
-    contract = trt_runner.load_contract(folder, engine="trt", name="engine.json")
+    contract = load_contract(folder, TRT)
     module = fake_tensorrt.make_module()
     if not captures_graphs:  # as TensorRT, whose contexts are captured from outside
         del module.CudaGraphStrategy
@@ -246,8 +248,8 @@ def test_profiles_admit_what_was_asked_for(cache, batch, sequence, past, name):
 @pytest.mark.parametrize(
     ("batch", "sequence", "past", "sentence"),
     [
-        (5, 8, 0, r"batch of 5 is more than the 4 .*export again with --max-batch 5"),
-        (1, 33, 0, r"33 tokens are more than the 32 .*export again with --max-seq-len 33"),
+        (5, 8, 0, r"batch of 5 is more than the 4 .*export again with `max_batch=5`"),
+        (1, 33, 0, r"33 tokens are more than the 32 .*export again with `max_seq_len=33`"),
         (1, 1, 32, r"33 tokens are more than the 32 .*Shorten the prompt"),
         (1, 2, 3, r"2 tokens after a past of 3 fit no profile .* one token after a past"),
     ],
@@ -263,7 +265,7 @@ def test_an_engine_that_does_not_run(folder):
     runner = open_engine(folder)
     runner._contexts["prefill"].valid = False
     ids, mask = make_batch([4], vocab_size=72)
-    with pytest.raises(LpdeployError, match=r"does not run this engine .*Build it again with"):
+    with pytest.raises(LpdeployError, match=r"does not run this engine .*Export it again with"):
         runner.forward(ids, attention_mask=mask)
 
 
@@ -271,11 +273,11 @@ def test_too_little_memory_for_a_context(folder):
     library = wrap_module("tensorrt_rtx", fake_tensorrt.make_module())
     engine = trt_runner._load_engine(folder, library)
     engine.memory = False
-    with pytest.raises(LpdeployError, match=r"too little free memory .*smaller --max-batch"):
+    with pytest.raises(LpdeployError, match=r"too little free memory .*smaller `max_batch`"):
         TrtRunner(
             library,
             engine,
-            trt_runner.load_contract(folder, engine="trt", name="engine.json"),
+            load_contract(folder, TRT),
             device=torch.device("cpu"),
             stream=fake_tensorrt.Stream(),
         )
@@ -290,19 +292,21 @@ def test_loading_goes_through_all_checks(folder, installed, monkeypatch):
     load_trt_runner(folder, device="cuda:1")
     [(contract, rest)] = made
     assert rest["device"] == torch.device("cuda:1")
-    assert contract == json.loads((folder / "engine.json").read_text())
+    assert contract == load_contract(folder, TRT)
 
 
 def test_no_gpu_here(folder, installed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LpdeployError, match=r"needs an NVIDIA GPU with its driver .*--engine onnx"):
+    with pytest.raises(
+        LpdeployError, match=r"needs an NVIDIA GPU with its driver .*another `engine`"
+    ):
         load_trt_runner(folder)
 
 
 def test_built_by_another_version(folder, installed):
     installed.__version__ = "1.8.0"
     with pytest.raises(
-        ArtifactError, match=r"built by tensorrt_rtx 1.7.1.116, and 1.8.0 is .*Build it again with"
+        ArtifactError, match=r"built by tensorrt_rtx 1.7.1.116, and 1.8.0 is .*Export it again with"
     ):
         load_trt_runner(folder)
 
@@ -310,31 +314,32 @@ def test_built_by_another_version(folder, installed):
 def test_built_for_another_gpu(folder, installed):
     edit_contract(folder, compute_capability="9.0")
     with pytest.raises(
-        ArtifactError, match=r"compute capability 9.0; this one, NVIDIA L4, has 8.9. Build it again"
+        ArtifactError,
+        match=r"compute capability 9.0; this one, NVIDIA L4, has 8.9. Export it again",
     ):
         load_trt_runner(folder)
 
 
 def test_no_contract(tmp_path):
-    with pytest.raises(ArtifactError, match=r"No engine.json in .*Build it again with"):
+    with pytest.raises(ArtifactError, match=r"No engine.json in .*Export it again with"):
         load_trt_runner(tmp_path)
 
 
 def test_contract_of_something_else(folder):
     edit_contract(folder, engine="onnx")
-    with pytest.raises(ArtifactError, match=r"describes no export for trt. Build it again"):
+    with pytest.raises(ArtifactError, match=r"describes no export for trt. Export it again"):
         load_trt_runner(folder)
 
 
 def test_contract_of_another_version(folder):
     edit_contract(folder, schema_version=9)
-    with pytest.raises(ArtifactError, match=r"schema version 9; .* reads 1. Build it again"):
+    with pytest.raises(ArtifactError, match=r"schema version 9; .* reads 1. Export it again"):
         load_trt_runner(folder)
 
 
 def test_missing_engine(folder):
     (folder / "model.engine").unlink()
-    with pytest.raises(ArtifactError, match=r"No model.engine in .*Build it again"):
+    with pytest.raises(ArtifactError, match=r"No model.engine in .*Export it again"):
         load_trt_runner(folder)
 
 
@@ -349,7 +354,7 @@ def test_corrupt_engine(folder, installed):
     path = folder / "model.engine"
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(
-        ArtifactError, match=r"cannot load .*Serialization assertion failed. Build it again"
+        ArtifactError, match=r"cannot load .*Serialization assertion failed. Export it again"
     ):
         load_trt_runner(folder)
 

@@ -7,9 +7,10 @@ import threading
 import pytest
 import torch
 
+from lpdeploy.engines import get_engine
 from lpdeploy.engines.onnx.exporter import export_onnx
 from lpdeploy.engines.ort.exporter import export_ort
-from lpdeploy.engines.registry import load_exported
+from lpdeploy.engines.ort.runner import load_ort_runner
 from lpdeploy.engines.torch.runner import TorchRunner
 from lpdeploy.models.loading import load_model
 from lpdeploy.servers.triton.batcher import Batcher, BusyError, Request
@@ -42,7 +43,7 @@ def runner(folder, model, request):
     exported = folder / request.param
     if request.param == "onnx" and not exported.exists():  # takes seconds
         export_onnx(folder / "model", exported)
-    return load_exported(exported, engine=request.param)
+    return get_engine(request.param).load(exported)
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_a_listener_that_fails_ends_its_own_request(batcher, model):
 
 
 def test_an_engine_that_fails_ends_what_runs_and_goes_on(folder, model):
-    runner = load_exported(folder / "ort", engine="ort")
+    runner = load_ort_runner(folder / "ort")
     forward, calls = runner.forward, []
 
     def fail_once(*arguments, **options):
@@ -217,7 +218,7 @@ def test_the_longest_that_fits(batcher, model):
 
 
 def test_too_many_wait(folder):
-    runner = load_exported(folder / "ort", engine="ort")
+    runner = load_ort_runner(folder / "ort")
     free = threading.Event()
     forward = runner.forward
     runner.forward = lambda *a, **o: free.wait(30) and forward(*a, **o)
@@ -236,7 +237,7 @@ def test_too_many_wait(folder):
 
 
 def test_closing_answers_what_was_asked(folder, model):
-    batcher = Batcher(load_exported(folder / "ort", engine="ort"), max_batch=1)
+    batcher = Batcher(load_ort_runner(folder / "ort"), max_batch=1)
     clients = [Client(batcher, [index + 5], 10) for index in range(3)]
     batcher.close()
     assert [client.tokens for client in clients] == [
@@ -245,7 +246,7 @@ def test_closing_answers_what_was_asked(folder, model):
 
 
 def test_how_many_join_at_once(folder, model):
-    rows = JoiningRows(load_exported(folder / "ort", engine="ort"), 3)
+    rows = JoiningRows(load_ort_runner(folder / "ort"), 3)
     assert rows.count_startable([Size(1500, 1), Size(1, 1)]) == 1  # 3,000 tokens with padding
     assert rows.count_startable([Size(9000, 1)]) == 1  # alone, however long
     assert rows.count_startable([Size(5, 1)] * 9) == 3

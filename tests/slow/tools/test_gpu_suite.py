@@ -55,7 +55,7 @@ def test_an_engine_is_compared_before_it_is_timed(document):
 
 
 def test_what_cannot_run_says_so_and_earlier_parts_stay(document):
-    assert "needs a GPU" in document["parts"]["trt"]["skipped"]
+    assert "NVIDIA GPU" in document["parts"]["trt"]["skipped"]
     assert document["parts"]["earlier"] == {"rows": []}
     assert document["parts"]["ort"]["machine"]["versions"]["torch"]
 
