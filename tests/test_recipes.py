@@ -7,7 +7,8 @@ import click
 import pytest
 import yaml
 
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.cli.options import build_config
+from lpdeploy.config import RENAMED, PruneConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 ARGUMENTS = {
@@ -28,9 +29,10 @@ def parse(command, recipe):
 def test_its_commands_take_it(recipe):
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     assert content.keys() <= ARGUMENTS.keys()
-    fields = PruneOptions.__dataclass_fields__
+    assert not content["prune"].keys() & RENAMED.keys()
+    fields = PruneConfig.__dataclass_fields__
     params = parse("prune", recipe)
-    options = PruneOptions(**{name: params[name] for name in fields if name in params})
+    options = build_config({name: params[name] for name in fields})
     for name, value in content["prune"].items():
         if name in fields:
             assert getattr(options, name) == value

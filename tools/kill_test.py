@@ -37,10 +37,10 @@ import yaml
 from safetensors import safe_open
 
 from lpdeploy.artifacts import check_unchanged, describe_machine, load_stage, save_json
+from lpdeploy.config import PruneConfig
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.checkpoint import CHECKPOINT
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 
 ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
@@ -76,7 +76,7 @@ def run_attempt(run: Path, case: str, text: Path) -> NoReturn:
         sys.stdout = sys.stderr = (run.parent / "attempt.log").open("w", encoding="utf-8")
         torch.set_num_threads(1)
         begun = (run / CHECKPOINT).is_file()
-        options = PruneOptions(**{**_COMMON, **CASES[case]})
+        options = PruneConfig(**{**_COMMON, **CASES[case]})
         model = str(ASSETS / "story-llama-1M")
         prune(model, run, data=str(text), options=options, resume=begun, overwrite=not begun)
         failed = 0

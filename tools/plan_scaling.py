@@ -15,10 +15,10 @@ from typing import Any
 from transformers import LlamaConfig
 
 from lpdeploy.artifacts import list_versions, now, save_json
+from lpdeploy.config import PruneConfig
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import list_projections, list_widths
 from lpdeploy.pruning.memory import plan_memory
-from lpdeploy.pruning.options import PruneOptions
 
 MODELS = {
     "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -51,7 +51,7 @@ def plan(name: str, case: tuple[int, bool, str | None, bool, int]) -> dict[str, 
     """Plan one model in one setting."""
     gpus, sharded, load_in, checkpointing, micro = case
     config = LlamaConfig(vocab_size=32000, **MODELS[name])
-    options = PruneOptions(
+    options = PruneConfig(
         micro_batch_size=micro, load_in=load_in, gradient_checkpointing=checkpointing
     )
     shards = gpus if sharded else 1

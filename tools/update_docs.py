@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.cli.main import main as root
+from lpdeploy.config import PruneConfig
 from lpdeploy.paper.render import render_markdown
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.servers.verdicts import SERVERS
 
@@ -146,7 +146,7 @@ def render_travel(data: dict[str, Any]) -> str:  # noqa: ARG001 - from shapes, n
     for name, shape in LARGE.items():
         plain, sharded = (
             compute_travel(LlamaConfig(**shape), options, ranks=8, itemsize=2)
-            for options in (PruneOptions(), PruneOptions(shard=True, removal="mask"))
+            for options in (PruneConfig(), PruneConfig(shard=True, removal="mask"))
         )
         lines.append(
             f"| {name} | {plain.gradients / 1e6:,.0f} MB | {plain.count_sent(8) / 1e6:,.0f} MB "

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from lpdeploy.config import RENAMED
 from lpdeploy.recipe import load_recipe
 
 # As in engines/registry.py, which is too heavy to import before a command runs.
@@ -67,7 +68,8 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
         return
     known = [p.name for p in ctx.command.params if p.name and p is not own]
     command = " ".join(ctx.command_path.split()[1:])
-    options = load_recipe(value, command, known=known)
+    former = {old: new for old, new in RENAMED.items() if new in known}
+    options = load_recipe(value, command, known=known, former=former, log=log)
     ctx.default_map = {**(ctx.default_map or {}), **options}
 
 
@@ -100,8 +102,9 @@ def log(message: str) -> None:
 def write_flags(sentence: str) -> str:
     """Turn the fields that the library speaks of into options of the command line.
 
-    The library writes `` `micro_batch_size` `` or `` `removal='mask'` ``; here they become
-    ``--micro-batch-size`` and ``--removal mask``. A flag that is on, `` `shard=True` ``, is ``--shard``.
+    The library writes `` `micro_batch_size` `` or `` `removal='mask'` ``. Here they become
+    ``--micro-batch-size`` and ``--removal mask``. A flag that is on, `` `shard=True` ``, becomes
+    ``--shard``.
     """
     return _FIELD.sub(_write_flag, sentence)
 

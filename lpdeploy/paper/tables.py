@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lpdeploy.config import RAMPS
 from lpdeploy.paper.figures import FIGURES
-from lpdeploy.pruning.schedule import RAMPS
 
 
 @dataclass(frozen=True)

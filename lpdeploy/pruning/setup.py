@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import (
     Progress,
     TokenDataset,
@@ -32,6 +33,7 @@ from lpdeploy.models.loading import (
     resolve_model,
 )
 from lpdeploy.models.quantized import get_quantization
+from lpdeploy.models.shapes import count_kept, list_prunable
 from lpdeploy.models.sharded import load_sharded_model
 from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.checkpoint import (
@@ -40,9 +42,7 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.criteria import Criterion, ScoreForm, build_criterion
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps
 
@@ -62,7 +62,7 @@ class Source:
     prunable: tuple[GroupSpec, ...]
 
 
-def load_source(model: str, options: PruneOptions) -> Source:
+def load_source(model: str, options: PruneConfig) -> Source:
     """Find a base model and check that it can be pruned as asked.
 
     Raises:
@@ -85,32 +85,15 @@ def load_source(model: str, options: PruneOptions) -> Source:
             f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
             f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
         )
-    prunable = list_prunable(config, options)
+    prunable = list_prunable(config, options.widths)
     tokenizer = load_tokenizer(folder, config)
     return Source(model, folder, config, tokenizer, list_group_specs(config), prunable)
-
-
-def list_prunable(config: Any, options: PruneOptions) -> tuple[GroupSpec, ...]:
-    """List the groups that may go: those of the layers that are not protected.
-
-    Raises:
-        LpdeployError: There are none.
-    """
-    last = config.num_hidden_layers - options.protect_last
-    specs = list_group_specs(config)
-    prunable = tuple(spec for spec in specs if options.protect_first <= spec.layer < last)
-    if not prunable:
-        raise LpdeployError(
-            f"--protect-first {options.protect_first} and --protect-last {options.protect_last} "
-            f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
-        )
-    return prunable
 
 
 def load_dataset(
     source: Source,
     data: str,
-    options: PruneOptions,
+    options: PruneConfig,
     *,
     cache: bool = True,
     on_progress: Progress | None = None,
@@ -156,7 +139,7 @@ def load_dataset(
 def build_training(
     source: Source,
     dataset: TokenDataset,
-    options: PruneOptions,
+    options: PruneConfig,
     checkpoint: Checkpoint | None,
     ranks: Ranks | None = None,
     *,
@@ -187,7 +170,7 @@ def build_training(
         check_compile(accelerator.device)
     model = _load_base(source, options, load, dtype=dtype, device=accelerator.device)
     kept = {} if checkpoint is None else checkpoint.select("kept")
-    if options.removal == "cut":
+    if options.effective_removal == "cut":
         apply_cut(model, source.prunable, kept)
     if options.gradient_checkpointing:
         apply_checkpointing(model)
@@ -203,7 +186,7 @@ def build_training(
         model=model,
         specs=source.prunable,
         criterion=_build_criterion(model, source.prunable, options, ranks),
-        removal=options.removal,
+        removal=options.effective_removal,
         kept=dict(kept),
     )
     training = Training(
@@ -223,7 +206,7 @@ def build_training(
 
 def _load_base(
     source: Source,
-    options: PruneOptions,
+    options: PruneConfig,
     load: Callable[..., Any],
     *,
     dtype: str,
@@ -246,7 +229,7 @@ def apply_checkpointing(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
+def _attach_lora(model: Any, base: str, options: PruneConfig) -> Any:
     wrapped = attach_lora(
         model,
         rank=options.lora_rank,
@@ -259,7 +242,7 @@ def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
 
 
 def _build_criterion(
-    model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions, ranks: Ranks
+    model: Any, specs: tuple[GroupSpec, ...], options: PruneConfig, ranks: Ranks
 ) -> Criterion:
     form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
     return build_criterion(
@@ -278,9 +261,9 @@ def describe_start(source: Source, training: Training) -> str:
     stored = PRECISIONS.get(source.config.dtype, "fp32")
     base = f" over a base in {options.load_in}" if options.load_in else ""
     used = PRECISIONS[next(training.model.parameters()).dtype]
-    ratios, multiples = options.ratios, options.multiples
+    counts = count_kept(source.config, options.widths)
     kept = ", ".join(
-        f"{round_kept(spec.num_groups, ratios[spec.kind], multiple=multiples[spec.kind])} of "
+        f"{counts[spec.kind]} of "
         f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
         for spec in source.prunable[:2]
     )

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import count_group_parameters, list_group_specs
-from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT_BYTES = 4
 
@@ -33,7 +33,7 @@ class Travel:
         return others * (2 * (self.gradients + self.scores) + self.weights)
 
 
-def compute_travel(config: Any, options: PruneOptions, *, ranks: int, itemsize: int) -> Travel:
+def compute_travel(config: Any, options: PruneConfig, *, ranks: int, itemsize: int) -> Travel:
     """Count what travels in one step.
 
     Args:
