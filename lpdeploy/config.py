@@ -246,13 +246,14 @@ class PruneConfig:
         return self.removal or ("mask" if self.load_in == "4bit" or self.shard else "cut")
 
     @property
-    def ratios(self) -> dict[str, Any]:
+    def ratios(self) -> dict[str, float]:
         """Share to remove of each kind of group.
 
         Raises:
             ValueError: A budget decides, and has not been turned into ratios yet.
         """
         self.check_resolved()
+        assert self.ratio is not None  # only a budget leaves it out
         own = {"heads": self.head_ratio, "channels": self.channel_ratio}
         return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
 
@@ -315,7 +316,7 @@ class PruneConfig:
         return self.calibration_samples
 
 
-def rename_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+def rename_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give fields that were recorded under a former name their present one.
 
     Raises:

@@ -22,7 +22,7 @@ from lpdeploy.benchmark.variants import Checkpoint, Variant, build_variant
 from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
-from lpdeploy.engines.registry import check_engine
+from lpdeploy.engines.registry import ENGINES, check_engine
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import PRECISIONS, resolve_device
 from lpdeploy.models.shapes import compute_ratios, forecast_config, list_counts
@@ -63,12 +63,13 @@ def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
     Raises:
         MissingDependencyError: The engine is not installed.
         LpdeployError: The target is met already or out of reach, or as ``prune``.
-        ValueError: ``options`` ask for no latency.
+        ValueError: ``options`` ask for no latency, or for an unknown engine.
     """
     target = get_latency_target(options)
     if target is None:
         raise ValueError("`target_latency` and `engine` are needed to choose widths; give both.")
     device = resolve_device(options.device)
+    _check_name(target.engine)
     check_engine(target.engine.partition(":")[0], device=device)
     source = load_source(model, options)
     if output is not None:
@@ -97,6 +98,11 @@ def build_workload(target: LatencyTarget) -> Workload:
 def _describe_target(target: LatencyTarget) -> str:
     what = "a token after" if target.phase == "decode" else "a prefill of"
     return f"{what} {target.tokens} tokens on {target.engine}"
+
+
+def _check_name(engine: str) -> None:
+    if engine.partition(":")[0] not in ENGINES:
+        raise ValueError(f"`engine` is {engine!r}; it must be one of {', '.join(ENGINES)}.")
 
 
 def _check_positions(source: Source, target: LatencyTarget) -> None:

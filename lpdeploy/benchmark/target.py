@@ -86,11 +86,11 @@ def _require(value: _Value | None, name: str) -> _Value:
 def _choose_ratio(model: str, options: PruneConfig) -> TargetRecord:
     """Find the smallest ratio whose rounded shape has at most so many parameters or bytes."""
     config = find_config(model)
-    (limit,) = describe_asked(options).values()
-    itemsize = get_itemsize(config) if options.target_memory is not None else 1
+    itemsize = 1 if options.target_memory is None else get_itemsize(config)
+    limit = options.target_params or options.target_memory or 0
     count = build_counter(config, options.widths)
     before, least = itemsize * count(0), itemsize * count(1 - 1 / _STEPS)
-    _refuse_unreachable(model, options, before=before, least=least)
+    _refuse_unreachable(model, options, limit=limit, before=before, least=least)
     step = bisect.bisect_left(range(_STEPS), -limit, key=lambda s: -itemsize * count(s / _STEPS))
     ratio = step / _STEPS
     return TargetRecord(
@@ -100,9 +100,9 @@ def _choose_ratio(model: str, options: PruneConfig) -> TargetRecord:
     )
 
 
-def _refuse_unreachable(model: str, options: PruneConfig, *, before: int, least: int) -> None:
-    (limit,) = describe_asked(options).values()
-
+def _refuse_unreachable(
+    model: str, options: PruneConfig, *, limit: int, before: int, least: int
+) -> None:
     def write(size: int) -> str:
         if options.target_memory is not None:
             return f"{format_bytes(size)} ({size:,} bytes)"

@@ -37,8 +37,8 @@ class Quantity(click.ParamType):
             units = ", ".join(unit for unit in self._units if unit)
             alone = ", or none" if "" in self._units else ""
             self.fail(
-                f"{value!r} is no {self.name}: give a number with one of the units {units}{alone}, "
-                f"such as {self._example}.",
+                f"{value!r} is not a {self.name}: give a number with one of the units "
+                f"{units}{alone}, such as {self._example}.",
                 param,
                 ctx,
             )
@@ -95,13 +95,8 @@ class GroupedOption(click.Option):
                 write_flags(f"`{self._former}` is the former name of `{self.name}`. Give one."),
                 ctx=ctx,
             )
-        warn_of_former_name(self._former)
+        log(f"`{self._former}` is now called `{self.name}`; the former name still works.")
         return opts[self._former], ParameterSource.COMMANDLINE
-
-
-def warn_of_former_name(former: str) -> None:
-    """Tell the user that a name still works, and what it is now."""
-    log(f"`{former}` is now called `{RENAMED[former]}`; the former name still works.")
 
 
 class GroupedCommand(click.Command):

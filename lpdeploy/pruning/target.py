@@ -11,6 +11,9 @@ from lpdeploy.errors import ArtifactError
 
 TARGET = "target.json"
 
+Asked = Mapping[str, int | float | str]
+"""``parameters``, ``bytes``, or the fields of ``LatencyTarget`` -> what the user asked for."""
+
 _PHASE, _TOKENS = "prefill", 512
 
 
@@ -76,13 +79,12 @@ class TargetRecord:
     """How the ratios of a run were chosen.
 
     Attributes:
-        asked: What the user asked for: ``parameters``, ``bytes``, or the fields of
-            ``LatencyTarget``.
+        asked: What the user asked for.
         ratios: Fields of ``PruneConfig`` -> what was chosen for them.
         found: What that gives.
     """
 
-    asked: Mapping[str, Any]
+    asked: Asked
     ratios: Mapping[str, float]
     found: SizeFound | LatencyFound
 
@@ -119,16 +121,17 @@ def get_latency_target(options: PruneConfig) -> LatencyTarget | None:
     )
 
 
-def describe_asked(options: PruneConfig) -> dict[str, Any]:
+def describe_asked(options: PruneConfig) -> Asked:
     """Return what a budget asks for, as ``target.json`` records it."""
     latency = get_latency_target(options)
     if latency is not None:
         return asdict(latency)
-    sizes = {"parameters": options.target_params, "bytes": options.target_memory}
-    return {name: size for name, size in sizes.items() if size is not None}
+    if options.target_params is not None:
+        return {"parameters": options.target_params}
+    return {} if options.target_memory is None else {"bytes": options.target_memory}
 
 
-def load_target(run: Path, asked: Mapping[str, Any]) -> TargetRecord:
+def load_target(run: Path, asked: Asked) -> TargetRecord:
     """Read how the ratios of a run were chosen when it began, so that a resumed run keeps them.
 
     Raises:
@@ -144,5 +147,5 @@ def load_target(run: Path, asked: Mapping[str, Any]) -> TargetRecord:
     return record
 
 
-def _write(asked: Mapping[str, Any]) -> str:
+def _write(asked: Asked) -> str:
     return ", ".join(f"{name} {value}" for name, value in asked.items())

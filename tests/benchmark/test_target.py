@@ -142,6 +142,8 @@ def test_what_cannot_be_met_is_refused_with_what_could_be(base):
 def test_ratios_are_returned_as_they_are(base):
     assert resolve_budget(str(base), SMALL) == (SMALL, None)
     latency = ask(SMALL, target_latency=5.0, engine="torch")
+    with pytest.raises(ValueError, match="`engine` is 'fast'; it must be one of torch, "):
+        resolve_budget(str(base), ask(SMALL, target_latency=5.0, engine="fast"), data="text.txt")
     with pytest.raises(ValueError, match="`data` is needed"):
         resolve_budget(str(base), latency)
     with pytest.raises(ValueError, match="`output` is needed"):

@@ -175,12 +175,16 @@ def test_a_decimal_fraction_is_exact():
 @pytest.mark.parametrize(
     ("kind", "text", "sentence"),
     [
-        (PARAMETERS, "3.5G", "'3.5G' is no number of parameters: .* units K, M, B, T, or none, "),
-        (PARAMETERS, "many", "'many' is no number of parameters"),
-        (PARAMETERS, "-1B", "'-1B' is no number"),
-        (BYTES, "3", "no size: .* B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as 7GiB"),
-        (MILLISECONDS, "30", "'30' is no time: .* units us, ms, s, such as 30ms"),
-        (MILLISECONDS, "1e3ms", "'1e3ms' is no time"),
+        (
+            PARAMETERS,
+            "3.5G",
+            "'3.5G' is not a number of .* units K, M, B, T, or none, ",
+        ),
+        (PARAMETERS, "many", "'many' is not a number of parameters"),
+        (PARAMETERS, "-1B", "'-1B' is not a number"),
+        (BYTES, "3", "not a size: .* B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as 7GiB"),
+        (MILLISECONDS, "30", "'30' is not a time: .* units us, ms, s, such as 30ms"),
+        (MILLISECONDS, "1e3ms", "'1e3ms' is not a time"),
     ],
 )
 def test_a_wrong_unit_is_told_the_right_ones(kind, text, sentence):

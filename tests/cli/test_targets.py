@@ -49,7 +49,7 @@ def prune(base, data, output, *words):
         (["--target-latency", "5ms"], "--target-latency needs an engine"),
         (["--engine", "ort"], "--engine belongs to --target-latency; give that too"),
         (["--latency-tokens", "9", "--target-params", "5K"], "--latency-tokens belongs to"),
-        (["--target-params", "5X"], "'5X' is no number of parameters"),
+        (["--target-params", "5X"], "'5X' is not a number of parameters"),
         (
             ["--target-latency", "1ms", "--engine", "torch", "--scope", "global"],
             "use --scope layer or a --ratio",

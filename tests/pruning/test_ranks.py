@@ -225,19 +225,6 @@ def test_one_process_alone_cannot_shard():
         join_ranks(PruneConfig(shard=True, removal="mask", device="cpu"))
 
 
-@pytest.mark.parametrize(
-    ("options", "refused"),
-    [
-        ({"removal": "cut"}, "--removal cut: no group can be cut out of its parts"),
-        ({"load_in": "8bit"}, "--load-in 8bit: quantised weights are not divided"),
-        ({"criterion": "gradient"}, "--criterion gradient: the gradients of all its weights"),
-    ],
-)
-def test_what_sharding_cannot_do_is_refused(options, refused):
-    with pytest.raises(ValueError, match=f"--shard cannot go with {refused}.* use --removal mask"):
-        PruneConfig(**{"shard": True, "removal": "mask", **options})
-
-
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_an_accelerate_that_would_wrap_the_model_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
