@@ -62,6 +62,26 @@ class GroupSpec:
         return int(self.name.split(".")[1])
 
 
+@dataclass(frozen=True)
+class WidthRequest:
+    """What decides the widths of a pruned model, before its groups are scored.
+
+    Attributes:
+        ratios: Kind of group (``heads``, ``channels``) -> share of them to remove. Empty while a
+            budget has not been turned into ratios.
+        multiples: Kind of group -> what the kept number is a multiple of.
+        protect_first: Layers at the input that stay whole.
+        protect_last: Layers at the output that stay whole.
+        scope: ``layer`` (every layer keeps as many) or ``global`` (scores decide how many).
+    """
+
+    ratios: Mapping[str, float]
+    multiples: Mapping[str, int]
+    protect_first: int = 0
+    protect_last: int = 0
+    scope: str = "layer"
+
+
 Kept = dict[str, list[int]]
 """Kept group indices of each spec, ascending, counted in the unpruned model."""
 

@@ -1,8 +1,9 @@
 """Recipes: YAML files that hold the options of commands."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -10,19 +11,29 @@ import yaml
 from lpdeploy.errors import RecipeError
 
 
-def load_recipe(path: Path, command: str, *, known: Collection[str]) -> dict[str, Any]:
+def load_recipe(
+    path: Path,
+    command: str,
+    *,
+    known: Collection[str],
+    former: Mapping[str, str] = MappingProxyType({}),
+    log: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Read the options of one command from a recipe.
 
     Args:
         path: YAML file with one top-level key a command.
         command: Whose options to read, ``prune`` say.
         known: Names of its options, with underscores.
+        former: Former names of some of them, which are still read -> their names.
+        log: Is told of former names that give a value.
 
     Returns:
         Option name -> value; empty where the recipe does not speak of the command.
 
     Raises:
-        RecipeError: The file is no YAML mapping, or names an unknown option.
+        RecipeError: The file is no YAML mapping, or names an unknown option, or gives an option
+            under both its names.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -33,7 +44,7 @@ def load_recipe(path: Path, command: str, *, known: Collection[str]) -> dict[str
         raise RecipeError(
             f"Recipe '{path}' must map commands to options, for example 'prune: {{ratio: 0.5}}'."
         )
-    options = data.get(command, {})
+    options = _rename(path, data.get(command, {}), former, log)
     unknown = sorted(set(options) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -43,3 +54,16 @@ def load_recipe(path: Path, command: str, *, known: Collection[str]) -> dict[str
             f"It knows {', '.join(sorted(known))}."
         )
     return options
+
+
+def _rename(
+    path: Path, options: dict[str, Any], former: Mapping[str, str], log: Callable[[str], None]
+) -> dict[str, Any]:
+    for old in former.keys() & options.keys():
+        if former[old] in options:
+            raise RecipeError(
+                f"Recipe '{path}' gives '{former[old]}' and its former name '{old}'. Keep one."
+            )
+        if options[old] is not None:
+            log(f"'{old}' in recipe '{path}' is now called '{former[old]}'; it still works.")
+    return {former.get(name, name): value for name, value in options.items()}

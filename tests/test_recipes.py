@@ -7,7 +7,8 @@ import click
 import yaml
 
 from lpdeploy.cli.main import main
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.cli.options import build_config
+from lpdeploy.config import RENAMED, PruneConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 ARGUMENTS = {
@@ -26,12 +27,13 @@ def parse(command, recipe):
 
 
 def test_the_commands_of_a_recipe_take_it():
-    fields = PruneOptions.__dataclass_fields__
+    fields = PruneConfig.__dataclass_fields__
     for recipe in RECIPES:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         assert content.keys() <= ARGUMENTS.keys(), recipe.name
+        assert not content["prune"].keys() & RENAMED.keys(), recipe.name
         params = parse("prune", recipe)
-        options = PruneOptions(**{name: params[name] for name in fields if name in params})
+        options = build_config({name: params[name] for name in fields})
         for name, value in content["prune"].items():
             if name in fields:
                 assert getattr(options, name) == value, f"{recipe.name}: {name}"

@@ -18,7 +18,7 @@ from doc_tables import RENDERERS, write_table
 from transformers import LlamaConfig
 
 from lpdeploy.cli.main import main as root
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.config import PruneConfig
 from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.servers.verdicts import SERVERS
 
@@ -89,7 +89,7 @@ def render_travel() -> str:
     for name, shape in LARGE.items():
         plain, sharded = (
             compute_travel(LlamaConfig(**shape), options, ranks=8, itemsize=2)
-            for options in (PruneOptions(), PruneOptions(shard=True, removal="mask"))
+            for options in (PruneConfig(), PruneConfig(shard=True, removal="mask"))
         )
         summed = [f"{count / 1e6:,.0f} MB" for count in (plain.gradients, plain.count_sent(8))]
         gathered = [f"{count / 1e9:,.0f} GB" for count in (sharded.weights, sharded.count_sent(8))]

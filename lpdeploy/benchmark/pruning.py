@@ -10,11 +10,10 @@ import torch
 
 from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.pruning_worker import Prepared, StepCost
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
-from lpdeploy.models.shapes import LayerWidths, build_pruned_config, list_widths
-from lpdeploy.pruning.options import PruneOptions
-from lpdeploy.pruning.selection import round_kept
+from lpdeploy.models.shapes import forecast_config
 
 WARM_UPS = 1
 _TAILS = torch.tensor([0.1, 0.9], dtype=torch.float64)
@@ -32,7 +31,7 @@ class PruningWorkload:
         steps: Steps before the removal that count.
     """
 
-    options: PruneOptions
+    options: PruneConfig
     steps: int
 
     @property
@@ -40,15 +39,15 @@ class PruningWorkload:
         """Steps after the removal."""
         return max(1, self.steps // 2)
 
-    def build_options(self, **changes: Any) -> PruneOptions:
+    def build_options(self, **changes: Any) -> PruneConfig:
         """Return the options of one variant: its only event comes after the counted steps."""
         event = WARM_UPS + self.steps
         fixed: dict[str, Any] = {
             "schedule": "joint",
             "removal": "cut",
             "ramp": "paper",
-            "warmup": 0.0,
-            "cooldown": 0.0,
+            "prune_warmup": 0.0,
+            "prune_cooldown": 0.0,
             "calibration_samples": 0,
             "prune_every": event,
             "steps": event + self.steps_after,
@@ -138,7 +137,7 @@ def run_interleaved(
 def build_result(
     config: Any,
     workload: PruningWorkload,
-    measured: Iterable[tuple[PruneOptions, Prepared, Sequence[StepCost]]],
+    measured: Iterable[tuple[PruneConfig, Prepared, Sequence[StepCost]]],
     *,
     interleaved: bool,
 ) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def build_result(
 def build_row(
     config: Any,
     workload: PruningWorkload,
-    options: PruneOptions,
+    options: PruneConfig,
     prepared: Prepared,
     costs: Sequence[StepCost],
 ) -> PruningRow:
@@ -201,7 +200,7 @@ def build_row(
         after_ms=statistics.median(cost.seconds for cost in after) * 1e3,
         tokens_per_s=options.batch_size * options.seq_len / median,
         flops=count_flops(config, options),
-        after_flops=count_flops(prune_config(config, options), options, scored=False),
+        after_flops=count_flops(forecast_config(config, options.widths), options, scored=False),
         total_s={
             "training": sum(seconds) + sum(cost.seconds for cost in after) - sum(scoring),
             "scoring": sum(scoring),
@@ -238,7 +237,7 @@ def relate(row: PruningRow, reference: PruningRow) -> PruningRow:
     )
 
 
-def count_flops(config: Any, options: PruneOptions, *, scored: bool = True) -> float:
+def count_flops(config: Any, options: PruneConfig, *, scored: bool = True) -> float:
     """Count the operations of one step: matrix products of the batch, and scoring."""
     criterion = CRITERIA[options.criterion]
     own = compute_training_flops(
@@ -251,15 +250,3 @@ def count_flops(config: Any, options: PruneOptions, *, scored: bool = True) -> f
     )
     scoring = compute_scoring_flops(config, rank=options.lora_rank, criterion=criterion)
     return own + (scoring if scored else 0)
-
-
-def prune_config(config: Any, options: PruneOptions) -> Any:
-    """Return the config of what the options leave, with the same widths in every layer."""
-    width = list_widths(config)[0]
-    counts = {"heads": width.kv_heads, "channels": width.channels}
-    heads, channels = (
-        round_kept(count, options.ratios[kind], multiple=options.multiples[kind])
-        for kind, count in counts.items()
-    )
-    kept = LayerWidths(heads * (width.heads // width.kv_heads), heads, channels)
-    return build_pruned_config(config, [kept] * config.num_hidden_layers)

@@ -10,12 +10,12 @@ from lpdeploy.benchmark.plot import draw_pruning
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_table import render_pruning
 from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.loading import load_config, resolve_device, resolve_model
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
 from lpdeploy.pruning.heap import tighten_heap
-from lpdeploy.pruning.options import PruneOptions
 
 BENCH = "bench-pruning.json"
 
@@ -92,7 +92,7 @@ def _list_options(
     *,
     device: str,
     log: Log,
-) -> list[PruneOptions]:
+) -> list[PruneConfig]:
     changes: list[dict[str, Any]] = [{"criterion": name} for name in criteria]
     for name in criteria:
         if not CRITERIA[name].weight_gradients:
@@ -102,12 +102,12 @@ def _list_options(
         else:
             changes.append({"criterion": name, "offload_gradients": True})
     for kind in load_in:
-        check_load_in(kind, removal="cut")
-        changes.append({"criterion": PruneOptions.criterion, "load_in": kind})
+        check_load_in(kind)
+        changes.append({"criterion": PruneConfig.criterion, "load_in": kind})
     return [workload.build_options(**change) for change in changes]
 
 
-def _fit_together(config: Any, options: Sequence[PruneOptions], device: str) -> bool:
+def _fit_together(config: Any, options: Sequence[PruneConfig], device: str) -> bool:
     """Tell whether all runs may be alive at once; only one of them is in a step."""
     with tighten_heap():  # as they will run
         plans = [plan_run(config, own) for own in options]

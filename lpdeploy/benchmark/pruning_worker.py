@@ -19,6 +19,7 @@ from lpdeploy.benchmark.worker import (
     reset_peak,
     time_work,
 )
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.loading import (
@@ -30,7 +31,6 @@ from lpdeploy.models.loading import (
 )
 from lpdeploy.pruning.fit import plan_run
 from lpdeploy.pruning.heap import tighten_heap
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.training import Training, run_forward, run_steps
 
@@ -47,7 +47,7 @@ class PruningVariant:
     """
 
     model: Path
-    options: PruneOptions
+    options: PruneConfig
     data: str | None = None
     valid: str | None = None
 

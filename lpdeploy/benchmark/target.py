@@ -1,316 +1,130 @@
-"""A target of latency in place of a ratio: shapes are measured here, and the best one is chosen."""
+"""From the size or latency that a user asked for to the ratios that meet it."""
 
-import functools
-import gc
+import bisect
 import os
-import shutil
-import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch
-
-from lpdeploy.artifacts import describe_machine
-from lpdeploy.benchmark.latency import time_interleaved
-from lpdeploy.benchmark.pairs import Found, compute_losses, find_pair
-from lpdeploy.benchmark.random_models import save_random_model
-from lpdeploy.benchmark.variants import TimedModel, Variant, build_variant
-from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
+from lpdeploy.artifacts import format_bytes
+from lpdeploy.benchmark.latency_target import choose_widths
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
-from lpdeploy.engines import get_engine
 from lpdeploy.errors import LpdeployError
-from lpdeploy.models.loading import PRECISIONS, resolve_device
-from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.importance import Importance
-from lpdeploy.pruning.options import PruneOptions
-from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
-from lpdeploy.pruning.training import run_steps
-from lpdeploy.run_folder import RunFolder
-from lpdeploy.servers.check import forecast_config
+from lpdeploy.models.loading import find_config
+from lpdeploy.models.shapes import build_counter, get_itemsize
+from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target
 
-# Shapes that are measured at most, the unpruned and the smallest one among them.
-_MOST = 20
-_REPEATS = 10
-_DECODED = 16
-_CALIBRATION_ROWS = 128
+# Ratios have six decimals: less than half a group of any known layer.
+_STEPS = 1_000_000
 
-_Log = Callable[[str], None]
+_Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
-class LatencyTarget:
-    """How fast the pruned model is to be, and on what.
-
-    Attributes:
-        latency_ms: The most that it may take: of a prefill, or of one decoded token.
-        engine: Of ``ENGINES``; with a precision behind a colon where it matters.
-        phase: ``prefill`` or ``decode``.
-        tokens: Of the prompt; batch 1.
-    """
-
-    latency_ms: float
-    engine: str
-    phase: str = "prefill"
-    tokens: int = 512
-
-    @property
-    def workload(self) -> Workload:
-        """What is timed."""
-        decode = _DECODED if self.phase == "decode" else 0
-        return Workload(self.tokens, decode, batch=1, repeats=_REPEATS)
-
-    def describe(self) -> str:
-        """Say what is measured."""
-        what = "a token after" if self.phase == "decode" else "a prefill of"
-        return f"{what} {self.tokens} tokens on {self.engine}"
-
-
-def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
+def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
     model: str,
-    output: Path,
+    options: PruneConfig,
     *,
-    data: str,
-    options: PruneOptions,
-    target: LatencyTarget,
+    data: str | None = None,
+    output: Path | None = None,
     cache: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     on_tokenise: Progress | None = None,
-    log: _Log = lambda _: None,
-) -> dict[str, Any]:
-    """Choose heads and channels of the pruned model, each for itself, by measured latency.
+    log: Callable[[str], None] = lambda _: None,
+) -> tuple[PruneConfig, TargetRecord | None]:
+    """Turn ``target_params``, ``target_memory`` or ``target_latency`` into ratios.
 
     Args:
-        model: Hugging Face folder or hub name.
-        output: The run folder to be; only looked at.
-        data: What groups are scored with, as the run will score them before its first step.
-        options: How it will be pruned; their ratios do not count.
-        target: What is to be met.
+        model: Hugging Face folder or hub name. For a size only the config is read.
+        options: How the model will be pruned. They are returned as they are if ratios decide.
+        data: What groups are scored with; only needed for a latency.
+        output: The run folder to be, if there is one. Nothing is written.
         cache: Keep the tokens of ``data``, and use those of an earlier run.
-        overwrite: Whether a run in ``output`` is to be replaced.
+        resume: Read from ``output`` what was chosen when the run began.
+        overwrite: Whether a run in ``output`` may be replaced.
         on_tokenise: Is told (examples tokenised, all examples).
-        log: Is told every measurement.
+        log: Is told every measurement, and what was chosen.
 
     Returns:
-        The record: ``asked``, ``ratios`` (``head_ratio`` and ``channel_ratio``), ``measurements``
-        and what was chosen.
+        The options with ratios in place of the budget, and the record for ``target.json``.
 
     Raises:
-        MissingDependencyError: The engine is not installed.
-        LpdeployError: The target is met already or out of reach, or as ``prune``.
+        LpdeployError: The model is small or fast enough already, or cannot become so; or a
+            latency cannot be measured here.
+        ValueError: ``data`` is missing for a latency, or ``output`` for ``resume``.
     """
-    device = resolve_device(options.device)
-    get_engine(target.engine.partition(":")[0]).check(device)
-    source = load_source(model, options)
-    RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
-    _check_options(source, options, target)
-    check_memory(source.config, options, log=lambda _: None)
-    with (
-        tempfile.TemporaryDirectory(prefix="lpdeploy-target-") as scratch,
-        _start_worker() as worker,
-    ):
-        bench = _Bench(source, options, target, device, Path(scratch), worker, log)
-        bench.check_reachable()
-        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise, log=log)
-        log("scoring the groups, to know which pair of heads and channels loses least")
-        importance = score_groups(source, dataset, options)
-        found = bench.search(importance)
-        return bench.finish(found)
+    if options.budget is None:
+        return options, None
+    if resume:
+        record = load_target(_require(output, "output"), describe_asked(options))
+    elif options.target_latency is None:
+        record = _choose_ratio(model, options)
+    else:
+        _refuse_ranks()
+        record = choose_widths(
+            model,
+            options,
+            data=_require(data, "data"),
+            output=output,
+            cache=cache,
+            overwrite=overwrite,
+            on_tokenise=on_tokenise,
+            log=log,
+        )
+    chosen = " ".join(f"`{name}={ratio:g}`" for name, ratio in record.ratios.items())
+    log(f"{'as chosen when the run began' if resume else 'chosen for the target'}: {chosen}")
+    return options.with_ratios(**record.ratios), record
 
 
-def _check_options(source: Source, options: PruneOptions, target: LatencyTarget) -> None:
-    if options.scope == "global":
+def _require(value: _Value | None, name: str) -> _Value:
+    if value is None:
+        raise ValueError(f"`{name}` is needed to resolve this target; give it.")
+    return value
+
+
+def _choose_ratio(model: str, options: PruneConfig) -> TargetRecord:
+    """Find the smallest ratio whose rounded shape has at most so many parameters or bytes."""
+    config = find_config(model)
+    itemsize = 1 if options.target_memory is None else get_itemsize(config)
+    limit = options.target_params or options.target_memory or 0
+    count = build_counter(config, options.widths)
+    before, least = itemsize * count(0), itemsize * count(1 - 1 / _STEPS)
+    _refuse_unreachable(model, options, limit=limit, before=before, least=least)
+    step = bisect.bisect_left(range(_STEPS), -limit, key=lambda s: -itemsize * count(s / _STEPS))
+    ratio = step / _STEPS
+    return TargetRecord(
+        asked=describe_asked(options),
+        ratios={"ratio": ratio},
+        found=SizeFound(before, itemsize * count(ratio)),
+    )
+
+
+def _refuse_unreachable(
+    model: str, options: PruneConfig, *, limit: int, before: int, least: int
+) -> None:
+    def write(size: int) -> str:
+        if options.target_memory is not None:
+            return f"{format_bytes(size)} ({size:,} bytes)"
+        return f"{size:,} parameters"
+
+    if before <= limit:
         raise LpdeployError(
-            "--target-latency measures shapes whose layers are alike, and --scope global makes "
-            "them differ by scores. Use --scope layer, or a --ratio."
+            f"`{options.budget}` of {write(limit)}: '{model}' has {write(before)} already. Give "
+            "less, or prune to a `ratio`."
         )
-    needed = target.workload.tokens + target.workload.decode
-    limit = source.config.max_position_embeddings
-    if needed > limit:
+    if least > limit:
         raise LpdeployError(
-            f"--latency-tokens {target.tokens} needs {needed} positions; '{source.name}' has "
-            f"{limit}. Use --latency-tokens {limit - target.workload.decode} or less."
+            f"`{options.budget}` of {write(limit)} is out of reach: embeddings, head, norms, "
+            "protected layers and the fewest groups that every layer keeps are "
+            f"{write(least)} of '{model}'. Give at least that."
         )
 
 
-def score_groups(source: Source, dataset: Any, options: PruneOptions) -> Importance:
-    """Score all groups once with the criterion of the run, on the rows of its calibration."""
-    rows = options.num_calibration_rows or _CALIBRATION_ROWS
-    # Joint, so that nothing is removed behind the calibration.
-    options = replace(options, schedule="joint", calibration_samples=rows, shard=False)
-    training = build_training(source, dataset, options, None)
-    next(run_steps(training))
-    scores = {name: score.cpu() for name, score in training.state.average.items()}
-    del training
-    gc.collect()
-    if torch.cuda.is_available():  # the process that is timed has the GPU to itself
-        torch.cuda.empty_cache()
-    return scores
-
-
-@contextmanager
-def _start_worker() -> Iterator[Worker]:
-    """Start the process in which everything is timed, with threads that wait as in ``bench``."""
-    before = os.environ.get("OMP_WAIT_POLICY")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    worker = Worker(serve_shapes)
-    if before is None:  # this process trains later, where waking the threads would cost more
-        del os.environ["OMP_WAIT_POLICY"]
-    with worker:
-        yield worker
-
-
-def serve_shapes() -> Served:
-    """Load nothing yet; answers variants with the median seconds of each, interleaved."""
-
-    def answer(variants: Sequence[Variant], workload: Workload, phase: str) -> list[float]:
-        works = [
-            functools.partial(load_timed(variant)[0].time, workload, phase) for variant in variants
-        ]
-        timings = time_interleaved(works, workload.repeats, lambda: None)
-        return [statistics.median(timing.seconds for timing in own) for own in timings]
-
-    return None, answer
-
-
-@dataclass
-class _Bench:
-    """Shapes of one model, as they are measured one by one.
-
-    Attributes:
-        heads: Counts of KV heads a layer that may be kept, ascending.
-        channels: Counts of channels, likewise.
-        measurements: What was measured so far.
-    """
-
-    source: Source
-    options: PruneOptions
-    target: LatencyTarget
-    device: str
-    scratch: Path
-    worker: Worker
-    log: _Log
-    measurements: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        config, multiples = self.source.config, self.options.multiples
-        self.heads = list_counts(config.num_key_value_heads, multiples["heads"])
-        self.channels = list_counts(config.intermediate_size, multiples["channels"])
-        self._dense = self._build_variant(TimedModel(self.source.name, self.source.folder), "dense")
-
-    def check_reachable(self) -> None:
-        """Measure the unpruned and the smallest shape; refuse a target that is not between them."""
-        last = (len(self.heads) - 1, len(self.channels) - 1)
-        dense, least = self._measure(*last), self._measure(0, 0)
-        limit = self.target.latency_ms
-        if least <= limit < dense:
-            return
-        wrong = "is met already" if dense <= limit else "is out of reach"
+def _refuse_ranks() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LpdeployError(
-            f"--target-latency {limit:g}ms {wrong}: '{self.source.name}' takes {dense:.3g} ms for "
-            f"{self.target.describe()}, and its smallest shape ({self._describe(0, 0)}) takes "
-            f"{least:.3g} ms. Give a target between them, or prune to a --ratio."
+            "`target_latency` is measured by one process, and a launcher started several. Start "
+            "the command once without the launcher, stop it when it has told the ratios, and give "
+            "those to the launcher."
         )
-
-    def search(self, importance: Importance) -> Found:
-        """Find the pair of counts that meets the target with the least expected loss."""
-        losses = compute_losses(
-            importance, self.source.prunable, heads=self.heads, channels=self.channels
-        )
-
-        def is_quick(heads: int, channels: int) -> bool:
-            return self._measure(heads, channels) <= self.target.latency_ms
-
-        return find_pair(losses, is_quick, budget=_MOST - len(self.measurements))
-
-    def finish(self, found: Found) -> dict[str, Any]:
-        """Measure what was chosen once more, interleaved with the unpruned model; the record."""
-        pair = (found.heads, found.channels)
-        with self._make(*pair) as chosen:
-            dense_ms, chosen_ms = self._time([self._dense, chosen])
-        over = chosen_ms > self.target.latency_ms
-        self.log(
-            f"chosen: {self._describe(*pair)}, {chosen_ms:.3g} ms where the unpruned model takes "
-            f"{dense_ms:.3g} ms, measured in turn"
-            + (f": over the target of {self.target.latency_ms:g} ms this time" if over else "")
-        )
-        return {
-            "asked": asdict(self.target),
-            "ratios": self._compute_ratios(*pair),
-            "kv_heads": self.heads[found.heads],
-            "channels": self.channels[found.channels],
-            "expected_loss": found.loss,
-            "least_possible_loss": found.bound,
-            "criterion": self.options.criterion,
-            "repeats": _REPEATS,
-            "measurements": self.measurements,
-            "again": {"dense_ms": dense_ms, "chosen_ms": chosen_ms},
-            "machine": describe_machine(),
-        }
-
-    def _measure(self, heads: int, channels: int) -> float:
-        """Measure a shape by itself; milliseconds."""
-        with self._make(heads, channels) as variant:
-            (median,) = self._time([variant])
-        self.log(f"measured {self._describe(heads, channels)}: {median:.3g} ms")
-        self.measurements.append(
-            {
-                "kv_heads": self.heads[heads],
-                "channels": self.channels[channels],
-                "median_ms": median,
-            }
-        )
-        return median
-
-    def _time(self, variants: list[Variant]) -> list[float]:
-        seconds = self.worker.call(variants, self.target.workload, self.target.phase)
-        return [1e3 * each for each in seconds]
-
-    @contextmanager
-    def _make(self, heads: int, channels: int) -> Iterator[Variant]:
-        """Write a model of random weights of a shape; delete it again."""
-        if (heads, channels) == (len(self.heads) - 1, len(self.channels) - 1):
-            yield self._dense
-            return
-        ratios = self._compute_ratios(heads, channels)
-        config = forecast_config(self.source.config, replace(self.options, **ratios))
-        folder = self.scratch / "shape"
-        dtype = PRECISIONS.get(self.source.config.dtype, "fp32")
-        model = save_random_model(config, folder / "model", dtype=dtype)
-        yield self._build_variant(TimedModel("shape", model), "shape")
-        shutil.rmtree(folder)
-
-    def _build_variant(self, checkpoint: TimedModel, name: str) -> Variant:
-        exports = self.scratch / name
-        exports.mkdir(exist_ok=True)
-        workload = self.target.workload
-        limits = {"max_batch": 1, "max_seq_len": max(2, workload.tokens + workload.decode)}
-        return build_variant(
-            checkpoint,
-            engine=self.target.engine,
-            device=self.device,
-            scratch=exports,
-            limits=limits,
-        )
-
-    def _compute_ratios(self, heads: int, channels: int) -> dict[str, Any]:
-        config = self.source.config
-        return {
-            "head_ratio": round(1 - self.heads[heads] / config.num_key_value_heads, 6),
-            "channel_ratio": round(1 - self.channels[channels] / config.intermediate_size, 6),
-        }
-
-    def _describe(self, heads: int, channels: int) -> str:
-        config = self.source.config
-        return (
-            f"{self.heads[heads]} of {config.num_key_value_heads} KV heads, "
-            f"{self.channels[channels]:,} of {config.intermediate_size:,} channels"
-        )
-
-
-def list_counts(total: int, multiple: int) -> list[int]:
-    """List the counts of groups that a layer may keep: multiples, and all of them."""
-    return [*range(min(multiple, total), total, multiple), total]

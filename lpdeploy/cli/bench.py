@@ -15,11 +15,10 @@ from lpdeploy.cli.common import (
     shared_options,
     split_names,
 )
+from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.criteria import CRITERIA
-from lpdeploy.pruning.options import PruneOptions
 
 _COUNT = click.IntRange(min=1)
-_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 
@@ -29,7 +28,7 @@ def command() -> None:
 
 
 @command.command("latency")
-@click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
+@click.argument("models", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option(
     "--engine",
     default="torch,onnx",
@@ -47,7 +46,7 @@ def command() -> None:
 @shared_options()
 def latency(  # noqa: PLR0913 - one parameter an option
     *,
-    targets: tuple[str, ...],
+    models: tuple[str, ...],
     engine: str,
     form: str,
     tokens: int,
@@ -73,7 +72,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
 
     with counting_progress("bench") as on_progress:
         result, folder = bench_latency(
-            targets,
+            models,
             engines=_parse_engines(engine),
             forms=_FORMS[form],
             workloads=[Workload(tokens, decode, rows, repeats) for rows in _parse_batches(batch)],
@@ -86,30 +85,33 @@ def latency(  # noqa: PLR0913 - one parameter an option
     print_result(result, format_latency(result), as_json=as_json)
 
 
-@command.command("pruning")
+@command.command("pruning", cls=GroupedCommand)
 @click.argument("model")
 @click.option(
     "--criterion",
     default="lora,gradient,magnitude",
-    help=f"Of {', '.join(CRITERIA)}; several with commas between them.",
+    help=f"Compare these criteria, separated by commas: {', '.join(CRITERIA)}.",
 )
-@click.option("--load-in", type=click.Choice(["8bit"]), help="Also lora over a base in 8 bits.")
-@click.option("--steps", type=_COUNT, default=10, help="Steps that count, before the removal.")
-@click.option("--ratio", type=_SHARE, default=0.5, help="Removed after the steps.")
-@click.option("--batch-size", type=_COUNT, default=8, help="Sequences a step.")
-@click.option("--micro-batch-size", type=_COUNT, default=1, help="Sequences a forward pass.")
-@click.option("--seq-len", type=click.IntRange(min=2), default=512, help="Tokens a sequence.")
-@click.option("--lora-rank", type=_COUNT, default=8, help="Rank of A and B.")
-@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.05)
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
-@click.option("--data", metavar="SOURCE", help="What to train on.  [default: random tokens]")
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--load-in", type=click.Choice(["8bit"]), help="Also measure lora over 8-bit weights."
+)
+@click.option("--steps", type=_COUNT, default=10, help="Number of steps to measure before pruning.")
+@config_options(
+    *("ratio", "batch_size", "micro_batch_size", "seq_len", "lora_rank", "lora_dropout"),
+    *("gradient_checkpointing", "dtype", "device"),
+    batch_size=8,
+    micro_batch_size=1,
+)
+@click.option(
+    "--data",
+    metavar="SOURCE",
+    help="Train on this file, folder or hub name.  [default: random tokens]",
+)
 @click.option(
     "--output",
     type=FOLDER,
     default=Path(),
-    help="Where bench-pruning.json goes.",
+    help="Write bench-pruning.json to this folder.",
     show_default="the working folder",
 )
 @shared_options()
@@ -130,10 +132,7 @@ def pruning(
     is kept. A MODEL with a config.json alone is given random weights, which cost the same. On a
     GPU, gradient is also measured with its gradients off-loaded to the CPU.
     """
-    try:
-        workload_options = PruneOptions(**values)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    config = build_config(values)
     criteria = _parse_criteria(criterion)
     from lpdeploy.benchmark.pruning import PruningWorkload
     from lpdeploy.benchmark.pruning_stage import bench_pruning
@@ -143,7 +142,7 @@ def pruning(
     with counting_progress("bench") as on_progress:
         result = bench_pruning(
             model,
-            PruningWorkload(workload_options, steps),
+            PruningWorkload(config, steps),
             criteria=criteria,
             load_in=(load_in,) if load_in else (),
             data=data,

@@ -1,104 +1,95 @@
 """`lpdeploy check`: what a ratio would give, before any training."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lpdeploy.artifacts import format_bytes
-from lpdeploy.cli.common import print_result, shared_options
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.cli.common import print_result, shared_options, write_flags
+from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 
-_DEFAULT = PruneOptions()
+if TYPE_CHECKING:
+    from lpdeploy.servers.check import Alignment, CheckResult
+
 _COUNT = click.IntRange(min=1)
-_SHARE = click.FloatRange(0, 1, max_open=True)
 
 
-@click.command("check")
+@click.command("check", cls=GroupedCommand)
 @click.argument("model", metavar="MODEL|RUN")
+@config_options("ratio", "head_ratio", "channel_ratio", "round_to", "round_heads_to")
 @click.option(
-    "--ratio",
-    type=_SHARE,
-    default=_DEFAULT.ratio,
-    help="Share of groups to remove; a RUN has its own.",
+    "--tensor-parallel", type=_COUNT, default=1, help="Number of GPUs that share the heads."
 )
-@click.option("--head-ratio", type=_SHARE, help="Share of the heads.  [default: --ratio]")
-@click.option("--channel-ratio", type=_SHARE, help="Share of the channels.  [default: --ratio]")
-@click.option("--round-to", type=_COUNT, default=_DEFAULT.round_to, help="Channels: multiples.")
 @click.option(
-    "--round-heads-to", type=_COUNT, default=_DEFAULT.round_heads_to, help="KV heads: multiples."
+    "--tokens", type=_COUNT, default=2048, help="Number of prompt tokens in the cost estimate."
 )
-@click.option("--tensor-parallel", type=_COUNT, default=1, help="GPUs that share the heads.")
-@click.option("--tokens", type=_COUNT, default=2048, help="Of the prefill, and in the cache.")
 @shared_options()
-def command(  # noqa: PLR0913 - one parameter an option
-    *,
-    model: str,
-    ratio: float,
-    head_ratio: float | None,
-    channel_ratio: float | None,
-    round_to: int,
-    round_heads_to: int,
-    tensor_parallel: int,
-    tokens: int,
-    as_json: bool,
-) -> None:
-    """Say which servers load MODEL pruned by --ratio, or what RUN has pruned, and what it costs.
+def command(*, model: str, tensor_parallel: int, tokens: int, as_json: bool, **values: Any) -> None:
+    """Say which servers load MODEL after pruning, or what RUN has pruned, and what it costs.
 
-    Nothing is trained, and of MODEL only the config is read.
+    Nothing is trained, and of MODEL only the config is read. A RUN has its own ratio.
     """
-    from lpdeploy.servers.check import Target, check
+    config = build_config(values)
 
-    target = Target(ratio, round_to, round_heads_to, head_ratio, channel_ratio)
-    result = check(model, target=target, tensor_parallel=tensor_parallel, tokens=tokens)
-    print_result(result, _format(result), as_json=as_json)
+    from lpdeploy.servers.check import check
+
+    result = check(model, config, tensor_parallel=tensor_parallel, tokens=tokens)
+    data = result.to_json()
+    if data["suggestion"]:
+        data["suggestion"]["options"] = write_flags(data["suggestion"]["options"])
+    print_result(data, _format(result), as_json=as_json)
 
 
-def _format(result: dict[str, Any]) -> str:
-    shape, before, after = result["shape"], result["before"], result["after"]
+def _format(result: "CheckResult") -> str:
+    from lpdeploy.servers.check import describe_request
+
+    shape, before, after = result.shape, result.before, result.after
     heads, kv_heads, channels = (
         f"{min(value)} to {max(value)}" if isinstance(value, list) else str(value)
-        for value in (shape["heads"], shape["kv_heads"], shape["channels"])
+        for value in (shape.heads, shape.kv_heads, shape.channels)
     )
-    size = f"{heads} heads ({kv_heads} KV) of {shape['head_dim']}, {channels} channels"
+    size = f"{heads} heads ({kv_heads} KV) of {shape.head_dim}, {channels} channels"
     lines = [
-        f"{shape['architecture']}: {shape['layers']} layers, {size}",
-        _compare("parameters", before["parameters"], after["parameters"], "{:,.0f}".format),
-        _compare("bytes", before["bytes"], after["bytes"], format_bytes),
+        f"{shape.architecture}: {shape.layers} layers, {size}",
+        _compare("parameters", before.parameters, after.parameters, "{:,.0f}".format),
+        _compare("bytes", before.bytes, after.bytes, format_bytes),
         _compare(
-            f"prefill of {result['tokens']} tokens",
-            before["prefill_flops"],
-            after["prefill_flops"],
+            f"prefill of {result.tokens} tokens",
+            before.prefill_flops,
+            after.prefill_flops,
             lambda flops: f"{flops / 1e12:.3g} TFLOP",
         ),
         _compare(
-            f"read a token, with a cache of {result['tokens']}",
-            before["decode_bytes"],
-            after["decode_bytes"],
+            f"bytes read per token, with a cache of {result.tokens} tokens",
+            before.decode_bytes,
+            after.decode_bytes,
             format_bytes,
         ),
         "",
-        *(_describe_width(row, ranks=result["tensor_parallel"]) for row in result["alignment"]),
+        *(_describe_width(row, ranks=result.tensor_parallel) for row in result.alignment),
         "",
         *(
-            f"{row['name']:18} {row['loads']:10} {row['why']}"
-            + (f" [{row['tested']}]" if row["tested"] else "")
-            for row in result["servers"]
+            f"{row.name:18} {row.loads:10} {row.why}" + (f" [{row.tested}]" if row.tested else "")
+            for row in result.servers
         ),
     ]
-    if (found := result["suggestion"]) is not None:
-        widths = f"{found['heads']} heads, {found['channels']} channels"
-        lines += ["", f"Nearest that costs no server: {found['options']} ({widths})"]
+    if result.suggestion is not None:
+        request, nearest = result.suggestion
+        options = write_flags(describe_request(request))
+        widths = f"{nearest.heads} heads, {nearest.channels} channels"
+        lines += ["", f"Nearest that costs no server: {options} ({widths})"]
     return "\n".join(lines)
 
 
-def _compare(name: str, before: float, after: float, write: Any) -> str:
+def _compare(name: str, before: float, after: float, write: Callable[[Any], str]) -> str:
     return f"{name}: {write(after)}, {after / before - 1:+.1%} of {write(before)}"
 
 
-def _describe_width(row: dict[str, Any], *, ranks: int) -> str:
+def _describe_width(row: "Alignment", *, ranks: int) -> str:
     share = " of each GPU" if ranks > 1 else ""
-    note = "" if row["aligned"] else "; no multiple of 8, which half precision wants"
+    note = "" if row.aligned else "; half precision wants a multiple of 8"
     return (
-        f"{row['width']}{share}: {row['size']}, a multiple of {row['multiple']}; "
-        f"{row['waste']:.1%} of the multiplications in tiles of 128 are padding{note}"
+        f"{row.width}{share}: {row.size}, a multiple of {row.multiple}; "
+        f"{row.waste:.1%} of the multiplications in tiles of 128 are padding{note}"
     )

@@ -4,12 +4,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.recipe import load_recipe
 
@@ -24,25 +25,12 @@ _ARGUMENTS = ("model", "run")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class NameChoice(click.Choice[str]):
-    """A choice of the names in a table, which may grow until the command line is read."""
-
-    def __init__(self, table: Mapping[str, Any]) -> None:
-        self.table = table
-        self.case_sensitive = True
-
-    @property
-    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names in the table now."""
-        return tuple(self.table)
-
-
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-class LateChoice(click.Choice[str]):
-    """A choice that is read when it is needed, so that what is added from outside counts."""
+class NameChoice(click.Choice[str]):
+    """A choice of names that are read when they are needed, so that a user can add some."""
 
     def __init__(self, read: Callable[[], Iterable[str]]) -> None:
         super().__init__(())
@@ -58,10 +46,10 @@ class LateChoice(click.Choice[str]):
         """Leave it to ``read``."""
 
 
-ENGINE = LateChoice(lambda: ENGINES)
-EXPORTED = LateChoice(lambda: (engine.name for engine in list_exporting()))
-SERVED = LateChoice(lambda: (engine.name for engine in list_exporting() if engine.triton))
-PRECISION = LateChoice(
+ENGINE = NameChoice(lambda: ENGINES)
+EXPORTED = NameChoice(lambda: (engine.name for engine in list_exporting()))
+SERVED = NameChoice(lambda: (engine.name for engine in list_exporting() if engine.triton))
+PRECISION = NameChoice(
     lambda: dict.fromkeys(name for engine in list_exporting() for name in engine.precisions)
 )
 
@@ -105,7 +93,8 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
         return
     known = [p.name for p in ctx.command.params if p.name and p is not own]
     command = " ".join(ctx.command_path.split()[1:])
-    options = load_recipe(value, command, known=known)
+    former = {old: new for old, new in RENAMED.items() if new in known}
+    options = load_recipe(value, command, known=known, former=former, log=log)
     ctx.default_map = {**(ctx.default_map or {}), **options}
 
 

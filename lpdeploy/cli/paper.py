@@ -10,14 +10,15 @@ import click
 
 from lpdeploy.cli import prune
 from lpdeploy.cli.common import FOLDER, log, print_result, shared_options, split_names
+from lpdeploy.cli.options import build_config
+from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.tables import TABLES, Table
-from lpdeploy.pruning.options import PruneOptions
 
 # What the command itself gives to every prune.
 _GIVEN = (
-    *("data", "output", "resume", "overwrite", "as_json", "ratio", "seed"),
-    *("head_ratio", "channel_ratio", "target_params", "target_memory", "target_latency"),
+    *("data", "output", "resume", "overwrite", "as_json", "seed"),
+    *(*RATIOS, *BUDGETS, *LATENCY),
 )
 
 
@@ -140,12 +141,13 @@ def _read_prune_options(
     try:
         context = prune.command.make_context("prune", [*given, *words], parent=group)
         typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
-        names = [field.name for field in dataclasses.fields(PruneOptions)]
-        options = dataclasses.asdict(PruneOptions(**{n: context.params[n] for n in names}))
-    except (click.UsageError, ValueError) as error:
-        reason = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        names = [field.name for field in dataclasses.fields(PruneConfig)]
+        config = build_config({n: context.params[n] for n in names if n not in _GIVEN})
+    except click.UsageError as error:
+        reason = error.format_message()
         raise click.UsageError(f"The options of prune, after '--': {reason}") from error
-    _refuse_own(table, options, typed)
+    options = config.to_json()
+    _refuse_own(table, options, rename_fields(typed))
     return {name: value for name, value in options.items() if name not in _GIVEN}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lpdeploy.artifacts import remove_leftovers, save_json
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.worker import Workload
+from lpdeploy.config import PruneConfig
 from lpdeploy.engines.export import export
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.torch.runner import load_torch_runner
@@ -21,7 +22,6 @@ from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.report.page import save_report
 from lpdeploy.run_folder import RunFolder
@@ -121,7 +121,7 @@ def _claim(output: Path, *, overwrite: bool) -> None:
 
 
 def _build(base: Path, data: Path, run: RunFolder, *, ratio: float, steps: int) -> None:
-    options = PruneOptions(
+    options = PruneConfig(
         ratio=ratio,
         steps=steps,
         batch_size=8,
@@ -129,7 +129,7 @@ def _build(base: Path, data: Path, run: RunFolder, *, ratio: float, steps: int) 
         seq_len=_TRAIN_SEQ_LEN,
         lr=2e-3,
         prune_every=4,
-        cooldown=0.4,
+        prune_cooldown=0.4,
         device="cpu",
     )
     prune(str(base), run.path, data=str(data), options=options)

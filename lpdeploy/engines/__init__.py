@@ -17,7 +17,7 @@ def get_engine(name: str) -> Engine:
         ValueError: There is no such engine.
     """
     if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}; it must be one of {', '.join(ENGINES)}")
+        raise ValueError(f"`engine` is {name!r}; it must be one of {', '.join(ENGINES)}")
     return ENGINES[name]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpdeploy.errors import LpdeployError, MissingDependencyError
+from lpdeploy.errors import MissingDependencyError
 
 LOAD_IN = ("8bit", "4bit")
 """What ``load_in`` may be: LLM.int8() (int8 rows, one scale a row), or nf4 (blocks of 64)."""
@@ -35,23 +35,16 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def check_load_in(load_in: str | None, *, removal: str) -> None:
-    """Check that a run over a base in ``load_in`` can remove groups by ``removal``.
+def check_load_in(load_in: str | None) -> None:
+    """Check that a base model can be loaded in ``load_in``; None is full precision.
 
     Raises:
-        LpdeployError: 4-bit weights are to be cut.
         MissingDependencyError: bitsandbytes is not installed.
-        ValueError: ``load_in`` is none of ``LOAD_IN``, nor None.
+        ValueError: ``load_in`` is neither None nor one of ``LOAD_IN``.
     """
-    if load_in is None:
-        return
-    _check_kind(load_in)
-    if load_in == "4bit" and removal == "cut":
-        raise LpdeployError(
-            "--load-in 4bit cannot go with --removal cut: nf4 weights share their scales across "
-            "rows, so no group can be cut out of them. Use --removal mask, or --load-in 8bit."
-        )
-    import_bitsandbytes()
+    if load_in is not None:
+        _check_kind(load_in)
+        import_bitsandbytes()
 
 
 def _check_kind(load_in: str) -> None:

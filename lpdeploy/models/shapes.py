@@ -1,17 +1,24 @@
-"""The shape of a pruned model: widths a layer, and the config that states them."""
+"""The shape of a pruned model: from what was asked to the widths of each layer, and back.
+
+Nothing else computes widths. What is asked is a ``WidthRequest``; widths become the config of a
+pruned model, and the number of its parameters and bytes.
+"""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, name_per_layer
-from lpdeploy.families.groups import count_group_parameters, get_head_dim
+from lpdeploy.families.groups import count_group_parameters, get_head_dim, list_group_specs
 from lpdeploy.models.loading import get_model_classes
-from lpdeploy.plan import GroupSpec, Kept
+from lpdeploy.plan import GroupSpec, Kept, WidthRequest
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
@@ -29,6 +36,84 @@ class LayerWidths:
     heads: int
     kv_heads: int
     channels: int
+
+
+def round_kept(num_groups: int, ratio: float, *, multiple: int) -> int:
+    """Return how many of ``num_groups`` stay when ``ratio`` of them are removed.
+
+    This is the nearest multiple, the larger one of two that are equally near. It is at least one
+    multiple and at most all groups. Ratio 0 keeps all, even if their number is no multiple.
+    """
+    exact = (1 - ratio) * num_groups
+    # The small term keeps 0.2 * 10 groups from falling below its tie through binary fractions.
+    rounded = math.floor(exact / multiple + 0.5 + 1e-9) * multiple
+    if ratio == 0:
+        return num_groups
+    return min(num_groups, max(multiple, rounded))
+
+
+def list_counts(num_groups: int, *, multiple: int) -> list[int]:
+    """List how many groups a layer may keep: the multiples, and all of them."""
+    return [*range(min(multiple, num_groups), num_groups, multiple), num_groups]
+
+
+def list_prunable(config: Any, request: WidthRequest) -> tuple[GroupSpec, ...]:
+    """List the groups that may be removed: those of the layers that are not protected.
+
+    Raises:
+        LpdeployError: All layers are protected.
+    """
+    last = config.num_hidden_layers - request.protect_last
+    specs = list_group_specs(config)
+    prunable = tuple(spec for spec in specs if request.protect_first <= spec.layer < last)
+    if not prunable:
+        raise LpdeployError(
+            f"`protect_first` {request.protect_first} and `protect_last` {request.protect_last} "
+            f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
+        )
+    return prunable
+
+
+def count_kept(config: Any, request: WidthRequest) -> dict[str, int]:
+    """Count the groups of each kind that an unprotected layer keeps, on average over layers."""
+    totals = {"heads": config.num_key_value_heads, "channels": config.intermediate_size}
+    return {
+        kind: round_kept(total, request.ratios[kind], multiple=request.multiples[kind])
+        for kind, total in totals.items()
+    }
+
+
+def compute_ratios(config: Any, *, kv_heads: int, channels: int) -> dict[str, float]:
+    """Return the ratios of heads and channels that leave so many in each layer.
+
+    They are rounded to a millionth, which is less than half a group of any known layer.
+    """
+    return {
+        "heads": round(1 - kv_heads / config.num_key_value_heads, 6),
+        "channels": round(1 - channels / config.intermediate_size, 6),
+    }
+
+
+def forecast_widths(config: Any, request: WidthRequest) -> list[LayerWidths]:
+    """Return the widths of every layer as far as they are known before groups are scored.
+
+    With ``scope`` ``global`` the scores decide the width of each layer. The first layer is left
+    whole in the forecast then, so that layers differ, which is all that servers look at.
+    """
+    n_rep = config.num_attention_heads // config.num_key_value_heads
+    kept = count_kept(config, request)
+    pruned = LayerWidths(kept["heads"] * n_rep, kept["heads"], kept["channels"])
+    first = max(request.protect_first, int(request.scope == "global"))
+    last = config.num_hidden_layers - request.protect_last
+    return [
+        pruned if first <= layer < last else whole
+        for layer, whole in enumerate(list_widths(config))
+    ]
+
+
+def forecast_config(config: Any, request: WidthRequest) -> Any:
+    """Return the config of the pruned model, with the widths of ``forecast_widths``."""
+    return build_pruned_config(config, forecast_widths(config, request))
 
 
 def list_widths(config: Any) -> list[LayerWidths]:
@@ -125,6 +210,48 @@ def count_parameters(config: Any) -> int:
         model = model_class(config)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def get_itemsize(config: Any) -> int:
+    """Return the bytes of one weight in the checkpoint's own precision."""
+    return config.dtype.itemsize if config.dtype is not None else 4
+
+
+def build_counter(config: Any, request: WidthRequest) -> Callable[[float], int]:
+    """Return a function that counts the parameters that one ratio for all groups leaves.
+
+    With ``scope`` ``global`` scores decide where groups are removed, and the number of parameters
+    may vary by less than a rounding step. The function returns the most that may be left.
+
+    Raises:
+        LpdeployError: All layers are protected.
+    """
+    dense = count_parameters(config)
+    ordered = sorted(list_prunable(config, request), key=lambda spec: spec.kind)
+    families = [list(specs) for _, specs in itertools.groupby(ordered, key=lambda spec: spec.kind)]
+
+    def count(ratio: float) -> int:
+        removed = 0
+        for specs in families:
+            total = sum(spec.num_groups for spec in specs)
+            kept = _count_most(specs, ratio, request)
+            removed += (total - kept) * count_group_parameters(specs[0], config)
+        return dense - removed
+
+    return count
+
+
+def _count_most(specs: Sequence[GroupSpec], ratio: float, request: WidthRequest) -> int:
+    """Count the groups of one kind that stay in all layers together, at most."""
+    multiple = request.multiples[specs[0].kind]
+    if request.scope == "layer":
+        return sum(round_kept(spec.num_groups, ratio, multiple=multiple) for spec in specs)
+    total = sum(spec.num_groups for spec in specs)
+    # Groups leave in chunks and end on the count exactly, unless a layer's first chunk is smaller.
+    uneven = any(spec.num_groups % multiple for spec in specs)
+    wanted = round_kept(total, ratio, multiple=multiple) + (multiple - 1 if uneven else 0)
+    fewest = sum(min(multiple, spec.num_groups) for spec in specs)
+    return min(total, max(wanted, fewest))
 
 
 def compute_achieved(config: Any, specs: Sequence[GroupSpec], kept: Kept) -> Mapping[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.config import RENAMED
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.tables import Row, Table
 
@@ -16,6 +17,8 @@ from lpdeploy.paper.tables import Row, Table
 SET_BY_EVERY_CELL = ("ratio", "seed")
 # Options of prune that change nothing of a result.
 _WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory")
+# Keys are made of the names that options had when the first cells were run.
+_FORMER_NAMES = {name: former for former, name in RENAMED.items()}
 # One run scores all groups; at which ratio it then prunes does not matter.
 _SIMILARITY_RATIO = 0.5
 
@@ -217,7 +220,7 @@ def _compute_key(
         # An option that is None or False was not given: a later version that knows one more option
         # finds the cells of this one.
         "options": {
-            name: value
+            _FORMER_NAMES.get(name, name): value
             for name, value in options.items()
             if value is not None and value is not False and name not in _WITHOUT_EFFECT
         },
@@ -233,10 +236,10 @@ def list_prune_words(cell: Cell, study: Study, *, run: Path) -> list[str]:
     return [*words, *study.prune_words, *_list_options(cell.own)]
 
 
-def list_eval_words(cell: Cell, study: Study, *, target: str) -> list[str]:
+def list_eval_words(cell: Cell, study: Study, *, model: str) -> list[str]:
     """Return the words of a cell's ``eval`` command."""
     evaluation = cell.evaluation
-    words = ["eval", target]
+    words = ["eval", model]
     if evaluation.perplexity:
         words += [w for s in evaluation.perplexity for w in ("--perplexity", s.given)]
         words += ["--seq-len", str(evaluation.seq_len)]

@@ -266,7 +266,7 @@ def _describe(cell: Cell, study: Study) -> dict[str, Any]:
 
 
 def _run_dense(cell: Cell, study: Study, commands: Commands) -> dict[str, Any]:
-    words = list_eval_words(cell, study, target=study.model.given)
+    words = list_eval_words(cell, study, model=study.model.given)
     measured = commands.call(words)
     return {"commands": [show_command(words)], "eval": _name_sources(measured, cell)}
 
@@ -285,7 +285,7 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
     if cell.evaluation:
         compact_words = ["compact", str(run)]
         compacted = commands.call([*compact_words, "--overwrite"])
-        eval_words = list_eval_words(cell, study, target=str(run))
+        eval_words = list_eval_words(cell, study, model=str(run))
         result["compact"] = {k: v for k, v in compacted.items() if k != "model"}
         result["eval"] = _name_sources(commands.call(eval_words), cell)
         result["commands"] += [show_command(compact_words), show_command(eval_words)]

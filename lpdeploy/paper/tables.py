@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lpdeploy.paper.figures import FIGURES
-from lpdeploy.pruning.schedule import RAMPS
+from lpdeploy.ramps import RAMPS
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ One safetensors file, renamed into place, so that there is always a whole one. T
 not in it: it is loaded and cut again.
 """
 
-import dataclasses
 import errno
 import json
 import os
@@ -21,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpdeploy.artifacts import atomic_file, list_versions
+from lpdeploy.config import PruneConfig, rename_fields
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import resolve_device
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.run_folder import RunFolder
 
@@ -71,7 +70,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: RunFolder, *, step: int, training: Any, options: PruneOptions, inputs: Mapping[str, str]
+    run: RunFolder, *, step: int, training: Any, options: PruneConfig, inputs: Mapping[str, str]
 ) -> None:
     """Write ``run/checkpoint/state.safetensors``, whole or not at all."""
     state: PruningState = training.state
@@ -87,7 +86,7 @@ def save_checkpoint(
         "lpdeploy": list_versions()["lpdeploy"],
         "step": step,
         "inputs": dict(inputs),
-        "options": dataclasses.asdict(options),
+        "options": options.to_json(),
         "environment": _describe_environment(options),
     }
     with atomic_file(run.checkpoint, durable=True) as temporary:
@@ -111,7 +110,7 @@ def check_resumable(run: RunFolder) -> None:
 def load_checkpoint(
     run: RunFolder,
     *,
-    options: PruneOptions,
+    options: PruneConfig,
     inputs: Mapping[str, str],
     names: Mapping[str, str],
     log: Callable[[str], None] = lambda _: None,
@@ -133,7 +132,7 @@ def load_checkpoint(
     metadata, tensors = _read(run.checkpoint)
     differences = [
         *_compare_inputs(metadata["inputs"], inputs, old=_load_names(run), new=names),
-        *_compare_options(metadata["options"], dataclasses.asdict(options)),
+        *_compare_options(rename_fields(metadata["options"]), options.to_json()),
     ]
     if differences:
         raise ArtifactError(
@@ -207,7 +206,7 @@ def _name_input(name: str | None, sha256: str) -> str:
     return f"{'another' if name is None else repr(name)} (sha256 {sha256[:12]})"
 
 
-def _describe_environment(options: PruneOptions) -> dict[str, Any]:
+def _describe_environment(options: PruneConfig) -> dict[str, Any]:
     device = resolve_device(options.device)
     versions = list_versions()
     found = {name: versions.get(name) for name in _LIBRARIES}
@@ -215,7 +214,7 @@ def _describe_environment(options: PruneOptions) -> dict[str, Any]:
 
 
 def _warn_of_environment(
-    saved: Mapping[str, Any], options: PruneOptions, log: Callable[[str], None]
+    saved: Mapping[str, Any], options: PruneConfig, log: Callable[[str], None]
 ) -> None:
     changes = [
         f"{name} was {saved.get(name)} and is {value}"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from lpdeploy.artifacts import format_bytes, read_process_bytes
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import resolve_device, resolve_dtype
 from lpdeploy.pruning.heap import is_tight
 from lpdeploy.pruning.memory import MemoryPlan, plan_memory
-from lpdeploy.pruning.options import PruneOptions
 
 # A plan is within 15 % of what is measured: what is refused would not fit if it needed as much
 # less, and if the heap, which is known least, wasted nothing.
@@ -23,11 +23,11 @@ _SHORTEST = 64
 _LATER_BYTES = 25_000_000
 _CGROUP = Path("/sys/fs/cgroup")
 
-Planner = Callable[[PruneOptions], MemoryPlan]
+Planner = Callable[[PruneConfig], MemoryPlan]
 _Values = dict[str, list[Any]]
 
 
-def plan_run(config: Any, options: PruneOptions, *, ranks: int = 1) -> MemoryPlan:
+def plan_run(config: Any, options: PruneConfig, *, ranks: int = 1) -> MemoryPlan:
     """Plan the memory of a run in this process, on the device and in the precision it will have.
 
     Args:
@@ -63,7 +63,7 @@ def _measure_process() -> int:
 
 def check_memory(
     config: Any,
-    options: PruneOptions,
+    options: PruneConfig,
     *,
     log: Callable[[str], None],
     refuse: bool = True,
@@ -124,7 +124,7 @@ def _is_enough(plan: MemoryPlan, free: int) -> bool:
 
 
 def suggest_options(
-    options: PruneOptions, free: int, plan: Planner
+    options: PruneConfig, free: int, plan: Planner
 ) -> tuple[str, MemoryPlan] | None:
     """Find the first change, of the least harm, that makes a run fit.
 
@@ -148,13 +148,13 @@ def suggest_options(
     return None
 
 
-def _list_single(options: PruneOptions, values: _Values) -> Iterator[tuple[str, PruneOptions]]:
+def _list_single(options: PruneConfig, values: _Values) -> Iterator[tuple[str, PruneConfig]]:
     for name, own in values.items():
         for value in own:
             yield _name(name, value), dataclasses.replace(options, **{name: value})
 
 
-def _list_combined(options: PruneOptions, values: _Values) -> Iterator[tuple[str, PruneOptions]]:
+def _list_combined(options: PruneConfig, values: _Values) -> Iterator[tuple[str, PruneConfig]]:
     """Each option at its most sparing value on top of those before it."""
     words: list[str] = []
     for name, own in values.items():
@@ -164,7 +164,7 @@ def _list_combined(options: PruneOptions, values: _Values) -> Iterator[tuple[str
             yield " ".join(words), options
 
 
-def _list_values(options: PruneOptions) -> _Values:
+def _list_values(options: PruneConfig) -> _Values:
     """List what each option could become, the least change first."""
     batch, micro = options.batch_size, options.micro_batch_size
     gradient = CRITERIA[options.criterion].weight_gradients

@@ -9,10 +9,10 @@ criterion needs them. ``tests/pruning/test_memory.py`` compares it with the tens
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA, Criterion
 from lpdeploy.models.shapes import LayerWidths, count_parameters, list_projections, list_widths
 from lpdeploy.pruning.loss import count_chunk_tokens
-from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT = 4  # bytes
 # Measured on glibc 2.36 by tools/measure/memory.py: small objects settle in the holes that tensors
@@ -69,7 +69,7 @@ class MemoryPlan:
 
 def plan_memory(
     config: Any,
-    options: PruneOptions,
+    options: PruneConfig,
     *,
     dtype: str,
     device: str,
@@ -114,7 +114,7 @@ class _Layer:
 
     config: Any
     width: LayerWidths
-    options: PruneOptions
+    options: PruneConfig
     dtype: str
 
     @property
@@ -177,7 +177,7 @@ class _Layer:
 
 
 def _plan_weights(
-    config: Any, layers: list[_Layer], options: PruneOptions, dtype: str, *, shards: int
+    config: Any, layers: list[_Layer], options: PruneConfig, dtype: str, *, shards: int
 ) -> int:
     """Count the base: embeddings, head and norms are never quantised."""
     projections = sum(layer.num_weights for layer in layers)
@@ -193,7 +193,7 @@ def _plan_weights(
 
 
 def _plan_activations(
-    config: Any, layers: list[_Layer], options: PruneOptions, itemsize: int, *, device: str
+    config: Any, layers: list[_Layer], options: PruneConfig, itemsize: int, *, device: str
 ) -> int:
     """Take the larger of two moments: the loss, and the backward pass of a layer."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
@@ -216,7 +216,7 @@ def _plan_activations(
 
 
 def _plan_gradients(
-    layers: list[_Layer], options: PruneOptions, activations: int, dtype: str, device: str
+    layers: list[_Layer], options: PruneConfig, activations: int, dtype: str, device: str
 ) -> int:
     if not CRITERIA[options.criterion].weight_gradients:
         return 0
@@ -234,14 +234,14 @@ def _plan_gradients(
     return gradients + one * _ITEMSIZE[dtype]
 
 
-def _plan_scoring(options: PruneOptions, layers: list[_Layer]) -> int:
+def _plan_scoring(options: PruneConfig, layers: list[_Layer]) -> int:
     """Blocks of rows, LoRA's factors and gradients in float32 side by side, and the scores."""
     factors = max(i + o for layer in layers for i, o in layer.sizes) * options.lora_rank
     groups = sum(layer.width.channels + layer.width.kv_heads for layer in layers)
     return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups)
 
 
-def _plan_heap(config: Any, options: PruneOptions, dtype: str, *, tight: bool) -> int:
+def _plan_heap(config: Any, options: PruneConfig, dtype: str, *, tight: bool) -> int:
     """A share of what a pass of all layers makes: kept or not, it leaves holes behind."""
     tokens = options.micro_batch_size * options.seq_len
     options = replace(options, lora_dropout=0.5)  # of any rate; without it as much is made

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED
 from lpdeploy.errors import LpdeployError, RankLostError, RunEndedError
 from lpdeploy.models.loading import resolve_device
-from lpdeploy.pruning.options import PruneOptions
 
 # How long a rank waits for a peer that lives but does not answer. A dead one is noticed at once.
 _TIMEOUT = timedelta(minutes=10)
@@ -200,7 +200,7 @@ class Ranks:
         work.wait()
 
 
-def join_ranks(options: PruneOptions) -> Ranks:
+def join_ranks(options: PruneConfig) -> Ranks:
     """Join the other processes that a launcher has started, if there are any.
 
     Raises:
@@ -228,7 +228,7 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _check_share(options: PruneOptions, size: int) -> None:
+def _check_share(options: PruneConfig, size: int) -> None:
     if options.shard and size == 1:
         raise LpdeployError(
             "--shard spreads the base over several ranks, and this is the only one. Start with "

@@ -1,6 +1,5 @@
 """The prune stage: from a model and a data source to a run folder."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -23,6 +22,7 @@ from lpdeploy.artifacts import (
     record_stage,
     save_json,
 )
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.errors import (
     LpdeployError,
@@ -45,7 +45,6 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.log import append_log, load_losses, trim_log
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.setup import (
     Source,
@@ -55,6 +54,7 @@ from lpdeploy.pruning.setup import (
     load_source,
 )
 from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.pruning.training import StepInfo, Training, run_steps
 from lpdeploy.run_folder import ADAPTER, RunFolder
 
@@ -89,8 +89,8 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     output: Path,
     *,
     data: str,
-    options: PruneOptions,
-    target: Mapping[str, Any] | None = None,
+    options: PruneConfig,
+    target: TargetRecord | None = None,
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -109,7 +109,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             manifest.json, recipe.yaml, and checkpoint/ while running.
         data: Data source (file, folder or hub name).
         options: How to prune.
-        target: How the ratios among them were chosen, for target.json; None where they were given.
+        target: How a budget was turned into these ratios, for target.json; None if none was given.
         cache: Keep the tokens of ``data`` for later runs, and use those of an earlier one.
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
@@ -122,11 +122,12 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         LpdeployError: Model, data or output cannot be used, memory will not suffice, a loss is
             not finite, or another rank is gone.
     """
-    check_load_in(options.load_in, removal=options.removal)  # before anything is read
+    options.check_resolved()  # before anything is read
+    check_load_in(options.load_in)
     run, ranks = RunFolder(output), join_ranks(options)
     source = load_source(model, options)
-    record = {"model": model, "data": data, **dataclasses.asdict(options)}
-    recorded = record if target is None else {**record, "target": target}
+    record = {"model": model, "data": data, **options.to_json()}
+    recorded = record if target is None else {**record, "target": target.to_json()}
     with (
         _claim(run, ranks, base=source.folder, resume=resume, overwrite=overwrite),
         explain_full_disk(run),
@@ -158,11 +159,17 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                     _save_results(run, training, stage, plan)
         if ranks.is_first:
             _complete(run, plan)
+    return _build_result(run, plan, stage, steps=training.steps, losses=losses)
+
+
+def _build_result(
+    run: RunFolder, plan: PruningPlan, stage: Stage, *, steps: int, losses: list[float]
+) -> PruneResult:
     return PruneResult(
         run=str(run),
         ratio=plan.ratio,
         achieved=plan.achieved,
-        steps=training.steps,
+        steps=steps,
         seconds=stage.seconds,
         peak_bytes=stage.peak_bytes,
         loss=sum(losses) / len(losses) if losses else math.nan,
@@ -170,12 +177,12 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
 
 
 def _check_same_start(
-    ranks: Ranks, options: PruneOptions, stage: Stage, checkpoint: Checkpoint | None
+    ranks: Ranks, options: PruneConfig, stage: Stage, checkpoint: Checkpoint | None
 ) -> None:
     """Refuse to begin where ranks would not do the same."""
     step = None if checkpoint is None else checkpoint.step
     ranks.check_same(
-        json.dumps([dataclasses.asdict(options), stage.inputs, step]),
+        json.dumps([options.to_json(), stage.inputs, step]),
         otherwise="it has other options, or sees another model, other data or another checkpoint. "
         "Give every rank the same command, and paths that all of them see.",
     )
@@ -199,7 +206,7 @@ def _claim(
 def _load_checkpoint(
     run: RunFolder,
     record: Mapping[str, Any],
-    options: PruneOptions,
+    options: PruneConfig,
     stage: Stage,
     log: Callable[[str], None],
 ) -> Checkpoint:
@@ -211,14 +218,14 @@ def _prepare_output(
     run: RunFolder,
     record: Mapping[str, Any],
     checkpoint: Checkpoint | None,
-    target: Mapping[str, Any] | None,
+    target: TargetRecord | None,
 ) -> None:
     """Leave in a run only what it begins or goes on with; called when all input is known good."""
     run.claim(clear=checkpoint is None)
     with atomic_file(run.recipe) as temporary:
         temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
     if target is not None:
-        save_json(run.target, target)
+        save_json(run.target, target.to_json())
     if checkpoint is not None:
         trim_log(run, checkpoint.step)
 
@@ -264,7 +271,7 @@ def _check_same_groups(training: Training, step: int) -> None:
         )
 
 
-def _is_checkpoint_due(options: PruneOptions, training: Training, done: int) -> bool:
+def _is_checkpoint_due(options: PruneConfig, training: Training, done: int) -> bool:
     every = options.checkpoint_every
     return bool(every) and done % every == 0 and done < training.steps
 
@@ -297,7 +304,7 @@ def _save_checkpoint(run: RunFolder, training: Training, step: int, stage: Stage
 
 
 def _build_plan(
-    source: Source, state: PruningState, options: PruneOptions, sha256: str
+    source: Source, state: PruningState, options: PruneConfig, sha256: str
 ) -> PruningPlan:
     kept = state.list_kept(source.specs)
     return PruningPlan(

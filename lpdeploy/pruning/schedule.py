@@ -5,36 +5,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """How pruning is spread over a run.
-
-    Attributes:
-        warmup: Share of the steps before the first event.
-        cooldown: Share of the steps after the last event.
-        power: 3 takes many groups early and few late; 1 takes as many at each event.
-        hold: Whether the learning rate stays at its peak until the last event, so that its
-            whole decay is left for recovery, instead of falling all along.
-        calibrate: Whether rows are scored before the first step, so that the moving average
-            does not start empty.
-    """
-
-    warmup: float
-    cooldown: float
-    power: int
-    hold: bool = False
-    calibrate: bool = False
-
-
-RAMPS = {
-    "early": Ramp(warmup=0.0, cooldown=0.7, power=3, hold=True, calibrate=True),
-    "authors": Ramp(warmup=0.1, cooldown=0.1, power=3),
-    "paper": Ramp(warmup=0.0, cooldown=0.0, power=1),
-}
-"""Name -> ramp. ``early`` leaves most of the steps to recover, ``authors`` is what the authors'
-experiments use, ``paper`` is Algorithm 1 taken by its word: a portion every few iterations."""
-
-
-@dataclass(frozen=True)
 class Schedule:
     """Which steps remove groups, and how many are gone after each.
 
@@ -51,7 +21,7 @@ class Schedule:
         every: Steps between two pruning events.
         warmup: Share of the steps before the first event.
         cooldown: Share of the steps after the last event.
-        power: Exponent of the curve; see ``Ramp``.
+        power: Exponent of the curve; see ``lpdeploy.config.Ramp``.
         kind: ``joint``, ``separate`` or ``one-shot``.
     """
 

@@ -1,27 +1,13 @@
 """Which groups stay: counts that hardware and servers want, and the most important of each."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lpdeploy.models.shapes import round_kept
 from lpdeploy.plan import GroupSpec
-
-
-def round_kept(num_groups: int, ratio: float, *, multiple: int) -> int:
-    """Return how many of ``num_groups`` stay when ``ratio`` of them go.
-
-    The nearest multiple, the larger of two that are equally near, at least one multiple and at
-    most all. Ratio 0 keeps all, also where ``num_groups`` is no multiple.
-    """
-    exact = (1 - ratio) * num_groups
-    # The small term keeps 0.2 * 10 groups from falling below its tie through binary fractions.
-    rounded = math.floor(exact / multiple + 0.5 + 1e-9) * multiple
-    if ratio == 0:
-        return num_groups
-    return min(num_groups, max(multiple, rounded))
 
 
 def select_per_layer(
@@ -64,7 +50,7 @@ def select_globally(
 
     Groups leave in chunks of the rounding multiple, the chunk of least mean importance first, so
     every width stays a multiple, every layer keeps at least one chunk, and the total is within
-    one chunk of the target.
+    one chunk of what ``round_kept`` gives.
 
     Args and returns as in ``select_per_layer``.
     """
@@ -79,14 +65,14 @@ def _select_family(
     importance: Mapping[str, Tensor], specs: Sequence[GroupSpec], *, ratio: float, multiple: int
 ) -> dict[str, Tensor]:
     total = sum(spec.num_groups for spec in specs)
-    target = round_kept(total, ratio, multiple=multiple)
+    wanted = round_kept(total, ratio, multiple=multiple)
     counts = {spec.name: len(importance[spec.name]) for spec in specs}
     chunks = sorted(
         chunk for spec in specs for chunk in _list_chunks(spec.name, importance, multiple=multiple)
     )
     for _, name, size in chunks:
         # Chunks of one layer ascend in importance, so they are met in the order they may leave.
-        if sum(counts.values()) - size < target:
+        if sum(counts.values()) - size < wanted:
             break
         counts[name] -= size
     return {name: _keep_best(importance[name], count) for name, count in counts.items()}

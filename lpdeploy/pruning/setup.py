@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import (
     Progress,
@@ -33,6 +34,7 @@ from lpdeploy.models.loading import (
     resolve_model,
 )
 from lpdeploy.models.quantized import get_quantization
+from lpdeploy.models.shapes import count_kept, list_prunable
 from lpdeploy.models.sharded import load_sharded_model
 from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.checkpoint import (
@@ -40,10 +42,8 @@ from lpdeploy.pruning.checkpoint import (
     apply_checkpoint,
 )
 from lpdeploy.pruning.compilation import check_compile
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.scoring import ScoreForm, Scorer
-from lpdeploy.pruning.selection import round_kept
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, count_steps
 
@@ -63,7 +63,7 @@ class Source:
     prunable: tuple[GroupSpec, ...]
 
 
-def load_source(model: str, options: PruneOptions) -> Source:
+def load_source(model: str, options: PruneConfig) -> Source:
     """Find a base model and check that it can be pruned as asked.
 
     Raises:
@@ -86,32 +86,15 @@ def load_source(model: str, options: PruneOptions) -> Source:
             f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
             f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
         )
-    prunable = list_prunable(config, options)
+    prunable = list_prunable(config, options.widths)
     tokenizer = load_tokenizer(folder, config)
     return Source(model, folder, config, tokenizer, list_group_specs(config), prunable)
-
-
-def list_prunable(config: Any, options: PruneOptions) -> tuple[GroupSpec, ...]:
-    """List the groups that may go: those of the layers that are not protected.
-
-    Raises:
-        LpdeployError: There are none.
-    """
-    last = config.num_hidden_layers - options.protect_last
-    specs = list_group_specs(config)
-    prunable = tuple(spec for spec in specs if options.protect_first <= spec.layer < last)
-    if not prunable:
-        raise LpdeployError(
-            f"--protect-first {options.protect_first} and --protect-last {options.protect_last} "
-            f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
-        )
-    return prunable
 
 
 def load_dataset(
     source: Source,
     data: str,
-    options: PruneOptions,
+    options: PruneConfig,
     *,
     cache: bool = True,
     on_progress: Progress | None = None,
@@ -157,7 +140,7 @@ def load_dataset(
 def build_training(
     source: Source,
     dataset: TokenDataset,
-    options: PruneOptions,
+    options: PruneConfig,
     checkpoint: Checkpoint | None,
     ranks: Ranks | None = None,
     *,
@@ -188,7 +171,7 @@ def build_training(
         check_compile(accelerator.device)
     model = _load_base(source, options, load, dtype=dtype, device=accelerator.device)
     kept = {} if checkpoint is None else checkpoint.select("kept")
-    if options.removal == "cut":
+    if options.effective_removal == "cut":
         apply_cut(model, source.prunable, kept)
     if options.gradient_checkpointing:
         apply_checkpointing(model)
@@ -204,7 +187,7 @@ def build_training(
         model=model,
         specs=source.prunable,
         scorer=_build_scorer(model, source.prunable, options, ranks),
-        removal=options.removal,
+        removal=options.effective_removal,
         kept=dict(kept),
     )
     training = Training(
@@ -224,7 +207,7 @@ def build_training(
 
 def _load_base(
     source: Source,
-    options: PruneOptions,
+    options: PruneConfig,
     load: Callable[..., Any],
     *,
     dtype: str,
@@ -247,7 +230,7 @@ def apply_checkpointing(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
+def _attach_lora(model: Any, base: str, options: PruneConfig) -> Any:
     wrapped = attach_lora(
         model,
         rank=options.lora_rank,
@@ -260,7 +243,7 @@ def _attach_lora(model: Any, base: str, options: PruneOptions) -> Any:
 
 
 def _build_scorer(
-    model: Any, specs: tuple[GroupSpec, ...], options: PruneOptions, ranks: Ranks
+    model: Any, specs: tuple[GroupSpec, ...], options: PruneConfig, ranks: Ranks
 ) -> Scorer:
     form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
     return Scorer(
@@ -279,9 +262,9 @@ def describe_start(source: Source, training: Training) -> str:
     stored = PRECISIONS.get(source.config.dtype, "fp32")
     base = f" over a base in {options.load_in}" if options.load_in else ""
     used = PRECISIONS[next(training.model.parameters()).dtype]
-    ratios, multiples = options.ratios, options.multiples
+    counts = count_kept(source.config, options.widths)
     kept = ", ".join(
-        f"{round_kept(spec.num_groups, ratios[spec.kind], multiple=multiples[spec.kind])} of "
+        f"{counts[spec.kind]} of "
         f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
         for spec in source.prunable[:2]
     )

@@ -1,144 +1,151 @@
-"""A target of size in place of a ratio: the smallest ratio that meets it, and its record."""
+"""The record of how a size or latency that the user asked for became ratios: ``target.json``."""
 
-import bisect
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from lpdeploy.artifacts import format_bytes, load_json
-from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.families.groups import count_group_parameters
-from lpdeploy.models.loading import find_config
-from lpdeploy.models.shapes import count_parameters
-from lpdeploy.plan import GroupSpec
-from lpdeploy.pruning.options import PruneOptions
-from lpdeploy.pruning.selection import round_kept
-from lpdeploy.pruning.setup import list_prunable
+from lpdeploy.artifacts import load_json
+from lpdeploy.config import PruneConfig
+from lpdeploy.errors import ArtifactError
 from lpdeploy.run_folder import RunFolder
 
-# Ratios are told to a millionth: less than half a group of any layer that there is.
-_STEPS = 1_000_000
+Asked = Mapping[str, int | float | str]
+"""``parameters``, ``bytes``, or the fields of ``LatencyTarget`` -> what the user asked for."""
+
+_PHASE, _TOKENS = "prefill", 512
 
 
-def choose_ratio(
-    model: str,
-    options: PruneOptions,
-    *,
-    parameters: int | None = None,
-    bytes: int | None = None,  # noqa: A002 - what is asked for, by the name that the record has
-) -> dict[str, Any]:
-    """Find the smallest ratio whose rounded shape has at most so many parameters or bytes.
+@dataclass(frozen=True)
+class LatencyTarget:
+    """How fast the pruned model must be, and on what.
 
-    Args:
-        model: Folder or hub name, of which only the config is read.
-        options: How it is pruned; their ratio does not count.
-        parameters: The most that may be left, embeddings, head and norms included.
-        bytes: The most that the weights of the compacted checkpoint may take, in the precision of
-            the base's.
+    Attributes:
+        latency_ms: Longest time of a prefill, or of one decoded token.
+        engine: What runs the model; a precision may follow a colon.
+        phase: ``prefill`` or ``decode``.
+        tokens: Number of prompt tokens, in a batch of one.
+    """
 
-    Returns:
-        The record: ``asked``, ``ratios`` (``{"ratio": ...}``), and ``before`` and ``after`` in
-        parameters or bytes.
+    latency_ms: float
+    engine: str
+    phase: str = _PHASE
+    tokens: int = _TOKENS
+
+
+@dataclass(frozen=True)
+class SizeFound:
+    """What a target of size led to, in parameters or bytes.
+
+    Attributes:
+        before: Size of the unpruned model.
+        after: Size of the pruned one.
+    """
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class LatencyFound:
+    """What a target of latency led to.
+
+    Attributes:
+        kv_heads: KV heads that a layer keeps.
+        channels: FFN channels that a layer keeps.
+        expected_loss: Sum of the scores of the groups that are removed.
+        least_possible_loss: No shape that is fast enough has a lower sum.
+        criterion: How groups were scored.
+        repeats: Trials per measurement.
+        measurements: ``kv_heads``, ``channels`` and ``median_ms`` of each shape that was measured.
+        again: ``dense_ms`` and ``chosen_ms`` of a last, interleaved measurement.
+        machine: Hardware, versions and date.
+    """
+
+    kv_heads: int
+    channels: int
+    expected_loss: float
+    least_possible_loss: float
+    criterion: str
+    repeats: int
+    measurements: list[dict[str, Any]]
+    again: dict[str, float]
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """How the ratios of a run were chosen.
+
+    Attributes:
+        asked: What the user asked for.
+        ratios: Fields of ``PruneConfig`` -> what was chosen for them.
+        found: What that gives.
+    """
+
+    asked: Asked
+    ratios: Mapping[str, float]
+    found: SizeFound | LatencyFound
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``target.json`` holds."""
+        return {"asked": dict(self.asked), "ratios": dict(self.ratios), **asdict(self.found)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TargetRecord":
+        """Read a record back.
+
+        Raises:
+            ArtifactError: A key is missing or unknown.
+        """
+        found = {name: value for name, value in data.items() if name not in ("asked", "ratios")}
+        kind = SizeFound if "before" in found else LatencyFound
+        try:
+            return cls(data["asked"], data["ratios"], kind(**found))
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"target.json is not what lpdeploy wrote ({error}). Use `overwrite=True` to start "
+                "anew."
+            ) from error
+
+
+def get_latency_target(options: PruneConfig) -> LatencyTarget | None:
+    """Return the latency that the options ask for, if they do."""
+    if options.target_latency is None or options.engine is None:
+        return None
+    return LatencyTarget(
+        options.target_latency,
+        options.engine,
+        phase=options.latency_phase or _PHASE,
+        tokens=options.latency_tokens or _TOKENS,
+    )
+
+
+def describe_asked(options: PruneConfig) -> Asked:
+    """Return what a budget asks for, as ``target.json`` records it."""
+    latency = get_latency_target(options)
+    if latency is not None:
+        return asdict(latency)
+    if options.target_params is not None:
+        return {"parameters": options.target_params}
+    return {} if options.target_memory is None else {"bytes": options.target_memory}
+
+
+def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:
+    """Read how the ratios of a run were chosen when it began, so that a resumed run keeps them.
 
     Raises:
-        LpdeployError: The model is as small already, or cannot become so.
-        ValueError: Not exactly one of the two is given.
+        ArtifactError: The run began without a target, or with another one.
     """
-    if (parameters is None) == (bytes is None):
-        raise ValueError("give either parameters or bytes")
-    config = find_config(model)
-    itemsize = 1
-    if bytes is not None:
-        itemsize = config.dtype.itemsize if config.dtype is not None else 4
-    limit = bytes if parameters is None else parameters
-    assert limit is not None
-    count = build_counter(config, options)
-    before, least = itemsize * count(0), itemsize * count(1 - 1 / _STEPS)
-    _refuse_unreachable(model, limit, before=before, least=least, is_bytes=bytes is not None)
-    step = bisect.bisect_left(range(_STEPS), -limit, key=lambda s: -itemsize * count(s / _STEPS))
-    ratio = step / _STEPS
-    return {
-        "asked": {"parameters": limit} if bytes is None else {"bytes": limit},
-        "ratios": {"ratio": ratio},
-        "before": before,
-        "after": itemsize * count(ratio),
-    }
-
-
-def _refuse_unreachable(model: str, limit: int, *, before: int, least: int, is_bytes: bool) -> None:
-    name = "--target-memory" if is_bytes else "--target-params"
-
-    def write(size: int) -> str:
-        return f"{format_bytes(size)} ({size:,} bytes)" if is_bytes else f"{size:,} parameters"
-
-    if before <= limit:
-        raise LpdeployError(
-            f"{name} of {write(limit)}: '{model}' has {write(before)} already. Give less, or prune "
-            "to a --ratio."
-        )
-    if least > limit:
-        raise LpdeployError(
-            f"{name} of {write(limit)} is out of reach: embeddings, head, norms, protected layers "
-            f"and the fewest groups that every layer keeps are {write(least)} of '{model}'. Give "
-            "at least that."
-        )
-
-
-def build_counter(config: Any, options: PruneOptions) -> Callable[[float], int]:
-    """Return what counts the parameters that a ratio leaves.
-
-    With ``scope`` ``global`` scores decide where groups go, and how many may differ by less than a
-    rounding step; the most that may be left is counted.
-
-    Raises:
-        LpdeployError: No layer may be pruned.
-    """
-    dense = count_parameters(config)
-    families = {
-        kind: [spec for spec in list_prunable(config, options) if spec.kind == kind]
-        for kind in options.multiples
-    }
-
-    def count(ratio: float) -> int:
-        ratios = replace(options, ratio=ratio).ratios
-        removed = 0
-        for kind, specs in families.items():
-            kept = _count_kept(specs, ratios[kind], options.multiples[kind], scope=options.scope)
-            total = sum(spec.num_groups for spec in specs)
-            removed += (total - kept) * count_group_parameters(specs[0], config)
-        return dense - removed
-
-    return count
-
-
-def _count_kept(specs: list[GroupSpec], ratio: float, multiple: int, *, scope: str) -> int:
-    """Count the groups of one kind that stay in all layers, at most."""
-    if scope == "layer":
-        return sum(round_kept(spec.num_groups, ratio, multiple=multiple) for spec in specs)
-    total = sum(spec.num_groups for spec in specs)
-    # What leaves in chunks ends on the count exactly, unless a layer's first chunk is smaller.
-    uneven = any(spec.num_groups % multiple for spec in specs)
-    wanted = round_kept(total, ratio, multiple=multiple) + (multiple - 1 if uneven else 0)
-    fewest = sum(min(multiple, spec.num_groups) for spec in specs)
-    return min(total, max(wanted, fewest))
-
-
-def load_chosen(run: str | os.PathLike[str], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how the ratios of a run were chosen when it began, so that nothing is done again.
-
-    Raises:
-        ArtifactError: It began without a target, or with another one.
-    """
-    fix = "It began with --ratio: resume it with the same."
-    chosen = load_json(RunFolder(run).target, fix=fix)
-    if chosen["asked"] != dict(asked):
+    fix = "The run began with a `ratio`: resume it with the same."
+    record = TargetRecord.from_json(load_json(RunFolder(run).target, fix=fix))
+    if record.asked != dict(asked):
         raise ArtifactError(
-            f"The run in '{run}' began with another target: {_write(chosen['asked'])}, not "
-            f"{_write(asked)}. Give the same, or --overwrite to start anew."
+            f"The run in '{run}' began with another target: {_write(record.asked)}, not "
+            f"{_write(asked)}. Give the same target, or use `overwrite` to start anew."
         )
-    return chosen
+    return record
 
 
-def _write(asked: Mapping[str, Any]) -> str:
+def _write(asked: Asked) -> str:
     return ", ".join(f"{name} {value}" for name, value in asked.items())

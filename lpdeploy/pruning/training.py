@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import measure_peak_bytes
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.loss import compute_loss
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.schedule import RAMPS, Schedule, compute_learning_rate
+from lpdeploy.pruning.schedule import Schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState
+from lpdeploy.ramps import RAMPS
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Training:
     accelerator: Any
     dataset: TokenDataset
     state: PruningState
-    options: PruneOptions
+    options: PruneConfig
     steps: int
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -109,7 +110,7 @@ class Training:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def count_steps(options: PruneOptions, num_rows: int) -> int:
+def count_steps(options: PruneConfig, num_rows: int) -> int:
     """Return the optimizer steps of a run: ``steps``, or ``epochs`` over the rows."""
     if options.schedule == "one-shot":
         return 0

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.families.groups import count_group_parameters, list_group_specs
 from lpdeploy.plan import GroupSpec
-from lpdeploy.pruning.options import PruneOptions
 
 _FLOAT_BYTES = 4
 
@@ -36,7 +36,7 @@ class Travel:
         return others * (2 * (self.gradients + self.scores) + self.weights)
 
 
-def compute_travel(config: Any, options: PruneOptions, *, ranks: int, itemsize: int) -> Travel:
+def compute_travel(config: Any, options: PruneConfig, *, ranks: int, itemsize: int) -> Travel:
     """Count what travels in one step.
 
     Args:
@@ -62,7 +62,7 @@ def compute_travel(config: Any, options: PruneOptions, *, ranks: int, itemsize: 
     )
 
 
-def _count_scores(specs: Sequence[GroupSpec], hidden: int, options: PruneOptions) -> int:
+def _count_scores(specs: Sequence[GroupSpec], hidden: int, options: PruneConfig) -> int:
     """Count the numbers that are summed over the ranks for the scores of one step."""
     criterion = CRITERIA[options.criterion]
     pieces = [(spec.num_groups, piece) for spec in specs for piece in spec.slices]

@@ -19,13 +19,13 @@ from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_latency, render_latency
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, TimedRunner, Timing, Worker, Workload, load_all
+from lpdeploy.config import PruneConfig
 from lpdeploy.engines import ONNX
 from lpdeploy.engines.runner import Output
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
 from lpdeploy.models.loading import load_config
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from tests.helpers import make_text, make_tiny_model
 
@@ -170,7 +170,7 @@ def test_a_worker_hands_on_what_cannot_be_loaded(tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     base = make_tiny_model(folder / "base", heads=4, num_hidden_layers=1)
-    options = PruneOptions(
+    options = PruneConfig(
         steps=1, batch_size=2, micro_batch_size=2, seq_len=16, round_to=4, device="cpu"
     )
     prune(str(base), folder / "run", data=str(make_text(folder / "t.txt")), options=options)

@@ -15,7 +15,6 @@ from lpdeploy.benchmark.pruning import (
     PruningWorkload,
     build_result,
     count_flops,
-    prune_config,
     run_interleaved,
 )
 from lpdeploy.benchmark.pruning_stage import bench_pruning
@@ -29,16 +28,17 @@ from lpdeploy.benchmark.pruning_worker import (
 )
 from lpdeploy.benchmark.random_models import build_random_model
 from lpdeploy.benchmark.worker import Worker
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.quantized import get_quantization
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.models.shapes import forecast_config
 from lpdeploy.pruning.schedule import Schedule
 from tests.helpers import make_text, make_tiny_model
 
-OPTIONS = PruneOptions(batch_size=2, micro_batch_size=1, seq_len=16, round_to=4, device="cpu")
+OPTIONS = PruneConfig(batch_size=2, micro_batch_size=1, seq_len=16, round_to=4, device="cpu")
 WORKLOAD = PruningWorkload(OPTIONS, steps=3)
 
 
@@ -76,8 +76,8 @@ def test_the_only_event_comes_after_the_steps_that_count():
     options = PruningWorkload(OPTIONS, steps=5).build_options(criterion="gradient")
     assert options.criterion == "gradient"
     schedule = Schedule(
-        ratio=options.ratio, steps=options.steps, every=options.prune_every, warmup=options.warmup,
-        cooldown=options.cooldown,
+        ratio=options.ratio, steps=options.steps, every=options.prune_every,
+        warmup=options.prune_warmup, cooldown=options.prune_cooldown,
     )  # fmt: skip
     assert schedule.list_events() == [WARM_UPS + 5]
     assert options.steps == WARM_UPS + 5 + 2
@@ -126,13 +126,11 @@ def test_what_is_left_has_the_widths_that_pruning_leaves():
         hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, vocab_size=32,
     )  # fmt: skip
-    left = prune_config(config, PruneOptions(ratio=0.5))
+    left = forecast_config(config, PruneConfig(ratio=0.5).widths)
     assert (left.num_attention_heads, left.num_key_value_heads) == (4, 2)
     assert left.intermediate_size == 96
-    plain = count_flops(config, PruneOptions(criterion="random"))
-    checkpointed = count_flops(
-        config, PruneOptions(criterion="random", gradient_checkpointing=True)
-    )
+    plain = count_flops(config, PruneConfig(criterion="random"))
+    checkpointed = count_flops(config, PruneConfig(criterion="random", gradient_checkpointing=True))
     assert checkpointed > 1.2 * plain
 
 

@@ -321,14 +321,14 @@ def test_another_rank_speaks_only_of_what_the_first_does_not(base, data, tmp_pat
     monkeypatch.setattr("lpdeploy.cli.main.signal.signal", handlers.__setitem__)
     monkeypatch.setenv("RANK", "1")
     output = tmp_path / "none"
-    words = ("prune", base, "--data", data, "--output", output, *SMALL, "--load-in", "4bit")
-    refused = invoke(*words, "--removal", "cut")
-    check_refused(refused, "--load-in 4bit cannot go with --removal cut")
+    words = ("prune", base, "--data", data, "--output", output, *SMALL)
+    refused = invoke(*words, "--seq-len", "4096")
+    check_refused(refused, "--seq-len 4096 is longer")
     check_refused(invoke(*words, "--micro-batch-size", "3"), "does not divide", code=2)
     assert waited == [5.0, 5.0]
     assert handlers[signal.SIGTERM] == signal.SIG_DFL
     monkeypatch.setenv("RANK", "0")
-    assert invoke(*words, "--removal", "cut").stderr == refused.stderr
+    assert invoke(*words, "--seq-len", "4096").stderr == refused.stderr
     assert len(waited) == 2
 
 
@@ -346,6 +346,6 @@ def test_another_rank_is_quiet(base, data, tmp_path, monkeypatch):
 def test_a_sharded_base_is_masked_unless_asked_otherwise(base, data, tmp_path):
     words = ("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL, "--shard")
     result = invoke(*words)
-    check_refused(result, "--shard: groups are masked until the end")
+    check_refused(result, "Groups are masked until the end")
     check_refused(result, "--shard spreads the base over several ranks, and this is the only one")
     check_refused(invoke(*words, "--removal", "cut"), "--shard cannot go with --removal", code=2)

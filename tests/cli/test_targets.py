@@ -1,4 +1,4 @@
-"""A target in place of --ratio: units, what wins over what, and shapes that were measured."""
+"""A target in place of --ratio: what wins over what, and shapes that were measured."""
 
 import itertools
 import json
@@ -6,17 +6,17 @@ import re
 import sys
 from contextlib import nullcontext
 
-import click
 import pytest
 import yaml
 from safetensors.torch import load_file
 
-from lpdeploy.benchmark import target as latency_target
-from lpdeploy.benchmark.target import LatencyTarget, choose_widths, list_counts
-from lpdeploy.cli.targets import BYTES, MILLISECONDS, PARAMETERS
+from lpdeploy.benchmark import latency_target
+from lpdeploy.benchmark import target as budgets
+from lpdeploy.benchmark.target import resolve_budget
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune as run_prune
+from lpdeploy.pruning.target import LatencyFound, TargetRecord, describe_asked
 from lpdeploy.run_folder import RunFolder
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
 from tests.helpers import make_text, make_tiny_model
@@ -33,42 +33,6 @@ def data(base):
     return make_text(base.parent / "text.txt")
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "number"),
-    [
-        (PARAMETERS, "3.5B", 3_500_000_000), (PARAMETERS, "12 K", 12_000),
-        (PARAMETERS, "7M", 7_000_000), (PARAMETERS, "1T", 10**12), (PARAMETERS, 5000, 5000),
-        (BYTES, "7GiB", 7 * 2**30), (BYTES, "0.5MiB", 2**19), (BYTES, "1KiB", 1024),
-        (BYTES, "2kB", 2000), (BYTES, "1.5MB", 1_500_000), (BYTES, "3GB", 3 * 10**9),
-        (MILLISECONDS, "30ms", 30), (MILLISECONDS, "0.25s", 250),
-    ],
-)  # fmt: skip
-def test_units(kind, text, number):
-    assert kind.convert(text, None, None) == number
-    assert kind.convert(kind.convert(text, None, None), None, None) == number
-
-
-def test_a_decimal_fraction_is_exact():
-    assert int(PARAMETERS.convert("1.1B", None, None)) == 1_100_000_000
-    assert float(MILLISECONDS.convert("1500us", None, None)) == 1.5
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "sentence"),
-    [
-        (PARAMETERS, "3.5G", "'3.5G' is no number of parameters: .* units K, M, B, T, or none, "),
-        (PARAMETERS, "many", "'many' is no number of parameters"),
-        (PARAMETERS, "-1B", "'-1B' is no number"),
-        (BYTES, "3", "no size: .* B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as 7GiB"),
-        (MILLISECONDS, "30", "'30' is no time: .* units us, ms, s, such as 30ms"),
-        (MILLISECONDS, "1e3ms", "'1e3ms' is no time"),
-    ],
-)
-def test_a_wrong_unit_is_told_the_right_ones(kind, text, sentence):
-    with pytest.raises(click.BadParameter, match=sentence):
-        kind.convert(text, None, None)
-
-
 def prune(base, data, output, *words):
     return invoke("prune", base, "--data", data, "--output", output, *SMALL, *words)
 
@@ -77,12 +41,19 @@ def prune(base, data, output, *words):
     ("words", "sentence"),
     [
         (["--target-params", "5K", "--ratio", "0.5"], "--ratio and --target-params each decide"),
-        (["--target-params", "5K", "--target-memory", "5kB"], "--target-memory and --target-par"),
+        (
+            ["--target-params", "5K", "--target-memory", "5kB"],
+            "--target-params and --target-memory each",
+        ),
         (["--target-params", "5K", "--head-ratio", "0"], "--head-ratio and --target-params"),
-        (["--target-latency", "5ms"], "needs to know what to measure. Give --engine torch|onnx|"),
-        (["--engine", "ort"], "--engine is about --target-latency. Give that too"),
-        (["--latency-tokens", "9", "--target-params", "5K"], "--latency-tokens is about"),
-        (["--target-params", "5X"], "'5X' is no number of parameters"),
+        (["--target-latency", "5ms"], "--target-latency needs an engine"),
+        (["--engine", "ort"], "--engine belongs to --target-latency; give that too"),
+        (["--latency-tokens", "9", "--target-params", "5K"], "--latency-tokens belongs to"),
+        (["--target-params", "5X"], "'5X' is not a number of parameters"),
+        (
+            ["--target-latency", "1ms", "--engine", "torch", "--scope", "global"],
+            "use --scope layer or a --ratio",
+        ),
     ],
 )
 def test_wrong_usage_exits_2(base, data, tmp_path, words, sentence):
@@ -95,8 +66,6 @@ def test_wrong_usage_exits_2(base, data, tmp_path, words, sentence):
     [
         (["--target-params", "1B"], "has .* parameters already. Give less"),
         (["--target-memory", "1kB"], "is out of reach: .* Give at least that"),
-        (["--target-latency", "1ms", "--engine", "torch", "--scope", "global"],
-         "Use --scope layer, or a --ratio"),
         (["--target-latency", "1ms", "--engine", "torch", "--latency-tokens", "129"],
          "needs 129 positions; .* has 128. Use --latency-tokens 128 or less"),
         (["--target-latency", "1ms", "--engine", "torch", "--latency-phase", "decode",
@@ -156,13 +125,6 @@ def test_what_is_typed_wins_over_what_a_recipe_says(base, data, tmp_path):
     recipe.write_text(yaml.safe_dump({"prune": {"ratio": 0.25, **target}}))
     result = prune(base, data, tmp_path / "other", "--recipe", recipe)
     check_refused(result, "--ratio and --target-params each decide", code=2)
-
-
-def test_counts_that_a_layer_may_keep():
-    assert list_counts(8, 1) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert list_counts(11008, 32) == list(range(32, 11009, 32))
-    assert list_counts(172, 32) == [32, 64, 96, 128, 160, 172]
-    assert list_counts(4, 8) == [4]
 
 
 @pytest.fixture(scope="module")
@@ -245,45 +207,49 @@ def test_a_shape_is_chosen_by_what_was_measured(wide, data, tmp_path, told_times
 def test_a_target_outside_of_what_shapes_take_is_refused_with_both_numbers(
     wide, data, tmp_path, told_times
 ):
-    options = PruneOptions(round_to=16, round_heads_to=2, seq_len=16, protect_first=1, device="cpu")
+    options = {"round_to": 16, "round_heads_to": 2, "seq_len": 16, "protect_first": 1}
     dense = count_parameters(4, 48)
     least = (dense + count_parameters(2, 16)) / 2  # one of two layers is protected
-    whole = LatencyTarget(dense, "ort", "decode", 32)
+
+    def resolve(limit, **target):
+        config = PruneConfig(
+            **options, device="cpu", target_latency=limit, latency_tokens=32, **target
+        )
+        resolve_budget(str(wide), config, data=str(data), output=tmp_path / "r")
+
     with pytest.raises(LpdeployError) as caught:
-        choose_widths(str(wide), tmp_path / "r", data=str(data), options=options, target=whole)
+        resolve(dense, engine="ort", latency_phase="decode")
     assert str(caught.value) == (
-        f"--target-latency {dense:g}ms is met already: '{wide}' takes {dense:.3g} ms for a token "
-        "after 32 tokens on ort, and its smallest shape (2 of 4 KV heads, 16 of 48 channels) takes "
-        f"{least:.3g} ms. Give a target between them, or prune to a --ratio."
+        f"`target_latency` of {dense:g} ms is met already: '{wide}' takes {dense:.3g} ms for a "
+        "token after 32 tokens on ort, and its smallest shape (2 of 4 KV heads, 16 of 48 channels) "
+        f"takes {least:.3g} ms. Give a target between them, or prune to a `ratio`."
     )
     with pytest.raises(LpdeployError, match="ms is out of reach: .* for a prefill of 32 tokens on"):
-        choose_widths(
-            str(wide), tmp_path / "r", data=str(data), options=options,
-            target=LatencyTarget(least - 1, "torch", tokens=32),
-        )  # fmt: skip
+        resolve(least - 1, engine="torch")
 
 
 @pytest.mark.slow
 def test_a_resumed_run_measures_nothing_again(base, data, tmp_path, monkeypatch):
-    chosen = {
-        "asked": {"latency_ms": 5.0, "engine": "ort", "phase": "prefill", "tokens": 512},
-        "ratios": {"head_ratio": 0.5, "channel_ratio": 0.25},
-    }
+    chosen = TargetRecord(
+        asked={"latency_ms": 5.0, "engine": "ort", "phase": "prefill", "tokens": 512},
+        ratios={"head_ratio": 0.5, "channel_ratio": 0.25},
+        found=LatencyFound(1, 12, 0.5, 0.5, "lora", 10, [], {}, {}),
+    )
     calls = []
 
-    def choose(*args, **kwargs):
-        calls.append(kwargs["target"])
+    def choose(model, options, **_):
+        calls.append(describe_asked(options))
         return chosen
 
-    monkeypatch.setattr(latency_target, "choose_widths", choose)
+    monkeypatch.setattr(budgets, "choose_widths", choose)
     words = ("--target-latency", "5ms", "--engine", "ort", "--checkpoint-every", "1")
     run = tmp_path / "run"
     whole = last_json(prune(base, data, tmp_path / "whole", *words, "--json"))
-    assert calls == [LatencyTarget(5.0, "ort")]
+    assert calls == [chosen.asked]
     # As a kill after the third step leaves it.
-    options = PruneOptions(
+    options = PruneConfig(
         steps=4, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1, round_to=4,
-        device="cpu", checkpoint_every=1, **chosen["ratios"],
+        device="cpu", checkpoint_every=1, **chosen.ratios,
     )  # fmt: skip
     with pytest.raises(StoppedError):
         run_prune(
@@ -292,7 +258,7 @@ def test_a_resumed_run_measures_nothing_again(base, data, tmp_path, monkeypatch)
     other = prune(base, data, run, *words, "--target-latency", "6ms", "--resume")
     check_refused(other, "began with another target: latency_ms 5.0, engine ort")
     result = prune(base, data, run, *words, "--resume", "--json")
-    assert "as chosen before: --head-ratio 0.5 --channel-ratio 0.25" in result.stderr
+    assert "as chosen when the run began: --head-ratio 0.5 --channel-ratio 0.25" in result.stderr
     assert last_json(result)["achieved"] == whole["achieved"]
     assert len(calls) == 1
     assert whole["achieved"]["heads"] == 0.5

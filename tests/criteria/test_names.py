@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent / "lpdeploy"
 DATA = ("criteria", "paper", "demo")
 # Where a name stands for something else, or is the default of an option.
 OTHER_MEANINGS = {
-    ("pruning/options.py", "lora"): "the default",
+    ("config.py", "lora"): "the default",
     ("pruning/training.py", "gradient"): "the norm of all gradients",
     ("pruning/checkpoint.py", "lora"): "LoRA's factors in a checkpoint",
 }

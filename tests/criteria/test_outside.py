@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from lpdeploy.benchmark.pruning import count_flops
 from lpdeploy.cli.main import main
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA, Criterion, ScoredLinear
 from lpdeploy.engines.verify import verify
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.memory import plan_memory
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.scoring import Scorer
 from lpdeploy.pruning.travel import compute_travel
@@ -81,14 +81,14 @@ def test_it_runs_the_line(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["achieved"]["groups"] == 0.5
     assert (load_file(run / "importance.safetensors")["layers.0.channels"] > 0).all()
     compact(run)
-    assert all(pair.ok for pair in verify(run, engine="torch"))
+    assert all(pair.ok for pair in verify(run, engine="torch").pairs)
     assert MINE.words in " ".join((run / "model" / "README.md").read_text().split())
     assert MINE.words in save_report(run).read_text()
 
 
 def test_a_run_is_read_where_its_criterion_is_not_known(tmp_path, monkeypatch):
     base, data = make_tiny_model(tmp_path / "base"), make_text(tmp_path / "t.txt")
-    options = PruneOptions(
+    options = PruneConfig(
         criterion="mine", steps=1, batch_size=2, micro_batch_size=2, seq_len=16, device="cpu"
     )
     prune(str(base), tmp_path / "run", data=str(data), options=options)
@@ -102,7 +102,7 @@ def test_a_run_is_read_where_its_criterion_is_not_known(tmp_path, monkeypatch):
 
 def test_its_costs_follow_from_what_it_needs(tmp_path):
     config = load_config(make_tiny_model(tmp_path / "base", kv_heads=2))
-    mine, wanda = (PruneOptions(criterion=name, shard=False) for name in ("mine", "wanda"))
+    mine, wanda = (PruneConfig(criterion=name, shard=False) for name in ("mine", "wanda"))
     assert compute_travel(config, mine, ranks=2, itemsize=4) == compute_travel(
         config, wanda, ranks=2, itemsize=4
     )
@@ -123,8 +123,8 @@ def test_what_needs_gradients_of_the_weights_pays_for_them(tmp_path, monkeypatch
     config = load_config(make_tiny_model(tmp_path / "base"))
     for refused in ({"load_in": "8bit"}, {"shard": True, "removal": "mask"}):
         with pytest.raises(ValueError, match="mine"):
-            PruneOptions(criterion="mine", **refused)
-    memory = plan_memory(config, PruneOptions(criterion="mine"), dtype="fp32", device="cuda")
+            PruneConfig(criterion="mine", **refused)
+    memory = plan_memory(config, PruneConfig(criterion="mine"), dtype="fp32", device="cuda")
     assert memory.gradients > 0
 
 

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 
 import lpdeploy
 from lpdeploy.cli.main import main
+from lpdeploy.config import PruneConfig
 from lpdeploy.engines import ENGINES, get_engine, list_exporting
 from lpdeploy.engines.export import export
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.compact import compact
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from tests.helpers import make_text, make_tiny_model
 from tests.toy_engine import TOY
@@ -108,7 +108,7 @@ def test_a_gpu_is_asked_for_before_a_library():
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     base = make_tiny_model(folder / "base", heads=4, num_hidden_layers=1)
-    options = PruneOptions(
+    options = PruneConfig(
         steps=1, batch_size=2, micro_batch_size=2, seq_len=16, round_to=4, device="cpu"
     )
     text = make_text(folder / "text.txt")

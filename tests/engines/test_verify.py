@@ -6,18 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.engines.export import export
 from lpdeploy.engines.verify import build_inputs, verify
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.compact import compact
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from tests.helpers import make_text, make_tiny_model
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = PruneOptions(
-    steps=2, batch_size=2, micro_batch_size=2, seq_len=16, lr=1e-2, prune_every=1, warmup=0.0,
+OPTIONS = PruneConfig(
+    steps=2, batch_size=2, micro_batch_size=2, seq_len=16, lr=1e-2, prune_every=1, prune_warmup=0.0,
     round_to=4, device="cpu",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.engines.export import export
 from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, LpdeployError
@@ -12,7 +13,6 @@ from lpdeploy.families.llama import carry_odd_heads
 from lpdeploy.families.record import GGUF_LLAMA
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config, load_model
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.servers.gguf_file import get_architecture
 from lpdeploy.servers.package import package
@@ -47,7 +47,7 @@ def test_it_runs_the_line(tmp_path):
     base = make_tiny_model(
         tmp_path / "base", model_type="toy", kv_heads=2, head_dim=16, attention_bias=True
     )
-    options = PruneOptions(
+    options = PruneConfig(
         steps=2, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1, round_to=16,
         calibration_samples=2, device="cpu",
     )  # fmt: skip
@@ -58,9 +58,9 @@ def test_it_runs_the_line(tmp_path):
     config = load_config(run / "model")
     assert (type(config), config.num_key_value_heads) == (ToyConfig, 1)
     assert isinstance(AutoModelForCausalLM.from_pretrained(run / "model"), ToyForCausalLM)
-    assert all(pair.ok for pair in verify(run, engine="torch"))
+    assert all(pair.ok for pair in verify(run, engine="torch").pairs)
     export(str(run), engine="ort")
-    assert all(pair.ok for pair in verify(run, engine="ort"))
+    assert all(pair.ok for pair in verify(run, engine="ort").pairs)
 
 
 def test_layers_that_differ_take_a_class_of_its_own(tmp_path):

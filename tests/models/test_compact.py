@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lpdeploy.artifacts import compute_sha256, load_stage
+from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import compute_model_sha256, load_config, load_model, load_tokenizer
 from lpdeploy.models.record import load_model_record
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, need_shared
@@ -90,9 +90,9 @@ def test_a_uniform_model_is_a_stock_checkpoint_of_the_same_function(
 def test_pruned_by_prune_compacts_to_the_masked_base(bases, tmp_path):
     """The whole line once, with what `prune` itself writes."""
     base = bases("llama-gqa")
-    options = PruneOptions(
+    options = PruneConfig(
         ratio=0.25, steps=2, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1,
-        round_to=4, lr=1e-2, warmup=0.0, cooldown=0.0, device="cpu",
+        round_to=4, lr=1e-2, prune_warmup=0.0, prune_cooldown=0.0, device="cpu",
     )  # fmt: skip
     text = make_text(tmp_path / "text.txt")
     prune(str(base), tmp_path / "run", data=str(text), options=options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lpdeploy.errors import ArtifactError, LpdeployError, MissingDependencyError
+from lpdeploy.errors import ArtifactError, MissingDependencyError
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_base_linear
 from lpdeploy.models.cutting import apply_cut, apply_cut_to_adapter, apply_masks
@@ -332,10 +332,10 @@ def test_a_missing_bitsandbytes_is_named_with_the_command(bases, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     sentence = r"bitsandbytes is not installed; .* pip install 'lpdeploy\[quant\]'"
     with pytest.raises(MissingDependencyError, match=sentence):
-        check_load_in("8bit", removal="cut")
+        check_load_in("8bit")
     with pytest.raises(MissingDependencyError, match=sentence):
         load_model(bases("llama-gqa"), load_in="4bit")
-    check_load_in(None, removal="cut")
+    check_load_in(None)
     load_model(bases("llama-gqa"))  # a plain model needs none
 
 
@@ -343,10 +343,4 @@ def test_another_number_of_bits_is_a_value_error():
     with pytest.raises(ValueError, match="load_in is '2bit'; it must be 8bit or 4bit"):
         build_quantization("2bit", dtype=torch.float32)
     with pytest.raises(ValueError, match="load_in is '2bit'; it must be 8bit or 4bit"):
-        check_load_in("2bit", removal="mask")
-
-
-def test_cutting_4bit_is_refused_with_the_reason():
-    sentence = "share their scales .* no group can be cut .* Use --removal mask, or --load-in 8bit"
-    with pytest.raises(LpdeployError, match=sentence):
-        check_load_in("4bit", removal="cut")
+        check_load_in("2bit")

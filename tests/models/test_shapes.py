@@ -4,17 +4,28 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from lpdeploy.config import PruneConfig
+from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import get_model_classes, load_config, load_model
 from lpdeploy.models.shapes import (
     LayerWidths,
+    build_counter,
     build_pruned_config,
     compute_achieved,
+    compute_ratios,
     compute_widths,
+    count_kept,
     count_parameters,
+    forecast_config,
+    forecast_widths,
+    list_counts,
+    list_prunable,
     list_widths,
+    round_kept,
 )
+from tests import reference
 from tests.models.families import FAMILIES, choose_kept, keep_all, make_base
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -154,3 +165,76 @@ def test_nothing_is_achieved_where_all_is_kept(bases, family):
     config = load_config(bases(family))
     achieved = compute_achieved(config, list_group_specs(config), keep_all(bases(family)))
     assert set(achieved.values()) == {0.0}
+
+
+@pytest.mark.parametrize("total", [1, 4, 8, 26, 172, 704, 11008])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("multiple", [1, 4, 32])
+def test_kept_counts_match_the_loop(total, ratio, multiple):
+    count = round_kept(total, ratio, multiple=multiple)
+    assert count == reference.kept_count(total, ratio, multiple)
+    assert 1 <= count <= total
+
+
+def test_the_counts_that_users_ask_for():
+    assert round_kept(8, 0.5, multiple=1) == 4
+    assert round_kept(8, 0.2, multiple=1) == 6
+    assert round_kept(704, 0.5, multiple=32) == 352
+    assert round_kept(11008, 0.2, multiple=32) == 8800
+    assert round_kept(172, 0.5, multiple=2) == 86
+
+
+def test_counts_that_a_layer_may_keep():
+    assert list_counts(8, multiple=1) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert list_counts(11008, multiple=32) == list(range(32, 11009, 32))
+    assert list_counts(172, multiple=32) == [32, 64, 96, 128, 160, 172]
+    assert list_counts(4, multiple=8) == [4]
+
+
+@every_family
+def test_the_ratios_of_a_count_lead_back_to_it(bases, family):
+    config = load_config(bases(family))
+    for kv_heads in list_counts(config.num_key_value_heads, multiple=1):
+        for channels in list_counts(config.intermediate_size, multiple=5):
+            ratios = compute_ratios(config, kv_heads=kv_heads, channels=channels)
+            request = PruneConfig(
+                head_ratio=ratios["heads"], channel_ratio=ratios["channels"], round_to=5
+            ).widths
+            assert count_kept(config, request) == {"heads": kv_heads, "channels": channels}
+
+
+@every_family
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9])
+def test_a_forecast_leaves_protected_layers_whole(bases, family, ratio):
+    config = load_config(bases(family))
+    options = {"ratio": ratio, "round_to": 8}
+    whole = list_widths(config)
+    kept = forecast_widths(config, PruneConfig(**options).widths)
+    heads = reference.kept_count(config.num_key_value_heads, ratio, 1)
+    assert {(w.kv_heads, w.channels) for w in kept} == {(heads, reference.kept_count(48, ratio, 8))}
+    assert {w.heads * config.num_key_value_heads for w in kept} == {
+        heads * config.num_attention_heads
+    }
+    first = forecast_widths(config, PruneConfig(**options, protect_first=1).widths)
+    last = forecast_widths(config, PruneConfig(**options, protect_last=1).widths)
+    assert (first, last) == ([whole[0], kept[1]], [kept[0], whole[1]])
+    # Scores will make the layers differ, and so does the forecast.
+    assert forecast_widths(config, PruneConfig(**options, scope="global").widths) == first
+
+
+@every_family
+@pytest.mark.parametrize("changes", [{}, {"protect_last": 1}, {"round_to": 32}], ids=str)
+def test_what_a_ratio_leaves_is_counted_as_the_forecast_has_it(bases, family, changes):
+    config = load_config(bases(family))
+    options = {"round_to": 4, **changes}
+    count = build_counter(config, PruneConfig(target_params=1, **options).widths)
+    for ratio in (0, 0.1, 0.3, 0.5, 0.9):
+        shape = forecast_config(config, PruneConfig(ratio=ratio, **options).widths)
+        assert count(ratio) == count_parameters(shape)
+
+
+def test_a_model_whose_layers_are_all_protected_cannot_be_pruned(bases):
+    config = load_config(bases("llama-gqa"))
+    request = PruneConfig(protect_first=1, protect_last=1).widths
+    with pytest.raises(LpdeployError, match="`protect_first` 1 and `protect_last` 1 leave none"):
+        list_prunable(config, request)

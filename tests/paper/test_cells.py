@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 
+from lpdeploy.config import PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.cells import (
     Evaluation,
+    Selection,
     Source,
     Study,
     build_cell,
@@ -20,13 +23,12 @@ from lpdeploy.paper.cells import (
     show_command,
 )
 from lpdeploy.paper.tables import TABLES, Row
-from lpdeploy.pruning.options import PruneOptions
 
 TEXT = Source("here/valid.txt", "valid.txt", "abc")
 
 
 def make_study(*, model="m", data="d", words=(), evaluation=None, **options):
-    values = dataclasses.asdict(PruneOptions(**options))
+    values = PruneConfig(**options).to_json()
     return Study(
         model=Source("here/model", "model", model),
         data=Source("here/data.txt", "data.txt", data),
@@ -75,6 +77,48 @@ def test_an_option_of_a_later_version_that_is_not_given_leaves_the_key(option):
     assert first.key == second.key
 
 
+COMMITTED = sorted((Path(__file__).parents[2] / "docs" / "measurements").rglob("cells/*.json"))
+
+
+def test_committed_cells_are_found_again():
+    """Their options were recorded under former names; read today they give the same key."""
+    assert len(COMMITTED) > 100
+    for path in COMMITTED:
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = Evaluation()
+        if cell["evaluation"]["perplexity"]:
+            texts = cell["evaluation"]["perplexity"].items()
+            evaluation = Evaluation(
+                tuple(Source(name, name, identity) for name, identity in texts),
+                cell["evaluation"]["seq_len"],
+            )
+        values = rename_fields(cell["options"])
+        study = Study(
+            model=Source("m", "m", cell["model"]["sha256"]),
+            data=Source("d", "d", cell["data"]["identity"]),
+            prune_words=(),
+            prune_options=PruneConfig(**values).to_json(),
+            evaluation=evaluation,
+        )
+        if not cell["options"]:
+            row = Row("dense", "dense", dense=True)
+            (found,) = list_cells(Selection(TABLES["2"], (row,), (), 1), study)
+        else:
+            found = build_cell(Row("r", "r"), study, ratio=cell["ratio"], seed=cell["seed"])
+        assert found.key == path.stem == cell["key"]
+
+
+def test_a_renamed_option_keeps_the_key():
+    given = make_study(prune_warmup=0.2, prune_cooldown=0.3)
+    names = {"prune_warmup": "warmup", "prune_cooldown": "cooldown"}
+    former = {names.get(name, name): value for name, value in given.prune_options.items()}
+    first, second = (
+        build_cell(Row("r", "r"), study, ratio=0.5, seed=0)
+        for study in (given, dataclasses.replace(given, prune_options=former))
+    )
+    assert first.key == second.key != key()
+
+
 def test_the_unpruned_model_runs_once_and_first():
     cells = list_cells(select(TABLES["2"], rows=["lora", "dense"], seeds=2), make_study())
     assert [(c.row.name, c.ratio, c.seed) for c in cells] == [
@@ -96,7 +140,7 @@ def test_commands_carry_the_options_unchanged():
         "lpdeploy prune here/model --data here/data.txt --output out/run --steps 9 --normalize "
         "--criterion gradient --offload-gradients --ratio 0.2 --seed 1"
     )
-    assert show_command(list_eval_words(cell, study, target="RUN")) == (
+    assert show_command(list_eval_words(cell, study, model="RUN")) == (
         "lpdeploy eval RUN --perplexity here/valid.txt --seq-len 128 --device cpu"
     )
 
@@ -143,12 +187,12 @@ UNPRINTED = {"figure-6", "forms", "ramps"}  # drawn only, or ours
 
 
 def test_tables_hold_together():
-    known = {field.name for field in dataclasses.fields(PruneOptions)}
+    known = {field.name for field in dataclasses.fields(PruneConfig)}
     for table in TABLES.values():
         assert len({row.name for row in table.rows}) == len(table.rows), table.name
         assert table.own_options <= known, table.name
         for row, ratio in itertools.product(table.rows, table.ratios):
-            PruneOptions(**row.options)
+            PruneConfig(**row.options)
             paper = table.get_paper(ratio, row.name)
             expected = table.kind != "similarity" and table.name not in UNPRINTED
             expected = expected and "not in the paper" not in row.label and not row.dense

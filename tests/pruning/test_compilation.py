@@ -25,7 +25,7 @@ def list_compiled(training):
 
 @pytest.mark.parametrize("removal", ["cut", "mask"])
 def test_compiled_layers_train_alike(tmp_path, removal):
-    options = {"steps": 8, "cooldown": 0.5, "warmup": 0.0, "removal": removal}
+    options = {"steps": 8, "prune_cooldown": 0.5, "prune_warmup": 0.0, "removal": removal}
     plain = make_training(tmp_path, **options)
     compiled = make_training(tmp_path, compile=True, **options)
     last = compiled.schedule.list_events()[-1]
@@ -41,7 +41,7 @@ def test_compiled_layers_train_alike(tmp_path, removal):
 
 
 def test_a_resumed_run_compiles_at_once(tmp_path):
-    training = make_training(tmp_path, steps=8, cooldown=0.5, warmup=0.0, compile=True)
+    training = make_training(tmp_path, steps=8, prune_cooldown=0.5, prune_warmup=0.0, compile=True)
     next(run_steps(training, start=6))
     assert all(list_compiled(training))
 

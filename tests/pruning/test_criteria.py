@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA, Criterion
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.cutting import apply_cut
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from tests.helpers import make_lora_model
 from tests.pruning.independent import Independent, assert_scores, list_pieces, make_rows
@@ -232,8 +232,10 @@ def test_lora_needs_gradients(tmp_path):
 
 
 def test_an_unknown_criterion_names_the_known_ones():
-    with pytest.raises(ValueError, match="no criterion 'guess'; use one of lora, gate, gradient"):
-        PruneOptions(criterion="guess")
+    with pytest.raises(
+        ValueError, match="`criterion` is 'guess'; .* lora, gate, gradient"
+    ):
+        PruneConfig(criterion="guess")
 
 
 @pytest.mark.parametrize(

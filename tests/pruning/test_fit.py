@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.pruning import fit
 from lpdeploy.pruning.fit import (
@@ -16,14 +17,13 @@ from lpdeploy.pruning.fit import (
     suggest_options,
 )
 from lpdeploy.pruning.memory import MemoryPlan
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 
 CONFIG = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
     num_attention_heads=32, dtype=torch.bfloat16,
 )  # fmt: skip
-OPTIONS = PruneOptions(device="cpu", dtype="bf16")
+OPTIONS = PruneConfig(device="cpu", dtype="bf16")
 
 
 def plan_by(count):
@@ -41,13 +41,13 @@ def suggest(options, free, count):
 
 
 def test_the_largest_smaller_micro_batch_that_fits_comes_first():
-    options = PruneOptions(batch_size=12, micro_batch_size=6, device="cpu")
+    options = PruneConfig(batch_size=12, micro_batch_size=6, device="cpu")
     assert suggest(options, 45, lambda o: 10 * o.micro_batch_size) == "--micro-batch-size 4"
     assert suggest(options, 30, lambda o: 10 * o.micro_batch_size) == "--micro-batch-size 3"
 
 
 def test_then_checkpointing_then_8_bits_then_shorter_rows():
-    options = PruneOptions(micro_batch_size=1, device="cpu")
+    options = PruneConfig(micro_batch_size=1, device="cpu")
     assert suggest(options, 5, lambda o: 5 if o.gradient_checkpointing else 9) == (
         "--gradient-checkpointing"
     )
@@ -56,7 +56,7 @@ def test_then_checkpointing_then_8_bits_then_shorter_rows():
 
 
 def test_true_gradients_are_off_loaded_on_a_gpu_and_never_in_8_bits(monkeypatch):
-    options = PruneOptions(criterion="gradient", micro_batch_size=1)
+    options = PruneConfig(criterion="gradient", micro_batch_size=1)
     monkeypatch.setattr(fit, "resolve_device", lambda _: "cuda")
     assert suggest(options, 5, lambda o: 5 if o.offload_gradients else 9) == "--offload-gradients"
     monkeypatch.setattr(fit, "resolve_device", lambda _: "cpu")
@@ -64,7 +64,7 @@ def test_true_gradients_are_off_loaded_on_a_gpu_and_never_in_8_bits(monkeypatch)
 
 
 def test_what_no_single_change_can_do_several_do_together():
-    options = PruneOptions(batch_size=4, micro_batch_size=4, seq_len=512, device="cpu")
+    options = PruneConfig(batch_size=4, micro_batch_size=4, seq_len=512, device="cpu")
 
     def count(o):
         return 10 * o.micro_batch_size + (0 if o.gradient_checkpointing else 20)
@@ -126,7 +126,7 @@ def test_who_wants_to_starts_all_the_same(monkeypatch):
 
 def test_prune_refuses_before_it_reads_anything(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "measure_free_bytes", lambda _: 1000)
-    options = PruneOptions(steps=1, batch_size=2, micro_batch_size=2, seq_len=24, device="cpu")
+    options = PruneConfig(steps=1, batch_size=2, micro_batch_size=2, seq_len=24, device="cpu")
     with pytest.raises(LpdeployError, match="--ignore-memory"):
         prune(str(base), tmp_path / "run", data="nowhere.txt", options=options)
     assert not (tmp_path / "run").exists()

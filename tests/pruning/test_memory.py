@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from lpdeploy.benchmark.random_models import build_random_model
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
@@ -16,7 +17,6 @@ from lpdeploy.models.quantized import import_bitsandbytes
 from lpdeploy.pruning import loss as loss_module
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.memory import plan_memory
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.scoring import Scorer
 from lpdeploy.pruning.setup import apply_checkpointing
 
@@ -77,7 +77,7 @@ def measure(config, options, *, dtype):
 
 
 def make_options(**changes):
-    return PruneOptions(**{"batch_size": 4, "micro_batch_size": 2, "seq_len": 64, "lora_rank": 4,
+    return PruneConfig(**{"batch_size": 4, "micro_batch_size": 2, "seq_len": 64, "lora_rank": 4,
                            **changes})  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lpdeploy.config import BUDGETS, LATENCY, RENAMED
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, RunEndedError
 from lpdeploy.run_folder import RunFolder
@@ -379,6 +380,25 @@ class TestRefusals:
             value = change(json.loads(metadata[name]))
             metadata[name] = json.dumps(value)
         save_file(tensors, path, metadata={k: v for k, v in metadata.items() if v != "null"})
+
+    def test_a_checkpoint_of_former_names_goes_on(self, base, data, tmp_path, stopped):
+        """As it was written before fields were renamed, and before some of them existed."""
+        former = {name: old for old, name in RENAMED.items()}
+        later = {*BUDGETS, *LATENCY}
+
+        def age(options):
+            return {former.get(k, k): v for k, v in options.items() if k not in later}
+
+        self.edit(stopped, options=age)
+        run(base, stopped, data, resume=True)
+        run(base, tmp_path / "whole", data)
+        assert_same_run(stopped, tmp_path / "whole")
+
+    def test_a_renamed_option_that_differs_is_named(self, base, data, stopped):
+        self.edit(stopped, options=lambda o: {k: v for k, v in o.items() if k != "prune_warmup"})
+        self.edit(stopped, options=lambda o: o | {"warmup": 0.25})
+        with pytest.raises(ArtifactError, match="prune_warmup was 0.25 and is None now"):
+            run(base, stopped, data, resume=True)
 
     def test_another_version_of_the_format(self, base, data, stopped):
         self.edit(stopped, schema_version=lambda _: 2, lpdeploy=lambda _: "9.9")

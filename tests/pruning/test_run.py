@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError, DataError, LpdeployError, NonFiniteError
 from lpdeploy.models.compact import compact
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.run_folder import RunFolder
 from tests.helpers import list_names
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def run(base, output, data, *, options=None, **arguments):
-    chosen = PruneOptions(**{**OPTIONS, **(options or {})})
+    chosen = PruneConfig(**{**OPTIONS, **(options or {})})
     return prune(str(base), output, data=str(data), options=chosen, **arguments)
 
 
@@ -54,7 +54,7 @@ def test_a_run_holds_what_it_promises(base, data, tmp_path):
 
 
 def test_what_stays_is_more_important_than_what_went_last(base, data, tmp_path):
-    run(base, tmp_path / "run", data, options={"steps": 2, "prune_every": 1, "warmup": 0.0})
+    run(base, tmp_path / "run", data, options={"steps": 2, "prune_every": 1, "prune_warmup": 0.0})
     plan = RunFolder(tmp_path / "run").load_plan()
     scores = load_file(tmp_path / "run" / "importance.safetensors")["layers.0.channels"]
     kept = plan.kept["layers.0.channels"]

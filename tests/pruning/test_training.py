@@ -5,13 +5,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import TokenDataset, build_token_dataset, list_batch
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.families.groups import expand_index, list_group_specs
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, _accumulate_gradients, count_steps, run_steps
@@ -23,8 +23,8 @@ def make_training(tmp_path, *, model=None, **options):
         "ratio": 0.5, "steps": 12, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24,
         "lr": 1e-2, "prune_every": 2, "ramp": "authors", "round_to": 4, "lora_dropout": 0.0,
     }  # fmt: skip
-    chosen = PruneOptions(**{**defaults, **options})
-    folder = tmp_path / f"model-{chosen.removal}-{chosen.scope}"
+    chosen = PruneConfig(**{**defaults, **options})
+    folder = tmp_path / f"model-{chosen.effective_removal}-{chosen.scope}"
     wrapped = make_lora_model(folder, dropout=chosen.lora_dropout, **(model or {}))
     causal_lm = wrapped.get_base_model()
     specs = list_group_specs(causal_lm.config)
@@ -43,7 +43,7 @@ def make_training(tmp_path, *, model=None, **options):
             model=causal_lm,
             specs=specs,
             scorer=Scorer(CRITERIA[chosen.criterion], causal_lm, specs, form=form),
-            removal=chosen.removal,
+            removal=chosen.effective_removal,
         ),
         options=chosen,
         steps=count_steps(chosen, 0),
@@ -175,8 +175,8 @@ def test_an_infinite_gradient_stops_too(tmp_path):
 
 
 def test_steps_are_counted_from_epochs_unless_given():
-    assert count_steps(PruneOptions(epochs=2, batch_size=8, micro_batch_size=4), 20) == 6
-    assert count_steps(PruneOptions(steps=5), 20) == 5
+    assert count_steps(PruneConfig(epochs=2, batch_size=8, micro_batch_size=4), 20) == 6
+    assert count_steps(PruneConfig(steps=5), 20) == 5
 
 
 @pytest.mark.parametrize("schedule", ["separate", "one-shot"])
@@ -266,13 +266,13 @@ def test_a_nan_stops_a_calibration_before_its_scores_count(tmp_path, criterion):
 
 
 def test_one_shot_has_no_steps():
-    assert count_steps(PruneOptions(schedule="one-shot", steps=5), 20) == 0
+    assert count_steps(PruneConfig(schedule="one-shot", steps=5), 20) == 0
 
 
 @pytest.mark.parametrize(
     ("options", "peak_until"),
     [
-        ({"ramp": "early", "cooldown": 0.5}, 6),  # the last event
+        ({"ramp": "early", "prune_cooldown": 0.5}, 6),  # the last event
         ({"ramp": "authors"}, 0),
         ({"ramp": "early", "schedule": "separate", "calibration_samples": 4}, 0),
         ({"ramp": "authors", "lr_hold": 0.5}, 6),

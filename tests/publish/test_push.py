@@ -16,13 +16,15 @@ from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
+from lpdeploy.pruning.target import SizeFound, TargetRecord
 from lpdeploy.publish.push import push
 from tests import fake_hub
+from tests.benchmark.test_target import SMALL, prune
 from tests.cli.test_cli import check_refused, invoke, last_json
 from tests.engines.test_contract import WRITTEN
 from tests.helpers import make_text, make_tiny_model
-from tests.pruning.test_target import SMALL, prune
 
+TARGET = TargetRecord(asked={"parameters": 5}, ratios={}, found=SizeFound(6, 5))
 EXPORTS = ("onnx", "ort")
 
 
@@ -33,7 +35,7 @@ def finished(tmp_path_factory):
     base = make_tiny_model(root / "private-base", kv_heads=2)
     data = make_text(root / "text.txt")
     run = root / "run"
-    prune(str(base), run, data=str(data), options=SMALL, target={"asked": {}, "ratios": {}})
+    prune(str(base), run, data=str(data), options=SMALL, target=TARGET)
     compact(run)
     record = load_json(run / "model" / "lpdeploy.json", fix="")
     for name in EXPORTS:

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from lpdeploy.artifacts import save_json
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.report.page import save_report
 from tests.helpers import make_text, make_tiny_model
@@ -13,7 +13,7 @@ from tests.helpers import make_text, make_tiny_model
 @pytest.fixture
 def run(tmp_path):
     base = make_tiny_model(tmp_path / "base")
-    options = PruneOptions(
+    options = PruneConfig(
         steps=3, batch_size=2, micro_batch_size=2, seq_len=16, round_to=4, device="cpu"
     )
     prune(str(base), tmp_path / "run", data=str(make_text(tmp_path / "t.txt")), options=options)

@@ -1,18 +1,25 @@
 """Which server loads which shape, against the servers that run here; costs, tiles, suggestions."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.engines.ort.exporter import export_ort
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.loading import get_model_classes
-from lpdeploy.models.shapes import LayerWidths, build_pruned_config
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.models.shapes import LayerWidths, build_pruned_config, forecast_config
 from lpdeploy.pruning.run import prune
-from lpdeploy.servers.check import Target, check, describe_servers, list_alignment, suggest
+from lpdeploy.servers.check import (
+    check,
+    describe_request,
+    describe_servers,
+    list_alignment,
+    suggest,
+)
 from lpdeploy.servers.verdicts import list_verdicts
 from tests.helpers import make_tiny_model, make_tokenizer
 
@@ -151,19 +158,19 @@ def test_rounding_channels_is_no_advice_where_heads_are_the_cause():
 
 
 def test_tiles():
-    rows = {row["width"]: row for row in list_alignment(build_7b(26, 8810), ranks=2)}
+    rows = {row.width: row for row in list_alignment(build_7b(26, 8810), ranks=2)}
     # 13 heads of 128 fill 13 tiles; 4,405 channels need 35 tiles of 128, which hold 4,480.
-    assert rows["query rows"] == {
+    assert dataclasses.asdict(rows["query rows"]) == {
         "width": "query rows", "size": 1664, "multiple": 128, "aligned": True, "waste": 0.0,
     }  # fmt: skip
-    assert (rows["channels"]["size"], rows["channels"]["multiple"]) == (4405, 1)
-    assert rows["channels"]["aligned"] is False
-    assert rows["channels"]["waste"] == pytest.approx(75 / 4480)
+    assert (rows["channels"].size, rows["channels"].multiple) == (4405, 1)
+    assert rows["channels"].aligned is False
+    assert rows["channels"].waste == pytest.approx(75 / 4480)
 
 
 def test_costs_of_a_7b(tmp_path):
     LlamaConfig(**LLAMA_7B, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    result = check(str(tmp_path), target=Target(0.5), tokens=2048)
+    result = check(str(tmp_path), PruneConfig(), tokens=2048).to_json()
     assert result["shape"] == {
         "architecture": "LlamaForCausalLM", "hidden_size": 4096, "layers": 32, "head_dim": 128,
         "heads": 16, "kv_heads": 16, "channels": 5504,
@@ -176,13 +183,13 @@ def test_costs_of_a_7b(tmp_path):
     assert result["after"]["parameters"] == after
     cache = 2 * 32 * 16 * 128 * 2048 * 2
     assert result["after"]["decode_bytes"] == 2 * (after - 32000 * 4096) + cache
-    assert result["suggestion"]["options"] == "--ratio 0.5 --round-heads-to 1 --round-to 256"
+    assert result["suggestion"]["options"] == "`ratio=0.5` `round_heads_to=1` `round_to=256`"
 
 
 def test_a_suggestion_costs_no_server():
     config = LlamaConfig(**LLAMA_7B)
-    found = suggest(config, Target(0.2), ranks=4)
-    shape = found.build_config(config)
+    found = suggest(config, PruneConfig(ratio=0.2).widths, ranks=4)
+    shape = forecast_config(config, found)
     assert shape.num_attention_heads % 4 == 0
     assert shape.intermediate_size % 256 == 0
     assert {v.loads for v in list_verdicts(shape, tensor_parallel=4) if v.name in
@@ -193,27 +200,27 @@ def test_a_suggestion_costs_no_server():
 def test_a_model_that_a_server_does_not_take_anyway():
     # Hidden 64 is no multiple of 256, pruned or not: nothing can be suggested for llama.cpp.
     config = LlamaConfig(**{**BASE, "num_key_value_heads": 4, "head_dim": 16})
-    assert suggest(config, Target(0.5, round_to=8), ranks=1) is None
+    assert suggest(config, PruneConfig(round_to=8).widths, ranks=1) is None
 
 
 @pytest.mark.slow
 def test_a_run_has_its_own_shape(tmp_path, base, data):
-    options = PruneOptions(
+    options = PruneConfig(
         ratio=0.5, steps=2, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1,
         round_to=4, calibration_samples=2, scope="global", criterion="random",
     )  # fmt: skip
     prune(str(base), tmp_path / "run", data=str(data), options=options)
-    result = check(str(tmp_path / "run"), target=Target(0.9))
-    assert result["ratio"] == 0.5
-    assert result["suggestion"] is None
-    channels = result["shape"]["channels"]
+    result = check(str(tmp_path / "run"), PruneConfig(ratio=0.9))
+    assert result.ratio == 0.5
+    assert result.suggestion is None
+    channels = result.shape.channels
     assert sum(channels if isinstance(channels, list) else [channels] * 2) == 48
 
 
 def test_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="empty' is no Hugging Face model: .* Give a folder"):
-        check(str(tmp_path / "empty"), target=Target())
+        check(str(tmp_path / "empty"), PruneConfig())
 
 
 def test_the_short_form():
@@ -227,4 +234,24 @@ def test_the_short_form():
 def test_weights_are_not_read(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    assert check(str(folder), target=Target(0.5, round_to=8))["shape"]["channels"] == 24
+    assert check(str(folder), PruneConfig(round_to=8)).shape.channels == 24
+
+
+def test_heads_and_channels_have_ratios_of_their_own():
+    config = LlamaConfig(**{**BASE, "num_attention_heads": 8, "num_key_value_heads": 4})
+    request = PruneConfig(head_ratio=0.25, channel_ratio=0.75, round_to=4).widths
+    shape = forecast_config(config, request)
+    assert (shape.num_key_value_heads, shape.intermediate_size) == (3, 12)
+    assert describe_request(request) == (
+        "`head_ratio=0.25` `channel_ratio=0.75` `round_heads_to=1` `round_to=4`"
+    )
+    found = suggest(config, PruneConfig(head_ratio=0.25, round_to=4).widths, ranks=2)
+    assert found is not None
+    assert forecast_config(config, found).num_key_value_heads % 2 == 0
+    assert found.ratios["channels"] - found.ratios["heads"] == pytest.approx(0.25)
+
+
+def test_protected_layers_stay_whole_in_the_check(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    shape = check(str(folder), PruneConfig(round_to=8, protect_first=1)).shape
+    assert shape.channels == [48, 24]

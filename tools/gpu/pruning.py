@@ -18,8 +18,8 @@ import torch
 from lpdeploy.artifacts import format_bytes
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, load_pruning
+from lpdeploy.config import PruneConfig
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
-from lpdeploy.pruning.options import PruneOptions
 
 MICRO_BATCHES = (8, 4, 2, 1)
 
@@ -63,10 +63,10 @@ class Run:
         self.described, self.call = load_pruning(variant)
 
 
-def build_options(suite: Any, size: PruningSize, **changes: Any) -> PruneOptions:
+def build_options(suite: Any, size: PruningSize, **changes: Any) -> PruneConfig:
     """Return the options that all variants share."""
     dtype = "fp32" if suite.precision == "fp32" else "bf16"
-    return PruneOptions(
+    return PruneConfig(
         **{
             "batch_size": size.batch_size,
             "micro_batch_size": 1,
@@ -79,7 +79,7 @@ def build_options(suite: Any, size: PruningSize, **changes: Any) -> PruneOptions
     )
 
 
-def choose_micro_batch(config: Any, options: PruneOptions, variants: Sequence[Any]) -> int:
+def choose_micro_batch(config: Any, options: PruneConfig, variants: Sequence[Any]) -> int:
     """Return the largest micro-batch at which every variant fits according to its memory plan."""
     free = measure_free_bytes(options.device)
     for micro in MICRO_BATCHES:
@@ -91,9 +91,9 @@ def choose_micro_batch(config: Any, options: PruneOptions, variants: Sequence[An
     return 1
 
 
-def with_micro_batch(options: PruneOptions, micro: int) -> PruneOptions:
+def with_micro_batch(options: PruneConfig, micro: int) -> PruneConfig:
     """Return the same options with another micro-batch."""
-    return PruneOptions(**{**vars(options), "micro_batch_size": micro})
+    return PruneConfig(**{**vars(options), "micro_batch_size": micro})
 
 
 def measure(config: Any, workload: PruningWorkload, variants: Sequence[Any]) -> dict[str, Any]:

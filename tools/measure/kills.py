@@ -36,8 +36,8 @@ import yaml
 from safetensors import safe_open
 
 from lpdeploy.artifacts import check_unchanged, load_stage
+from lpdeploy.config import PruneConfig
 from lpdeploy.models.adapters import load_adapter
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.run import prune
 from lpdeploy.run_folder import RunFolder
 from tools.measure.common import build_parser, save_measurement
@@ -75,7 +75,7 @@ def run_attempt(run: Path, case: str, text: Path) -> NoReturn:
         sys.stdout = sys.stderr = (run.parent / "attempt.log").open("w", encoding="utf-8")
         torch.set_num_threads(1)
         begun = RunFolder(run).checkpoint.is_file()
-        options = PruneOptions(**{**_COMMON, **CASES[case]})
+        options = PruneConfig(**{**_COMMON, **CASES[case]})
         model = str(ASSETS / "story-llama-1M")
         prune(model, run, data=str(text), options=options, resume=begun, overwrite=not begun)
         failed = 0

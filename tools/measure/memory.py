@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
+from lpdeploy.config import PruneConfig
 from lpdeploy.pruning.memory import plan_memory
-from lpdeploy.pruning.options import PruneOptions
 from tools.measure.common import build_parser, save_measurement
 
 SHAPES = {
@@ -47,14 +47,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def build_case(shape: str, changes: dict[str, Any]) -> tuple[LlamaConfig, PruneOptions]:
+def build_case(shape: str, changes: dict[str, Any]) -> tuple[LlamaConfig, PruneConfig]:
     """Return the config of a case, and the options it is pruned with."""
     vocab = 64 if shape == "tiny" else 32000
     config = LlamaConfig(
         vocab_size=vocab, max_position_embeddings=2048, tie_word_embeddings=True, **SHAPES[shape]
     )
     base: dict[str, Any] = {"batch_size": 2, "micro_batch_size": 1, "seq_len": 512, "device": "cpu"}
-    return config, PruneOptions(**{**base, "steps": 2, "calibration_samples": 0, **changes})
+    return config, PruneConfig(**{**base, "steps": 2, "calibration_samples": 0, **changes})
 
 
 def measure(shape: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from lpdeploy.benchmark.plot import draw_run_costs
 from lpdeploy.benchmark.pruning import run_interleaved
 from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, start_pruning
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.config import PruneConfig
 from tools.measure.common import build_parser, report, save_measurement
 
 REMOVALS = ("cut", "mask")
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = vars(parser.parse_args())
     model, output, data, valid = (given.pop(name) for name in ("model", "output", "data", "valid"))
-    options = PruneOptions(**given, calibration_samples=0)
+    options = PruneConfig(**given, calibration_samples=0)
     with ExitStack() as stack:
         workers = [
             stack.enter_context(

@@ -27,9 +27,9 @@ from torch import distributed as dist
 from transformers import LlamaConfig
 
 from lpdeploy.benchmark.random_models import save_random_model
+from lpdeploy.config import PruneConfig
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.sharded import is_shard, load_sharded_model
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import join_ranks
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.travel import compute_travel
@@ -83,7 +83,7 @@ def measure_load(load: Callable[[], Any]) -> dict[str, int]:
     }
 
 
-def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
+def count_messages(folder: Path, options: PruneConfig) -> dict[str, int]:
     """Return the bytes of a step's messages: summed over the ranks, and gathered from them."""
     counts = {"summed": 0, "gathered": 0}
 
@@ -107,12 +107,12 @@ def count_messages(folder: Path, options: PruneOptions) -> dict[str, int]:
 def measure_rank(folder: Path) -> None:
     """Measure on one of the ranks; the first one writes the result."""
     torch.set_num_threads(1)
-    ranks = join_ranks(PruneOptions(device="cpu", batch_size=8))
+    ranks = join_ranks(PruneConfig(device="cpu", batch_size=8))
     model = folder / "model"
     load = measure_load(lambda: load_sharded_model(model, dtype="fp32", device=torch.device("cpu")))
     messages = {}
     for name, changes in RUNS.items():
-        options = PruneOptions(**{**OPTIONS, **changes})
+        options = PruneConfig(**{**OPTIONS, **changes})
         travel = compute_travel(load_config(model), options, ranks=RANKS, itemsize=4)
         messages[name] = count_messages(folder, options) | {
             "computed": dataclasses.asdict(travel),

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import list_projections, list_widths
 from lpdeploy.pruning.memory import plan_memory
-from lpdeploy.pruning.options import PruneOptions
 from tools.measure.common import build_parser, save_measurement
 
 MODELS = {
@@ -49,7 +49,7 @@ def plan(name: str, case: tuple[int, bool, str | None, bool, int]) -> dict[str, 
     """Plan one model in one setting."""
     gpus, sharded, load_in, checkpointing, micro = case
     config = LlamaConfig(vocab_size=32000, **MODELS[name])
-    options = PruneOptions(
+    options = PruneConfig(
         micro_batch_size=micro, load_in=load_in, gradient_checkpointing=checkpointing
     )
     shards = gpus if sharded else 1

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_model
 from lpdeploy.models.sharded import list_own_rows, load_sharded_model
 from lpdeploy.pruning import ranks, run
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.scoring import Scorer
 
 # Without dropout, whose masks are a rank's own.
@@ -56,7 +56,7 @@ COUNTED = (
 
 def prune(root, name, output, *, on_step=lambda _: None, **changes):
     model, data, options = CASES[name]
-    chosen = PruneOptions(**{**OPTIONS, **options, **changes})
+    chosen = PruneConfig(**{**OPTIONS, **options, **changes})
     data = str(root / data)
     run.prune(str(root / model), root / output, data=data, options=chosen, on_step=on_step)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.config import PruneConfig
 from lpdeploy.pruning.run import prune
 from lpdeploy.run_folder import RunFolder
 from tests.slow.pruning.launching import (
@@ -36,7 +36,7 @@ def prune_command(root, output):
 
 
 def prune_alone(root, output, **arguments):
-    options = PruneOptions(
+    options = PruneConfig(
         steps=STEPS, batch_size=8, micro_batch_size=2, seq_len=24, round_to=4, device="cpu",
         ramp="authors", removal="mask", lora_dropout=0.0, checkpoint_every=0,
     )  # fmt: skip

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError, RankLostError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
-from lpdeploy.pruning.options import PruneOptions
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.run_folder import RunFolder
@@ -112,7 +112,7 @@ def test_what_travels_is_what_is_counted_from_shapes(root, name):
     groups = key // 8 + 48
     lora = 4 * (2 * 8 * sum(out + columns for out, columns in shapes) + 1)
     model, _, options = CASES[name]
-    chosen = PruneOptions(**{**rank_worker.OPTIONS, **options, "ratio": 0.0})
+    chosen = PruneConfig(**{**rank_worker.OPTIONS, **options, "ratio": 0.0})
     travel = compute_travel(load_config(root / model), chosen, ranks=2, itemsize=4)
     assert travel.gradients == lora
     numbers = {"gradient": weights, "wanda": 6 * 32 + 48, "gate": groups, "lora": 0}
@@ -222,27 +222,14 @@ def test_a_batch_that_cannot_be_dealt_is_refused(root):
 
 def test_one_process_alone_cannot_shard():
     with pytest.raises(LpdeployError, match="--shard spreads the base over several ranks"):
-        join_ranks(PruneOptions(shard=True, removal="mask", device="cpu"))
-
-
-@pytest.mark.parametrize(
-    ("options", "refused"),
-    [
-        ({"removal": "cut"}, "--removal cut: no group can be cut out of its parts"),
-        ({"load_in": "8bit"}, "--load-in 8bit: quantised weights are not divided"),
-        ({"criterion": "gradient"}, "--criterion gradient: the gradients of all its weights"),
-    ],
-)
-def test_what_sharding_cannot_do_is_refused(options, refused):
-    with pytest.raises(ValueError, match=f"--shard cannot go with {refused}.* use --removal mask"):
-        PruneOptions(**{"shard": True, "removal": "mask", **options})
+        join_ranks(PruneConfig(shard=True, removal="mask", device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_an_accelerate_that_would_wrap_the_model_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(LpdeployError, match=f"configured for {name}.* Launch with --multi_gpu"):
-        join_ranks(PruneOptions(device="cpu"))
+        join_ranks(PruneConfig(device="cpu"))
 
 
 def test_micro_batches_are_dealt_in_turn_and_evenly():

@@ -6,20 +6,23 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from lpdeploy.benchmark.target import resolve_budget
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
-from lpdeploy.models.shapes import count_parameters
-from lpdeploy.pruning.options import PruneOptions
+from lpdeploy.models.shapes import build_counter, round_kept
 from lpdeploy.pruning.run import prune
-from lpdeploy.pruning.selection import round_kept
-from lpdeploy.pruning.target import build_counter, choose_ratio, load_chosen
+from lpdeploy.pruning.target import (
+    SizeFound,
+    TargetRecord,
+    load_target,
+)
 from lpdeploy.run_folder import RunFolder
-from lpdeploy.servers.check import Target, forecast_config, suggest
 from tests.helpers import make_text, make_tiny_model
 from tests.pruning.test_resume import StoppedError, stop_after
 
-SMALL = PruneOptions(
+SMALL = PruneConfig(
     steps=2, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1, round_to=4,
     calibration_samples=2, criterion="random", device="cpu", checkpoint_every=1,
 )  # fmt: skip
@@ -33,6 +36,11 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(base):
     return make_text(base.parent / "text.txt")
+
+
+def ask(options, **budget):
+    """Let a budget decide in place of the ratio of options."""
+    return dataclasses.replace(options, ratio=None, **budget)
 
 
 def count_saved(folder):
@@ -62,18 +70,19 @@ def test_the_run_meets_it_and_the_next_larger_shape_would_not(base, data, tmp_pa
     config = load_config(base)
     dense, _ = count_saved(base)
     limit = int(share * dense)
-    chosen = choose_ratio(str(base), options, parameters=limit)
-    ratio = chosen["ratios"]["ratio"]
-    prune(
-        str(base), tmp_path / "run", data=str(data), target=chosen,
-        options=dataclasses.replace(options, ratio=ratio),
-    )  # fmt: skip
+    asked = ask(options, target_params=limit)
+    with pytest.raises(ValueError, match="`target_params` has not been turned into ratios yet"):
+        prune(str(base), tmp_path / "run", data=str(data), options=asked)
+    resolved, chosen = resolve_budget(str(base), asked)
+    ratio = resolved.ratio
+    assert resolved == dataclasses.replace(options, ratio=ratio)
+    prune(str(base), tmp_path / "run", data=str(data), target=chosen, options=resolved)
     compact(tmp_path / "run")
     saved, _ = count_saved(tmp_path / "run" / "model")
     assert saved <= limit
-    assert saved == chosen["after"]
-    assert chosen["before"] == dense
-    assert json.loads((tmp_path / "run" / "target.json").read_text()) == chosen
+    assert json.loads((tmp_path / "run" / "target.json").read_text()) == {
+        "asked": {"parameters": limit}, "ratios": {"ratio": ratio}, "before": dense, "after": saved,
+    }  # fmt: skip
     assert RunFolder(tmp_path / "run").load_plan().ratio == ratio
 
     def shape(smaller):
@@ -88,19 +97,6 @@ def test_the_run_meets_it_and_the_next_larger_shape_would_not(base, data, tmp_pa
         assert shape(ratio - 2e-6) > limit
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("changes", [{}, {"protect_last": 1}, {"round_to": 32}], ids=str)
-def test_what_is_counted_is_the_model_of_the_forecast(tmp_path, model_type, changes):
-    folder = make_tiny_model(
-        tmp_path / "m", model_type=model_type, kv_heads=2, tie_word_embeddings=True
-    )
-    config, options = load_config(folder), dataclasses.replace(SMALL, **changes)
-    count = build_counter(config, options)
-    for ratio in (0, 0.1, 0.3, 0.5, 0.9):
-        shape = forecast_config(config, dataclasses.replace(options, ratio=ratio))
-        assert count(ratio) == count_parameters(shape)
-
-
 @pytest.mark.parametrize("round_to", [4, 20])  # 20 leaves a first chunk of 8 channels
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
 def test_global_runs_have_no_more_than_was_counted(base, data, tmp_path, round_to, ratio):
@@ -108,7 +104,7 @@ def test_global_runs_have_no_more_than_was_counted(base, data, tmp_path, round_t
     prune(str(base), tmp_path / "run", data=str(data), options=options)
     compact(tmp_path / "run")
     saved, _ = count_saved(tmp_path / "run" / "model")
-    counted = build_counter(load_config(base), options)(ratio)
+    counted = build_counter(load_config(base), options.widths)(ratio)
     assert saved <= counted
     if round_to == 4:
         assert saved == counted
@@ -119,19 +115,18 @@ def test_bytes_are_those_of_the_checkpoints_precision(tmp_path, data):
     config = load_config(base)
     config.dtype = "bfloat16"
     config.save_pretrained(base)
-    half = choose_ratio(str(base), SMALL, bytes=20_000)
-    whole = choose_ratio(str(base), SMALL, parameters=10_000)
-    assert half["ratios"] == whole["ratios"]
-    assert half["after"] == 2 * whole["after"] <= 20_000
+    _, half = resolve_budget(str(base), ask(SMALL, target_memory=20_000))
+    _, whole = resolve_budget(str(base), ask(SMALL, target_params=10_000))
+    assert half.ratios == whole.ratios
+    assert half.found.after == 2 * whole.found.after <= 20_000
 
 
 def test_bytes_of_a_run(base, data, tmp_path):
     _, dense = count_saved(base)
-    chosen = choose_ratio(str(base), SMALL, bytes=int(0.7 * dense))
-    options = dataclasses.replace(SMALL, **chosen["ratios"])
+    options, chosen = resolve_budget(str(base), ask(SMALL, target_memory=int(0.7 * dense)))
     prune(str(base), tmp_path / "run", data=str(data), options=options)
     compact(tmp_path / "run")
-    assert count_saved(tmp_path / "run" / "model")[1] == chosen["after"] <= 0.7 * dense
+    assert count_saved(tmp_path / "run" / "model")[1] == chosen.found.after <= 0.7 * dense
 
 
 def test_what_cannot_be_met_is_refused_with_what_could_be(base):
@@ -139,14 +134,24 @@ def test_what_cannot_be_met_is_refused_with_what_could_be(base):
     least = count_by_hand(config, [(1, 4)] * 2)
     dense = count_by_hand(config, [(4, 48)] * 2)
     with pytest.raises(LpdeployError, match=f"out of reach: .* are {least:,} parameters of"):
-        choose_ratio(str(base), SMALL, parameters=least - 1)
-    assert choose_ratio(str(base), SMALL, parameters=least)["after"] == least
+        resolve_budget(str(base), ask(SMALL, target_params=least - 1))
+    _, chosen = resolve_budget(str(base), ask(SMALL, target_params=least))
+    assert chosen.found.after == least
     with pytest.raises(LpdeployError, match=f"has {dense:,} parameters already. Give less"):
-        choose_ratio(str(base), SMALL, parameters=dense)
+        resolve_budget(str(base), ask(SMALL, target_params=dense))
     with pytest.raises(LpdeployError, match=rf"has .* \({4 * dense:,} bytes\) already"):
-        choose_ratio(str(base), SMALL, bytes=4 * dense)
-    with pytest.raises(ValueError, match="give either parameters or bytes"):
-        choose_ratio(str(base), SMALL)
+        resolve_budget(str(base), ask(SMALL, target_memory=4 * dense))
+
+
+def test_ratios_are_returned_as_they_are(base):
+    assert resolve_budget(str(base), SMALL) == (SMALL, None)
+    latency = ask(SMALL, target_latency=5.0, engine="torch")
+    with pytest.raises(ValueError, match="`engine` is 'fast'; it must be one of torch, "):
+        resolve_budget(str(base), ask(SMALL, target_latency=5.0, engine="fast"), data="text.txt")
+    with pytest.raises(ValueError, match="`data` is needed"):
+        resolve_budget(str(base), latency)
+    with pytest.raises(ValueError, match="`output` is needed"):
+        resolve_budget(str(base), latency, resume=True)
 
 
 @pytest.mark.parametrize("removal", ["cut", "mask"])
@@ -174,12 +179,13 @@ def test_heads_and_channels_go_by_ratios_of_their_own(base, data, tmp_path, scop
 
 
 def test_a_resumed_run_keeps_its_ratios_and_their_record(base, data, tmp_path):
-    chosen = {"asked": {"parameters": 5}, "ratios": {"head_ratio": 0.5, "channel_ratio": 0.25}}
-    options = dataclasses.replace(SMALL, **chosen["ratios"], steps=4)
+    ratios = {"head_ratio": 0.5, "channel_ratio": 0.25}
+    chosen = TargetRecord({"parameters": 5}, ratios, SizeFound(9, 4))
+    options = dataclasses.replace(SMALL, **ratios, steps=4)
     run = tmp_path / "run"
     with pytest.raises(StoppedError):
         prune(str(base), run, data=str(data), options=options, target=chosen, on_step=stop_after(2))
-    again = load_chosen(run, {"parameters": 5})
+    again = load_target(run, {"parameters": 5})
     assert again == chosen
     with pytest.raises(ArtifactError, match="other run: head_ratio was 0.5 and is None now"):
         prune(
@@ -187,27 +193,15 @@ def test_a_resumed_run_keeps_its_ratios_and_their_record(base, data, tmp_path):
             options=dataclasses.replace(options, head_ratio=None),
         )  # fmt: skip
     prune(str(base), run, data=str(data), options=options, target=again, resume=True)
-    assert json.loads((run / "target.json").read_text()) == chosen
+    assert json.loads((run / "target.json").read_text()) == chosen.to_json()
     stage = json.loads((run / "manifest.json").read_text())["stages"]["prune"]
-    assert stage["options"]["target"] == chosen
+    assert stage["options"]["target"] == chosen.to_json()
     with pytest.raises(ArtifactError, match="another target: parameters 5, not bytes 7. Give the"):
-        load_chosen(run, {"bytes": 7})
+        load_target(run, {"bytes": 7})
+    (run / "target.json").write_text('{"asked": {}}')
+    with pytest.raises(ArtifactError, match="target.json is not what lpdeploy wrote"):
+        load_target(run, {"parameters": 5})
     prune(str(base), run, data=str(data), options=SMALL, overwrite=True)
     assert not (run / "target.json").exists()
-    with pytest.raises(ArtifactError, match="No target.json in .* It began with --ratio"):
-        load_chosen(run, {"parameters": 5})
-
-
-def test_check_knows_ratios_of_heads_and_channels(base):
-    config = load_config(base)
-    target = Target(0.5, round_to=4, head_ratio=0.25, channel_ratio=0.75)
-    shape = target.build_config(config)
-    assert (shape.num_key_value_heads, shape.intermediate_size) == (3, 12)
-    words = "--head-ratio 0.25 --channel-ratio 0.75 --round-heads-to 1 --round-to 4"
-    assert target.describe() == words
-    assert Target(0.5, head_ratio=0.25).describe().startswith("--ratio 0.5 --head-ratio 0.25 --ro")
-    found = suggest(config, Target(0.5, round_to=4, head_ratio=0.25), ranks=2)
-    assert found is not None
-    assert found.build_config(config).num_key_value_heads % 2 == 0
-    with pytest.raises(ValueError, match="ratio 1.5 is outside"):
-        PruneOptions(channel_ratio=1.5)
+    with pytest.raises(ArtifactError, match="No target.json in .* began with a `ratio`"):
+        load_target(run, {"parameters": 5})

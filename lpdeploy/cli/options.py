@@ -1,0 +1,206 @@
+"""Options of the command line, made from the fields of ``PruneConfig``."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from lpdeploy.cli.common import ENGINE, NameChoice, log, write_flags
+from lpdeploy.config import BUDGETS, GROUPS, LATENCY, RATIOS, RENAMED, PruneConfig
+from lpdeploy.fields import get_kind, get_option
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_FIELDS = {own.name: own for own in dataclasses.fields(PruneConfig)}
+
+
+class Quantity(click.ParamType):
+    """A number with a unit; some may be given without one."""
+
+    def __init__(self, name: str, units: Mapping[str, int | Decimal], example: str) -> None:
+        self.name = name
+        self._units = {unit: Decimal(factor) for unit, factor in units.items()}
+        self._example = example
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        """Return the number in the unit whose factor is 1."""
+        if isinstance(value, Decimal):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        if match is None or match[2] not in self._units:
+            units = ", ".join(unit for unit in self._units if unit)
+            alone = ", or none" if "" in self._units else ""
+            self.fail(
+                f"{value!r} is not a {self.name}: give a number with one of the units "
+                f"{units}{alone}, such as {self._example}.",
+                param,
+                ctx,
+            )
+        return Decimal(match[1]) * self._units[match[2]]
+
+
+PARAMETERS = Quantity(
+    "number of parameters", {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}, "3.5B"
+)
+BYTES = Quantity(
+    "size",
+    {
+        "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+        "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
+    },
+    "7GiB",
+)  # fmt: skip
+MILLISECONDS = Quantity("time", {"us": Decimal("0.001"), "ms": 1, "s": 1000}, "30ms")
+
+# What people write differs from what the field holds, or the names are not known to the config.
+_TYPES: dict[str, click.ParamType] = {
+    "target_params": PARAMETERS,
+    "target_memory": BYTES,
+    "target_latency": MILLISECONDS,
+    "engine": ENGINE,
+}
+_METAVARS = {"target_params": "COUNT", "target_memory": "SIZE", "target_latency": "TIME"}
+
+
+class GroupedOption(click.Option):
+    """An option that is listed under the heading of its group, and may have a former name."""
+
+    def __init__(
+        self, *names: Any, group: str | None = None, former: str | None = None, **rest: Any
+    ) -> None:
+        super().__init__(*names, **rest)
+        self.group = group
+        self._former = former
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Take the former name as well, and remember that it was used."""
+        super().add_to_parser(parser, ctx)
+        if self._former:
+            action, const = ("store_const", True) if self.is_flag else ("store", None)
+            flag = write_flags(f"`{self._former}`")
+            parser.add_option(self, [flag], dest=self._former, action=action, const=const)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> Any:
+        """Return the value of either name; warn of the former one."""
+        if self._former is None or self._former not in opts:
+            return super().consume_value(ctx, opts)
+        if self.name in opts:
+            raise click.UsageError(
+                write_flags(f"`{self._former}` is the former name of `{self.name}`. Give one."),
+                ctx=ctx,
+            )
+        log(f"`{self._former}` is now called `{self.name}`; the former name still works.")
+        return opts[self._former], ParameterSource.COMMANDLINE
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists options under the headings of their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the groups in their order, then the options that belong to none."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                group = getattr(param, "group", None) or "Options"
+                rows.setdefault(group, []).append(record)
+        for title in (*GROUPS, "Options"):
+            if title in rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows[title])
+
+
+def config_options(*names: str, **defaults: Any) -> Callable[[_Function], _Function]:
+    """Add fields of ``PruneConfig`` to a command as options.
+
+    Args:
+        names: Which fields; all of them if none is named.
+        defaults: Defaults of this command, where they are not those of the field.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        for name in reversed(names or tuple(_FIELDS)):
+            function = _make_option(name, defaults)(function)
+        return function
+
+    return decorate
+
+
+def _make_option(name: str, defaults: Mapping[str, Any]) -> Callable[[_Function], _Function]:
+    own = _FIELDS[name]
+    rules = get_option(own)
+    default = defaults.get(name, own.default)
+    text = rules.help
+    if default is None and rules.unset:
+        text = f"{text}  [default: {rules.unset}]"
+    former = next((old for old, new in RENAMED.items() if new == name), None)
+    shared = {"group": rules.group, "former": former, "help": write_flags(text)}
+    flag = write_flags(f"`{name}`")
+    if get_kind(own) is bool:
+        return click.option(flag, cls=GroupedOption, is_flag=True, **shared)
+    return click.option(
+        flag,
+        cls=GroupedOption,
+        type=_choose_type(name),
+        metavar=_METAVARS.get(name),
+        default=default,
+        **shared,
+    )
+
+
+def _choose_type(name: str) -> click.ParamType:
+    own = _FIELDS[name]
+    rules = get_option(own)
+    if name in _TYPES:
+        return _TYPES[name]
+    if rules.choices:
+        return NameChoice(lambda: rules.choices)
+    if get_kind(own) is int:
+        return click.IntRange(min=None if rules.low is None else int(rules.low))
+    low = rules.low if rules.above is None else rules.above
+    return click.FloatRange(
+        low, rules.below, min_open=rules.above is not None, max_open=rules.below is not None
+    )
+
+
+def build_config(values: Mapping[str, Any]) -> PruneConfig:
+    """Make a config of what a command was given.
+
+    Raises:
+        click.UsageError: A value is wrong, or two contradict each other.
+    """
+    numbers = {
+        name: None if value is None else get_kind(_FIELDS[name])(value)
+        for name, value in values.items()
+        if name in BUDGETS
+    }
+    try:
+        return PruneConfig(**{**values, **numbers})
+    except ValueError as error:
+        raise click.UsageError(write_flags(str(error))) from error
+
+
+def drop_overruled(values: dict[str, Any]) -> None:
+    """Let what is typed to decide the shape win over what a recipe says of it.
+
+    A typed ``--ratio`` or budget replaces all that the recipe says. A typed ratio of heads or
+    channels replaces only the recipe's budget.
+    """
+    typed = {name for name in (*RATIOS, *BUDGETS) if _is_typed(name)}
+    dropped = {*RATIOS, *BUDGETS} - typed if typed & {"ratio", *BUDGETS} else {*BUDGETS}
+    for name in dropped if typed else ():
+        values[name] = None
+    if values["target_latency"] is None:
+        for name in LATENCY:
+            values[name] = values[name] if _is_typed(name) else None
+
+
+def _is_typed(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE

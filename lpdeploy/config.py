@@ -1,0 +1,373 @@
+"""How a model is pruned: every option with its type, range, default and help, checked once."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from lpdeploy.criteria import CRITERIA
+from lpdeploy.fields import check_fields, option
+from lpdeploy.plan import SCHEDULES, GroupSpec, WidthRequest
+from lpdeploy.ramps import RAMPS
+
+REMOVE = "What to remove"
+CHOOSE = "How to choose"
+TRAINING = "Training"
+DATA = "Data"
+MACHINE = "Machine"
+GROUPS = (REMOVE, CHOOSE, TRAINING, DATA, MACHINE)
+"""Headings of the options, in the order in which they are listed."""
+
+RENAMED = {"warmup": "prune_warmup", "cooldown": "prune_cooldown"}
+"""Former name of a field -> its name. Recipes, checkpoints and commands may use either."""
+
+RATIOS = ("ratio", "head_ratio", "channel_ratio")
+BUDGETS = ("target_params", "target_memory", "target_latency")
+"""Fields that each decide what is left, in place of the ratios."""
+LATENCY = ("engine", "latency_phase", "latency_tokens")
+"""Fields that say what ``target_latency`` measures."""
+
+
+_remove, _choose, _train, _data, _machine = (partial(option, group=group) for group in GROUPS)
+_SHARE = {"low": 0, "below": 1}
+_DEFAULT_RATIO = 0.5
+_CALIBRATION_ROWS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How a model is pruned, with the paper's values as defaults (section 4.1).
+
+    Each field carries its range and its help text; see ``lpdeploy.fields``. ``ratio`` becomes 0.5
+    where neither it nor a budget (``target_params``, ``target_memory``, ``target_latency``) is
+    given. ``lpdeploy.benchmark.target.resolve_budget`` turns a budget into ratios.
+
+    Raises:
+        ValueError: A field has a wrong type or value, or two fields contradict each other.
+    """
+
+    # fmt: off
+    ratio: float | None = _remove(
+        "Remove this share of the groups (heads and FFN channels).",
+        default=None, **_SHARE, unset=f"{_DEFAULT_RATIO}",
+    )
+    head_ratio: float | None = _remove(
+        "Remove this share of the heads.", default=None, **_SHARE, unset="`ratio`",
+    )
+    channel_ratio: float | None = _remove(
+        "Remove this share of the FFN channels.", default=None, **_SHARE, unset="`ratio`",
+    )
+    target_params: int | None = _remove(
+        "Leave at most this number of parameters, such as 3.5B. Replaces `ratio`.",
+        default=None, low=1,
+    )
+    target_memory: int | None = _remove(
+        "Leave at most this many bytes of weights in the checkpoint's own precision, such as "
+        "7GiB. Replaces `ratio`.", default=None, low=1,
+    )
+    target_latency: float | None = _remove(
+        "Stay within this latency on `engine`, such as 30ms. Candidate shapes are measured on "
+        "this machine, and heads and channels are chosen separately. Replaces `ratio`.",
+        default=None, above=0,
+    )
+    engine: str | None = _remove("Engine that `target_latency` is measured on.", default=None)
+    latency_phase: str | None = _remove(
+        "What `target_latency` limits: a whole prompt (prefill) or one token after it (decode).",
+        default=None, choices=("prefill", "decode"), unset="prefill",
+    )
+    latency_tokens: int | None = _remove(
+        "Number of prompt tokens that `target_latency` is measured with.",
+        default=None, low=1, unset="512",
+    )
+    scope: str = _remove(
+        "Keep the same widths in every layer (a stock checkpoint), or let each layer have its "
+        "own.", default="layer", choices=("layer", "global"),
+    )
+    protect_first: int = _remove("Leave this many layers at the input whole.", default=0, low=0)
+    protect_last: int = _remove("Leave this many layers at the output whole.", default=0, low=0)
+    round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, low=1)
+    round_heads_to: int = _remove("Round kept KV heads to a multiple of this.", default=1, low=1)
+    removal: str | None = _remove(
+        "Cut groups out at each event, or mask them until the end.",
+        default=None, choices=("cut", "mask"), unset="cut; mask with `load_in='4bit'` or `shard`",
+    )
+
+    criterion: str = _choose(
+        "How groups are scored. "
+        + " ".join(f"{name}: {criterion.help}." for name, criterion in CRITERIA.items()),
+        default="lora", choices=CRITERIA,
+    )
+    score_form: str = _choose(
+        "Sum squared or absolute values over a group.",
+        default="squared", choices=("squared", "absolute"),
+    )
+    normalize: bool = _choose(
+        "Divide the scores of each linear layer by their L2 norm.", default=False,
+    )
+    ema_decay: float = _choose(
+        "Decay of the moving average of the scores (lambda of Eq. 11).", default=0.9, **_SHARE,
+    )
+    schedule: str = _choose(
+        "Prune while fine-tuning (joint), prune once and then fine-tune (separate), or only "
+        "prune (one-shot).", default="joint", choices=SCHEDULES,
+    )
+    calibration_samples: int | None = _choose(
+        "Number of rows to score before the first step, without training on them.",
+        default=None, low=0, unset=f"{_CALIBRATION_ROWS}; 0 in a joint run unless `ramp='early'`",
+    )
+    prune_every: int = _choose("Number of steps between pruning events.", default=10, low=1)
+    ramp: str = _choose(
+        "Prune mostly in the first third of the steps (early), as the authors' experiments do "
+        "(authors), or in equal portions over all steps (paper).",
+        default="early", choices=RAMPS,
+    )
+    prune_warmup: float | None = _choose(
+        "Share of the steps before the first pruning event.",
+        default=None, **_SHARE, unset="depends on `ramp`",
+    )
+    prune_cooldown: float | None = _choose(
+        "Share of the steps after the last pruning event.",
+        default=None, **_SHARE, unset="depends on `ramp`",
+    )
+
+    epochs: int = _train("Number of passes over the data.", default=2, low=1)
+    steps: int | None = _train(
+        "Number of optimizer steps, in place of `epochs`.", default=None, low=1,
+    )
+    batch_size: int = _train(
+        "Number of sequences per optimizer step, over all ranks.", default=128, low=1,
+    )
+    micro_batch_size: int = _train(
+        "Number of sequences per forward pass. It must divide `batch_size`.", default=4, low=1,
+    )
+    lr: float = _train("Peak learning rate of AdamW.", default=1e-4, above=0)
+    lr_warmup: float = _train(
+        "Share of the steps over which the learning rate rises to `lr`.", default=0.03, **_SHARE,
+    )
+    lr_hold: float | None = _train(
+        "Share of the steps before the learning rate falls.",
+        default=None, **_SHARE, unset="depends on `ramp`",
+    )
+    max_grad_norm: float = _train("Clip gradients to this norm.", default=1.0, above=0)
+    lora_rank: int = _train("Rank of LoRA's matrices A and B.", default=8, low=1)
+    lora_alpha: float = _train(
+        "LoRA adds this, divided by `lora_rank`, times BA to each weight.", default=16.0, above=0,
+    )
+    lora_dropout: float = _train("Dropout on LoRA's input.", default=0.05, **_SHARE)
+    seed: int = _train(
+        "Seed of LoRA's initial weights, the order of the data and dropout.", default=0, low=0,
+    )
+
+    seq_len: int = _data("Number of tokens per sequence.", default=512, low=2)
+    train_on_prompt: bool = _data(
+        "Compute the loss on the prompts of instruction data as well.", default=False,
+    )
+
+    load_in: str | None = _machine(
+        "Quantise the frozen base model while pruning. A 4-bit base is masked, not cut.",
+        default=None, choices=("8bit", "4bit"),
+    )
+    shard: bool = _machine(
+        "Spread the base model over the ranks (FSDP2) if it does not fit on one GPU. It is "
+        "masked, not cut.", default=False,
+    )
+    offload_gradients: bool = _machine(
+        "Keep the gradients of the weights in CPU memory, if the criterion needs them.",
+        default=False,
+    )
+    gradient_checkpointing: bool = _machine(
+        "Recompute activations in the backward pass: less memory, more time.", default=False,
+    )
+    compile: bool = _machine(
+        "Compile the decoder layers with torch.compile after the last event (GPU only).",
+        default=False,
+    )
+    ignore_memory: bool = _machine("Start even if the estimate exceeds free memory.", default=False)
+    checkpoint_every: int = _machine(
+        "Number of steps between checkpoints; 0 writes none.", default=50, low=0,
+    )
+    dtype: str = _machine(
+        "Precision of the base model. auto is bf16 for a half-precision checkpoint on a GPU, "
+        "else fp32.", default="auto", choices=("auto", "fp32", "bf16"),
+    )
+    device: str = _machine(
+        "Device to run on. auto is cuda if torch finds a GPU, else cpu.",
+        default="auto", choices=("auto", "cpu", "cuda"),
+    )
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.ratio is None and self.budget is None:
+            object.__setattr__(self, "ratio", _DEFAULT_RATIO)
+        for conflict in _list_conflicts(self):
+            raise ValueError(conflict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as recipes, manifests and checkpoints record them."""
+        return {**dataclasses.asdict(self), "removal": self.effective_removal}
+
+    @property
+    def budget(self) -> str | None:
+        """Name of the budget that decides what is left; None where ratios do."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
+    @property
+    def effective_removal(self) -> str:
+        """``cut`` or ``mask``: ``removal``, or what the base model allows if that is None."""
+        return self.removal or ("mask" if self.load_in == "4bit" or self.shard else "cut")
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Share to remove of each kind of group.
+
+        Raises:
+            ValueError: A budget decides, and has not been turned into ratios yet.
+        """
+        self.check_resolved()
+        assert self.ratio is not None  # only a budget leaves it out
+        own = {"heads": self.head_ratio, "channels": self.channel_ratio}
+        return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
+
+    def with_ratios(self, **ratios: float) -> "PruneConfig":
+        """Return a copy in which ratios decide what is left, in place of a budget."""
+        changes: dict[str, Any] = {**dict.fromkeys((*BUDGETS, *LATENCY)), **ratios}
+        return dataclasses.replace(self, **changes)
+
+    def check_resolved(self) -> None:
+        """Check that ratios decide what is left.
+
+        Raises:
+            ValueError: A budget decides, and has not been turned into ratios yet.
+        """
+        if self.budget:
+            raise ValueError(
+                f"`{self.budget}` has not been turned into ratios yet; call "
+                "lpdeploy.benchmark.target.resolve_budget first."
+            )
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """What the kept groups of each kind are a multiple of."""
+        return {"heads": self.round_heads_to, "channels": self.round_to}
+
+    @property
+    def widths(self) -> WidthRequest:
+        """What decides the widths of the pruned model, before its scores are known."""
+        return WidthRequest(
+            ratios={} if self.budget else self.ratios,
+            multiples=self.multiples,
+            protect_first=self.protect_first,
+            protect_last=self.protect_last,
+            scope=self.scope,
+        )
+
+    def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:
+        """Return the share of all groups to remove: ``ratio`` unless heads and channels differ."""
+        ratios = self.ratios
+        if len(set(ratios.values())) == 1:
+            return ratios["heads"]
+        asked = sum(spec.num_groups * ratios[spec.kind] for spec in specs)
+        return asked / sum(spec.num_groups for spec in specs)
+
+    @property
+    def pauses(self) -> tuple[float, float]:
+        """Shares of the steps before the first event and after the last."""
+        ramp = RAMPS[self.ramp]
+        return (
+            ramp.warmup if self.prune_warmup is None else self.prune_warmup,
+            ramp.cooldown if self.prune_cooldown is None else self.prune_cooldown,
+        )
+
+    @property
+    def num_calibration_rows(self) -> int:
+        """Number of rows scored before the first step."""
+        if self.calibration_samples is None:
+            at_once = self.schedule != "joint"
+            return _CALIBRATION_ROWS if at_once or RAMPS[self.ramp].calibrate else 0
+        return self.calibration_samples
+
+
+def rename_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give fields that were recorded under a former name their present one.
+
+    Raises:
+        ValueError: A field is given under both names.
+    """
+    for former, name in RENAMED.items():
+        if former in values and name in values:
+            raise ValueError(f"`{former}` is the former name of `{name}`; give one of them.")
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def _list_conflicts(config: PruneConfig) -> Iterator[str]:
+    """Yield a sentence for each pair of fields that contradict each other."""
+    rules = (_list_shape_conflicts, _list_training_conflicts, _list_base_conflicts)
+    return chain.from_iterable(rule(config) for rule in rules)
+
+
+def _list_shape_conflicts(config: PruneConfig) -> Iterator[str]:
+    given = [name for name in (*RATIOS, *BUDGETS) if getattr(config, name) is not None]
+    if config.budget and len(given) > 1:
+        names = " and ".join(f"`{name}`" for name in given)
+        yield f"{names} each decide what is left; give one of them."
+    if config.target_latency is None:
+        for name in LATENCY:
+            if getattr(config, name) is not None:
+                yield f"`{name}` belongs to `target_latency`; give that too, or leave `{name}` out."
+    elif config.engine is None:
+        yield (
+            "`target_latency` needs an engine to be measured on; give `engine`, for example "
+            "`engine='ort'`."
+        )
+    elif config.scope == "global":
+        yield (
+            "`target_latency` measures shapes whose layers are alike, and `scope='global'` makes "
+            "them differ; use `scope='layer'` or a `ratio`."
+        )
+
+
+def _list_training_conflicts(config: PruneConfig) -> Iterator[str]:
+    if config.batch_size % config.micro_batch_size:
+        yield (
+            f"`micro_batch_size` {config.micro_batch_size} does not divide `batch_size` "
+            f"{config.batch_size}; choose a divisor of it."
+        )
+    warmup, cooldown = config.pauses
+    if warmup + cooldown >= 1:
+        yield (
+            f"`prune_warmup` {warmup:g} and `prune_cooldown` {cooldown:g} leave no steps for "
+            "pruning; their sum must be below 1."
+        )
+    if config.schedule != "joint" and config.calibration_samples == 0:
+        yield (
+            f"`schedule='{config.schedule}'` prunes by the scores of `calibration_samples` rows, "
+            "which cannot be 0; leave it out for 128."
+        )
+
+
+def _list_base_conflicts(config: PruneConfig) -> Iterator[str]:
+    weight_gradients = CRITERIA[config.criterion].weight_gradients
+    if weight_gradients and config.load_in:
+        yield (
+            f"`criterion='{config.criterion}'` needs gradients of the frozen weights, which "
+            f"`load_in='{config.load_in}'` does not have; use "
+            f"`criterion='{PruneConfig.criterion}'`, or leave `load_in` out."
+        )
+    if config.load_in == "4bit" and config.removal == "cut":
+        yield (
+            "`removal='cut'` cannot go with `load_in='4bit'`, whose weights share scales across "
+            "rows; use `removal='mask'` or `load_in='8bit'`."
+        )
+    for refused, why in (
+        (config.removal == "cut" and "removal='cut'", "divided weights cannot be cut"),
+        (config.load_in and f"load_in='{config.load_in}'", "quantised weights are not divided"),
+        (
+            weight_gradients and f"criterion='{config.criterion}'",
+            "the gradients would take as much memory as the weights",
+        ),
+    ):
+        if config.shard and refused:
+            yield f"`shard` cannot go with `{refused}`: {why}; change one of them."
