@@ -125,8 +125,8 @@ def build_token_dataset(
     rows = len(tokens) // seq_len
     if rows == 0:
         raise DataError(
-            f"'{corpus.source}' holds {len(tokens)} tokens, but one row of --seq-len {seq_len} "
-            f"needs {seq_len}. Give more text, or a smaller --seq-len."
+            f"'{corpus.source}' holds {len(tokens)} tokens, but one row of `seq_len` {seq_len} "
+            f"needs {seq_len}. Give more text, or a smaller `seq_len`."
         )
     return TokenDataset(
         tokens=tokens[: rows * seq_len],
@@ -250,8 +250,8 @@ def _build_pairs(
         pieces += [np.concatenate(rows)] if rows else []
     if not lengths:
         raise DataError(
-            f"No response of '{corpus.source}' begins within --seq-len {seq_len}: its prompts are "
-            "longer. Use a larger --seq-len."
+            f"No response of '{corpus.source}' begins within `seq_len` {seq_len}: its prompts are "
+            "longer. Use a larger `seq_len`."
         )
     return TokenDataset(
         tokens=np.concatenate(pieces),

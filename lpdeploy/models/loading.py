@@ -294,8 +294,8 @@ def resolve_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ArtifactError(
-            f"--device {device}: torch {torch.__version__} finds no CUDA device. "
-            "Use --device cpu, or install a CUDA build of torch."
+            f"`device` {device}: torch {torch.__version__} finds no CUDA device. "
+            "Use `device='cpu'`, or install a CUDA build of torch."
         )
     return device
 

@@ -29,7 +29,7 @@ def import_bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError:
         raise MissingDependencyError(
-            "bitsandbytes is not installed; --load-in needs it. "
+            "bitsandbytes is not installed; `load_in` needs it. "
             "Install with: pip install 'lpdeploy[quant]'."
         ) from None
     return bitsandbytes

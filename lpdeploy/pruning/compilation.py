@@ -21,7 +21,7 @@ def check_compile(device: torch.device) -> None:
         reason = str(error).strip().split("\n")[0]
         raise LpdeployError(
             f"torch cannot compile for {device.type} here: {reason}. Install a C++ compiler (and "
-            "Triton, on a GPU), or leave out --compile."
+            "Triton, on a GPU), or leave out `compile`."
         ) from error
 
 

@@ -95,8 +95,8 @@ class TestPlainText:
         length = len(build_token_stream(plain(), tokenizer))
         with pytest.raises(
             DataError,
-            match=rf"'some\.txt' holds {length} tokens, but one row of --seq-len {length + 1} "
-            rf"needs {length + 1}\. Give more text, or a smaller --seq-len\.",
+            match=rf"'some\.txt' holds {length} tokens, but one row of `seq_len` {length + 1} "
+            rf"needs {length + 1}\. Give more text, or a smaller `seq_len`\.",
         ):
             build_token_dataset(plain(), tokenizer, seq_len=length + 1)
 
@@ -145,8 +145,8 @@ class TestInstructionPairs:
         assert batch["labels"].tolist() == [[-100] * num_prompt + [first]]
         with pytest.raises(
             DataError,
-            match=rf"No response of 'pairs\.jsonl' begins within --seq-len {num_prompt}: its "
-            r"prompts are longer\. Use a larger --seq-len\.",
+            match=rf"No response of 'pairs\.jsonl' begins within `seq_len` {num_prompt}: its "
+            r"prompts are longer\. Use a larger `seq_len`\.",
         ):
             build_token_dataset(corpus, tokenizer, seq_len=num_prompt)
 

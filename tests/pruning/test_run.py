@@ -266,7 +266,7 @@ def test_protecting_every_layer_is_refused(base, data, tmp_path):
 
 def test_data_without_a_row_is_refused(base, tmp_path):
     (tmp_path / "short.txt").write_text("w1 w2")
-    with pytest.raises(DataError, match="one row of --seq-len 24"):
+    with pytest.raises(DataError, match="one row of `seq_len` 24"):
         run(base, tmp_path / "run", tmp_path / "short.txt")
     assert not (tmp_path / "run").exists()
 

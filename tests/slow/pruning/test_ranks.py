@@ -206,7 +206,8 @@ def test_ranks_of_which_one_is_told_to_end_all_do_after_the_same_step(root):
     path = root / "two" / "ended"
     kept = RunFolder(path).checkpoint
     assert first == (
-        f"The run was told to end. The state after step 3 is kept in '{kept}'. Go on with `resume=True`."
+        f"The run was told to end. The state after step 3 is kept in '{kept}'. "
+        "Go on with `resume=True`."
     )
     assert second == "silent"
     assert (path / "log.jsonl").read_text().count("\n") == 3
