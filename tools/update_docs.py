@@ -1,4 +1,4 @@
-"""Write the generated parts of the documents: docs/cli.md from the commands, tables from JSON.
+"""Write the generated parts of the documents: commands, the Python API, and tables from JSON.
 
 `python tools/update_docs.py` writes them. With `--check` it changes nothing, and fails if a
 document is out of date. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`, and
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from api_docs import render_api
 from doc_tables import RENDERERS, write_table
 from transformers import LlamaConfig
 
@@ -23,7 +24,7 @@ from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.servers.verdicts import SERVERS
 
 ROOT = Path(__file__).resolve().parent.parent
-CLI = ROOT / "docs" / "cli.md"
+CLI, API = ROOT / "docs" / "cli.md", ROOT / "docs" / "api.md"
 DOCUMENTS = [
     ROOT / "README.md",
     *(
@@ -127,7 +128,7 @@ def fill_tables(text: str) -> str:
 
 def main() -> None:
     """Write the documents, or check them."""
-    wanted = {CLI: render_cli()}
+    wanted = {CLI: render_cli(), API: render_api()}
     wanted |= {path: fill_tables(path.read_text(encoding="utf-8")) for path in DOCUMENTS}
     stale = [
         path

@@ -1,0 +1,76 @@
+"""The reference of the Python API, docs/api.md, made from docstrings."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import lpdeploy
+from lpdeploy.config import GROUPS
+from lpdeploy.fields import get_option
+
+_INTRODUCTION = """\
+# Python API
+
+`tools/update_docs.py` makes this page from the docstrings. Five short programs in
+[`examples/`](../examples) show the API at work.
+
+`import lpdeploy` loads no heavy library. Progress goes to the logger `lpdeploy`. What a user can cause
+is an `lpdeploy.errors.LpdeployError`, and a wrong argument is a `ValueError`. Both name fields in
+backticks.
+"""
+
+
+def render_api() -> str:
+    """Return the reference as Markdown."""
+    parts = [_INTRODUCTION]
+    for name in ("prune", "Run", "PruneConfig", "LoRAPruner", "PruneCallback"):
+        parts += _render(f"lpdeploy.{name}", getattr(lpdeploy, name))
+    return "\n".join(parts)
+
+
+def _render(name: str, thing: Any) -> Iterator[str]:
+    yield f"## {name}\n"
+    yield f"```\n{_write_signature(name, thing)}\n\n{inspect.getdoc(thing)}\n```\n"
+    if thing is lpdeploy.PruneConfig:
+        yield from _render_fields(thing)
+    elif inspect.isclass(thing):
+        for member, function in vars(thing).items():
+            if inspect.isfunction(function) and not member.startswith("_"):
+                yield f"### {name}.{member}\n"
+                signature = _write_signature(f"{member}", function)
+                yield f"```\n{signature}\n\n{inspect.getdoc(function)}\n```\n"
+
+
+def _write_signature(name: str, thing: Any) -> str:
+    if thing is lpdeploy.PruneConfig:
+        return f"{name}(*, ...)"
+    signature = inspect.signature(thing)
+    parameters = [p for p in signature.parameters.values() if p.name != "self"]
+    text = ", ".join(_write_parameters(parameters))
+    return f"{name}({text})"
+
+
+def _write_parameters(parameters: list[inspect.Parameter]) -> Iterator[str]:
+    starred = False
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            yield "*"
+        prefix = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        default = parameter.default
+        shown = (
+            ""
+            if default is parameter.empty
+            else f"={'...' if callable(default) else repr(default)}"
+        )
+        yield f"{prefix}{parameter.name}{shown}"
+
+
+def _render_fields(config: Any) -> Iterator[str]:
+    for group in GROUPS:
+        rows = [own for own in dataclasses.fields(config) if get_option(own).group == group]
+        lines = [f"| `{own.name}` | {own.default!r} | {get_option(own).help} |" for own in rows]
+        yield "\n".join(
+            [f"### {group}\n", "| field | default | what it does |", "|---|---|---|", *lines, ""]
+        )
