@@ -97,7 +97,7 @@ def test_a_former_name_is_checked_as_the_new_one_and_not_both_are_taken(ask):
     for words in (["--warmup", "0", "--prune-warmup", "0"], ["--prune-warmup=0", "--warmup=0"]):
         result, _ = ask(*words)
         assert result.exit_code == 2
-        assert "--warmup is the former name of --prune-warmup. Give one." in result.stderr
+        assert "--warmup is the former name of --prune-warmup." in result.stderr
 
 
 @pytest.fixture(scope="module")
