@@ -178,7 +178,7 @@ def test_a_decimal_fraction_is_exact():
         (
             PARAMETERS,
             "3.5G",
-            "'3.5G' is not a number of .* units K, M, B, T, or none, ",
+            "'3.5G' is not a number of .* units K, M, B, T, or no unit, ",
         ),
         (PARAMETERS, "many", "'many' is not a number of parameters"),
         (PARAMETERS, "-1B", "'-1B' is not a number"),

@@ -97,7 +97,7 @@ def test_a_recipe_gives_options_but_cells_win(ask, tmp_path):
     recipe.write_text("prune: {offload_gradients: true, criterion: gradient}\n")
     result = ask("6", "--", "--recipe", recipe)
     assert result.exit_code == 2
-    assert "The recipe gives offload_gradients, which only some cells of Table 6" in result.stderr
+    assert "The recipe sets offload_gradients, which only some cells of Table 6" in result.stderr
     recipe.write_text("prune: {stepz: 4}\n")
     result = ask("6", "--", "--recipe", recipe)
     assert result.exit_code == 2
