@@ -283,7 +283,10 @@ def test_being_terminated_is_being_interrupted():
     ("words", "sentence"),
     [
         (["--engine", "ort,tensorflow"], "choose from torch, onnx, ort, trt, separated by commas"),
-        (["--batch", "1,none"], "--batch '1,none': give one or more positive integers, such as 1,8."),
+        (
+            ["--batch", "1,none"],
+            "--batch '1,none': give one or more positive integers, such as 1,8.",
+        ),
     ],
 )
 def test_bench_refuses_what_it_does_not_know(tmp_path, words, sentence):

@@ -182,8 +182,8 @@ def test_a_decimal_fraction_is_exact():
         ),
         (PARAMETERS, "many", "'many' is not a number of parameters"),
         (PARAMETERS, "-1B", "'-1B' is not a number"),
-        (BYTES, "3", "not a size: .* B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as 7GiB"),
-        (MILLISECONDS, "30", "'30' is not a time: .* units us, ms, s, such as 30ms"),
+        (BYTES, "3", r"not a size\. .* B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, such as 7GiB"),
+        (MILLISECONDS, "30", r"'30' is not a time\. .* units us, ms, s, such as 30ms"),
         (MILLISECONDS, "1e3ms", "'1e3ms' is not a time"),
     ],
 )
