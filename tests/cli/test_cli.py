@@ -285,7 +285,7 @@ def test_being_terminated_is_being_interrupted():
         (["--engine", "ort,tensorflow"], "choose from torch, onnx, ort, trt, separated by commas"),
         (
             ["--batch", "1,none"],
-            "--batch '1,none': give one or more positive integers, such as 1,8.",
+            "--batch '1,none': give one or more positive integers",
         ),
     ],
 )
