@@ -26,10 +26,11 @@ _COUNT = click.IntRange(min=1)
 )
 @shared_options()
 def command(*, model: str, tensor_parallel: int, tokens: int, as_json: bool, **values: Any) -> None:
-    """Show the shape, cost and server support of a pruned model, before any training.
+    """Show the shape, cost and servers of a pruned model.
 
-    For a MODEL, computes the shape that the given ratio would leave; only its config is read. For a
-    RUN, describes the shape that it was pruned to.
+    For a MODEL, computes the shape that the given ratio would leave. Nothing is trained, and only
+    the config is read. For a RUN, describes the shape that it was pruned to. Lists the servers
+    that load the shape. If pruning makes a server reject it, suggests a similar shape that loads.
     """
     config = build_config(values)
 

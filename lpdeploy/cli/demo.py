@@ -14,7 +14,7 @@ from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @shared_options()
 def command(*, output: Path, overwrite: bool, as_json: bool) -> None:
-    """Run the whole workflow on a small model that comes with the package.
+    """Run the whole workflow on a small built-in model.
 
     Prunes the model by 20 % and 50 %, exports and verifies it, measures quality and latency, and
     writes an HTML page. It needs no network, and takes a few minutes on two cores.

@@ -20,7 +20,7 @@ _OPTIONAL = {
 @click.command("doctor")
 @shared_options(recipe=False)
 def command(*, as_json: bool) -> None:
-    """Show the devices and libraries of this machine, and how to install what is missing."""
+    """Show devices and libraries, and how to install what is missing."""
     import torch
 
     from lpdeploy.artifacts import describe_machine

@@ -74,7 +74,10 @@ class _Names(click.ParamType):
 def command(
     *, model: str, engine: str, with_base: bool, device: str, as_json: bool, **values: Any
 ) -> None:
-    """Measure the perplexity and task accuracy of a MODEL, or of RUN's compacted model."""
+    """Measure perplexity and task accuracy of a RUN or MODEL.
+
+    A RUN must be compacted first. Its results are added to RUN/eval.json.
+    """
     try:
         options = EvalOptions(**{**values, "tasks": values["tasks"] or ()})
     except ValueError as error:

@@ -15,9 +15,10 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.engines import list_exporting
 
-_HELP = """Export RUN's compacted model or a MODEL folder for an inference engine.
+_HELP = """Export a RUN or MODEL for an inference engine.
 
-The export takes and returns the KV cache; batch size and lengths stay dynamic. The engines are:
+A RUN must be compacted first. The export takes and returns the KV cache; batch size and lengths
+stay dynamic. The engines are:
 
 """
 
@@ -65,7 +66,7 @@ def _describe_precisions() -> str:
     "--opset", type=int, help="ONNX opset of the graph.  [default: what suits the engine]"
 )
 @click.option(
-    "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps LoRA beside the weights."
+    "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps the adapter separate."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @shared_options()

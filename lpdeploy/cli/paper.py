@@ -119,10 +119,10 @@ def command(  # noqa: PLR0913 - one parameter an option
     render_only: bool,
     as_json: bool,
 ) -> None:
-    """Run a table or figure of the paper on MODEL: 2, 4, 5, 6, 7, 8, figure-4 or figure-6.
+    """Run a table or figure of the paper on your own MODEL.
 
-    Two more tables are not in the paper: forms compares how scores are summed, and ramps compares
-    when groups are removed.
+    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Two more tables are not in the paper: forms
+    compares how scores are summed, and ramps compares when groups are removed.
 
     Each cell is a separate prune, compact and eval, repeated for several seeds. If you stop the
     command, run it again to continue: finished cells are kept. The table is written to DIR as JSON,

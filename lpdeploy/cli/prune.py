@@ -55,7 +55,11 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Prune MODEL while fine-tuning it with LoRA, and write a run folder."""
+    """Prune MODEL while fine-tuning it with LoRA.
+
+    Writes a run folder with the plan, the adapter and the log. Run `lpdeploy compact` next to get
+    the smaller model.
+    """
     drop_overruled(values)
     config = build_config(values)
     if config.removal is None and config.effective_removal == "mask":

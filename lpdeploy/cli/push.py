@@ -14,14 +14,15 @@ from lpdeploy.cli.common import RUN, log, print_result, shared_options
 @click.argument("run", type=RUN)
 @click.option("--repo", required=True, metavar="OWNER/NAME", help="Upload to this repository.")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--yes", is_flag=True, help="Upload the files.")
+@click.option("--yes", is_flag=True, help="Upload the files. Without it, only list them.")
 @shared_options()
 def command(*, run: Path, repo: str, private: bool, yes: bool, as_json: bool) -> None:
-    """Show what would be uploaded to the Hugging Face hub; with --yes, upload it.
+    """Upload RUN's model to the Hugging Face hub, with --yes.
 
-    RUN's compacted model and its plan.json go to the top level of the repository, where
-    from_pretrained finds them, and the exports to onnx/ and ort/. Training files are not uploaded,
-    and local paths are removed. An existing repository keeps its visibility and its other files.
+    Without --yes, the command only lists the files that it would upload. RUN's compacted model and
+    its plan.json go to the top level of the repository, where from_pretrained finds them, and the
+    exports to onnx/ and ort/. Training files are not uploaded, and local paths are removed. An
+    existing repository keeps its visibility and its other files.
     """
     from lpdeploy.publish.push import push
 

@@ -19,11 +19,12 @@ from lpdeploy.errors import ParityError
 )
 @shared_options()
 def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:
-    """Compare the logits of all stages of a RUN, or of a MODEL and its export.
+    """Compare the logits of all stages of a RUN or MODEL.
 
-    Compares the full logits of prefill and cached decoding, with left padding and a batch size
-    above 1. The exit code is 1 if any pair differs by more than its tolerance. With --engine torch,
-    no export is compared.
+    The stages of a RUN are the masked, cut, unmerged, merged and exported model; those of a MODEL
+    are the model and its export. Compares the full logits of prefill and cached decoding, with left
+    padding and a batch size above 1. The exit code is 1 if any pair differs by more than its
+    tolerance. With --engine torch, no export is compared.
     """
     from lpdeploy.engines.verify import verify
 
