@@ -1,3 +1,33 @@
 """lpdeploy: prune a LLaMA-family model while it fine-tunes with LoRA, and ship it dense."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lpdeploy.api import Run, prune
+    from lpdeploy.config import PruneConfig
+    from lpdeploy.pruning.callback import PruneCallback
+    from lpdeploy.pruning.pruner import LoRAPruner
+
 __version__ = "0.1.0"
+
+__all__ = ["LoRAPruner", "PruneCallback", "PruneConfig", "Run", "prune"]
+
+# Imported when they are first used, so that `import lpdeploy` loads no torch.
+_HOMES = {
+    "LoRAPruner": "lpdeploy.pruning.pruner",
+    "PruneCallback": "lpdeploy.pruning.callback",
+    "PruneConfig": "lpdeploy.config",
+    "Run": "lpdeploy.api",
+    "prune": "lpdeploy.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lpdeploy' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -33,10 +33,15 @@ class RankLostError(LpdeployError):
     """Another process of a run with several is gone or does not answer."""
 
 
+class OtherRankError(LpdeployError):
+    """An error that every rank meets and another rank reports. Nothing needs to be said here."""
+
+
 class RunEndedError(LpdeployError):
     """A run was told to end before it was complete; its message ends with how to go on."""
 
-    HINT = "Go on with --resume."
+    SENTENCE = "The run was told to end."
+    HINT = "Go on with `resume=True`."
 
 
 class ParityError(LpdeployError):

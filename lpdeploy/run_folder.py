@@ -25,7 +25,8 @@ from lpdeploy.artifacts import (
 from lpdeploy.errors import ArtifactError, RunInUseError
 from lpdeploy.plan import PruningPlan, load_plan
 
-RUN, ADAPTER, MODEL, EXPORT, PACKAGE = "run", "adapter", "model", "export", "package"
+RUN, BASE, ADAPTER, MODEL = "run", "base", "adapter", "model"
+EXPORT, PACKAGE = "export", "package"
 """Kinds of folders that lpdeploy writes."""
 
 _UNMERGED_EXPORT = "{engine}-unmerged"
@@ -57,6 +58,11 @@ class RunFolder:
     def plan(self) -> Path:
         """Which groups stay. The last file that ``prune`` writes: a run that has it is complete."""
         return self.path / "plan.json"
+
+    @property
+    def base(self) -> Path:
+        """The unpruned model, if it was given as an object and so had no folder of its own."""
+        return self.path / "base"
 
     @property
     def adapter(self) -> Path:
@@ -124,7 +130,7 @@ class RunFolder:
         return self.path / "samples.json"
 
     @property
-    def report(self) -> Path:
+    def page(self) -> Path:
         """The page about the run."""
         return self.path / "report.html"
 
@@ -142,12 +148,13 @@ class RunFolder:
         return (
             *(self.plan, self.importance, self.log, self.manifest, self.recipe, self.target),
             *(self.checkpoint, self.verification, self.evaluation, *bench),
-            *(self.samples, self.report),
+            *(self.samples, self.page),
         )
 
     @property
     def _folders(self) -> dict[Path, str]:
-        return {self.adapter: ADAPTER, self.model: MODEL, self.unmerged: MODEL}
+        own = {self.adapter: ADAPTER, self.model: MODEL, self.unmerged: MODEL}
+        return {self.base: BASE, **own}
 
     # What state it is in.
 
@@ -219,19 +226,22 @@ class RunFolder:
 
     # What may be replaced.
 
-    def check_free(self, *, base: Path, resume: bool, overwrite: bool) -> None:
+    def check_free(self, *, base: Path | None, resume: bool, overwrite: bool) -> None:
         """Refuse a run that would write over something, or that cannot be resumed.
 
         Args:
-            base: The model that is to be pruned.
+            base: The model that is to be pruned; None if it has no folder yet.
             resume: Whether an interrupted run is to go on.
             overwrite: Whether a run that is there already is to be replaced.
 
         Raises:
             ArtifactError: That.
         """
-        check_output(self.path, inputs=(base,))
-        present = [path.name for path in (*self._files, *self._folders) if path.exists()]
+        kept = load_folder_record(self.base)
+        own = base == self.base and kept is not None and kept.kind == BASE
+        check_output(self.path, inputs=() if own or base is None else (base,))
+        paths = [path for path in (*self._files, *self._folders) if path != base]
+        present = [path.name for path in paths if path.exists()]
         record = load_folder_record(self.path)
         if record is not None and record.kind != RUN:
             raise ArtifactError(
@@ -258,28 +268,29 @@ class RunFolder:
                 "`overwrite=True` to replace it, or another `output`."
             )
 
-    def claim(self, *, clear: bool) -> None:
+    def claim(self, *, clear: bool, base: Path | None = None) -> None:
         """Make the folder a run's.
 
         Args:
             clear: Remove what an earlier run left, and nothing else.
+            base: The model that is to be pruned; it stays if it lies in the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if clear:
-            self.clear()
+            self.clear(base=base)
         for path in (*self._files, *self._folders):
             remove_leftovers(path)
         FolderRecord(RUN).save(self.path)
 
-    def clear(self) -> None:
+    def clear(self, *, base: Path | None = None) -> None:
         """Remove everything that lpdeploy wrote for this run, and nothing else.
 
-        Packages stay: they are complete without the run.
+        Packages stay: they are complete without the run. So does ``base``.
 
         Raises:
             ArtifactError: A folder of the run holds a file that lpdeploy did not write.
         """
-        parts = self._list_parts()
+        parts = {path: kind for path, kind in self._list_parts().items() if path != base}
         for folder, kind in parts.items():
             check_replaceable(folder, kind=kind, overwrite=True)
         for folder in parts:

@@ -1,5 +1,6 @@
 """Fixtures that many tests share, and the markers of tests/slow and tests/gpu."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def cache(tmp_path_factory):
     patch.setenv("LPDEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def told():
+    """Collect what the library logs."""
+    lines, logger, handler = [], logging.getLogger("lpdeploy"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

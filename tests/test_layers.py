@@ -34,6 +34,8 @@ ALLOWED = {
     "report": CORE | {"engines", "benchmark"},
     "paper": CORE | {"config", "ramps", "pruning", "evaluation", "plotting"},
     "publish": CORE | {"engines"},
+    "api": CORE
+    | {"engines", "evaluation", "servers", "benchmark", "config", "pruning", "report", "publish"},
     "demo": CORE | {"engines", "evaluation", "benchmark", "config", "pruning", "report"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",

@@ -81,7 +81,7 @@ def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
     ):
         bench = _Bench(source, options, target, device, Path(scratch), worker, log)
         bench.check_reachable()
-        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise, log=log)
+        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise)
         log("scoring the groups, to know which pair of heads and channels loses least")
         importance = score_groups(source, dataset, options)
         found = bench.search(importance)

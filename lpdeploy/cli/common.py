@@ -128,6 +128,22 @@ def log(message: str) -> None:
         click.echo(write_flags(message), err=True)
 
 
+class _TerminalHandler(logging.Handler):
+    """Passes what the library logs on to the terminal, in the words of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one message."""
+        log(record.getMessage())
+
+
+def show_log() -> None:
+    """Show what the library logs on stderr."""
+    logger = logging.getLogger("lpdeploy")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
+        logger.addHandler(_TerminalHandler())
+
+
 def write_flags(sentence: str) -> str:
     """Turn the fields that the library speaks of into options of the command line.
 

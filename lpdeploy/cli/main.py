@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from lpdeploy import __version__
-from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank, write_flags
+from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank, show_log, write_flags
 from lpdeploy.environment import quieten_libraries
-from lpdeploy.errors import LpdeployError, RankLostError, RecipeError
+from lpdeploy.errors import LpdeployError, OtherRankError, RankLostError, RecipeError
 from lpdeploy.pruning.heap import restart_tight
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
@@ -58,8 +58,11 @@ class _LazyGroup(click.Group):
         """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
         quieten_libraries()
         _end_as_interrupted()
+        show_log()
         try:
             return super().invoke(ctx)
+        except OtherRankError:
+            ctx.exit(1)
         except RecipeError as error:
             _let_first_rank_speak()
             raise click.UsageError(write_flags(str(error))) from error

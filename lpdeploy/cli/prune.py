@@ -79,9 +79,8 @@ def command(
             "resume": resume,
             "overwrite": overwrite,
             "on_tokenise": on_tokenise,
-            "log": log,
         }
-        config, target = resolve_budget(model, config, **given)
+        config, target = resolve_budget(model, config, **given, log=log)
         result = prune(
             model,
             **given,
@@ -89,6 +88,7 @@ def command(
             target=target,
             on_start=lambda: log(describe_forecast(model, config)),
             on_step=on_step,
+            hold_signals=True,
         )
     leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)

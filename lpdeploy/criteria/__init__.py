@@ -9,10 +9,10 @@ from lpdeploy.criteria.gradient import GRADIENT
 from lpdeploy.criteria.lora import LORA
 from lpdeploy.criteria.magnitude import MAGNITUDE
 from lpdeploy.criteria.random import RANDOM
-from lpdeploy.criteria.record import Criterion, ScoredLinear
+from lpdeploy.criteria.record import Criterion, ScoredLinear, ScoreRows
 from lpdeploy.criteria.wanda import WANDA
 
-__all__ = ["CRITERIA", "Criterion", "ScoredLinear"]
+__all__ = ["CRITERIA", "Criterion", "ScoreRows", "ScoredLinear"]
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion for criterion in (LORA, GATE, GRADIENT, MAGNITUDE, WANDA, RANDOM)

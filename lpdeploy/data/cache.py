@@ -6,6 +6,7 @@ renamed into place whole, so several processes may make the same one at once.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.numpy import save_file
 
 from lpdeploy.artifacts import atomic_file, remove_leftovers
 from lpdeploy.data.batches import TokenDataset
+
+logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "LPDEPLOY_CACHE"
 # To be raised where the same text and tokenizer give other rows than before.
@@ -36,7 +39,6 @@ def load_or_build(
     identity: Mapping[str, Any],
     *,
     build: Callable[[], TokenDataset],
-    log: Callable[[str], None] = lambda _: None,
 ) -> TokenDataset:
     """Return the rows that ``identity`` determines, from the cache or else made and kept there.
 
@@ -44,7 +46,6 @@ def load_or_build(
         folder: Of the cache.
         identity: All that the rows depend on, as JSON: hashes of text and tokenizer, options.
         build: Tokenises.
-        log: Is told where rows come from, and why a file of the cache cannot be used.
 
     Returns:
         Rows mapped into memory, checked against the hash that was kept with them; those of
@@ -56,16 +57,16 @@ def load_or_build(
         try:
             dataset = _load(path, text)
         except (*_UNREADABLE, ValueError, KeyError) as error:
-            log(f"'{path}' is damaged or not of lpdeploy ({error}): tokenising anew.")
+            logger.warning("'%s' is damaged or not of lpdeploy (%s): tokenising anew.", path, error)
         else:
-            log(f"Tokenised before: {len(dataset)} rows from '{path}'.")
+            logger.info("Tokenised before: %s rows from '%s'.", len(dataset), path)
             return dataset
     dataset = build()
     try:
         _save(path, dataset, text)
         return _map(path)[0]
     except _UNREADABLE as error:
-        log(f"The tokens cannot be kept for later runs in '{path.parent}' ({error}).")
+        logger.warning("The tokens cannot be kept in '%s' (%s).", path.parent, error)
         return dataset
 
 

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lpdeploy.data.hub import HUB_SOURCES, HubSource
 from lpdeploy.errors import DataError
 
 _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
@@ -56,69 +57,6 @@ class Corpus:
         return any(example.prompt for example in self.examples)
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """How a data set of the hub is read.
-
-    Attributes:
-        repository: ``owner/name``; parquet or JSON files, since datasets runs no scripts.
-        options: Further arguments of ``datasets.load_dataset``.
-        column: The column of plain text; where it is None, the row tells (see ``parse_row``).
-        separator: Joins all rows into one document; None where a row is a document.
-        test_split: What the split ``test`` is called there; None where there is nothing to
-            evaluate on.
-        max_rows: Rows to read of a split that is too large to read whole.
-    """
-
-    repository: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    column: str | None = None
-    separator: str | None = None
-    test_split: str | None = "test"
-    max_rows: Mapping[str, int] = field(default_factory=dict)
-
-
-# WikiText-2 and PTB are joined as GPTQ and SparseGPT join them, whom the paper follows (Section
-# 4.1). PTB is a script data set, which datasets 4 and later refuse: its parquet copy lies on the
-# hub's own conversion branch. C4 is hundreds of GB: only the first shard is read, as they do, and
-# of it the paper's 20k documents to train on and their 1,100 to evaluate on.
-HUB_SOURCES: dict[str, HubSource] = {
-    "wikitext2": HubSource(
-        "Salesforce/wikitext",
-        options={"name": "wikitext-2-raw-v1"},
-        column="text",
-        separator="\n\n",
-    ),
-    "ptb": HubSource(
-        "ptb-text-only/ptb_text_only",
-        options={
-            "revision": "refs/convert/parquet",
-            "data_files": {
-                split: f"penn_treebank/{split}/*.parquet"
-                for split in ("train", "validation", "test")
-            },
-        },
-        column="sentence",
-        separator=" ",
-    ),
-    "c4": HubSource(
-        "allenai/c4",
-        options={
-            "data_files": {
-                "train": "en/c4-train.00000-of-01024.json.gz",
-                "validation": "en/c4-validation.00000-of-00008.json.gz",
-            },
-            "streaming": True,
-        },
-        column="text",
-        test_split="validation",
-        max_rows={"train": 20_000, "validation": 1_100},
-    ),
-    "lamini": HubSource("MBZUAI/LaMini-instruction", test_split=None),
-    "alpaca": HubSource("yahma/alpaca-cleaned", test_split=None),
-}
-
-
 def load_corpus(source: str, *, split: str = "train") -> Corpus:
     """Read all documents or instruction pairs of a source.
 
@@ -139,6 +77,15 @@ def load_corpus(source: str, *, split: str = "train") -> Corpus:
     """
     path = Path(source)
     found = _load_local(path) if path.exists() else _load_hub(source, split)
+    return build_corpus(source, found)
+
+
+def build_corpus(source: str, found: Iterable[Example]) -> Corpus:
+    """Keep what is not empty.
+
+    Raises:
+        DataError: Nothing is left, or plain text and instruction pairs are mixed.
+    """
     corpus = Corpus(source, [example for example in found if example.text.strip()])
     if not corpus.examples:
         raise DataError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.exporting import compute_adapter_sha256
+from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.place import ModelPlace
 
@@ -42,6 +43,22 @@ def need_export(place: ModelPlace, engine: str) -> Path:
             f"Run '{_write_command(place, engine)}' first."
         )
     return folder
+
+
+def load_place(place: ModelPlace, engine: str, *, device: str | None = None) -> Runner:
+    """Open a model on an engine: its checkpoint, or its export.
+
+    Args:
+        place: The model.
+        engine: Name of the engine.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None for the engine's default.
+
+    Raises:
+        ArtifactError: There is no such export, or it was made of another model.
+    """
+    record = get_engine(engine)
+    folder = place.folder if record.export is None else need_export(place, engine)
+    return record.load(folder, device=device)
 
 
 def _write_command(place: ModelPlace, engine: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.engines import get_engine
-from lpdeploy.engines.exports import need_export
+from lpdeploy.engines.exports import load_place
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import ArtifactError, MissingDependencyError
@@ -72,7 +72,7 @@ def evaluate(
     place = locate_model(target)
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
     with place.hold(shared=True):
-        runner = _load_runner(place, engine=engine, device=device)
+        runner = load_place(place, engine, device=device)
         result: dict[str, Any] = {
             "model": str(target),
             "model_sha256": _get_sha256(place),
@@ -150,12 +150,6 @@ def _merge_part(old: dict[str, Any], new: dict[str, Any], keep: set[str]) -> dic
     if not part["tasks"]:
         return {"perplexity": part["perplexity"]}
     return part | compute_average(part["tasks"])
-
-
-def _load_runner(place: ModelPlace, *, engine: str, device: str) -> Runner:
-    record = get_engine(engine)
-    folder = place.folder if record.export is None else need_export(place, engine)
-    return record.load(folder, device=device)
 
 
 def _measure(

@@ -90,7 +90,7 @@ class Commands:
             finally:
                 self._live.discard(process)
             if code:
-                killed = code < 0 or last == "Aborted!" or last.endswith(RunEndedError.HINT)
+                killed = code < 0 or last == "Aborted!" or last.startswith(RunEndedError.SENTENCE)
                 raise CommandError(last or f"exit code {code}", killed=killed)
             output.seek(0)
             return json.loads(output.read().decode().splitlines()[-1])

@@ -6,8 +6,9 @@ not in it: it is loaded and cut again.
 
 import errno
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 # Where these differ, a run goes on, but sums are rounded in another order.
@@ -101,7 +104,7 @@ def check_resumable(run: RunFolder) -> None:
         ArtifactError: There is none.
     """
     if not (run.checkpoint).is_file():
-        how = "with --overwrite" if (run.recipe).exists() else "without --resume"
+        how = "with `overwrite=True`" if run.recipe.exists() else "without `resume=True`"
         raise ArtifactError(
             f"Nothing to resume: '{run}' holds no checkpoint. Run {how} to start anew."
         )
@@ -113,7 +116,6 @@ def load_checkpoint(
     options: PruneConfig,
     inputs: Mapping[str, str],
     names: Mapping[str, str],
-    log: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
     """Read a checkpoint and check that it belongs to this base, data and options.
 
@@ -122,7 +124,6 @@ def load_checkpoint(
         options: With which it is to go on.
         inputs: Hashes of the base model and the data.
         names: What the user calls them.
-        log: Is told where it will not go on to the bit.
 
     Raises:
         ArtifactError: There is none, it is damaged or of another version, or something differs
@@ -137,9 +138,9 @@ def load_checkpoint(
     if differences:
         raise ArtifactError(
             f"The checkpoint in '{run}' is of another run: {'; '.join(differences)}. Use the same, "
-            "or --overwrite to start anew."
+            "or `overwrite=True` to start anew."
         )
-    _warn_of_environment(metadata["environment"], options, log)
+    _warn_of_environment(metadata["environment"], options)
     return Checkpoint(step=metadata["step"], inputs=inputs, tensors=tensors)
 
 
@@ -151,7 +152,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(
-            f"'{path}' is damaged ({error}). Run with --overwrite to start anew."
+            f"'{path}' is damaged ({error}). Run with `overwrite=True` to start anew."
         ) from error
     return metadata, tensors
 
@@ -189,7 +190,7 @@ def _check_version(path: Path, metadata: Mapping[str, Any]) -> None:
         writer = f" (lpdeploy {metadata['lpdeploy']})" if "lpdeploy" in metadata else ""
         raise ArtifactError(
             f"'{path}' has schema version {version!r}, and this lpdeploy reads {SCHEMA_VERSION}. "
-            f"Go on with the version that wrote it{writer}, or use --overwrite to start anew."
+            f"Go on with the version that wrote it{writer}, or use `overwrite=True` to start anew."
         )
 
 
@@ -213,18 +214,17 @@ def _describe_environment(options: PruneConfig) -> dict[str, Any]:
     return {**found, "device": device, "threads": torch.get_num_threads()}
 
 
-def _warn_of_environment(
-    saved: Mapping[str, Any], options: PruneConfig, log: Callable[[str], None]
-) -> None:
+def _warn_of_environment(saved: Mapping[str, Any], options: PruneConfig) -> None:
     changes = [
         f"{name} was {saved.get(name)} and is {value}"
         for name, value in _describe_environment(options).items()
         if saved.get(name) != value
     ]
     if changes:
-        log(
-            f"Going on where other software or hardware left off ({'; '.join(changes)}): the "
-            "result will be as good, but not the same to the bit."
+        logger.warning(
+            "Going on where other software or hardware left off (%s): the result will be as good, "
+            "but not the same to the bit.",
+            "; ".join(changes),
         )
 
 
@@ -260,8 +260,8 @@ def _describe_rest(run: RunFolder) -> str:
         with safe_open(run.checkpoint, framework="pt") as file:
             step = _parse_metadata(file.metadata())["step"]
     except (OSError, SafetensorError):
-        return "There is no checkpoint yet: make room, then start anew with --overwrite."
-    return f"The checkpoint of step {step} is whole: make room, then go on with --resume."
+        return "There is no checkpoint yet: make room, then start anew with `overwrite=True`."
+    return f"The checkpoint of step {step} is whole: make room, then go on with `resume=True`."
 
 
 def apply_checkpoint(checkpoint: Checkpoint, training: Any) -> None:

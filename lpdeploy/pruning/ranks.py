@@ -5,11 +5,12 @@ global batch, and takes every decision itself, from the same sums. The first ran
 """
 
 import hashlib
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +24,8 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED
 from lpdeploy.errors import LpdeployError, RankLostError, RunEndedError
 from lpdeploy.models.loading import resolve_device
+
+logger = logging.getLogger(__name__)
 
 # How long a rank waits for a peer that lives but does not answer. A dead one is noticed at once.
 _TIMEOUT = timedelta(minutes=10)
@@ -99,7 +102,7 @@ class Ranks:
         told = torch.tensor(int(self.ending.is_set()), device=self.device)
         self.sum([told])
         if told:
-            raise RunEndedError("The run was told to end.")
+            raise RunEndedError(RunEndedError.SENTENCE)
 
     def check_same(self, text: str, *, otherwise: str) -> None:
         """Compare a hash of ``text`` over the ranks.
@@ -140,15 +143,12 @@ class Ranks:
             ) from error
 
     @contextmanager
-    def hold_signals(self, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    def hold_signals(self) -> Iterator[None]:
         """Note SIGINT and SIGTERM instead of breaking off in the middle of a step.
 
         One process ends at once when it is told a second time. A launcher tells its ranks with
         several signals, and sends SIGTERM to those that are left where one has died; they are to
         end with a checkpoint, which they can write after a step only.
-
-        Args:
-            log: Is told that the signal was noted.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -164,7 +164,10 @@ class Ranks:
             if self.size == 1:
                 restore()
                 with suppress(RuntimeError):  # it came in the middle of another message
-                    log("Ending after this step, with a checkpoint. Again to end at once.")
+                    logger.warning(
+                        "Ending after this step, with a checkpoint. Send the signal again to end "
+                        "at once."
+                    )
 
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)
@@ -213,8 +216,8 @@ def join_ranks(options: PruneConfig) -> Ranks:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise LpdeployError(
                 f"accelerate is configured for {name}, but the model must not be wrapped: groups "
-                "are cut out of it. Launch with --multi_gpu, and prune with --shard to spread a "
-                "base over the GPUs."
+                "are cut out of it. Launch with --multi_gpu, and use `shard=True` to spread "
+                "a base over the GPUs."
             )
     state = PartialState(cpu=resolve_device(options.device) == "cpu", timeout=_TIMEOUT)
     ranks = Ranks(rank=state.process_index, size=state.num_processes, device=state.device)
@@ -231,14 +234,14 @@ def leave_ranks() -> None:
 def _check_share(options: PruneConfig, size: int) -> None:
     if options.shard and size == 1:
         raise LpdeployError(
-            "--shard spreads the base over several ranks, and this is the only one. Start with "
-            "'accelerate launch --num_processes 8 -m lpdeploy prune ...', or leave --shard out."
+            "`shard=True` spreads the base over several ranks, and this is the only one. Start "
+            "with 'accelerate launch --num_processes 8 -m lpdeploy prune', or leave `shard` out."
         )
     micro, batch = options.micro_batch_size, options.batch_size
     if batch % (size * micro):
         raise LpdeployError(
-            f"--batch-size {batch} cannot be dealt evenly over {size} ranks in micro-batches of "
-            f"{micro}. Choose a multiple of {size * micro}, or another --micro-batch-size."
+            f"`batch_size` {batch} cannot be dealt evenly over {size} ranks in micro-batches of "
+            f"{micro}. Choose a multiple of {size * micro}, or another `micro_batch_size`."
         )
 
 

@@ -1,32 +1,29 @@
 """The prune stage: from a model and a data source to a run folder."""
 
-import hashlib
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 
 from lpdeploy.artifacts import (
     Stage,
     atomic_file,
-    atomic_folder,
-    compute_sha256,
-    format_json,
     record_stage,
     save_json,
 )
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
+from lpdeploy.data.live import name_source
 from lpdeploy.errors import (
     LpdeployError,
     NonFiniteError,
+    OtherRankError,
     RankLostError,
     RunEndedError,
 )
@@ -34,7 +31,6 @@ from lpdeploy.models.loading import (
     compute_model_sha256,
 )
 from lpdeploy.models.quantized import check_load_in
-from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.checkpoint import (
     Checkpoint,
@@ -46,17 +42,18 @@ from lpdeploy.pruning.checkpoint import (
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.log import append_log, load_losses, trim_log
 from lpdeploy.pruning.ranks import Ranks, join_ranks
+from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
-    Source,
     build_training,
     describe_start,
     load_dataset,
     load_source,
 )
-from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.pruning.training import StepInfo, Training, run_steps
-from lpdeploy.run_folder import ADAPTER, RunFolder
+from lpdeploy.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 _LOSS_WINDOW = 10
 
@@ -88,7 +85,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     model: str,
     output: Path,
     *,
-    data: str,
+    data: Any,
     options: PruneConfig,
     target: TargetRecord | None = None,
     cache: bool = True,
@@ -97,7 +94,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     on_tokenise: Progress | None = None,
     on_start: Callable[[], None] = lambda: None,
     on_step: Callable[[StepInfo], None] = lambda _: None,
-    log: Callable[[str], None] = lambda _: None,
+    hold_signals: bool = False,
 ) -> PruneResult:
     """Prune a model while it fine-tunes with LoRA (Algorithm 1), and write a run folder.
 
@@ -107,7 +104,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         model: Hugging Face folder or hub name.
         output: The run folder: plan.json, adapter/, importance.safetensors, log.jsonl,
             manifest.json, recipe.yaml, and checkpoint/ while running.
-        data: Data source (file, folder or hub name).
+        data: File, folder or hub name, or rows such as a ``datasets.Dataset``.
         options: How to prune.
         target: How a budget was turned into these ratios, for target.json; None if none was given.
         cache: Keep the tokens of ``data`` for later runs, and use those of an earlier one.
@@ -116,49 +113,54 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         on_tokenise: Is told (examples tokenised, all examples).
         on_start: Called before the first step, once nothing stands against the run.
         on_step: Called after every optimizer step.
-        log: Is told what is about to run, before the first step.
+        hold_signals: Take over SIGINT and SIGTERM meanwhile: the run then ends after the step,
+            with a checkpoint.
 
     Raises:
         LpdeployError: Model, data or output cannot be used, memory will not suffice, a loss is
             not finite, or another rank is gone.
+        RunEndedError: A signal was held.
+        OtherRankError: Another rank reports the same error.
     """
     options.check_resolved()  # before anything is read
     check_load_in(options.load_in)
     run, ranks = RunFolder(output), join_ranks(options)
     source = load_source(model, options)
-    record = {"model": model, "data": data, **options.to_json()}
+    record = {"model": model, "data": name_source(data), **options.to_json()}
     recorded = record if target is None else {**record, "target": target.to_json()}
     with (
         _claim(run, ranks, base=source.folder, resume=resume, overwrite=overwrite),
         explain_full_disk(run),
     ):
-        memory = check_memory(source.config, options, log=log, refuse=not resume, ranks=ranks.size)
+        memory = check_memory(
+            source.config, options, log=logger.info, refuse=not resume, ranks=ranks.size
+        )
         recording = record_stage(run.path, "prune", recorded)
         with recording if ranks.is_first else nullcontext(Stage()) as stage:
             stage.planned = memory.to_json()
-            dataset = load_dataset(
-                source, data, options, cache=cache, on_progress=on_tokenise, log=log
-            )
+            dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise)
             stage.inputs = {
                 "base": compute_model_sha256(source.folder),
                 "data": dataset.compute_sha256(),
             }
-            checkpoint = _load_checkpoint(run, record, options, stage, log) if resume else None
+            checkpoint = _load_checkpoint(run, record, options, stage) if resume else None
             training = build_training(source, dataset, options, checkpoint, ranks)
             _check_same_start(ranks, options, stage, checkpoint)
             if ranks.is_first:
-                log(describe_start(source, training))
+                logger.info(describe_start(source, training))
                 if checkpoint is not None:
-                    log(f"going on after step {checkpoint.step} of {training.steps}")
+                    logger.info("going on after step %s of %s", checkpoint.step, training.steps)
                 on_start()
-                _prepare_output(run, record, checkpoint, target)
-            with ranks.hold_signals(log):
+                _prepare_output(run, source.folder, record, checkpoint, target)
+            with ranks.hold_signals() if hold_signals else nullcontext():
                 losses = _run(run, training, checkpoint, stage=stage, on_step=on_step)
-                plan = _build_plan(source, training.state, options, stage.inputs["base"])
+                plan = build_plan(
+                    training.state, options, source.config, base=source.base, stage=stage
+                )
                 if ranks.is_first:
-                    _save_results(run, training, stage, plan)
+                    save_results(run, training.model, training.state, plan=plan, stage=stage)
         if ranks.is_first:
-            _complete(run, plan)
+            complete_run(run, plan)
     return _build_result(run, plan, stage, steps=training.steps, losses=losses)
 
 
@@ -208,20 +210,20 @@ def _load_checkpoint(
     record: Mapping[str, Any],
     options: PruneConfig,
     stage: Stage,
-    log: Callable[[str], None],
 ) -> Checkpoint:
     names = {"base": record["model"], "data": record["data"]}
-    return load_checkpoint(run, options=options, inputs=stage.inputs, names=names, log=log)
+    return load_checkpoint(run, options=options, inputs=stage.inputs, names=names)
 
 
 def _prepare_output(
     run: RunFolder,
+    base: Path,
     record: Mapping[str, Any],
     checkpoint: Checkpoint | None,
     target: TargetRecord | None,
 ) -> None:
     """Leave in a run only what it begins or goes on with; called when all input is known good."""
-    run.claim(clear=checkpoint is None)
+    run.claim(clear=checkpoint is None, base=base)
     with atomic_file(run.recipe) as temporary:
         temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
     if target is not None:
@@ -267,7 +269,7 @@ def _check_same_groups(training: Training, step: int) -> None:
         training.ranks.check_same(
             str(training.state.list_kept(training.state.specs)),
             otherwise=f"it removed other groups at step {step}. Check the memory of its machine, "
-            "and go on from the last checkpoint with --resume.",
+            "and go on from the last checkpoint with `resume=True`.",
         )
 
 
@@ -282,16 +284,16 @@ def _break_off(
     """Keep what the last whole step left, and return an error that says so and how to go on."""
     ranks, lost = training.ranks, isinstance(error, RankLostError)
     if not (ranks.is_first_to_notice() if lost else ranks.is_first):
-        sys.exit(1)  # in silence: another rank meets the same, writes and speaks
+        return OtherRankError(str(error))  # which meets the same, writes and speaks
     if done is None:
-        hint = "start anew" if lost else "check the model and the data, or use --dtype fp32"
+        hint = "start anew" if lost else "check the model and the data, or use `dtype='fp32'`"
         return type(error)(f"{error} No step was done: {hint}.")
     _save_checkpoint(run, training, done, stage)
     match error:
         case NonFiniteError():
-            how = f"Lower --lr (it was {training.options.lr:g}) and go on with --resume."
+            how = f"Lower `lr` (it was {training.options.lr:g}) and go on with `resume=True`."
         case RankLostError():
-            how = "Go on with --resume, with as many ranks as you like."
+            how = "Go on with `resume=True`, with as many ranks as you like."
         case _:
             how = RunEndedError.HINT
     return type(error)(f"{error} The state after step {done} is kept in '{run.checkpoint}'. {how}")
@@ -301,38 +303,3 @@ def _save_checkpoint(run: RunFolder, training: Training, step: int, stage: Stage
     save_checkpoint(
         run, step=step, training=training, options=training.options, inputs=stage.inputs
     )
-
-
-def _build_plan(
-    source: Source, state: PruningState, options: PruneConfig, sha256: str
-) -> PruningPlan:
-    kept = state.list_kept(source.specs)
-    return PruningPlan(
-        base_model=str(source.folder.resolve()) if Path(source.name).is_dir() else source.name,
-        base_sha256=sha256,
-        ratio=options.compute_ratio(source.prunable),
-        specs=source.specs,
-        kept=kept,
-        achieved=compute_achieved(source.config, source.specs, kept),
-    )
-
-
-def _save_results(run: RunFolder, training: Training, stage: Stage, plan: PruningPlan) -> None:
-    training.state.cut_masked()
-    with atomic_folder(run.adapter, kind=ADAPTER, overwrite=True) as temporary:
-        # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
-        training.model.save_pretrained(str(temporary), save_embedding_layers=False)
-    with atomic_file(run.importance) as path:
-        save_file(training.state.last_seen, path)
-    stage.outputs = {
-        run.adapter.name: compute_sha256(run.adapter),
-        run.plan.name: hashlib.sha256(format_json(plan.to_json()).encode()).hexdigest(),
-    }
-
-
-def _complete(run: RunFolder, plan: PruningPlan) -> None:
-    """Save the plan, the last of all files: a run with a plan is complete."""
-    save_json(run.plan, plan.to_json())
-    run.checkpoint.unlink(missing_ok=True)
-    with suppress(OSError):  # not there in a run without checkpoints
-        run.checkpoint.parent.rmdir()

@@ -1,7 +1,12 @@
 """When groups go and how many, and the learning rate: pure functions of the step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from lpdeploy.config import PruneConfig
+from lpdeploy.plan import GroupSpec
+from lpdeploy.ramps import RAMPS
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,26 @@ class Schedule:
         events = self.list_events()
         done = sum(event <= step for event in events)
         return 1 - (1 - done / len(events)) ** self.power
+
+
+def build_schedule(options: PruneConfig, specs: Sequence[GroupSpec], *, steps: int) -> Schedule:
+    """Return which of ``steps`` optimizer steps remove groups.
+
+    Args:
+        options: How much is removed, and when.
+        specs: The groups that may be removed.
+        steps: Optimizer steps of the whole run.
+    """
+    warmup, cooldown = options.pauses
+    return Schedule(
+        ratio=options.compute_ratio(specs),
+        steps=steps,
+        every=options.prune_every,
+        warmup=warmup,
+        cooldown=cooldown,
+        power=RAMPS[options.ramp].power,
+        kind=options.schedule,
+    )
 
 
 def compute_learning_rate(

@@ -10,7 +10,6 @@ import torch
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.config import PruneConfig
-from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import (
     Progress,
     TokenDataset,
@@ -18,7 +17,7 @@ from lpdeploy.data.batches import (
     estimate_padding,
 )
 from lpdeploy.data.cache import find_cache, load_or_build
-from lpdeploy.data.sources import compute_source_sha256, load_corpus
+from lpdeploy.data.live import identify_source, load_any
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import list_group_specs
@@ -43,8 +42,7 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.scoring import ScoreForm, Scorer
-from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.state import build_state
 from lpdeploy.pruning.training import Training, count_steps
 
 # All that a tokenizer may be made of.
@@ -61,6 +59,11 @@ class Source:
     tokenizer: Any
     specs: tuple[GroupSpec, ...]
     prunable: tuple[GroupSpec, ...]
+
+    @property
+    def base(self) -> str:
+        """What a plan calls it: a folder by its absolute path, a model of the hub by its name."""
+        return str(self.folder.resolve()) if Path(self.name).is_dir() else self.name
 
 
 def load_source(model: str, options: PruneConfig) -> Source:
@@ -79,12 +82,12 @@ def load_source(model: str, options: PruneConfig) -> Source:
     if getattr(config, "quantization_config", None):
         raise ArtifactError(
             f"'{model}' is quantised already, and what is merged in the end needs weights in full "
-            "precision. Prune the model it was made from, with --load-in to save memory."
+            "precision. Prune the model it was made from, with `load_in='8bit'` to save memory."
         )
     if options.seq_len > config.max_position_embeddings:
         raise LpdeployError(
-            f"--seq-len {options.seq_len} is longer than the {config.max_position_embeddings} "
-            f"positions of '{model}'. Use --seq-len {config.max_position_embeddings} or less."
+            f"`seq_len` {options.seq_len} is longer than the {config.max_position_embeddings} "
+            f"positions of '{model}'. Use `seq_len` {config.max_position_embeddings} or less."
         )
     prunable = list_prunable(config, options.widths)
     tokenizer = load_tokenizer(folder, config)
@@ -98,7 +101,6 @@ def load_dataset(
     *,
     cache: bool = True,
     on_progress: Progress | None = None,
-    log: Callable[[str], None] = lambda _: None,
 ) -> TokenDataset:
     """Tokenise what the base is pruned with, or find it as it was tokenised before.
 
@@ -108,7 +110,6 @@ def load_dataset(
         options: How to prune.
         cache: Whether to look for the tokens of an earlier run, and to keep them for later ones.
         on_progress: Is told (examples tokenised, all examples).
-        log: Is told where kept tokens lie.
 
     Raises:
         LpdeployError: The data cannot be read, or gives no row.
@@ -116,14 +117,14 @@ def load_dataset(
 
     def build() -> TokenDataset:
         return build_token_dataset(
-            load_corpus(data),
+            load_any(data),
             source.tokenizer,
             seq_len=options.seq_len,
             train_on_prompt=options.train_on_prompt,
             on_progress=on_progress,
         )
 
-    text = compute_source_sha256(data) if cache else None
+    text = identify_source(data) if cache else None
     if text is None:
         return build()
     identity = {
@@ -134,7 +135,7 @@ def load_dataset(
         "seq_len": options.seq_len,
         "train_on_prompt": options.train_on_prompt,
     }
-    return load_or_build(find_cache(), identity, build=build, log=log)
+    return load_or_build(find_cache(), identity, build=build)
 
 
 def build_training(
@@ -183,13 +184,7 @@ def build_training(
     )
     # The model is not prepared: what accelerate wraps it in would hold on to what is cut out.
     optimizer = accelerator.prepare_optimizer(optimizer)
-    state = PruningState(
-        model=model,
-        specs=source.prunable,
-        scorer=_build_scorer(model, source.prunable, options, ranks),
-        removal=options.effective_removal,
-        kept=dict(kept),
-    )
+    state = build_state(model, source.prunable, options, ranks=ranks, kept=kept)
     training = Training(
         model=wrapped,
         optimizer=optimizer,
@@ -240,20 +235,6 @@ def _attach_lora(model: Any, base: str, options: PruneConfig) -> Any:
     )
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
-
-
-def _build_scorer(
-    model: Any, specs: tuple[GroupSpec, ...], options: PruneConfig, ranks: Ranks
-) -> Scorer:
-    form = ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize)
-    return Scorer(
-        CRITERIA[options.criterion],
-        model,
-        specs,
-        form=form,
-        ranks=ranks,
-        offload_gradients=options.offload_gradients,
-    )
 
 
 def describe_start(source: Source, training: Training) -> str:

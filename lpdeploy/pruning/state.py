@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lpdeploy.models.cutting import CutParameter, apply_cut, apply_cut_to_adapter, apply_masks
+from lpdeploy.config import PruneConfig
+from lpdeploy.criteria import CRITERIA
+from lpdeploy.models.cutting import (
+    CutParameter,
+    apply_cut,
+    apply_cut_to_adapter,
+    apply_cut_to_optimizer,
+    apply_masks,
+)
 from lpdeploy.plan import GroupSpec, Kept
 from lpdeploy.pruning.importance import Importance, apply_moving_average
-from lpdeploy.pruning.scoring import Scorer
+from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from lpdeploy.pruning.selection import select_globally, select_per_layer
 
 SELECTIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
@@ -103,3 +112,52 @@ class PruningState:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def build_state(
+    model: Any,
+    specs: tuple[GroupSpec, ...],
+    options: PruneConfig,
+    *,
+    ranks: Ranks | None = None,
+    kept: Mapping[str, Tensor] | None = None,
+) -> PruningState:
+    """Return the state before the first step, or where a checkpoint left off.
+
+    Args:
+        model: The causal LM inside peft.
+        specs: The groups that may be removed.
+        options: How they are scored and removed.
+        ranks: The processes that share the batch; this one alone if None.
+        kept: Original indices of the groups that are still in ``model``; all of them if None.
+    """
+    scorer = Scorer(
+        CRITERIA[options.criterion],
+        model,
+        specs,
+        form=ScoreForm(absolute=options.score_form == "absolute", normalize=options.normalize),
+        ranks=ranks or Ranks(),
+        offload_gradients=options.offload_gradients,
+    )
+    return PruningState(model, specs, scorer, options.effective_removal, kept=dict(kept or {}))
+
+
+def apply_event(
+    state: PruningState, options: PruneConfig, *, progress: float, optimizer: Any = None
+) -> None:
+    """Remove groups from a live model, and from the optimizer that trains it.
+
+    Args:
+        state: The groups that are still there.
+        options: How many are removed in the end.
+        progress: The part of what is to go that is gone after this event, in (0, 1].
+        optimizer: Holds the parameters that are cut, and their moments; None if there is none.
+    """
+    replaced = state.remove_groups(
+        {kind: ratio * progress for kind, ratio in options.ratios.items()},
+        scope=options.scope,
+        multiples=options.multiples,
+    )
+    if optimizer is not None:
+        # accelerate wraps the optimizer that holds the parameters.
+        apply_cut_to_optimizer(getattr(optimizer, "optimizer", optimizer), replaced)

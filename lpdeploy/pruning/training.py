@@ -15,12 +15,11 @@ from lpdeploy.artifacts import measure_peak_bytes
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
-from lpdeploy.models.cutting import apply_cut_to_optimizer
 from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.schedule import Schedule, compute_learning_rate
-from lpdeploy.pruning.state import PruningState
+from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
+from lpdeploy.pruning.state import PruningState, apply_event
 from lpdeploy.ramps import RAMPS
 
 
@@ -84,17 +83,7 @@ class Training:
     @property
     def schedule(self) -> Schedule:
         """The pruning schedule of this run."""
-        options = self.options
-        warmup, cooldown = options.pauses
-        return Schedule(
-            ratio=options.compute_ratio(self.state.specs),
-            steps=self.steps,
-            every=options.prune_every,
-            warmup=warmup,
-            cooldown=cooldown,
-            power=RAMPS[options.ramp].power,
-            kind=options.schedule,
-        )
+        return build_schedule(self.options, self.state.specs, steps=self.steps)
 
     @property
     def hold_steps(self) -> int:
@@ -320,17 +309,7 @@ def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
 
 
 def _remove(training: Training, progress: float) -> None:
-    options = training.options
-    replaced = training.state.remove_groups(
-        {kind: ratio * progress for kind, ratio in options.ratios.items()},
-        scope=options.scope,
-        multiples=options.multiples,
-    )
-    apply_cut_to_optimizer(_unwrap(training.optimizer), replaced)
-
-
-def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
+    apply_event(training.state, training.options, progress=progress, optimizer=training.optimizer)
 
 
 _Seconds = Callable[[], float]

@@ -36,8 +36,8 @@ def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> P
             are of another model, or ``output`` is a file that lpdeploy did not write.
     """
     run = RunFolder(run)
-    path = output or run.report
-    check_output(path, default=run.report, inputs=())
+    path = output or run.page
+    check_output(path, default=run.page, inputs=())
     _check_page(path)
     environment = Environment(
         loader=PackageLoader("lpdeploy.report", "."), autoescape=True, undefined=StrictUndefined
@@ -75,7 +75,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "method": describe_method(stages["prune"]["options"]),
         "base": Path(plan.base_model).name,
         "model": record,
-        "training": draw_training(_load_log(run.log)),
+        "training": draw_training(_load_log(run.log)) if run.log.is_file() else None,
         "verify": _load(run.verification),
         "evaluations": _list_evaluations(run, record),
         "bench": bench,

@@ -46,16 +46,11 @@ def get_file(folder):
     return path
 
 
-@pytest.fixture
-def told():
-    return []
-
-
 def test_what_was_kept_comes_back(tmp_path, told):
-    first = load_or_build(tmp_path, IDENTITY, build=make_dataset, log=told.append)
+    first = load_or_build(tmp_path, IDENTITY, build=make_dataset)
     assert_same(first, make_dataset())
     assert told == []
-    again = load_or_build(tmp_path, IDENTITY, build=refuse, log=told.append)
+    again = load_or_build(tmp_path, IDENTITY, build=refuse)
     assert_same(again, make_dataset())
     assert again.compute_sha256() == make_dataset().compute_sha256()
     assert told == [f"Tokenised before: 50 rows from '{get_file(tmp_path)}'."]
@@ -130,7 +125,7 @@ def take_that_of_another_source(path):
 def test_a_damaged_file_is_made_anew_with_a_word(tmp_path, told, damage):
     load_or_build(tmp_path, IDENTITY, build=make_dataset)
     damage(get_file(tmp_path))
-    dataset = load_or_build(tmp_path, IDENTITY, build=make_dataset, log=told.append)
+    dataset = load_or_build(tmp_path, IDENTITY, build=make_dataset)
     assert_same(dataset, make_dataset())
     (sentence,) = told
     assert sentence.startswith(f"'{get_file(tmp_path)}' is damaged or not of lpdeploy (")
@@ -140,10 +135,10 @@ def test_a_damaged_file_is_made_anew_with_a_word(tmp_path, told, damage):
 
 def test_where_nothing_can_be_kept_the_run_goes_on(tmp_path, told):
     (tmp_path / "tokens").write_text("a file where the folder should be")
-    dataset = load_or_build(tmp_path, IDENTITY, build=make_dataset, log=told.append)
+    dataset = load_or_build(tmp_path, IDENTITY, build=make_dataset)
     assert_same(dataset, make_dataset())
     (sentence,) = told
-    assert f"cannot be kept for later runs in '{tmp_path / 'tokens'}'" in sentence
+    assert f"cannot be kept in '{tmp_path / 'tokens'}'" in sentence
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):

@@ -123,7 +123,7 @@ def test_a_killed_prune_goes_on_from_its_checkpoint(paper, recorder, monkeypatch
         from lpdeploy.pruning import run
 
         with monkeypatch.context() as patch:
-            patch.setattr(run, "_save_results", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+            patch.setattr(run, "save_results", lambda *_: (_ for _ in ()).throw(OSError("killed")))
             with pytest.raises(CommandError):
                 call(words)
         raise CommandError("", killed=True)

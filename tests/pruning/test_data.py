@@ -35,13 +35,13 @@ def read_result(folder):
     return [(folder / name).read_bytes() for name in names]
 
 
-def test_a_second_run_tokenises_nothing(base, data, tmp_path):
-    told, first, second = [], [], []
-    run(base, tmp_path / "one", data, options=FEW, log=told.append,
+def test_a_second_run_tokenises_nothing(base, data, tmp_path, told):
+    first, second = [], []
+    run(base, tmp_path / "one", data, options=FEW,
         on_tokenise=lambda *now: first.append(now))  # fmt: skip
     assert first == [(40, 40)]
     assert not any("Tokenised before" in line for line in told)
-    run(base, tmp_path / "two", data, options=FEW, log=told.append,
+    run(base, tmp_path / "two", data, options=FEW,
         on_tokenise=lambda *now: second.append(now))  # fmt: skip
     assert second == []
     assert sum("Tokenised before" in line for line in told) == 1
@@ -70,9 +70,8 @@ def test_all_that_makes_rows_makes_another_file(base, pairs, tmp_path):
     assert len(list_cached()) == 5
 
 
-def test_the_share_of_padding_is_shown(base, pairs, tmp_path):
-    told = []
-    run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80}, log=told.append)
+def test_the_share_of_padding_is_shown(base, pairs, tmp_path, told):
+    run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80})
     (line,) = [line for line in told if "rows of at most" in line]
     log = [step for step in load_log(tmp_path / "run") if step["step"]]
     # Of these two steps of four rows, as of the whole run.
@@ -82,8 +81,7 @@ def test_the_share_of_padding_is_shown(base, pairs, tmp_path):
     assert f"padding {padded / computed:.1%} of what is computed" in line
 
 
-def test_packed_text_is_shown_without_padding(base, data, tmp_path):
-    told = []
-    run(base, tmp_path / "run", data, options=FEW, log=told.append)
+def test_packed_text_is_shown_without_padding(base, data, tmp_path, told):
+    run(base, tmp_path / "run", data, options=FEW)
     assert any("rows of at most" in line for line in told)
     assert not any("padding" in line for line in told)

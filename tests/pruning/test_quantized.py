@@ -83,10 +83,9 @@ def test_scores_are_those_of_the_dequantised_weights(base, load_in):
 
 @needs_bitsandbytes
 @every_way
-def test_a_run_is_stock_and_compacts_to_full_precision(base, data, tmp_path, options):
-    said = []
-    run(base, tmp_path / "run", data, options=options, log=said.append)
-    assert any(f"fp32 over a base in {options['load_in']} (checkpoint fp32)" in s for s in said)
+def test_a_run_is_stock_and_compacts_to_full_precision(base, data, tmp_path, options, told):
+    run(base, tmp_path / "run", data, options=options)
+    assert any(f"fp32 over a base in {options['load_in']} (checkpoint fp32)" in s for s in told)
     plan = RunFolder(tmp_path / "run").load_plan()
     run(base, tmp_path / "plain", data)
     plain = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")

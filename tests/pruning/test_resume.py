@@ -119,11 +119,10 @@ class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize(("options", "step"), [({}, 4), ({"calibration_samples": 6}, 0)])
     def test_a_run_ends_after_the_step_with_a_checkpoint(
-        self, base, data, tmp_path, number, options, step
+        self, base, data, tmp_path, number, options, step, told
     ):
         options = options | {"checkpoint_every": 0}
         before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-        told = []
 
         def on_step(info):
             if info.step == step:
@@ -133,10 +132,10 @@ class TestSignals:
         with pytest.raises(
             RunEndedError,
             match=rf"told to end\. The state after step {step} is kept in '.*state\.safetensors'\. "
-            r"Go on with --resume\.",
+            r"Go on with `resume=True`\.",
         ):
-            run(base, tmp_path / "run", data, options=options, on_step=on_step, log=told.append)
-        assert told[-1] == "Ending after this step, with a checkpoint. Again to end at once."
+            run(base, tmp_path / "run", data, options=options, on_step=on_step)
+        assert told[-1].startswith("Ending after this step, with a checkpoint.")
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
         assert load_log(tmp_path / "run")[-1]["step"] == step
         run(base, tmp_path / "run", data, options=options, resume=True)
@@ -159,8 +158,7 @@ class TestSignals:
         signal.signal(signal.SIGINT, before)
 
     @pytest.mark.usefixtures("interruptible")
-    def test_the_second_signal_ends_at_once(self, base, data, tmp_path):
-        told = []
+    def test_the_second_signal_ends_at_once(self, base, data, tmp_path, told):
 
         def on_step(info):
             if info.step == 5:
@@ -172,13 +170,19 @@ class TestSignals:
 
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            run(base, tmp_path / "run", data, on_step=on_step, log=told.append)
+            run(base, tmp_path / "run", data, on_step=on_step)
         assert signal.getsignal(signal.SIGINT) == before
         with safe_open(tmp_path / "run" / "checkpoint" / "state.safetensors", "pt") as file:
             assert file.metadata()["step"] == "3"  # the last that was due
         run(base, tmp_path / "run", data, resume=True)
         run(base, tmp_path / "whole", data)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+    def test_signals_are_left_alone_unless_asked(self, base, data, tmp_path):
+        seen, before = [], signal.getsignal(signal.SIGINT)
+        run(base, tmp_path / "run", data, hold_signals=False,
+            on_step=lambda _: seen.append(signal.getsignal(signal.SIGINT)))  # fmt: skip
+        assert seen == [before] * 8
 
     def test_in_a_thread_signals_are_left_alone(self, base, data, tmp_path):
         seen = []
@@ -267,7 +271,7 @@ class TestFullDisk:
         with pytest.raises(
             ArtifactError,
             match=rf"The disk of '.*/disk/run' takes no more \(No space left on device\)\. The "
-            rf"checkpoint of step {kept} is whole: make room, then go on with --resume\.",
+            rf"checkpoint of step {kept} is whole: make room, then go on with `resume=True`\.",
         ):
             run(base, small_disk / "run", data, on_step=on_step)
         load_file(small_disk / "run" / "checkpoint" / "state.safetensors")
@@ -282,7 +286,11 @@ class TestFullDisk:
     @pytest.mark.parametrize(
         ("what", "step", "rest"),
         [
-            ("line", 1, "There is no checkpoint yet: make room, then start anew with --overwrite"),
+            (
+                "line",
+                1,
+                "There is no checkpoint yet: make room, then start anew with `overwrite=True`",
+            ),
             ("line", 4, "The checkpoint of step 3 is whole"),
             ("checkpoint", 2, "There is no checkpoint yet"),
             ("checkpoint", 5, "The checkpoint of step 3 is whole"),
@@ -324,7 +332,7 @@ class TestRefusals:
     def test_nothing_to_resume(self, base, tmp_path):
         RunFolder(tmp_path / "begun").claim(clear=True)
         RunFolder(tmp_path / "begun").recipe.touch()
-        for folder, how in (("never", "without --resume"), ("begun", "with --overwrite")):
+        for folder, how in (("never", "without `resume=True`"), ("begun", "with `overwrite=True`")):
             sentence = f"Nothing to resume: '.*' holds no checkpoint. Run {how} to start anew."
             with pytest.raises(ArtifactError, match=sentence):  # before any data is read
                 run(base, tmp_path / folder, tmp_path / "no data", resume=True)
@@ -353,7 +361,7 @@ class TestRefusals:
             f") and is '{other}' (sha256 ",
             f"data was '{data}' (sha256 ",
             f") and is '{text}' (sha256 ",
-            "; ratio was 0.5 and is 0.25 now; seed was 0 and is 1 now. Use the same, or --overwr",
+            "; ratio was 0.5 and is 0.25 now; seed was 0 and is 1 now. Use the same, or `overwr",
         ):
             assert part in sentence
         assert "lr was" not in sentence  # it may be lowered
@@ -405,7 +413,7 @@ class TestRefusals:
         with pytest.raises(
             ArtifactError,
             match=r"has schema version 2, and this lpdeploy reads 1\. Go on with the version that "
-            r"wrote it \(lpdeploy 9\.9\), or use --overwrite to start anew\.",
+            r"wrote it \(lpdeploy 9\.9\), or use `overwrite=True` to start anew\.",
         ):
             run(base, stopped, data, resume=True)
 
@@ -417,23 +425,23 @@ class TestRefusals:
     def test_a_damaged_file(self, base, data, stopped):
         path = stopped / "checkpoint" / "state.safetensors"
         path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(ArtifactError, match=r"is damaged \(.*\)\. Run with --overwrite to"):
+        with pytest.raises(
+            ArtifactError, match=r"is damaged \(.*\)\. Run with `overwrite=True` to"
+        ):
             run(base, stopped, data, resume=True)
 
-    def test_other_libraries_are_told(self, base, data, tmp_path, stopped):
+    def test_other_libraries_are_told(self, base, data, tmp_path, stopped, told):
         run(base, tmp_path / "whole", data)
         self.edit(stopped, environment=lambda e: e | {"torch": "1.0", "threads": 99})
-        told = []
-        run(base, stopped, data, resume=True, log=told.append)
+        run(base, stopped, data, resume=True)
         (line,) = [line for line in told if line.startswith("Going on where other")]
         assert f"torch was 1.0 and is {torch.__version__}".split("+")[0] in line
         assert f"threads was 99 and is {torch.get_num_threads()}" in line
         assert "not the same to the bit" in line
         assert_same_run(stopped, tmp_path / "whole")
 
-    def test_the_same_libraries_are_not_told(self, base, data, stopped):
-        told = []
-        run(base, stopped, data, resume=True, log=told.append)
+    def test_the_same_libraries_are_not_told(self, base, data, stopped, told):
+        run(base, stopped, data, resume=True)
         assert not any("Going on where" in line for line in told)
 
     def test_a_half_line_of_the_log_is_dropped(self, base, data, tmp_path, stopped):

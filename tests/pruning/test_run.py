@@ -28,6 +28,7 @@ OPTIONS = {
 
 def run(base, output, data, *, options=None, **arguments):
     chosen = PruneConfig(**{**OPTIONS, **(options or {})})
+    arguments = {"hold_signals": True, **arguments}
     return prune(str(base), output, data=str(data), options=chosen, **arguments)
 
 
@@ -234,7 +235,7 @@ def test_a_nan_keeps_the_last_good_state(base, data, tmp_path):
     with pytest.raises(NonFiniteError, match="at step .* is kept in .*state.safetensors") as error:
         # This rate moves the weights so far that the loss overflows.
         run(base, tmp_path / "run", data, options={"lr": 1e30, "lr_warmup": 0.0})
-    assert "go on with --resume" in str(error.value)
+    assert "go on with `resume=True`" in str(error.value)
     state = load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert not (tmp_path / "run" / "plan.json").exists()
@@ -253,7 +254,7 @@ def test_an_existing_run_is_not_overwritten_unasked(base, data, tmp_path):
 
 
 def test_a_sequence_longer_than_the_model_is_refused(base, data, tmp_path):
-    with pytest.raises(LpdeployError, match="--seq-len 500 is longer than the 128 positions"):
+    with pytest.raises(LpdeployError, match="`seq_len` 500 is longer than the 128 positions"):
         run(base, tmp_path / "run", data, options={"seq_len": 500})
     assert not (tmp_path / "run").exists()
 

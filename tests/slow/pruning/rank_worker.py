@@ -18,7 +18,7 @@ import torch
 from torch import distributed as dist
 
 from lpdeploy.config import PruneConfig
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, OtherRankError
 from lpdeploy.models.loading import load_model
 from lpdeploy.models.sharded import list_own_rows, load_sharded_model
 from lpdeploy.pruning import ranks, run
@@ -58,7 +58,8 @@ def prune(root, name, output, *, on_step=lambda _: None, **changes):
     model, data, options = CASES[name]
     chosen = PruneConfig(**{**OPTIONS, **options, **changes})
     data = str(root / data)
-    run.prune(str(root / model), root / output, data=data, options=chosen, on_step=on_step)
+    given = {"data": data, "options": chosen, "on_step": on_step, "hold_signals": True}
+    run.prune(str(root / model), root / output, **given)
 
 
 def run_alone(root):
@@ -129,10 +130,10 @@ def draw_alone(self, kept=None, compute=Scorer.compute_importance):
 def catch(work, *arguments, **options):
     try:
         work(*arguments, **options)
+    except OtherRankError:
+        return "silent"
     except LpdeployError as error:
         return str(error)
-    except SystemExit as error:
-        return f"exit {error.code}"
     return None
 
 

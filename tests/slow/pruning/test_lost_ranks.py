@@ -62,7 +62,8 @@ def break_off(processes, output, *, lines, end):
     finally:
         errors = "".join(finish(process)[1] for process in processes)
     assert {process.returncode for process in processes} <= {1, -signal.SIGKILL}
-    names = sorted(path.name for path in output.rglob("*") if path.is_file())
+    files = (path.name for path in output.rglob("*") if path.is_file())
+    names = sorted(name for name in files if not name.startswith("."))
     assert names == ["log.jsonl", "recipe.yaml", "state.safetensors"]
     load_file(output / "checkpoint" / "state.safetensors")
     (sentence,) = [line for line in errors.splitlines() if line.startswith("Error: ")]
@@ -83,7 +84,7 @@ def test_a_run_that_is_broken_off_again_and_again(tmp_path):
 
     assert break_off([launched], output, lines=12, end=kill_last) == (  # one event is past
         "Error: Rank 0 of 2 lost another rank, which was killed or has failed. KEPT "
-        "Go on with --resume, with as many ranks as you like."
+        "Go on with `resume=True`, with as many ranks as you like."
     )
 
     def kill_first(processes):
@@ -92,7 +93,7 @@ def test_a_run_that_is_broken_off_again_and_again(tmp_path):
     ranks = start_without_launcher(*command, "--resume")
     assert break_off(ranks, output, lines=3, end=kill_first) == (
         "Error: Rank 1 of 2 lost another rank, which was killed or has failed. KEPT "
-        "Go on with --resume, with as many ranks as you like."
+        "Go on with `resume=True`, with as many ranks as you like."
     )
     shutil.copytree(output, tmp_path / "alone")
     # Through the command line to the end, in another way than it began: sharded.

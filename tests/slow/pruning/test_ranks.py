@@ -19,7 +19,7 @@ from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.run_folder import RunFolder
-from tests.helpers import make_text, make_tiny_model
+from tests.helpers import list_names, make_text, make_tiny_model
 from tests.slow.pruning import rank_worker
 from tests.slow.pruning.launching import TORCHRUN, finish, start
 from tests.slow.pruning.rank_worker import CASES
@@ -188,7 +188,7 @@ def test_ranks_that_differ_do_not_go_on(root):
             "Rank 1 of 2 differs from rank 0: it removed other groups at step 2."
         )
     # Nothing of what they disagree about was kept.
-    assert sorted(path.name for path in (root / "two" / "groups").iterdir()) == [
+    assert list_names(root / "two" / "groups") == [
         "log.jsonl", "recipe.yaml",
     ]  # fmt: skip
 
@@ -196,8 +196,8 @@ def test_ranks_that_differ_do_not_go_on(root):
 def test_a_loss_that_is_not_finite_ends_all_ranks_and_one_keeps_the_state(root):
     first, second = (answers["infinite"] for answers in read_answers(root))
     assert "is kept in" in first
-    assert "Lower --lr (it was 1e+30) and go on with --resume." in first
-    assert second == "exit 1"  # in silence
+    assert "Lower `lr` (it was 1e+30) and go on with `resume=True`." in first
+    assert second == "silent"
     assert RunFolder(root / "two" / "infinite").checkpoint.is_file()
 
 
@@ -206,22 +206,22 @@ def test_ranks_of_which_one_is_told_to_end_all_do_after_the_same_step(root):
     path = root / "two" / "ended"
     kept = RunFolder(path).checkpoint
     assert first == (
-        f"The run was told to end. The state after step 3 is kept in '{kept}'. Go on with --resume."
+        f"The run was told to end. The state after step 3 is kept in '{kept}'. Go on with `resume=True`."
     )
-    assert second == "exit 1"
+    assert second == "silent"
     assert (path / "log.jsonl").read_text().count("\n") == 3
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(root):
     for answers in read_answers(root):
         assert answers["refused"] == (
-            "--batch-size 8 cannot be dealt evenly over 2 ranks in micro-batches of 8. "
-            "Choose a multiple of 16, or another --micro-batch-size."
+            "`batch_size` 8 cannot be dealt evenly over 2 ranks in micro-batches of 8. "
+            "Choose a multiple of 16, or another `micro_batch_size`."
         )
 
 
 def test_one_process_alone_cannot_shard():
-    with pytest.raises(LpdeployError, match="--shard spreads the base over several ranks"):
+    with pytest.raises(LpdeployError, match="`shard=True` spreads the base over several ranks"):
         join_ranks(PruneConfig(shard=True, removal="mask", device="cpu"))
 
 

@@ -1,0 +1,258 @@
+"""The Python API: what each command of lpdeploy does, as one call."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lpdeploy.artifacts import atomic_folder
+from lpdeploy.config import PruneConfig
+from lpdeploy.errors import ParityError
+from lpdeploy.run_folder import BASE, RunFolder
+
+if TYPE_CHECKING:
+    from lpdeploy.engines.export import ExportResult
+    from lpdeploy.engines.verify import VerifyResult
+    from lpdeploy.models.compact import CompactResult
+
+
+def prune(  # noqa: PLR0913 - what the command takes
+    model: Any,
+    data: Any,
+    output: str | os.PathLike[str],
+    *,
+    config: PruneConfig | None = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: Callable[[Any], None] = lambda _: None,
+) -> "Run":
+    """Prune a model while it fine-tunes with LoRA, and write a run folder.
+
+    Progress goes to the logger ``lpdeploy``.
+
+    Args:
+        model: Folder or hub name of a LLaMA-family model, or a transformers model in memory, which
+            is saved in the run folder first.
+        data: File, folder or hub name of text or instruction pairs, or rows with such columns, for
+            example a ``datasets.Dataset``.
+        output: The run folder.
+        config: What to remove, how to choose it and how to train; the defaults if None.
+        tokenizer: The tokenizer of a model in memory.
+        resume: Go on with the interrupted run in ``output``.
+        overwrite: Replace the run in ``output``.
+        on_step: Called with a ``StepInfo`` after every optimizer step.
+
+    Returns:
+        The run. Its ``compact`` is what usually follows.
+
+    Raises:
+        LpdeployError: Model, data or output cannot be used, memory will not suffice, or a loss is
+            not finite.
+        ValueError: A model in memory has no tokenizer beside it, or carries an adapter.
+    """
+    from lpdeploy.benchmark.target import resolve_budget
+    from lpdeploy.pruning.run import prune as run_prune
+
+    run, config = Run(output), config or PruneConfig()
+    if not isinstance(model, str | os.PathLike):
+        model = _save_base(run, model, tokenizer, resume=resume, overwrite=overwrite)
+    given: dict[str, Any] = {
+        "data": os.fspath(data) if isinstance(data, os.PathLike) else data,
+        "output": run.path,
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    config, target = resolve_budget(os.fspath(model), config, **given)
+    run_prune(os.fspath(model), **given, options=config, target=target, on_step=on_step)
+    return run
+
+
+def _save_base(
+    run: RunFolder, model: Any, tokenizer: Any, *, resume: bool, overwrite: bool
+) -> Path:
+    """Save a model that is in memory, so that ``compact`` and later stages find it again."""
+    if resume:
+        return run.base
+    if tokenizer is None:
+        raise ValueError("a model in memory needs its tokenizer; give `tokenizer`")
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model carries an adapter; merge it, or give its base model")
+    with run.hold():
+        run.check_free(base=None, resume=False, overwrite=overwrite)
+        run.claim(clear=True)
+        with atomic_folder(run.base, kind=BASE) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return run.base
+
+
+class Run(RunFolder):
+    """A run folder, and what can be done with it.
+
+    .. code-block:: python
+
+        run = lpdeploy.Run("run")
+        run.compact()
+        run.export("ort", precision="int4")
+    """
+
+    def compact(
+        self, *, keep_adapter: bool = False, output: Path | None = None, overwrite: bool = False
+    ) -> "CompactResult":
+        """Write the dense pruned model: cut the base and merge LoRA.
+
+        Args and errors as in ``lpdeploy.models.compact.compact``.
+        """
+        from lpdeploy.models.compact import compact
+
+        return compact(self, keep_adapter=keep_adapter, output=output, overwrite=overwrite)
+
+    def export(
+        self,
+        engine: str = "onnx",
+        *,
+        unmerged: bool = False,
+        output: Path | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> "ExportResult":
+        """Export the compacted model for an engine; ``options`` include its ``precision``.
+
+        Args and errors as in ``lpdeploy.engines.export.export``.
+        """
+        from lpdeploy.engines.export import export
+
+        return export(
+            self, engine=engine, unmerged=unmerged, output=output, overwrite=overwrite, **options
+        )
+
+    def verify(self, *, engine: str = "onnx", atol: float | None = None) -> "VerifyResult":
+        """Compare the logits of all stages.
+
+        Args as in ``lpdeploy.engines.verify.verify``.
+
+        Raises:
+            ParityError: Two stages differ by more than their tolerance.
+        """
+        from lpdeploy.engines.verify import verify
+
+        result = verify(self, engine=engine, atol=atol)
+        for pair in result.pairs:
+            if not pair.ok:
+                raise ParityError(
+                    f"{pair.a} and {pair.b} differ by {pair.max_abs_diff:.2e}, more than "
+                    f"{pair.tolerance:.2e}. Make the later of the two again."
+                )
+        return result
+
+    def evaluate(
+        self,
+        *,
+        perplexity: Sequence[str] = (),
+        tasks: Sequence[str] = (),
+        engine: str = "torch",
+        with_base: bool = False,
+        device: str = "auto",
+        **options: Any,
+    ) -> Any:
+        """Measure perplexity on texts and accuracy on tasks; ``options`` of ``EvalOptions``.
+
+        Args and errors as in ``lpdeploy.evaluation.evaluate.evaluate``.
+        """
+        from lpdeploy.evaluation.evaluate import evaluate
+        from lpdeploy.evaluation.options import EvalOptions
+
+        chosen = EvalOptions(perplexity=tuple(perplexity), tasks=tuple(tasks), **options)
+        return evaluate(self, chosen, engine=engine, with_base=with_base, device=device)
+
+    def bench(
+        self,
+        engines: Sequence[str] = ("torch",),
+        *,
+        forms: Sequence[bool] = (True,),
+        device: str = "auto",
+        **workload: Any,
+    ) -> Any:
+        """Time the dense and the pruned model; ``workload`` are the fields of ``Workload``.
+
+        Args and errors as in ``lpdeploy.benchmark.stage.bench_latency``.
+        """
+        from lpdeploy.benchmark.stage import bench_latency
+        from lpdeploy.benchmark.worker import Workload
+
+        result, _ = bench_latency(
+            [str(self)],
+            engines=engines,
+            forms=forms,
+            workloads=[Workload(**workload)],
+            device=device,
+        )
+        return result
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        engine: str = "torch",
+        device: str = "auto",
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continue texts with the compacted model, greedily or by sampling.
+
+        Args:
+            prompts: Texts, of any lengths.
+            engine: What runs the model: torch, or an engine that the model was exported to.
+            device: ``auto``, ``cpu`` or ``cuda``.
+            max_new_tokens: Largest number of tokens added to each text.
+            temperature: 0 takes the most likely token; above 0 samples.
+            seed: Seed of the sampling.
+
+        Returns:
+            The new text of each prompt.
+        """
+        from lpdeploy.engines.exports import load_place
+        from lpdeploy.engines.generation import generate
+        from lpdeploy.models.loading import load_config, load_tokenizer, resolve_device
+        from lpdeploy.models.place import locate_model
+
+        place = locate_model(self)
+        config = load_config(place.folder)
+        tokenizer = load_tokenizer(place.folder, config)
+        runner = load_place(place, engine, device=resolve_device(device))
+        stop = config.eos_token_id
+        rows = generate(
+            runner,
+            [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            eos_ids=set(stop) if isinstance(stop, list) else {stop},
+            temperature=temperature,
+            seed=seed,
+        )
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def package(self, target: str, output: Path, *, overwrite: bool = False, **options: Any) -> Any:
+        """Write a ready-to-serve folder for a server.
+
+        Args and errors as in ``lpdeploy.servers.package.package``.
+        """
+        from lpdeploy.servers.package import package
+
+        return package(self, kind=target, output=Path(output), overwrite=overwrite, **options)
+
+    def push(self, repo: str, *, private: bool = False, execute: bool = False) -> Any:
+        """Show what would be uploaded to the Hugging Face hub, and upload it with ``execute``.
+
+        Args and errors as in ``lpdeploy.publish.push.push``.
+        """
+        from lpdeploy.publish.push import push
+
+        return push(self, repo, private=private, execute=execute)
+
+    def report(self, *, output: Path | None = None) -> Path:
+        """Write the page about the run, ``report.html`` by default, and return its path."""
+        from lpdeploy.report.page import save_report
+
+        return save_report(self, output=output)

@@ -1,0 +1,78 @@
+"""What a run ends with: the plan, the adapter and the importance of the groups."""
+
+import contextlib
+import hashlib
+from typing import Any
+
+from safetensors.torch import save_file
+
+from lpdeploy.artifacts import (
+    Stage,
+    atomic_file,
+    atomic_folder,
+    compute_sha256,
+    format_json,
+    save_json,
+)
+from lpdeploy.config import PruneConfig
+from lpdeploy.families.groups import list_group_specs
+from lpdeploy.models.shapes import compute_achieved
+from lpdeploy.plan import PruningPlan
+from lpdeploy.pruning.state import PruningState
+from lpdeploy.run_folder import ADAPTER, RunFolder
+
+
+def build_plan(
+    state: PruningState, options: PruneConfig, config: Any, *, base: str, stage: Stage
+) -> PruningPlan:
+    """Return which groups stay.
+
+    Args:
+        state: The groups that are still there.
+        options: How they were chosen.
+        config: Config of the unpruned model.
+        base: Absolute folder or hub name of the unpruned model.
+        stage: Has the hash of the unpruned model among its inputs.
+    """
+    specs = list_group_specs(config)
+    kept = state.list_kept(specs)
+    return PruningPlan(
+        base_model=base,
+        base_sha256=stage.inputs["base"],
+        ratio=options.compute_ratio(state.specs),
+        specs=specs,
+        kept=kept,
+        achieved=compute_achieved(config, specs, kept),
+    )
+
+
+def save_results(
+    run: RunFolder, model: Any, state: PruningState, *, plan: PruningPlan, stage: Stage
+) -> None:
+    """Save the adapter and the importance of the groups, and record their hashes.
+
+    Args:
+        run: Where to.
+        model: The ``PeftModel``.
+        state: The groups that are still there.
+        plan: Which they are.
+        stage: Takes the hashes.
+    """
+    state.cut_masked()
+    with atomic_folder(run.adapter, kind=ADAPTER, overwrite=True) as temporary:
+        # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+    with atomic_file(run.importance) as path:
+        save_file(state.last_seen, path)
+    stage.outputs = {
+        run.adapter.name: compute_sha256(run.adapter),
+        run.plan.name: hashlib.sha256(format_json(plan.to_json()).encode()).hexdigest(),
+    }
+
+
+def complete_run(run: RunFolder, plan: PruningPlan) -> None:
+    """Save the plan, the last of all files: a run with a plan is complete."""
+    save_json(run.plan, plan.to_json())
+    run.checkpoint.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a run without checkpoints has no such folder
+        run.checkpoint.parent.rmdir()
