@@ -1,4 +1,4 @@
-"""`lpdeploy bench`: how fast models are, and what pruning them costs."""
+"""`lpdeploy bench`: the speed of models and the cost of pruning."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import click
 
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
+    DEVICE_HELP,
     ENGINE,
     FOLDER,
     log,
@@ -24,7 +25,7 @@ _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 @click.group("bench", context_settings=CONTEXT_SETTINGS)
 def command() -> None:
-    """Measure what pruning gains, and what it costs."""
+    """Measure the speed of models and the cost of pruning."""
 
 
 @command.command("latency")
@@ -32,17 +33,35 @@ def command() -> None:
 @click.option(
     "--engine",
     default="torch,onnx",
-    help=f"Engines to time, of {', '.join(ENGINE.choices)}; ort:int4 names a precision.",
+    help=f"Time these engines, separated by commas: {', '.join(ENGINE.choices)}. Add a precision "
+    "after a colon, as in ort:int4.",
 )
-@click.option("--merged", "form", flag_value="merged", help="Only models with LoRA merged.")
-@click.option("--unmerged", "form", flag_value="unmerged", help="Only models with LoRA apart.")
-@click.option("--both", "form", flag_value="both", default="both", help="The two of them.")
-@click.option("--tokens", type=click.IntRange(min=1), default=2048, help="Prompt tokens.")
-@click.option("--decode", type=click.IntRange(min=0), default=0, help="Tokens to decode.")
-@click.option("--batch", default="1", help="Rows; several with commas between them.")
-@click.option("--repeats", type=click.IntRange(min=1), default=100)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--output", type=FOLDER, help="Where bench.json goes. [default: the first RUN]")
+@click.option("--merged", "form", flag_value="merged", help="Time only models with LoRA merged.")
+@click.option(
+    "--unmerged", "form", flag_value="unmerged", help="Time only models with a separate adapter."
+)
+@click.option(
+    "--both", "form", flag_value="both", default="both", help="Time merged and unmerged models."
+)
+@click.option("--tokens", type=_COUNT, default=2048, help="Number of prompt tokens.")
+@click.option(
+    "--decode",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Number of tokens to decode after the prompt.",
+)
+@click.option(
+    "--batch", default="1", help="Number of prompts per batch. Separate several sizes by commas."
+)
+@click.option(
+    "--repeats", type=_COUNT, default=100, help="Number of timed repetitions of each variant."
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help=DEVICE_HELP
+)
+@click.option(
+    "--output", type=FOLDER, help="Write bench.json to this folder.  [default: the first RUN]"
+)
 @shared_options()
 def latency(  # noqa: PLR0913 - one parameter an option
     *,
@@ -57,13 +76,14 @@ def latency(  # noqa: PLR0913 - one parameter an option
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Time dense and pruned, merged and unmerged models (the paper's Table 3).
+    """Compare the latency of dense and pruned models (the paper's Table 3).
 
-    A RUN stands for its pruned model and its base. All variants are interleaved, each engine in a
-    process of its own; a percentage is against the merged dense model on the same engine.
+    Each RUN is timed together with its unpruned base, with LoRA merged and unmerged. The trials of
+    all variants are interleaved, and each engine runs in its own process. Percentages are relative
+    to the merged dense model on the same engine.
     """
-    # Before torch is imported. A waiting OpenMP thread that spins takes a core from the engine that
-    # is timed next. Not for training: there, waking the threads at each operation costs more.
+    # Set before torch is imported: OpenMP threads that spin while they wait take a core from the
+    # engine that is timed next. In training, waking the threads would cost more than it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lpdeploy.benchmark.stage import bench_latency
     from lpdeploy.benchmark.table import format_latency
@@ -81,7 +101,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
             on_progress=on_progress,
             log=log,
         )
-    log(f"Written: {folder / 'bench.json'}, .md, .svg")
+    log(f"Wrote {folder / 'bench.json'}, .md, .svg")
     print_result(result, format_latency(result), as_json=as_json)
 
 
@@ -93,7 +113,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
     help=f"Compare these criteria, separated by commas: {', '.join(CRITERIA)}.",
 )
 @click.option(
-    "--load-in", type=click.Choice(["8bit"]), help="Also measure lora over 8-bit weights."
+    "--load-in", type=click.Choice(["8bit"]), help="Also measure lora with 8-bit weights."
 )
 @click.option("--steps", type=_COUNT, default=10, help="Number of steps to measure before pruning.")
 @config_options(
@@ -126,11 +146,12 @@ def pruning(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Measure what a step costs by criterion (the paper's Tables 4 and 6).
+    """Compare the cost of a pruning step by criterion (the paper's Tables 4 and 6).
 
-    Time, memory and operations of steps of MODEL, scoring included, and after a removal. Nothing
-    is kept. A MODEL with a config.json alone is given random weights, which cost the same. On a
-    GPU, gradient is also measured with its gradients off-loaded to the CPU.
+    Measures the time, memory and operations of training steps, including scoring, before and after
+    groups are removed. The pruned models are not saved. If MODEL has only a config.json, random
+    weights are used, which cost the same. On a GPU, gradient is also measured with its gradients
+    offloaded to the CPU.
     """
     config = build_config(values)
     criteria = _parse_criteria(criterion)
@@ -150,7 +171,7 @@ def pruning(
             on_progress=on_progress,
             log=log,
         )
-    log(f"Written: {output / 'bench-pruning.json'}, .md, .svg")
+    log(f"Wrote {output / 'bench-pruning.json'}, .md, .svg")
     print_result(result, format_pruning(result), as_json=as_json)
 
 
@@ -158,7 +179,7 @@ def _parse_criteria(text: str) -> tuple[str, ...]:
     criteria = split_names(text)
     if not criteria or set(criteria) - set(CRITERIA):
         raise click.UsageError(
-            f"--criterion {text!r}: choose from {', '.join(CRITERIA)}, with commas between them."
+            f"--criterion {text!r}: choose from {', '.join(CRITERIA)}, separated by commas."
         )
     return criteria
 
@@ -169,8 +190,8 @@ def _parse_engines(text: str) -> tuple[str, ...]:
     if unknown or not engines:
         known = ", ".join(ENGINE.choices)
         raise click.UsageError(
-            f"--engine {text!r}: choose from {known}, with a precision behind a colon where it "
-            "matters, such as torch,ort,ort:int4."
+            f"--engine {text!r}: choose from {known}, separated by commas. A precision may "
+            "follow after a colon, as in torch,ort,ort:int4."
         )
     return engines
 
@@ -178,5 +199,7 @@ def _parse_engines(text: str) -> tuple[str, ...]:
 def _parse_batches(text: str) -> tuple[int, ...]:
     sizes = split_names(text)
     if not sizes or not all(size.isdigit() and int(size) for size in sizes):
-        raise click.UsageError(f"--batch {text!r}: give one or more numbers, such as 1,8.")
+        raise click.UsageError(
+            f"--batch {text!r}: give one or more positive integers, such as 1,8."
+        )
     return tuple(int(size) for size in sizes)

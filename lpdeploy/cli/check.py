@@ -1,4 +1,4 @@
-"""`lpdeploy check`: what a ratio would give, before any training."""
+"""`lpdeploy check`: the shape and cost of a pruned model, before any training."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,11 @@ _COUNT = click.IntRange(min=1)
 )
 @shared_options()
 def command(*, model: str, tensor_parallel: int, tokens: int, as_json: bool, **values: Any) -> None:
-    """Say which servers load MODEL after pruning, or what RUN has pruned, and what it costs.
+    """Show the shape, cost and servers of a pruned model.
 
-    Nothing is trained, and of MODEL only the config is read. A RUN has its own ratio.
+    For a MODEL, computes the shape that the given ratio would leave. Nothing is trained, and only
+    the config is read. For a RUN, describes the shape that it was pruned to. Lists the servers
+    that load the shape. If pruning makes a server reject it, suggests a similar shape that loads.
     """
     config = build_config(values)
 
@@ -78,7 +80,10 @@ def _format(result: "CheckResult") -> str:
         request, nearest = result.suggestion
         options = write_flags(describe_request(request))
         widths = f"{nearest.heads} heads, {nearest.channels} channels"
-        lines += ["", f"Nearest that costs no server: {options} ({widths})"]
+        lines += [
+            "",
+            f"Nearest shape that loads wherever the unpruned model does: {options} ({widths})",
+        ]
     return "\n".join(lines)
 
 
@@ -88,8 +93,8 @@ def _compare(name: str, before: float, after: float, write: Callable[[Any], str]
 
 def _describe_width(row: "Alignment", *, ranks: int) -> str:
     share = " of each GPU" if ranks > 1 else ""
-    note = "" if row.aligned else "; half precision wants a multiple of 8"
+    note = "" if row.aligned else "; use a multiple of 8 for half precision"
     return (
         f"{row.width}{share}: {row.size}, a multiple of {row.multiple}; "
-        f"{row.waste:.1%} of the multiplications in tiles of 128 are padding{note}"
+        f"{row.waste:.1%} of the multiplications are padding in tiles of 128{note}"
     )

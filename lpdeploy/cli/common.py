@@ -1,4 +1,4 @@
-"""What all commands share: --json, --recipe, --debug, and how a result is printed."""
+"""What all commands share: --json, --recipe, --debug, and the printing of results."""
 
 import json
 import logging
@@ -18,6 +18,7 @@ from lpdeploy.recipe import load_recipe
 TARGETS = ("triton", "genai", "vllm", "llamacpp")
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
+DEVICE_HELP = "Device to run on. auto is cuda if torch finds a GPU, else cpu."
 # A field of the library in one of its sentences, with a value or without.
 _FIELD = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]+))?`")
 _ARGUMENTS = ("model", "run")
@@ -30,7 +31,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 class NameChoice(click.Choice[str]):
-    """A choice of names that are read when they are needed, so that a user can add some."""
+    """A choice of names that is read late, so that names added at run time are known."""
 
     def __init__(self, read: Callable[[], Iterable[str]]) -> None:
         super().__init__(())
@@ -38,12 +39,12 @@ class NameChoice(click.Choice[str]):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What may be chosen now."""
+        """The names that are valid now."""
         return tuple(self._read())
 
     @choices.setter
     def choices(self, _: object) -> None:
-        """Leave it to ``read``."""
+        """Ignore the value: the names come from ``read``."""
 
 
 ENGINE = NameChoice(lambda: ENGINES)
@@ -55,7 +56,7 @@ PRECISION = NameChoice(
 
 
 def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
-    """Add --json and --debug to a command, and --recipe where it has options worth keeping."""
+    """Add --json and --debug to a command, and --recipe unless it has no options to keep."""
 
     def decorate(function: _Function) -> _Function:
         function = click.option(
@@ -64,7 +65,7 @@ def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
             expose_value=False,
             is_eager=True,
             callback=_set_debug,
-            help="Show the traceback of an error.",
+            help="Show the full traceback if the command fails.",
         )(function)
         if recipe:
             function = click.option(
@@ -73,10 +74,13 @@ def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
                 expose_value=False,
                 is_eager=True,
                 callback=_apply_recipe,
-                help="YAML file with options; the command line wins over it.",
+                help="Read options from this YAML file. Options on the command line override it.",
             )(function)
         return click.option(
-            "--json", "as_json", is_flag=True, help="End stdout with one JSON document."
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="Print the result as one JSON document on the last line of stdout.",
         )(function)
 
     return decorate
@@ -105,12 +109,12 @@ def split_names(value: Any) -> tuple[str, ...]:
 
 
 def is_first_rank() -> bool:
-    """Tell whether this process speaks to the user: alone, or the first that a launcher started."""
+    """Return whether this is the process that prints: the only one, or rank 0 of a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print a result to stdout: for people, then, with --json, for scripts on the last line."""
+    """Print a result to stdout: as text, then, with --json, as JSON on the last line."""
     if not is_first_rank():
         return
     click.echo(text)
@@ -119,7 +123,7 @@ def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 
 def log(message: str) -> None:
-    """Tell the user something on stderr, where it does not disturb the result."""
+    """Print a message to stderr, so that stdout holds only the result."""
     if is_first_rank():
         click.echo(write_flags(message), err=True)
 

@@ -1,4 +1,4 @@
-"""`lpdeploy compact`: the dense pruned model of a run."""
+"""`lpdeploy compact`: write the dense pruned model of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,24 @@ from lpdeploy.cli.common import FOLDER, RUN, print_result, shared_options
 
 @click.command("compact")
 @click.argument("run", type=RUN)
-@click.option("--keep-adapter", is_flag=True, help="Leave LoRA beside the pruned base.")
-@click.option("--output", type=FOLDER, help="[default: RUN/model, or RUN/unmerged]")
 @click.option(
-    "--max-shard-mb", type=click.IntRange(min=1), default=1000, help="Size of a weight file."
+    "--keep-adapter",
+    is_flag=True,
+    help="Write the pruned base with a separate PEFT adapter, instead of merging LoRA.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--output",
+    type=FOLDER,
+    help="Write the model to this folder.  [default: RUN/model, or RUN/unmerged with "
+    "--keep-adapter]",
+)
+@click.option(
+    "--max-shard-mb",
+    type=click.IntRange(min=1),
+    default=1000,
+    help="Largest size of a weight file, in MB.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @shared_options()
 def command(
     *,
@@ -27,7 +39,11 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Cut RUN's base, merge LoRA, and write a stock checkpoint."""
+    """Write RUN's pruned model as a dense checkpoint, with LoRA merged.
+
+    Removed heads and channels are cut out of the base model. If all layers have the same widths,
+    AutoModelForCausalLM loads the result without custom code.
+    """
     from lpdeploy.models.compact import compact
 
     result = compact(
@@ -44,7 +60,7 @@ def _describe(result: Any) -> str:
     record = result.record
     sizes, counts = record.bytes, record.parameters
     return (
-        f"{result.model}: {record.architecture}, {counts['after']:,} of {counts['before']:,} "
-        f"parameters, {format_bytes(sizes['after'])} of {format_bytes(sizes['before'])}, "
-        f"{result.seconds:.1f} s"
+        f"{result.model}: {record.architecture} with {counts['after']:,} of {counts['before']:,} "
+        f"parameters ({format_bytes(sizes['after'])} of {format_bytes(sizes['before'])}), "
+        f"written in {result.seconds:.1f} s"
     )

@@ -1,4 +1,4 @@
-"""`lpdeploy demo`: the whole line on the model that the package carries."""
+"""`lpdeploy demo`: the whole workflow on the small model that comes with the package."""
 
 from pathlib import Path
 
@@ -8,13 +8,16 @@ from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
 
 
 @click.command("demo")
-@click.option("--output", type=FOLDER, default=Path("lpdeploy-demo"))
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--output", type=FOLDER, default=Path("lpdeploy-demo"), help="Write everything to this folder."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @shared_options()
 def command(*, output: Path, overwrite: bool, as_json: bool) -> None:
-    """Prune a small trained model by 20 and 50 %, ship it, prove it, time it, and show it.
+    """Run the whole workflow on a small built-in model.
 
-    Needs no network and no data; takes a few minutes on two cores.
+    Prunes the model by 20 % and 50 %, exports and verifies it, measures quality and latency, and
+    writes an HTML page. It needs no network, and takes a few minutes on two cores.
     """
     from lpdeploy.demo.run import run_demo
 

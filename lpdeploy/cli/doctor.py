@@ -11,16 +11,16 @@ _OPTIONAL = {
     "bitsandbytes": ("quant", "--load-in 8bit and 4bit"),
     "lm_eval": ("eval", "eval --tasks"),
     "onnxruntime": ("cpu", "running exported ONNX models"),
-    "onnxruntime_genai": ("genai", "serving a folder of --engine ort with ONNX Runtime GenAI"),
-    "tensorrt": ("trt", "engines that are built on the GPU which runs them"),
-    "tensorrt_rtx": ("trt-rtx", "engines for RTX cards, built on any machine"),
+    "onnxruntime_genai": ("genai", "serving --engine ort exports with ONNX Runtime GenAI"),
+    "tensorrt": ("trt", "building engines on the GPU that will run them"),
+    "tensorrt_rtx": ("trt-rtx", "building engines for RTX cards on any machine"),
 }
 
 
 @click.command("doctor")
 @shared_options(recipe=False)
 def command(*, as_json: bool) -> None:
-    """Say which devices and libraries are here, and how to get what is missing."""
+    """Show devices and libraries, and how to install what is missing."""
     import torch
 
     from lpdeploy.artifacts import describe_machine
@@ -38,7 +38,7 @@ def command(*, as_json: bool) -> None:
         f"system   {machine['system']}",
         *[f"{name:12} {version}" for name, version in machine["versions"].items()],
         *[
-            f"{name:12} missing; for {_OPTIONAL[name][1]}: {command}"
+            f"{name:12} missing; needed for {_OPTIONAL[name][1]}: {command}"
             for name, command in missing.items()
         ],
     ]

@@ -1,16 +1,16 @@
-"""`lpdeploy eval`: how good a model is."""
+"""`lpdeploy eval`: the quality of a model."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lpdeploy.cli.common import ENGINE, print_result, shared_options, split_names
+from lpdeploy.cli.common import DEVICE_HELP, ENGINE, print_result, shared_options, split_names
 from lpdeploy.evaluation.options import EvalOptions
 
 
 class _Names(click.ParamType):
-    """Names with commas between them; a list in a recipe."""
+    """Names separated by commas, or a list in a recipe."""
 
     name = "names"
 
@@ -19,7 +19,9 @@ class _Names(click.ParamType):
     ) -> tuple[str, ...]:
         names = split_names(value)
         if not names:
-            self.fail(f"{value!r} names no task. Give some, such as piqa,arc_easy", param, ctx)
+            self.fail(
+                f"{value!r} names no task. Give one or more, such as piqa,arc_easy", param, ctx
+            )
         return names
 
 
@@ -29,42 +31,53 @@ class _Names(click.ParamType):
     "--perplexity",
     multiple=True,
     metavar="SOURCE",
-    help="File, folder or hub name (wikitext2, ptb); may be given several times.",
+    help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
 )
 @click.option(
-    "--seq-len", type=click.IntRange(min=2), default=EvalOptions.seq_len, help="Tokens a segment."
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=EvalOptions.seq_len,
+    help="Number of tokens per perplexity segment.",
 )
 @click.option(
     "--tasks",
     type=_Names(),
     metavar="NAMES",
-    help="Tasks of lm-eval, with commas between them: piqa,arc_easy,mmlu.",
+    help="Run these lm-eval tasks, separated by commas, such as piqa,arc_easy,mmlu.",
 )
 @click.option(
     "--task-data",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Take the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
+    help="Read the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
 )
 @click.option(
     "--num-fewshot",
     type=click.IntRange(min=0),
-    help="Examples before each question; without it 5 for mmlu, else the task's own number or 0.",
+    help="Number of examples before each question.  [default: 5 for mmlu, else the task's own "
+    "number or 0]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents a task.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Use at most this many documents per task."
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=EvalOptions.batch_size,
-    help="Segments, or answers of tasks, a forward pass.",
+    help="Number of perplexity segments or task answers per forward pass.",
 )
-@click.option("--engine", type=ENGINE, default="torch")
-@click.option("--with-base", is_flag=True, help="Of a RUN, measure its unpruned base too.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--engine", type=ENGINE, default="torch", help="Engine that runs the model.")
+@click.option("--with-base", is_flag=True, help="Also measure the unpruned base of a RUN.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help=DEVICE_HELP
+)
 @shared_options()
 def command(
     *, model: str, engine: str, with_base: bool, device: str, as_json: bool, **values: Any
 ) -> None:
-    """Measure a MODEL, or a RUN's compacted model: perplexity of texts, accuracy on tasks."""
+    """Measure perplexity and task accuracy of a RUN or MODEL.
+
+    A RUN must be compacted first. Its results are added to RUN/eval.json.
+    """
     try:
         options = EvalOptions(**{**values, "tasks": values["tasks"] or ()})
     except ValueError as error:
@@ -88,7 +101,7 @@ def command(
 def _describe(result: dict[str, Any]) -> str:
     lines = _list_lines(result["model"], result)
     if "base" in result:
-        lines += _list_lines("its base", result["base"])
+        lines += _list_lines("unpruned base", result["base"])
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""`lpdeploy export`: the graph of a model for an inference engine."""
+"""`lpdeploy export`: write a model for an inference engine."""
 
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.engines import list_exporting
 
-_HELP = """Export a RUN or a MODEL folder with its KV cache as inputs and outputs.
+_HELP = """Export a RUN or MODEL for an inference engine.
 
-Batch size, sequence length and past length stay dynamic. The engines are:
+A RUN must be compacted first. The export takes and returns the KV cache; batch size and lengths
+stay dynamic. The engines are:
 
 """
 
@@ -39,7 +40,8 @@ def _describe_precisions() -> str:
 @click.option(
     "--activations",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Precision beside int8 and int4 weights; use fp16 or bf16 on a GPU.  [default: fp32]",
+    help="Precision of activations with int8 and int4 weights; use fp16 or bf16 on a GPU.  "
+    "[default: fp32]",
 )
 @click.option(
     "--block-size",
@@ -49,7 +51,8 @@ def _describe_precisions() -> str:
 @click.option(
     "--output",
     type=FOLDER,
-    help="The folder to write.  [default: RUN/ENGINE, RUN/ENGINE-unmerged or MODEL/ENGINE]",
+    help="Write the export to this folder.  [default: RUN/ENGINE, RUN/ENGINE-unmerged or "
+    "MODEL/ENGINE]",
 )
 @click.option(
     "--max-batch", type=click.IntRange(min=1), help="Largest batch to serve.  [default: 8]"
@@ -63,9 +66,9 @@ def _describe_precisions() -> str:
     "--opset", type=int, help="ONNX opset of the graph.  [default: what suits the engine]"
 )
 @click.option(
-    "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps LoRA beside the weights."
+    "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps the adapter separate."
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @shared_options()
 def command(  # noqa: PLR0913 - one parameter an option
     *,

@@ -102,8 +102,8 @@ def _end_as_interrupted() -> None:
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)
 @click.version_option(__version__, prog_name="lpdeploy")
 def main() -> None:
-    """Make a LLaMA-family model smaller, and ship it.
+    """Make a LLaMA-family model smaller, and deploy it.
 
-    Prune heads and FFN channels while fine-tuning with LoRA, merge and compact, export, and prove
-    at each step that the result computes the same.
+    lpdeploy prunes attention heads and FFN channels while it fine-tunes with LoRA, merges LoRA into
+    a dense model, exports it, and verifies that every stage computes the same logits.
     """

@@ -1,4 +1,4 @@
-"""Options of the command line, made from the fields of ``PruneConfig``."""
+"""Command-line options, made from the fields of ``PruneConfig``."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ _FIELDS = {own.name: own for own in dataclasses.fields(PruneConfig)}
 
 
 class Quantity(click.ParamType):
-    """A number with a unit; some may be given without one."""
+    """A number with a unit. The unit may be optional."""
 
     def __init__(self, name: str, units: Mapping[str, int | Decimal], example: str) -> None:
         self.name = name
@@ -35,9 +35,9 @@ class Quantity(click.ParamType):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
         if match is None or match[2] not in self._units:
             units = ", ".join(unit for unit in self._units if unit)
-            alone = ", or none" if "" in self._units else ""
+            alone = ", or no unit" if "" in self._units else ""
             self.fail(
-                f"{value!r} is not a {self.name}: give a number with one of the units "
+                f"{value!r} is not a {self.name}. Give a number with one of the units "
                 f"{units}{alone}, such as {self._example}.",
                 param,
                 ctx,
@@ -58,7 +58,7 @@ BYTES = Quantity(
 )  # fmt: skip
 MILLISECONDS = Quantity("time", {"us": Decimal("0.001"), "ms": 1, "s": 1000}, "30ms")
 
-# What people write differs from what the field holds, or the names are not known to the config.
+# Fields that users write with a unit, or whose choices the config does not know.
 _TYPES: dict[str, click.ParamType] = {
     "target_params": PARAMETERS,
     "target_memory": BYTES,
@@ -69,7 +69,7 @@ _METAVARS = {"target_params": "COUNT", "target_memory": "SIZE", "target_latency"
 
 
 class GroupedOption(click.Option):
-    """An option that is listed under the heading of its group, and may have a former name."""
+    """An option that is listed under its section, and may have a former name."""
 
     def __init__(
         self, *names: Any, group: str | None = None, former: str | None = None, **rest: Any
@@ -79,7 +79,7 @@ class GroupedOption(click.Option):
         self._former = former
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Take the former name as well, and remember that it was used."""
+        """Accept the former name too, and remember that it was used."""
         super().add_to_parser(parser, ctx)
         if self._former:
             action, const = ("store_const", True) if self.is_flag else ("store", None)
@@ -87,12 +87,14 @@ class GroupedOption(click.Option):
             parser.add_option(self, [flag], dest=self._former, action=action, const=const)
 
     def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> Any:
-        """Return the value of either name; warn of the former one."""
+        """Return the value of either name, with a warning for the former one."""
         if self._former is None or self._former not in opts:
             return super().consume_value(ctx, opts)
         if self.name in opts:
             raise click.UsageError(
-                write_flags(f"`{self._former}` is the former name of `{self.name}`. Give one."),
+                write_flags(
+                    f"`{self._former}` is the former name of `{self.name}`. Give only one."
+                ),
                 ctx=ctx,
             )
         log(f"`{self._former}` is now called `{self.name}`; the former name still works.")
@@ -100,10 +102,10 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists options under the headings of their groups."""
+    """A command whose help lists its options in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the groups in their order, then the options that belong to none."""
+        """Write the sections in order, then the options that belong to none."""
         rows: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
@@ -120,8 +122,8 @@ def config_options(*names: str, **defaults: Any) -> Callable[[_Function], _Funct
     """Add fields of ``PruneConfig`` to a command as options.
 
     Args:
-        names: Which fields; all of them if none is named.
-        defaults: Defaults of this command, where they are not those of the field.
+        names: Fields to add; all of them if none is named.
+        defaults: Defaults of this command that differ from those of the fields.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -170,7 +172,7 @@ def _choose_type(name: str) -> click.ParamType:
 
 
 def build_config(values: Mapping[str, Any]) -> PruneConfig:
-    """Make a config of what a command was given.
+    """Build a config from the options of a command.
 
     Raises:
         click.UsageError: A value is wrong, or two contradict each other.
@@ -187,10 +189,10 @@ def build_config(values: Mapping[str, Any]) -> PruneConfig:
 
 
 def drop_overruled(values: dict[str, Any]) -> None:
-    """Let what is typed to decide the shape win over what a recipe says of it.
+    """Let ratios and budgets on the command line override those of a recipe.
 
-    A typed ``--ratio`` or budget replaces all that the recipe says. A typed ratio of heads or
-    channels replaces only the recipe's budget.
+    A typed ``--ratio`` or budget replaces all ratios and budgets of the recipe. A typed head or
+    channel ratio replaces only the recipe's budget.
     """
     typed = {name for name in (*RATIOS, *BUDGETS) if _is_typed(name)}
     dropped = {*RATIOS, *BUDGETS} - typed if typed & {"ratio", *BUDGETS} else {*BUDGETS}

@@ -1,4 +1,4 @@
-"""`lpdeploy package`: a folder that a server opens as it is."""
+"""`lpdeploy package`: write a ready-to-serve folder for an inference server."""
 
 from pathlib import Path
 from typing import Any
@@ -13,44 +13,60 @@ _COUNT = click.IntRange(min=1)
 
 @click.command("package")
 @click.argument("model", metavar="RUN|MODEL")
-@click.option("--target", type=click.Choice(TARGETS), required=True, help="The server.")
-@click.option("--output", type=FOLDER, required=True, help="The folder to write.")
+@click.option(
+    "--target", type=click.Choice(TARGETS), required=True, help="Server that will load the folder."
+)
+@click.option("--output", type=FOLDER, required=True, help="Write the package to this folder.")
 @click.option(
     "--precision",
     type=PRECISION,
-    help="Of genai and llamacpp (which has no int4), and of triton.  [default: fp32; llamacpp: the "
-    "checkpoint's]",
+    help="Precision of the weights for triton, genai and llamacpp (which has no int4).  [default: "
+    "fp32; for llamacpp that of the checkpoint]",
 )
-@click.option("--engine", type=SERVED, help="Of triton.  [default: ort]")
-@click.option("--name", help="Of the models of triton.  [default: the name of DIR]")
+@click.option("--engine", type=SERVED, help="Engine that triton runs.  [default: ort]")
 @click.option(
-    "--max-batch", type=_COUNT, help="Requests that triton decodes at once.  [default: 8]"
+    "--name",
+    help="Name of the model in triton's repository.  [default: the last part of --output]",
+)
+@click.option(
+    "--max-batch",
+    type=_COUNT,
+    help="Number of requests that triton decodes at once.  [default: 8]",
 )
 @click.option(
     "--gpu",
     type=click.IntRange(min=0),
     multiple=True,
     callback=lambda _context, _option, value: value or None,
-    help="Of triton, may be repeated: one instance on each.  [default: the CPU]",
+    help="Start a triton instance on this GPU. May be repeated.  [default: the CPU]",
 )
 @click.option(
     "--activations",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Of genai, beside int8 and int4 weights.",
+    help="Precision of activations with int8 and int4 weights, for genai.",
 )
-@click.option("--block-size", type=_COUNT, help="Of genai: weights that share a scale.")
+@click.option("--block-size", type=_COUNT, help="Number of weights that share a scale, for genai.")
 @click.option(
-    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt and answer together."
+    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt plus answer, in tokens."
 )
-@click.option("--tensor-parallel", type=_COUNT, help="GPUs that share the heads, of vllm.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--tensor-parallel", type=_COUNT, help="Number of GPUs that share the heads, for vllm."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @shared_options()
 def command(*, model: str, target: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Write the folder that a server opens as it is, with its command in a README.md.
+    """Write a ready-to-serve folder for an inference server.
 
-    triton is a model repository of Triton, text in and text out over --engine ort or trt. genai is
-    for ONNX Runtime GenAI, vllm for vLLM, transformers serve and SGLang, llamacpp a GGUF file for
-    llama.cpp. Of a RUN it takes the compacted model.
+    The README.md in the folder shows the command that starts the server. A RUN must be compacted
+    first. The targets are:
+
+    triton: a Triton model repository that takes and returns text, with --engine ort or trt.
+
+    genai: a folder for ONNX Runtime GenAI.
+
+    vllm: a folder for vLLM, transformers serve and SGLang.
+
+    llamacpp: a GGUF file for llama.cpp.
     """
     from lpdeploy.servers.package import package
 

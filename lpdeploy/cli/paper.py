@@ -1,4 +1,4 @@
-"""`lpdeploy paper`: the tables of the paper, on one's own model."""
+"""`lpdeploy paper`: the tables of the paper, on your own model."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.tables import TABLES, Table
 
-# What the command itself gives to every prune.
+# The options of prune that this command sets itself.
 _GIVEN = (
     *("data", "output", "resume", "overwrite", "as_json", "seed"),
     *(*RATIOS, *BUDGETS, *LATENCY),
@@ -23,7 +23,7 @@ _GIVEN = (
 
 
 class _Command(click.Command):
-    """Tells where an option of prune belongs."""
+    """A command that says where the options of prune belong."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -32,7 +32,7 @@ class _Command(click.Command):
             if error.option_name not in {o for p in prune.command.params for o in p.opts}:
                 raise
             raise click.UsageError(
-                f"{error.option_name} is an option of prune: give it at the end, after '--'.",
+                f"{error.option_name} is an option of prune. Put it at the end, after '--'.",
                 ctx=ctx,
             ) from error
 
@@ -50,30 +50,56 @@ def _parse_ratios(ctx: click.Context, own: click.Parameter, value: Any) -> tuple
 @click.argument("table", type=click.Choice(list(TABLES)), metavar="TABLE")
 @click.argument("model")
 @click.argument("prune_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- PRUNE_OPTIONS...]")
-@click.option("--data", required=True, metavar="SOURCE", help="What every cell is pruned with.")
+@click.option("--data", required=True, metavar="SOURCE", help="Train and score all cells on this.")
 @click.option(
-    "--output", required=True, type=FOLDER, metavar="DIR", help="Tables in one DIR share cells."
+    "--output",
+    required=True,
+    type=FOLDER,
+    metavar="DIR",
+    help="Write the table and its cells to this folder. Tables in one folder share their cells.",
 )
 @click.option(
     "--perplexity",
     multiple=True,
     metavar="SOURCE",
-    help="File, folder or hub name (wikitext2, ptb); may be given several times.",
+    help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
 )
-@click.option("--tasks", metavar="NAMES", help="Tasks for eval, with commas between them.")
-@click.option("--task-data", type=click.Path(file_okay=False, exists=True), help="Their folder.")
 @click.option(
-    "--eval-seq-len", type=click.IntRange(min=2), default=2048, help="Tokens a segment of eval."
+    "--tasks", metavar="NAMES", help="Run these lm-eval tasks, separated by commas, on each cell."
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each row: 0, 1, ...")
 @click.option(
-    "--ratios", callback=_parse_ratios, help="Such as 0.2,0.5.  [default: those of the paper]"
+    "--task-data",
+    type=click.Path(file_okay=False, exists=True),
+    help="Read the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
 )
-@click.option("--rows", callback=_parse_list, help="Only some rows.  [default: all]")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, help="Cells at a time; 1 in tables 4 and 6."
+    "--eval-seq-len",
+    type=click.IntRange(min=2),
+    default=2048,
+    help="Number of tokens per perplexity segment.",
 )
-@click.option("--render-only", is_flag=True, help="Write the table from the cells in DIR.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, help="Number of seeds per row: 0, 1, ..."
+)
+@click.option(
+    "--ratios",
+    callback=_parse_ratios,
+    help="Run these ratios, separated by commas, such as 0.2,0.5.  [default: those of the paper]",
+)
+@click.option(
+    "--rows",
+    callback=_parse_list,
+    help="Run only these rows of the table, separated by commas.  [default: all]",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Number of cells that run at the same time. Tables 4 and 6 measure time and need 1.",
+)
+@click.option(
+    "--render-only", is_flag=True, help="Only write the table, from the cells that are done."
+)
 @shared_options()
 def command(  # noqa: PLR0913 - one parameter an option
     *,
@@ -93,16 +119,18 @@ def command(  # noqa: PLR0913 - one parameter an option
     render_only: bool,
     as_json: bool,
 ) -> None:
-    """Run a table or figure of the paper on MODEL: 2, 4, 5, 6, 7, 8, figure-4 or figure-6.
+    """Run a table or figure of the paper on your own MODEL.
 
-    Two are ours: forms (how scores are summed) and ramps (when groups go).
+    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Two more tables are not in the paper: forms
+    compares how scores are summed, and ramps compares when groups are removed.
 
-    Each cell is a prune, compact and eval of its own, for several seeds. Cells that are done are
-    never run again: the same command goes on where it was stopped. DIR gets the table as JSON,
-    Markdown and SVG. What stands after -- goes to every prune: steps, batch size, --recipe FILE.
+    Each cell is a separate prune, compact and eval, repeated for several seeds. If you stop the
+    command, run it again to continue: finished cells are kept. The table is written to DIR as JSON,
+    Markdown and SVG. Options after -- are passed to every prune, such as --steps 200 or
+    --recipe FILE.
     """
     if task_data and not tasks:
-        raise click.UsageError("--task-data is about tasks. Give --tasks NAMES, or leave it out.")
+        raise click.UsageError("--task-data needs --tasks NAMES. Add it, or leave --task-data out.")
     spec = TABLES[table]
     options = _read_prune_options(spec, model, data, prune_options)
 
@@ -113,7 +141,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         perplexity, seq_len=eval_seq_len, tasks=tasks, task_data=task_data
     )
     if evaluation and spec.kind == "similarity":
-        log(f"{spec.heading} compares masks alone: --perplexity and --tasks are not used.")
+        log(f"{spec.heading} compares only masks; --perplexity and --tasks are ignored.")
     document = run_paper(
         select(spec, rows=rows, ratios=ratios, seeds=seeds),
         build_study(
@@ -135,7 +163,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 def _read_prune_options(
     table: Table, model: str, data: str, words: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Let prune's own parser read the options, before anything runs; refuse what cells set."""
+    """Parse the options with prune's own parser before anything runs; refuse what cells set."""
     group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy")
     given = [model, "--data", data, "--output", "RUN"]
     try:
@@ -145,7 +173,7 @@ def _read_prune_options(
         config = build_config({n: context.params[n] for n in names if n not in _GIVEN})
     except click.UsageError as error:
         reason = error.format_message()
-        raise click.UsageError(f"The options of prune, after '--': {reason}") from error
+        raise click.UsageError(f"In the options of prune after '--': {reason}") from error
     options = config.to_json()
     _refuse_own(table, options, rename_fields(typed))
     return {name: value for name, value in options.items() if name not in _GIVEN}
@@ -155,22 +183,22 @@ def _refuse_own(table: Table, options: Mapping[str, Any], typed: Iterable[str]) 
     for name in sorted({*_GIVEN, *table.own_options} & set(typed)):
         raise click.UsageError(
             f"--{name.removeprefix('as_').replace('_', '-')} is set by the cells of "
-            f"{table.heading}. Leave it out of the options of prune."
+            f"{table.heading}. Remove it from the options of prune."
         )
-    # Of a recipe, what a cell sets wins. These two a cell cannot switch off again.
+    # Cells override a recipe, but they cannot switch off these two options.
     for name in ("load_in", "offload_gradients"):
         if name in table.own_options and options.get(name):
             raise click.UsageError(
-                f"The recipe gives {name}, which only some cells of {table.heading} set. "
-                "Leave it out of the recipe."
+                f"The recipe sets {name}, which only some cells of {table.heading} set. "
+                "Remove it from the recipe."
             )
 
 
 def _print(document: dict[str, Any], stem: Path, *, as_json: bool) -> None:
-    log(f"Written: {stem}.json, .md, .svg")
+    log(f"Wrote {stem}.json, .md, .svg")
     print_result(document, stem.with_suffix(".md").read_text(encoding="utf-8"), as_json=as_json)
     if document["failed"]:
         raise LpdeployError(
-            f"{len(document['failed'])} of {document['cells']} cells failed, the first with: "
-            f"{document['failed'][0]['error']} The same command tries them again."
+            f"{len(document['failed'])} of {document['cells']} cells failed. First error: "
+            f"{document['failed'][0]['error']} Run the same command again to retry them."
         )

@@ -1,4 +1,4 @@
-"""Progress bars on stderr; none where stderr is no terminal."""
+"""Progress bars on stderr; they are hidden if stderr is not a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def _build_progress(*columns: str) -> Any:
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[Any], None]]:
-    """Yield a callback for ``StepInfo``: loss, ratio, tokens/s and memory as it trains."""
+    """Yield a callback for ``StepInfo`` that shows loss, ratio, tokens/s and memory."""
     progress = _build_progress(
         "loss {task.fields[loss]:.3f}",
         "removed {task.fields[ratio]:.1%}",
@@ -53,7 +53,7 @@ def training_progress() -> Iterator[Callable[[Any], None]]:
             tokens_per_s=info.tokens_per_s,
             memory=format_bytes(info.peak_bytes),
         )
-        progress.start()  # only now: a bar of what comes before a run may have stood here
+        progress.start()  # not earlier, because another bar may still be shown
 
     try:
         yield show
@@ -63,7 +63,7 @@ def training_progress() -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def counting_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback ``(done, total)``; the bar stands from its first call to all done."""
+    """Yield a callback ``(done, total)``; the bar is shown from the first call to the last."""
     progress = _build_progress()
     task = progress.add_task(description, total=None)
 

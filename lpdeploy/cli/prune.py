@@ -33,14 +33,16 @@ from lpdeploy.config import DATA
     cls=GroupedOption,
     group=DATA,
     default=True,
-    help="Keep the tokens of SOURCE for later runs, in $LPDEPLOY_CACHE or the hub's own cache.",
+    help="Cache the tokens of SOURCE for later runs, in $LPDEPLOY_CACHE or beside the hub's cache.",
 )
 @config_options()
 @click.option(
     "--output", required=True, type=FOLDER, metavar="RUN", help="Write the run to this folder."
 )
-@click.option("--resume", is_flag=True, help="Continue from the checkpoint in RUN.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in RUN.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the stopped run in RUN from its last saved state."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing run in RUN.")
 @shared_options()
 def command(
     *,
@@ -53,7 +55,11 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Prune MODEL while it fine-tunes with LoRA, and write a run."""
+    """Prune MODEL while fine-tuning it with LoRA.
+
+    Writes a run folder with the plan, the adapter and the log. Run `lpdeploy compact` next to get
+    the smaller model.
+    """
     drop_overruled(values)
     config = build_config(values)
     if config.removal is None and config.effective_removal == "mask":

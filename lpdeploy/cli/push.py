@@ -1,4 +1,4 @@
-"""`lpdeploy push`: a run's model on the Hugging Face hub."""
+"""`lpdeploy push`: upload a run's model to the Hugging Face hub."""
 
 import shlex
 from pathlib import Path
@@ -12,16 +12,17 @@ from lpdeploy.cli.common import RUN, log, print_result, shared_options
 
 @click.command("push")
 @click.argument("run", type=RUN)
-@click.option("--repo", required=True, metavar="OWNER/NAME", help="Repository on the hub.")
-@click.option("--private", is_flag=True, help="A new repository is only for its owner.")
-@click.option("--yes", is_flag=True, help="Upload. Without it, only what would be is shown.")
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="Upload to this repository.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--yes", is_flag=True, help="Upload the files. Without it, only list them.")
 @shared_options()
 def command(*, run: Path, repo: str, private: bool, yes: bool, as_json: bool) -> None:
-    """Show what of RUN would go to the Hugging Face hub; with --yes, upload it.
+    """Upload RUN's model to the Hugging Face hub, with --yes.
 
-    The checkpoint goes to the top, so that from_pretrained loads it by name; plan.json beside it,
-    what was exported to onnx/ and ort/. Nothing of the training goes, and no path of this machine.
-    A repository that exists keeps its visibility and its other files.
+    Without --yes, the command only lists the files that it would upload. RUN's compacted model and
+    its plan.json go to the top level of the repository, where from_pretrained finds them, and the
+    exports to onnx/ and ort/. Training files are not uploaded, and local paths are removed. An
+    existing repository keeps its visibility and its other files.
     """
     from lpdeploy.publish.push import push
 
@@ -37,13 +38,13 @@ def _format(result: dict[str, Any]) -> str:
         return f"{result['url']}: {total}, commit {result['commit']}"
     sizes = {file["path"]: format_bytes(file["bytes"]) for file in result["files"]}
     width = max(map(len, sizes))
-    named = ", a local folder, named by its last part" if result["base_is_local"] else ""
+    named = " (a local folder; only its name is published)" if result["base_is_local"] else ""
     return "\n".join(
         [
-            f"{result['repo']} ({result['visibility']} if it is new)",
+            f"{result['repo']} ({result['visibility']} if the repository is new)",
             f"base model: {result['base_model']}{named}",
             *(f"  {path:{width}}  {size:>8}" for path, size in sizes.items()),
-            f"  {len(sizes)} files, {format_bytes(result['bytes'])}; nothing was uploaded",
+            f"  {len(sizes)} files, {format_bytes(result['bytes'])}; nothing was uploaded yet",
             f"To upload: {result['command']}",
         ]
     )

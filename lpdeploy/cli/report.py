@@ -1,4 +1,4 @@
-"""`lpdeploy report`: one page about a run."""
+"""`lpdeploy report`: write one page about a run."""
 
 from pathlib import Path
 
@@ -10,11 +10,13 @@ from lpdeploy.cli.common import RUN, print_result, shared_options
 @click.command("report")
 @click.argument("run", type=RUN)
 @click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), help="[default: RUN/report.html]"
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the page to this file.  [default: RUN/report.html]",
 )
 @shared_options(recipe=False)
 def command(*, run: Path, output: Path | None, as_json: bool) -> None:
-    """Write an HTML page with what RUN's stages found."""
+    """Write an HTML page with the results of all stages of RUN."""
     from lpdeploy.report.page import save_report
 
     path = save_report(run, output=output)

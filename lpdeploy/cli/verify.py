@@ -1,4 +1,4 @@
-"""`lpdeploy verify`: every stage computes the same."""
+"""`lpdeploy verify`: compare the logits of all stages."""
 
 from pathlib import Path
 
@@ -11,19 +11,25 @@ from lpdeploy.errors import ParityError
 
 @click.command("verify")
 @click.argument("target", type=RUN, metavar="RUN|MODEL")
-@click.option("--engine", type=ENGINE, default="onnx")
-@click.option("--atol", type=click.FloatRange(0), help="Tolerance for every pair.")
+@click.option("--engine", type=ENGINE, default="onnx", help="Compare the export of this engine.")
+@click.option(
+    "--atol",
+    type=click.FloatRange(0),
+    help="Absolute tolerance for every pair.  [default: depends on the precision]",
+)
 @shared_options()
 def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:
-    """Compare full logits of all stages of a RUN, or of a MODEL and its export.
+    """Compare the logits of all stages of a RUN or MODEL.
 
-    Prefill and cached decoding, left padding, batch > 1. Exits 1 where a pair differs by more
-    than its tolerance. With --engine torch, exports are left out.
+    The stages of a RUN are the masked, cut, unmerged, merged and exported model; those of a MODEL
+    are the model and its export. Compares the full logits of prefill and cached decoding, with left
+    padding and a batch size above 1. The exit code is 1 if any pair differs by more than its
+    tolerance. With --engine torch, no export is compared.
     """
     from lpdeploy.engines.verify import verify
 
     result = verify(target, engine=engine, atol=atol)
-    lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same first':>10}"]
+    lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "
         f"{p.top1_agreement:10.1%} "
@@ -34,12 +40,12 @@ def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> 
     asked = ENGINES[engine]
     for other in list_exporting():
         if asked.export and other is not asked and (target / other.name).is_dir():
-            log(f"'{target / other.name}' was not compared; --engine {other.name} does that")
+            log(f"'{target / other.name}' was not compared. Use --engine {other.name} for that.")
     wrong = [pair for pair in result.pairs if not pair.ok]
     if wrong:
         worst = wrong[0]
         raise ParityError(
             f"{worst.a} and {worst.b} differ by {worst.max_abs_diff:.2e}, more than "
-            f"{worst.tolerance:.2e}. Make the later of the two again; if that does not help, "
-            "please report it."
+            f"{worst.tolerance:.2e}. Write the second one again; if they still differ, please "
+            "report it."
         )

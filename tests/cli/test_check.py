@@ -45,7 +45,8 @@ def test_what_people_read(model):
         line.startswith("vllm               no         13 attention heads") for line in lines
     )
     # 12 is the multiple of 4 next to 13, 2304 the multiple of 256 next to 2240.
-    assert lines[-1].startswith("Nearest that costs no server: --ratio 0.2 --round-heads-to ")
+    assert lines[-1].startswith("Nearest shape that loads")
+    assert ": --ratio 0.2 --round-heads-to " in lines[-1]
     assert lines[-1].endswith("(12 heads, 2304 channels)")
 
 

@@ -116,7 +116,7 @@ def test_verify_says_which_exports_it_left_out(run):
     invoke("compact", run)
     (run / "ort").mkdir()
     said = invoke("verify", run, "--engine", "onnx").stderr
-    assert f"'{run / 'ort'}' was not compared; --engine ort does that" in said
+    assert f"'{run / 'ort'}' was not compared. Use --engine ort" in said
     assert "not compared" not in invoke("verify", run, "--engine", "torch").stderr
 
 
@@ -282,8 +282,11 @@ def test_being_terminated_is_being_interrupted():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--engine", "ort,tensorflow"], "choose from torch, onnx, ort, trt, with a precision"),
-        (["--batch", "1,none"], "--batch '1,none': give one or more numbers, such as 1,8."),
+        (["--engine", "ort,tensorflow"], "choose from torch, onnx, ort, trt, separated by commas"),
+        (
+            ["--batch", "1,none"],
+            "--batch '1,none': give one or more positive integers",
+        ),
     ],
 )
 def test_bench_refuses_what_it_does_not_know(tmp_path, words, sentence):

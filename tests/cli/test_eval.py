@@ -89,7 +89,7 @@ def test_a_recipe_may_list_the_tasks(model, folder, tmp_path):
     ("words", "sentence"),
     [
         ([], "Nothing to measure. Give --perplexity SOURCE, --tasks NAMES, or both."),
-        (["--tasks", ""], "'' names no task. Give some, such as piqa,arc_easy"),
+        (["--tasks", ""], "'' names no task. Give one or more, such as piqa,arc_easy"),
         (["--tasks", " , "], "names no task"),
         (["--perplexity", "x", "--limit", "3"], "--limit is about tasks. Give --tasks NAMES"),
         (["--tasks", "piqa", "--limit", "0"], "0 is not in the range x>=1"),

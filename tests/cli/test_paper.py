@@ -27,19 +27,19 @@ def ask(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("table", "words", "sentence"),
     [
-        ("7", ["--", "--step", "4"], "The options of prune, after '--': No such option '?--step"),
-        ("7", ["--", "--lr", "x"], "The options of prune, after '--': .*'x' is not a valid float"),
+        ("7", ["--", "--step", "4"], "options of prune after '--': No such option '?--step"),
+        ("7", ["--", "--lr", "x"], "options of prune after '--': .*'x' is not a valid float"),
         ("7", ["--", "--batch-size", "6"], "--micro-batch-size 4 does not divide --batch-size 6"),
-        ("7", ["--", "extra"], "The options of prune, after '--': Got unexpected extra argument"),
-        ("7", ["--", "--seed", "4"], "--seed is set by the cells of Table 7. Leave it out"),
+        ("7", ["--", "extra"], "options of prune after '--': Got unexpected extra argument"),
+        ("7", ["--", "--seed", "4"], "--seed is set by the cells of Table 7. Remove it"),
         ("7", ["--", "--schedule", "joint"], "--schedule is set by the cells of Table 7"),
         ("2", ["--", "--criterion=lora"], "--criterion is set by the cells of Table 2"),
         ("8", ["--", "--prune-every", "4"], "--prune-every is set by the cells of Table 8"),
         ("7", ["--", "--output", "x"], "--output is set by the cells of Table 7"),
         ("7", ["--", "--json"], "--json is set by the cells of Table 7"),
-        ("7", ["--steps", "4"], "--steps is an option of prune: give it at the end, after '--'"),
+        ("7", ["--steps", "4"], "--steps is an option of prune. Put it at the end, after '--'"),
         ("7", ["--ratios", "0.2,1.5"], "1.5 is not in the range"),
-        ("7", ["--task-data", "."], "--task-data is about tasks. Give --tasks NAMES"),
+        ("7", ["--task-data", "."], "--task-data needs --tasks NAMES"),
         ("3", [], "'3' is not one of"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_recipe_gives_options_but_cells_win(ask, tmp_path):
     recipe.write_text("prune: {offload_gradients: true, criterion: gradient}\n")
     result = ask("6", "--", "--recipe", recipe)
     assert result.exit_code == 2
-    assert "The recipe gives offload_gradients, which only some cells of Table 6" in result.stderr
+    assert "The recipe sets offload_gradients, which only some cells of Table 6" in result.stderr
     recipe.write_text("prune: {stepz: 4}\n")
     result = ask("6", "--", "--recipe", recipe)
     assert result.exit_code == 2
