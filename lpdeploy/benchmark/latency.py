@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, Timing, Workload
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
 from lpdeploy.models.loading import load_config
 

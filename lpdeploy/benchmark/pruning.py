@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.pruning_worker import Prepared, StepCost
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import forecast_config
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpdeploy.artifacts import atomic_file, load_json
+from lpdeploy.artifacts import atomic_file, load_json, load_stages
 from lpdeploy.benchmark.plot import draw_latency, draw_training
 from lpdeploy.engines import list_exporting
 from lpdeploy.engines.exports import find_export
@@ -68,11 +68,11 @@ def _collect(run: RunFolder) -> dict[str, Any]:
     record = load_model_record(run.model)
     _check_exports(run)
     bench = _load(run.benchmark)
-    stages = load_json(run.manifest, fix=_FIX)["stages"]
+    stages = load_stages(run.path)
     return {
         "run": run.path.name,
         "plan": plan,
-        "method": describe_method(stages["prune"]["options"]),
+        "method": describe_method(stages["prune"].options),
         "base": Path(plan.base_model).name,
         "model": record,
         "training": draw_training(_load_log(run.log)),

@@ -232,9 +232,7 @@ def test_lora_needs_gradients(tmp_path):
 
 
 def test_an_unknown_criterion_names_the_known_ones():
-    with pytest.raises(
-        ValueError, match="`criterion` is 'guess'; .* lora, gate, gradient"
-    ):
+    with pytest.raises(ValueError, match="`criterion` is 'guess'; .* lora, gate, gradient"):
         PruneConfig(criterion="guess")
 
 
