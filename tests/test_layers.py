@@ -33,7 +33,7 @@ ALLOWED = {
     "evaluation": CORE | {"engines"},
     "servers": CORE | {"engines", "config"},
     "benchmark": CORE | {"engines", "config", "pruning", "plotting"},
-    "report": CORE | {"engines", "benchmark"},
+    "report": CORE | {"engines", "evaluation", "benchmark"},
     "paper": CORE | {"config", "ramps", "pruning", "evaluation", "plotting"},
     "publish": CORE | {"engines"},
     "demo": CORE | {"engines", "evaluation", "benchmark", "config", "pruning", "report"},

@@ -106,7 +106,7 @@ def measure(config: Any, workload: PruningWorkload, variants: Sequence[Any]) -> 
             print(f"   {changes}", file=sys.stderr, flush=True)
             prepared, costs = take_steps(PruningVariant(Path(folder), options), workload)
             measured.append((options, prepared, costs))
-    result = build_result(config, workload, measured, interleaved=False)
+    result = build_result(config, workload, measured, interleaved=False).to_json()
     return {key: result[key] for key in ("workload", "rows")}
 
 

@@ -151,7 +151,7 @@ def measure(suite: Suite, subjects: Sequence[Subject], workloads: Sequence[Workl
     probe = Probe(
         works.units, lambda _, work: time_work(lambda: works.run(work), device=suite.device)
     )
-    result = measure_latency(subjects, workloads, probe=probe, on_progress=report)
+    result = measure_latency(subjects, workloads, probe=probe, on_progress=report).to_json()
     return {key: result[key] for key in ("limits", "rows")}
 
 
