@@ -4,37 +4,30 @@ Standard library only. Every writer here makes a temporary sibling and renames i
 that is killed leaves no half-written artifact under its final name.
 """
 
-import functools
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.machine import list_versions, measure_peak_bytes, now
+from lpdeploy.records import read_record
 
 MANIFEST = "manifest.json"
 FOLDER_RECORD = ".lpdeploy.json"
 """Lies in every folder that lpdeploy wrote. Only a folder that has it is ever replaced."""
 # Files that appear beside what was written without anybody losing anything when they go.
 _BY_THE_WAY = (MANIFEST, ".DS_Store")
-_LIBRARIES = (
-    *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
-    *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "lm_eval"),
-)
 _BLOCK_BYTES = 1 << 22
+_Record = TypeVar("_Record")
 
 
 def temporary_path(path: Path) -> Path:
@@ -229,6 +222,19 @@ def load_json(path: Path, *, fix: str) -> Any:
         raise ArtifactError(f"'{path}' is not valid JSON ({error}). {fix}") from error
 
 
+def load_record(kind: type[_Record], path: Path, *, fix: str) -> _Record:
+    """Read a JSON file into a dataclass; see ``read_record``.
+
+    Raises:
+        ArtifactError: The file is missing, no JSON, or holds something else.
+    """
+    data = load_json(path, fix=fix)
+    try:
+        return read_record(kind, data)
+    except ValueError as error:
+        raise ArtifactError(f"'{path}' cannot be used: {error}. {fix}") from error
+
+
 def compute_sha256(
     path: Path,
     *,
@@ -264,88 +270,16 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def list_versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries that shape a result."""
-    return dict(_find_versions())
-
-
-@functools.cache  # some milliseconds a library
-def _find_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what a figure needs beside it: hardware, system, versions, date and command."""
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads() if torch else None,
-        "gpu": gpu,
-        "system": platform.platform(),
-        "versions": list_versions(),
-        "date": now(),
-        "command": " ".join(["lpdeploy", *sys.argv[1:]]),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def now() -> str:
-    """Return the current UTC time, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def measure_peak_bytes() -> int:
-    """Return the peak memory so far: of the CUDA device where one is in use, else of the process.
-
-    The process figure is its largest resident set (the libraries included) since it started.
-    """
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def read_process_bytes(*, peak: bool = False) -> int | None:
-    """Return the memory of this process now, or its largest; None where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    name = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes for people: 23.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 @dataclass
 class Stage:
-    """What a running stage adds to its manifest entry: ``inputs`` and ``outputs`` with hashes.
+    """What a running stage says of itself, for its record.
 
     Attributes:
-        inputs: Name -> hash of what it read.
-        outputs: Name -> hash of what it wrote.
-        planned: Bytes of memory that it was planned to need, by what for; empty without a plan.
+        inputs: Hash of each file or folder that it read, by name.
+        outputs: Hash of each file or folder that it wrote, by name.
+        planned: Planned memory in bytes, by purpose; empty without a plan.
+        seconds: How long it took; known once it has finished.
+        peak_bytes: Its peak memory, likewise.
     """
 
     inputs: dict[str, str] = field(default_factory=dict)
@@ -355,35 +289,87 @@ class Stage:
     peak_bytes: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """A finished stage, as ``manifest.json`` keeps it.
+
+    Attributes:
+        options: The options of the stage.
+        inputs: Hash of each file or folder that it read, by name.
+        outputs: Hash of each file or folder that it wrote, by name.
+        seconds: How long it took.
+        peak_bytes: Peak memory, see ``measure_peak_bytes``.
+        planned_bytes: Planned memory by purpose; not written where there was no plan.
+        versions: Of Python and the libraries, see ``list_versions``.
+        finished: When it finished, in UTC (ISO 8601).
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    planned_bytes: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    finished: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``manifest.json`` holds of the stage."""
+        data = asdict(self)
+        if not self.planned_bytes:
+            del data["planned_bytes"]
+        return data
+
+
 @contextmanager
 def record_stage(folder: Path, name: str, options: Mapping[str, Any]) -> Iterator[Stage]:
-    """Time a stage and, when it succeeds, write its entry into ``folder/manifest.json``."""
+    """Time a stage and, when it succeeds, write its record into ``folder/manifest.json``."""
     stage = Stage()
     start = time.perf_counter()
     yield stage
     stage.seconds = round(time.perf_counter() - start, 3)
     stage.peak_bytes = measure_peak_bytes()
+    record = StageRecord(
+        options=dict(options),
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        seconds=stage.seconds,
+        peak_bytes=stage.peak_bytes,
+        planned_bytes=stage.planned,
+        versions=list_versions(),
+        finished=now(),
+    )
     path = folder / MANIFEST
     stages = load_json(path, fix="Delete it.")["stages"] if path.is_file() else {}
-    stages[name] = {
-        "options": dict(options),
-        "inputs": stage.inputs,
-        "outputs": stage.outputs,
-        "seconds": stage.seconds,
-        "peak_bytes": stage.peak_bytes,
-        **({"planned_bytes": stage.planned} if stage.planned else {}),
-        "versions": list_versions(),
-        "finished": now(),
-    }
-    save_json(path, {"stages": stages})
+    save_json(path, {"stages": stages | {name: record.to_json()}})
 
 
-def load_stage(folder: Path, name: str) -> dict[str, Any]:
-    """Return the manifest entry of a finished stage, or an empty dict where there is none."""
+def load_stages(folder: Path) -> dict[str, StageRecord]:
+    """Read the records of all finished stages, in the order in which they first ran.
+
+    Raises:
+        ArtifactError: ``manifest.json`` is damaged.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    return load_json(path, fix="Run the stage again.").get("stages", {}).get(name, {})
+    return load_record(_Manifest, path, fix="Run the stage again.").stages
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+
+
+def load_stage(folder: Path, name: str) -> StageRecord | None:
+    """Read the record of a finished stage; None where there is none."""
+    return load_stages(folder).get(name)
+
+
+def load_output_hash(folder: Path, stage: str, name: str) -> str | None:
+    """Read the hash that a stage recorded of an output; None where it recorded none."""
+    record = load_stage(folder, stage)
+    return record.outputs.get(name) if record else None
 
 
 def check_unchanged(path: Path, expected: str | None, *, fix: str) -> None:

@@ -1,7 +1,7 @@
 """Read a frozen dataclass back from JSON, with every value checked against its field's type."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -13,9 +13,9 @@ def read_record(
 ) -> _Record:
     """Build a dataclass from a JSON object.
 
-    Keys that are no field are ignored, so that a later version may add some. Fields may be
-    ``bool``, ``int``, ``float``, ``str``, ``None``, literals, unions, tuples, dicts with names as
-    keys, and dataclasses.
+    Keys that are no field are ignored, so that a later version may add some; a field with a
+    default may be missing. Fields may be ``bool``, ``int``, ``float``, ``str``, ``None``, ``Any``,
+    literals, unions, tuples, dicts with names as keys, and dataclasses.
 
     Args:
         kind: The dataclass.
@@ -24,7 +24,8 @@ def read_record(
         known: Fields that have been read already, where a field is no key of its own.
 
     Raises:
-        ValueError: A key is missing or a value has the wrong type; the message names it.
+        ValueError: A key without a default is missing, or a value has the wrong type; the message
+            names it.
     """
     if not isinstance(data, Mapping):
         raise _describe_mismatch(where or "the document", "an object", data)
@@ -34,9 +35,10 @@ def read_record(
         if field.name in values:
             continue
         path = f"{where}.{field.name}" if where else field.name
-        if field.name not in data:
+        if field.name in data:
+            values[field.name] = _read_value(hints[field.name], data[field.name], path)
+        elif field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{path} is missing")
-        values[field.name] = _read_value(hints[field.name], data[field.name], path)
     return kind(**values)
 
 
@@ -56,11 +58,15 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
         return value
     if is_dataclass(hint):
         return read_record(hint, value, where=where)  # type: ignore[arg-type]
-    # A bool is an int to Python, and an int is a good float.
-    accepted = (int, float) if hint is float else hint
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+    if hint is not Any and not _is_instance(value, hint):
         raise _describe_mismatch(where, hint.__name__, value)
     return value
+
+
+def _is_instance(value: Any, hint: type) -> bool:
+    # A bool is an int to Python, and an int is a good float.
+    accepted = (int, float) if hint is float else hint
+    return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
 
 
 def _read_union(options: tuple[Any, ...], value: Any, where: str) -> Any:

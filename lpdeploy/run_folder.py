@@ -19,7 +19,7 @@ from lpdeploy.artifacts import (
     check_replaceable,
     compute_sha256,
     load_folder_record,
-    load_stage,
+    load_output_hash,
     remove_leftovers,
 )
 from lpdeploy.errors import ArtifactError, RunInUseError
@@ -181,7 +181,7 @@ class RunFolder:
                 "`resume=True` first."
             )
         plan = load_plan(self.plan)
-        expected = load_stage(self.path, "prune").get("outputs", {}).get(self.plan.name)
+        expected = load_output_hash(self.path, "prune", self.plan.name)
         if expected is not None and compute_sha256(self.plan) != expected:
             raise ArtifactError(
                 f"'{self.plan}' has changed since it was written. Restore it, or prune again."

@@ -154,13 +154,13 @@ def test_stages_are_recorded_side_by_side(tmp_path):
     with record_stage(tmp_path, "compact", {}):
         pass
     entry = load_stage(tmp_path, "prune")
-    assert entry["options"] == {"ratio": 0.5}
-    assert entry["inputs"] == {"base": "abc"}
-    assert entry["seconds"] >= 0
-    assert entry["peak_bytes"] > 1e6
-    assert entry["versions"]["lpdeploy"]
+    assert entry.options == {"ratio": 0.5}
+    assert entry.inputs == {"base": "abc"}
+    assert entry.seconds >= 0
+    assert entry.peak_bytes > 1e6
+    assert entry.versions["lpdeploy"]
     assert load_stage(tmp_path, "compact")
-    assert load_stage(tmp_path, "export") == {}
+    assert load_stage(tmp_path, "export") is None
 
 
 def test_a_failed_stage_is_not_recorded(tmp_path):

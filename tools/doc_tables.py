@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lpdeploy.benchmark.pruning_table import render_pruning as render_pruning_table
+from lpdeploy.benchmark.results import LatencyResult, PruningResult
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.paper.render import render_markdown
+from lpdeploy.records import read_record
 
 _PARTS = ("training", "scoring", "cutting")
 
@@ -203,13 +205,13 @@ def render_served(data: dict[str, Any]) -> str:
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "bench": lambda data: strip_heading(render_latency_table(data)),
+    "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,
     "memory": render_memory,
     "messages": render_messages,
     "paper": lambda data: strip_heading(render_markdown(data)),
-    "pruning": lambda data: strip_heading(render_pruning_table(data)),
+    "pruning": lambda data: strip_heading(render_pruning_table(read_record(PruningResult, data))),
     "run": render_run,
     "scaling": render_scaling,
     "served": render_served,

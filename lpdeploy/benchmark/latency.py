@@ -4,15 +4,16 @@ import functools
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import describe_machine
+from lpdeploy.benchmark.results import LatencyResult, LatencyRow
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.benchmark.worker import Loaded, Timing, Workload
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
 from lpdeploy.models.loading import load_config
 
@@ -51,69 +52,17 @@ class Probe:
     time: Callable[[Workload, str], Timing]
 
 
-@dataclass(frozen=True)
-class LatencyRow:
-    """One variant in one phase; times are of one prefill, or of one decoded token.
-
-    Attributes:
-        model: Folder or hub name.
-        ratio: Share of groups removed.
-        engine: Of ``ENGINES``.
-        precision: What it computes in.
-        merged: Whether LoRA is merged into the weights.
-        phase: ``prefill`` or ``decode``.
-        tokens: Prompt tokens.
-        batch: Rows.
-        median_ms: Median over the repeats.
-        p10_ms: 10th percentile.
-        p90_ms: 90th percentile.
-        tokens_per_s: Tokens of all rows a second, at the median.
-        relative: Median over that of the merged dense model on the same engine and precision.
-        limit_share: Of a prefill, its operations a second over the machine's in a product of
-            large matrices; of a decoded token, its bytes a second over the machine's when it
-            copies. Both were measured in between. None where they were not.
-        peak_bytes: Memory of the loaded model and of the largest trial; None where that cannot
-            be told.
-        repeats: Trials.
-        parameters: Of the model, adapter included where it is unmerged.
-        bytes: Of what is loaded from disk, likewise.
-    """
-
-    model: str
-    ratio: float
-    engine: str
-    precision: str
-    merged: bool
-    phase: str
-    tokens: int
-    batch: int
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    tokens_per_s: float
-    relative: float | None
-    limit_share: float | None
-    peak_bytes: int | None
-    repeats: int
-    parameters: int
-    bytes: int
-
-
 def measure_latency(
     subjects: Sequence[Subject],
     workloads: Sequence[Workload],
     *,
     probe: Probe | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
-) -> dict[str, Any]:
+) -> LatencyResult:
     """Time all subjects, interleaved: each repeat runs every one of them, in a random order.
 
     A machine that slows down for a while then slows all alike, and ratios stay true; the probe is
     timed in between as well.
-
-    Returns:
-        ``{"machine": ..., "limits": ..., "rows": [LatencyRow as dict, ...]}``, prefill before
-        decode.
 
     Raises:
         LpdeployError: A model has fewer positions than a workload needs.
@@ -135,11 +84,8 @@ def measure_latency(
         for row in _build_rows(subjects, workload, phase, timings, limits)
     ]
     names = {"copy": "bytes_per_s", "matrix": "flops_per_s"}
-    return {
-        "machine": describe_machine(),
-        "limits": {names[work]: rate for work, rate in limits.items()},
-        "rows": [asdict(row) for row in rows],
-    }
+    rates_by_name = {names[work]: rate for work, rate in limits.items()}
+    return LatencyResult(describe_machine(), rates_by_name, tuple(rows))
 
 
 def _list_phases(workload: Workload) -> tuple[str, ...]:

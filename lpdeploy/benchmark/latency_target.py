@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.latency import time_interleaved
 from lpdeploy.benchmark.pairs import Found, compute_losses, find_pair
 from lpdeploy.benchmark.random_models import save_random_model
@@ -24,6 +23,7 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.engines import get_engine
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.loading import PRECISIONS, resolve_device
 from lpdeploy.models.shapes import compute_ratios, forecast_config, list_counts
 from lpdeploy.pruning.fit import check_memory
@@ -225,7 +225,7 @@ class _Bench:
                 repeats=_REPEATS,
                 measurements=self.measurements,
                 again={"dense_ms": dense_ms, "chosen_ms": chosen_ms},
-                machine=describe_machine(),
+                machine=describe_machine().to_json(),
             ),
         )
 

@@ -4,33 +4,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpdeploy.benchmark.pruning_table import name_variant
+from lpdeploy.benchmark.results import LatencyResult, LatencyRow, PruningResult
 from lpdeploy.plotting import COLORS, INK, make_panels, to_svg
 
 _MERGED, _UNMERGED = COLORS[:2]
 
 
-def draw_latency(bench: Mapping[str, Any]) -> str:
+def draw_latency(bench: LatencyResult) -> str:
     """Draw medians with their p10 to p90, a panel an engine and phase, merged beside unmerged.
 
     Of several batch sizes the first is drawn.
 
     Args:
-        bench: What ``bench.json`` holds.
+        bench: The result.
 
     Returns:
         SVG.
     """
-    first = bench["rows"][0]
-    chosen: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for row in bench["rows"]:
-        if row["batch"] == first["batch"]:
-            key = (row["phase"], row["engine"], row["precision"])
+    first = bench.rows[0]
+    chosen: dict[tuple[str, ...], list[LatencyRow]] = {}
+    for row in bench.rows:
+        if row.batch == first.batch:
+            key = (row.phase, row.engine, row.precision)
             chosen.setdefault(key, []).append(row)
     phases = {phase for phase, *_ in chosen}
     figure, panels = make_panels(len(chosen), rows=len(phases))
     for panel, ((phase, *engine), rows) in zip(panels, chosen.items(), strict=True):
         _draw_engine(panel, rows)
-        what = f"{first['tokens']} tokens" if phase == "prefill" else "a token"
+        what = f"{first.tokens} tokens" if phase == "prefill" else "a token"
         panel.set_title(f"{' '.join(engine)}, {phase} of {what}, ms", loc="left", color=INK)
     fullest = max(panels, key=lambda panel: len(panel.containers))
     fullest.legend(frameon=False, loc="upper right")
@@ -47,18 +48,18 @@ def _share_scales(phases: Mapping[Any, str]) -> None:
             panel.set_ylim(0, top)
 
 
-def _draw_engine(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    ratios = sorted({row["ratio"] for row in rows})
-    forms = [form for form in (True, False) if any(row["merged"] == form for row in rows)]
+def _draw_engine(panel: Any, rows: Sequence[LatencyRow]) -> None:
+    ratios = sorted({row.ratio for row in rows})
+    forms = [form for form in (True, False) if any(row.merged == form for row in rows)]
     width = 0.76 / len(forms)
     for place, merged in enumerate(forms):
-        chosen = [row for row in rows if row["merged"] == merged]
+        chosen = [row for row in rows if row.merged == merged]
         shift = (place - (len(forms) - 1) / 2) * width
-        medians = [row["median_ms"] for row in chosen]
-        low = [row["median_ms"] - row["p10_ms"] for row in chosen]
-        high = [row["p90_ms"] - row["median_ms"] for row in chosen]
+        medians = [row.median_ms for row in chosen]
+        low = [row.median_ms - row.p10_ms for row in chosen]
+        high = [row.p90_ms - row.median_ms for row in chosen]
         bars = panel.bar(
-            [ratios.index(row["ratio"]) + shift for row in chosen],
+            [ratios.index(row.ratio) + shift for row in chosen],
             medians,
             width * 0.95,
             color=_MERGED if merged else _UNMERGED,
@@ -92,23 +93,23 @@ def draw_training(log: Sequence[Mapping[str, Any]]) -> str:
     return to_svg(figure)
 
 
-def draw_pruning(bench: Mapping[str, Any]) -> str:
+def draw_pruning(bench: PruningResult) -> str:
     """Draw what a step costs by criterion: its time, and memory above the weights.
 
     Args:
-        bench: What ``bench-pruning.json`` holds.
+        bench: The result.
 
     Returns:
         SVG.
     """
-    rows = bench["rows"]
+    rows = bench.rows
     names = [name_variant(row) for row in rows]
     figure, (time, memory) = make_panels(2)
-    training = [(row["step_ms"] - row["scoring_ms"]) / 1e3 for row in rows]
-    _stack(time, names, {"training": training, "scoring": [r["scoring_ms"] / 1e3 for r in rows]})
+    training = [(row.step_ms - row.scoring_ms) / 1e3 for row in rows]
+    _stack(time, names, {"training": training, "scoring": [r.scoring_ms / 1e3 for r in rows]})
     time.set_title("a step, s", loc="left", color=INK)
-    weights = [row["weight_bytes"] / 1e9 for row in rows]
-    beside = [(row["beside_bytes"] or 0) / 1e9 for row in rows]
+    weights = [row.weight_bytes / 1e9 for row in rows]
+    beside = [(row.beside_bytes or 0) / 1e9 for row in rows]
     _stack(memory, names, {"weights": weights, "beside them": beside})
     memory.set_title("memory at its peak, GB", loc="left", color=INK)
     return to_svg(figure)

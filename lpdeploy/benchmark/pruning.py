@@ -2,16 +2,17 @@
 
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from lpdeploy.artifacts import describe_machine
 from lpdeploy.benchmark.pruning_worker import Prepared, StepCost
+from lpdeploy.benchmark.results import PruningResult, PruningRow, PruningSetting
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.costs import compute_scoring_flops, compute_training_flops
 from lpdeploy.models.shapes import forecast_config
 
@@ -64,61 +65,6 @@ class Running(Protocol):
         """Take the next step (``step``)."""
 
 
-@dataclass(frozen=True)
-class PruningRow:
-    """One variant. Times are medians of a step of the whole model; memory is the peak of its steps.
-
-    Attributes:
-        criterion: How groups are scored.
-        load_in: ``8bit`` for a quantised base.
-        offload_gradients: Whether the gradients of ``gradient`` lie in CPU memory.
-        precision: What it computes in.
-        step_ms: A step, scoring included.
-        p10_ms: 10th percentile.
-        p90_ms: 90th percentile.
-        scoring_ms: The part of it that scoring took.
-        cutting_ms: The one removal, of all groups that go; a run spreads it over its events.
-        after_ms: A step after the removal, which is not scored.
-        tokens_per_s: Tokens of a step over ``step_ms``.
-        flops: Floating-point operations of a step, see ``compute_training_flops``, and of scoring.
-        after_flops: Of a step after the removal.
-        total_s: Time of all measured steps: training, scoring, cutting.
-        peak_bytes: Peak memory, of the device, or on a CPU of the process; None if unknown.
-        after_bytes: The same after the removal.
-        weight_bytes: Of the frozen base.
-        beside_bytes: The peak without the base and without what the process held before it.
-        planned_bytes: What the plan says of ``peak_bytes``.
-        relative_time: ``step_ms`` over that of ``gradient``; None where that was not measured.
-        relative_memory: ``peak_bytes``, likewise.
-        relative_beside: ``beside_bytes``, likewise.
-        steps: Steps before the removal.
-    """
-
-    criterion: str
-    load_in: str | None
-    offload_gradients: bool
-    precision: str
-    step_ms: float
-    p10_ms: float
-    p90_ms: float
-    scoring_ms: float
-    cutting_ms: float
-    after_ms: float
-    tokens_per_s: float
-    flops: float
-    after_flops: float
-    total_s: Mapping[str, float]
-    peak_bytes: int | None
-    after_bytes: int | None
-    weight_bytes: int
-    beside_bytes: int | None
-    planned_bytes: int
-    relative_time: float | None
-    relative_memory: float | None
-    relative_beside: float | None
-    steps: int
-
-
 def run_interleaved(
     runs: Sequence[Running], rounds: int, on_round: Callable[[], None]
 ) -> list[list[StepCost]]:
@@ -140,12 +86,8 @@ def build_result(
     measured: Iterable[tuple[PruneConfig, Prepared, Sequence[StepCost]]],
     *,
     interleaved: bool,
-) -> dict[str, Any]:
-    """Make the rows, relative to the criterion that needs the gradients of the weights.
-
-    Returns:
-        ``{"machine": ..., "workload": ..., "rows": [PruningRow as dict, ...]}``.
-    """
+) -> PruningResult:
+    """Make the rows, relative to the criterion that needs the gradients of the weights."""
     rows = [build_row(config, workload, *one) for one in measured]
     reference = next(
         (r for r in rows if CRITERIA[r.criterion].weight_gradients and not r.offload_gradients),
@@ -154,20 +96,17 @@ def build_result(
     if reference is not None:
         rows = [relate(row, reference) for row in rows]
     options = workload.options
-    return {
-        "machine": describe_machine(),
-        "workload": {
-            "layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "batch_size": options.batch_size,
-            "micro_batch_size": options.micro_batch_size,
-            "seq_len": options.seq_len,
-            "gradient_checkpointing": options.gradient_checkpointing,
-            "ratio": options.ratio,
-            "interleaved": interleaved,
-        },
-        "rows": [asdict(row) for row in rows],
-    }
+    setting = PruningSetting(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
+        seq_len=options.seq_len,
+        gradient_checkpointing=options.gradient_checkpointing,
+        ratio=options.ratio,
+        interleaved=interleaved,
+    )
+    return PruningResult(describe_machine(), setting, tuple(rows))
 
 
 def build_row(

@@ -9,7 +9,8 @@ from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.benchmark.plot import draw_pruning
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_table import render_pruning
-from lpdeploy.benchmark.pruning_worker import PruningVariant, start_pruning
+from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, start_pruning
+from lpdeploy.benchmark.results import PruningResult
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.loading import load_config, resolve_device, resolve_model
@@ -33,7 +34,7 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
     output: Path,
     on_progress: Progress = lambda *_: None,
     log: Log = lambda _: None,
-) -> dict[str, Any]:
+) -> PruningResult:
     """Measure what a step costs by criterion, and write JSON, Markdown and SVG.
 
     Each variant is a run in a process of its own. Where all of them fit into memory at once, they
@@ -49,9 +50,6 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
         output: Folder for the files.
         on_progress: Is told (steps done, all steps).
         log: Is told what is measured, and what is not.
-
-    Returns:
-        What ``bench-pruning.json`` holds.
 
     Raises:
         LpdeployError: Model, data, device or memory are not what is needed.
@@ -70,7 +68,7 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
         [(own, *one) for own, one in zip(options, measured, strict=True)],
         interleaved=together,
     )
-    save_json(output / BENCH, result)
+    save_json(output / BENCH, result.to_json())
     texts = {"bench-pruning.md": render_pruning(result), "bench-pruning.svg": draw_pruning(result)}
     for name, text in texts.items():
         with atomic_file(output / name) as temporary:
@@ -126,7 +124,7 @@ def _measure(
     *,
     together: bool,
     on_progress: Progress,
-) -> list[tuple[Any, Any]]:
+) -> list[tuple[Prepared, list[StepCost]]]:
     """Return (prepared, costs) of each variant."""
     rounds = WARM_UPS + workload.steps + workload.steps_after
     batches = [variants] if together else [[variant] for variant in variants]

@@ -5,11 +5,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.artifacts import atomic_file, load_json, save_json
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.plot import draw_latency
+from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.benchmark.table import render_latency
 from lpdeploy.benchmark.variants import Variant, list_variants
 from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
@@ -29,7 +29,7 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
     output: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
     log: Callable[[str], None] = lambda _: None,
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[LatencyResult, Path]:
     """Time the targets and write ``bench.json``, ``bench.md`` and ``bench.svg``.
 
     Each engine has a process of its own, and one more measures what the machine can do.
@@ -45,7 +45,7 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         log: Is told what takes time before that.
 
     Returns:
-        What ``bench.json`` holds, and its folder.
+        The result, and the folder of the files.
     """
     device = resolve_device(device)
     result_file = _choose_file(targets, output)
@@ -66,7 +66,7 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         )
         with start_workers(variants, device=device) as (subjects, probe):
             result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)
-    save_json(result_file, result)
+    save_json(result_file, result.to_json())
     texts = {".md": render_latency(result), ".svg": draw_latency(result)}
     for suffix, text in texts.items():
         with atomic_file(result_file.with_suffix(suffix)) as temporary:

@@ -1,7 +1,9 @@
 """The latency benchmark as a table, for a terminal and as Markdown."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from lpdeploy.benchmark.results import LatencyResult, LatencyRow
+from lpdeploy.machine import Machine
 
 _HEADER = (
     "engine",
@@ -19,26 +21,31 @@ _HEADER = (
 )
 
 
-def list_cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def list_cells(rows: Sequence[LatencyRow]) -> list[tuple[str, ...]]:
     """Write each row of ``bench.json`` as the cells of a table, under their header."""
     cells = [
         (
-            f"{row['engine']} {row['precision']}",
-            row["phase"],
-            str(row["batch"]),
-            f"{row['ratio']:.0%}",
-            "merged" if row["merged"] else "unmerged",
-            f"{row['median_ms']:.2f}",
-            f"{row['p10_ms']:.2f} to {row['p90_ms']:.2f}",
-            f"{row['tokens_per_s']:,.0f}",
-            "" if row["relative"] is None else f"{row['relative'] - 1:+.1%}",
-            "" if row["limit_share"] is None else f"{row['limit_share']:.0%}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
-            f"{row['parameters']:,}",
+            f"{row.engine} {row.precision}",
+            row.phase,
+            str(row.batch),
+            f"{row.ratio:.0%}",
+            "merged" if row.merged else "unmerged",
+            f"{row.median_ms:.2f}",
+            f"{row.p10_ms:.2f} to {row.p90_ms:.2f}",
+            f"{row.tokens_per_s:,.0f}",
+            format_relative(row),
+            "" if row.limit_share is None else f"{row.limit_share:.0%}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
+            f"{row.parameters:,}",
         )
         for row in rows
     ]
     return [_HEADER, *cells]
+
+
+def format_relative(row: LatencyRow) -> str:
+    """Write how much more time a row takes than the merged dense model: -20.0%."""
+    return "" if row.relative is None else f"{row.relative - 1:+.1%}"
 
 
 def format_lines(lines: Sequence[Sequence[str]]) -> str:
@@ -56,29 +63,29 @@ def render_lines(lines: Sequence[Sequence[str]]) -> list[str]:
     return [header, f"|{' --- |' * len(lines[0])}", *rows]
 
 
-def describe_origin(machine: Mapping[str, Any]) -> str:
+def describe_origin(machine: Machine) -> str:
     """Say on what, with which versions, when and by which command something was measured."""
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     return (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
-        f"{machine['date'][:10]}: `{machine['command']}`"
+        f"{machine.gpu or machine.cpu}, {machine.threads} threads, {versions}, "
+        f"{machine.date[:10]}: `{machine.command}`"
     )
 
 
-def format_latency(result: Mapping[str, Any]) -> str:
+def format_latency(result: LatencyResult) -> str:
     """Write the table for a terminal."""
-    return format_lines(list_cells(result["rows"]))
+    return format_lines(list_cells(result.rows))
 
 
-def render_latency(result: Mapping[str, Any]) -> str:
+def render_latency(result: LatencyResult) -> str:
     """Write the table as Markdown, with what it was measured on."""
-    table = render_lines(list_cells(result["rows"]))
+    table = render_lines(list_cells(result.rows))
     return "\n".join(["# Latency", "", *table, "", *(f"{note}\n" for note in _list_notes(result))])
 
 
-def _list_notes(result: Mapping[str, Any]) -> list[str]:
-    first = result["rows"][0]
-    rates = result["limits"]
+def _list_notes(result: LatencyResult) -> list[str]:
+    first = result.rows[0]
+    rates = result.limits
     reached = []
     if flops := rates.get("flops_per_s"):
         reached.append(f"{flops / 1e9:,.0f} GFLOP/s in a product of large matrices")
@@ -86,7 +93,7 @@ def _list_notes(result: Mapping[str, Any]) -> list[str]:
         what = "which writes what decoding only reads"
         reached.append(f"{copied / 1e9:,.1f} GB/s in a copy, {what}")
     how = (
-        f"Prompts of {first['tokens']} tokens; medians of {first['repeats']} interleaved trials, "
+        f"Prompts of {first.tokens} tokens; medians of {first.repeats} interleaved trials, "
         "each engine in a process of its own. Against dense: the merged dense model on the same "
         "engine and in the same precision."
     )
@@ -94,4 +101,4 @@ def _list_notes(result: Mapping[str, Any]) -> list[str]:
         "Of the limit: operations of a prefill, bytes of a decoded token, a second, over what the "
         f"machine reached in between ({', '.join(reached)})."
     )
-    return [how, limit, describe_origin(result["machine"])]
+    return [how, limit, describe_origin(result.machine)]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.benchmark.latency_target import choose_widths
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import format_bytes
 from lpdeploy.models.loading import find_config
 from lpdeploy.models.shapes import build_counter, get_itemsize
 from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target

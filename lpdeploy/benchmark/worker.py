@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lpdeploy.artifacts import read_process_bytes
 from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import read_process_bytes
 
 
 @dataclass(frozen=True)

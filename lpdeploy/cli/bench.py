@@ -102,7 +102,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
             log=log,
         )
     log(f"Wrote {folder / 'bench.json'}, .md, .svg")
-    print_result(result, format_latency(result), as_json=as_json)
+    print_result(result.to_json(), format_latency(result), as_json=as_json)
 
 
 @command.command("pruning", cls=GroupedCommand)
@@ -172,7 +172,7 @@ def pruning(
             log=log,
         )
     log(f"Wrote {output / 'bench-pruning.json'}, .md, .svg")
-    print_result(result, format_pruning(result), as_json=as_json)
+    print_result(result.to_json(), format_pruning(result), as_json=as_json)
 
 
 def _parse_criteria(text: str) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import print_result, shared_options, write_flags
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
+from lpdeploy.machine import format_bytes
 
 if TYPE_CHECKING:
     from lpdeploy.servers.check import Alignment, CheckResult

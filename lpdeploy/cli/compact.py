@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import FOLDER, RUN, print_result, shared_options
+from lpdeploy.machine import format_bytes
 
 
 @click.command("compact")

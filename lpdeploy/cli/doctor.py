@@ -23,7 +23,7 @@ def command(*, as_json: bool) -> None:
     """Show devices and libraries, and how to install what is missing."""
     import torch
 
-    from lpdeploy.artifacts import describe_machine
+    from lpdeploy.machine import describe_machine
 
     machine = describe_machine()
     missing = {
@@ -31,15 +31,15 @@ def command(*, as_json: bool) -> None:
         for name, (extra, _) in _OPTIONAL.items()
         if importlib.util.find_spec(name) is None
     }
-    machine["cuda"] = torch.cuda.is_available()
     lines = [
-        f"cpu      {machine['cpu']}, {machine['cores']} cores",
-        f"gpu      {machine['gpu'] or 'none that torch can use'}",
-        f"system   {machine['system']}",
-        *[f"{name:12} {version}" for name, version in machine["versions"].items()],
+        f"cpu      {machine.cpu}, {machine.cores} cores",
+        f"gpu      {machine.gpu or 'none that torch can use'}",
+        f"system   {machine.system}",
+        *[f"{name:12} {version}" for name, version in machine.versions.items()],
         *[
             f"{name:12} missing; needed for {_OPTIONAL[name][1]}: {command}"
             for name, command in missing.items()
         ],
     ]
-    print_result({"machine": machine, "missing": missing}, "\n".join(lines), as_json=as_json)
+    shown = {**machine.to_json(), "cuda": torch.cuda.is_available()}
+    print_result({"machine": shown, "missing": missing}, "\n".join(lines), as_json=as_json)

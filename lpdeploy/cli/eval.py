@@ -7,6 +7,7 @@ import click
 
 from lpdeploy.cli.common import DEVICE_HELP, ENGINE, print_result, shared_options, split_names
 from lpdeploy.evaluation.options import EvalOptions
+from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 
 
 class _Names(click.ParamType):
@@ -95,31 +96,31 @@ def command(
             device=device,
             on_progress=lambda _, done, total: progress(done, total),
         )
-    print_result(result, _describe(result), as_json=as_json)
+    print_result(result.to_json(), _describe(result), as_json=as_json)
 
 
-def _describe(result: dict[str, Any]) -> str:
-    lines = _list_lines(result["model"], result)
-    if "base" in result:
-        lines += _list_lines("unpruned base", result["base"])
+def _describe(result: Evaluation) -> str:
+    lines = _list_lines(result.model, result.figures)
+    if result.base is not None:
+        lines += _list_lines("unpruned base", result.base)
     return "\n".join(lines)
 
 
-def _list_lines(name: str, part: dict[str, Any]) -> list[str]:
+def _list_lines(name: str, figures: Figures) -> list[str]:
     lines = [
-        f"{name} on {Path(source).name}: perplexity {m['perplexity']:.2f}, "
-        f"{m['bits_per_byte']:.3f} bits per byte, {m['tokens']:,} tokens"
-        for source, m in part["perplexity"].items()
+        f"{name} on {Path(source).name}: perplexity {text.perplexity:.2f}, "
+        f"{text.bits_per_byte:.3f} bits per byte, {text.tokens:,} tokens"
+        for source, text in figures.perplexity.items()
     ]
-    for task, measured in part.get("tasks", {}).items():
-        lines.append(f"{name} on {task}: {_list_metrics(measured)}, n {measured['n']:,}")
-    if part.get("average_over"):
-        over = part["average_over"]
-        lines.append(f"{name}, average of {', '.join(over)}: {part['average']:.4f}")
+    for task, metrics in figures.tasks.items():
+        lines.append(f"{name} on {task}: {_list_metrics(metrics)}, n {metrics['n']:,}")
+    if figures.average is not None:
+        over = ", ".join(figures.average_over)
+        lines.append(f"{name}, average of {over}: {figures.average:.4f}")
     return lines
 
 
-def _list_metrics(measured: dict[str, Any]) -> str:
+def _list_metrics(measured: Metrics) -> str:
     shown = []
     for metric, value in measured.items():
         if metric in {"n", "num_fewshot"} or "_stderr" in metric or value is None:

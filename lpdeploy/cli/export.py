@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import (
     EXPORTED,
     FOLDER,
@@ -14,6 +13,7 @@ from lpdeploy.cli.common import (
     write_flags,
 )
 from lpdeploy.engines import list_exporting
+from lpdeploy.machine import format_bytes
 
 _HELP = """Export a RUN or MODEL for an inference engine.
 

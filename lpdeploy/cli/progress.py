@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import is_first_rank
+from lpdeploy.machine import format_bytes
 
 
 def _build_progress(*columns: str) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
 from lpdeploy.cli.options import (
     GroupedCommand,
@@ -16,6 +15,7 @@ from lpdeploy.cli.options import (
     drop_overruled,
 )
 from lpdeploy.config import DATA
+from lpdeploy.machine import format_bytes
 
 
 @click.command("prune", cls=GroupedCommand)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import remove_leftovers, save_json
+from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.benchmark.stage import bench_latency
+from lpdeploy.benchmark.table import format_relative
 from lpdeploy.benchmark.worker import Workload
 from lpdeploy.config import PruneConfig
 from lpdeploy.engines.export import export
@@ -20,6 +22,7 @@ from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
+from lpdeploy.evaluation.results import Evaluation, Figures
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.run import prune
@@ -95,7 +98,7 @@ def run_demo(
         "page": str(page),
         "seconds": seconds,
         "perplexity": _list_perplexities(measured),
-        "rows": bench["rows"],
+        "rows": bench.to_json()["rows"],
         "summary": _summarise(page, measured, bench, seconds),
     }
 
@@ -172,22 +175,22 @@ def _write_lines(opening: str, name: str, model: Path) -> dict[str, str]:
     return {"model": name, "opening": opening, "text": text}
 
 
-def _list_perplexities(measured: dict[str, Any]) -> dict[str, float]:
+def _list_perplexities(measured: Evaluation) -> dict[str, float]:
+    parts = {"dense": measured.base or Figures(), "pruned": measured.figures}
     return {
-        name: next(iter(part["perplexity"].values()))["perplexity"]
-        for name, part in (("dense", measured["base"]), ("pruned", measured))
+        name: text.perplexity for name, part in parts.items() for text in part.perplexity.values()
     }
 
 
-def _summarise(page: Path, measured: dict[str, Any], bench: dict[str, Any], seconds: float) -> str:
+def _summarise(page: Path, measured: Evaluation, bench: LatencyResult, seconds: float) -> str:
     perplexity = _list_perplexities(measured)
     equal = "every stage computes the same"
     lines = [
         f"perplexity {perplexity['dense']:.2f} dense, {perplexity['pruned']:.2f} pruned; {equal}"
     ]
     lines += [
-        f"{row['engine']:6} {row['ratio']:4.0%} {'merged' if row['merged'] else 'unmerged':9}"
-        f"{row['median_ms']:8.2f} ms {row['relative'] - 1:+7.1%}"
-        for row in bench["rows"]
+        f"{row.engine:6} {row.ratio:4.0%} {'merged' if row.merged else 'unmerged':9}"
+        f"{row.median_ms:8.2f} ms {format_relative(row):>7}"
+        for row in bench.rows
     ]
     return "\n".join([*lines, f"{seconds:.0f} s; open {page}"])

@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import ArtifactError, DataError
+from lpdeploy.evaluation.results import Metrics
 from lpdeploy.evaluation.scoring import Score, compute_loglikelihoods
 from lpdeploy.evaluation.tasks import build_config, get_default_shots, load_task_files
 
@@ -293,7 +294,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 4,
     on_progress: Progress = lambda *_: None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Metrics]:
     """Measure a model on tasks.
 
     Args:
@@ -337,8 +338,8 @@ def _keep_quiet() -> Iterator[None]:
         task_module.tqdm = bar
 
 
-def _describe(result: dict[str, Any], found: TaskSet, name: str) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
+def _describe(result: dict[str, Any], found: TaskSet, name: str) -> Metrics:
+    metrics: Metrics = {}
     for key, value in result.items():
         metric, _, chosen = key.partition(",")
         if chosen:  # "acc,none": a metric, and the filter its answers went through

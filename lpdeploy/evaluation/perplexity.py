@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -13,26 +12,10 @@ from lpdeploy.data.batches import IGNORED, build_token_stream
 from lpdeploy.data.sources import Corpus
 from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
+from lpdeploy.evaluation.results import Perplexity
 
 # Positions whose log-softmax is taken at once: 64 MB beside the logits at 32,000 tokens.
 _POSITIONS_AT_ONCE = 512
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text.
-
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood (nats) of the predicted tokens.
-        bits_per_byte: That mean in bits, times the tokens of the text (bos and eos of each
-            document included, since they are predicted, too) over its UTF-8 bytes. Unlike the
-            perplexity, it compares models with different tokenizers.
-        tokens: Predicted tokens, that the mean is over.
-    """
-
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
 
 
 def compute_perplexity(

@@ -4,10 +4,10 @@ The average is the paper's: the mean over BoolQ, PIQA, HellaSwag, WinoGrande, AR
 OBQA. The paper does not say which of lm-eval's two accuracies a column shows. Its dense LLaMA-7B
 row is that of LLM-Pruner (arXiv:2305.11627), and fits ``acc`` for ARC-e and ``acc_norm`` for
 HellaSwag, ARC-c and OBQA, as lm-eval of that time measured them; BoolQ and WinoGrande have only
-``acc``, and of PIQA, whose two are close, ``acc`` is taken. ``PAPER_METRICS`` says so in code. We
-differ in that today's lm-eval starts its prompts with the bos that the tokenizer adds, and has
-changed some of them since, so the paper's figures are not met to the digit. MMLU is not in the
-average, there or here.
+``acc``, and of PIQA, whose two are close, ``acc`` is taken. ``PAPER_METRICS`` in
+``evaluation.results`` says so in code. We differ in that today's lm-eval starts its prompts with
+the bos that the tokenizer adds, and has changed some of them since, so the paper's figures are not
+met to the digit. MMLU is not in the average, there or here.
 """
 
 import difflib
@@ -19,17 +19,6 @@ from typing import Any, NoReturn
 
 from lpdeploy.data.sources import read_json_rows
 from lpdeploy.errors import DataError
-
-PAPER_METRICS = {
-    "boolq": "acc",
-    "piqa": "acc",
-    "hellaswag": "acc_norm",
-    "winogrande": "acc",
-    "arc_easy": "acc",
-    "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm",
-}
-"""Task -> the accuracy that the average takes."""
 
 _MMLU = "mmlu"
 _SHOTS = ".shots"
@@ -68,20 +57,6 @@ class TaskFile:
 def get_default_shots(name: str) -> int:
     """Return how many examples a task shows by default: 5 for MMLU, as in the paper, else 0."""
     return 5 if name == _MMLU or name.startswith(f"{_MMLU}_") else 0
-
-
-def compute_average(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Average the accuracies as the paper does, over those of its seven tasks that were run.
-
-    Args:
-        measured: Task -> its metrics.
-
-    Returns:
-        ``{"average": 0.5, "average_over": ["piqa", ...]}``; None over nothing.
-    """
-    names = [name for name in PAPER_METRICS if name in measured]
-    values = [measured[name][PAPER_METRICS[name]] for name in names]
-    return {"average": sum(values) / len(values) if values else None, "average_over": names}
 
 
 def load_task_files(name: str, folder: Path) -> list[TaskFile]:

@@ -17,6 +17,7 @@ from lpdeploy.artifacts import (
     check_replaceable,
     check_unchanged,
     compute_sha256,
+    load_output_hash,
     load_stage,
     record_stage,
 )
@@ -167,9 +168,11 @@ def _save_rest(
         sha256=compute_model_sha256(folder, known=sha256s),
     )
     record.save(folder)
-    recorded = load_stage(run.path, "prune").get("options", {})
+    prune = load_stage(run.path, "prune")
     stock = not is_per_layer(pruned.model_type)
-    card = build_model_card(record, config, target=target, recorded=recorded, stock=stock)
+    card = build_model_card(
+        record, config, target=target, recorded=prune.options if prune else {}, stock=stock
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return record
 
@@ -266,7 +269,7 @@ def _check_groups(base: Path, plan: PruningPlan) -> None:
 
 def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:
     """Read a run's adapter, checked against the hash that ``prune`` recorded."""
-    expected = load_stage(run.path, "prune").get("outputs", {}).get(run.adapter.name)
+    expected = load_output_hash(run.path, "prune", run.adapter.name)
     check_unchanged(run.adapter, expected, fix="Prune again, or restore the folder.")
     return load_adapter(run.adapter)
 

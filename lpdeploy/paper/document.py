@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.evaluation.tasks import PAPER_METRICS
+from lpdeploy.evaluation.results import PAPER_METRICS
 from lpdeploy.paper.cells import Cell, Selection, Study
 from lpdeploy.paper.run import CELLS
 from lpdeploy.paper.similarity import compute_mask_similarity

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import describe_machine, load_json, save_json
+from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
+from lpdeploy.machine import describe_machine
 from lpdeploy.paper.cells import (
     Cell,
     Study,
@@ -251,7 +252,7 @@ def run_cell(
 
 
 def _describe(cell: Cell, study: Study) -> dict[str, Any]:
-    machine = {k: v for k, v in describe_machine().items() if k != "command"}
+    machine = {k: v for k, v in describe_machine().to_json().items() if k != "command"}
     return {
         "key": cell.key,
         "model": {"name": study.model.name, "sha256": study.model.identity},

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpdeploy.artifacts import atomic_file, list_versions
+from lpdeploy.artifacts import atomic_file
 from lpdeploy.config import PruneConfig, rename_fields
 from lpdeploy.errors import ArtifactError
+from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.run_folder import RunFolder

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import format_bytes, read_process_bytes
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import format_bytes, read_process_bytes
 from lpdeploy.models.loading import resolve_device, resolve_dtype
 from lpdeploy.pruning.heap import is_tight
 from lpdeploy.pruning.memory import MemoryPlan, plan_memory

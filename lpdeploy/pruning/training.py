@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpdeploy.artifacts import measure_peak_bytes
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
+from lpdeploy.machine import measure_peak_bytes
 from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.ranks import Ranks

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import format_bytes
 from lpdeploy.publish.files import Upload, is_local, list_uploads
 from lpdeploy.run_folder import RunFolder
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpdeploy.artifacts import atomic_file, load_json
+from lpdeploy.artifacts import atomic_file, load_json, load_record, load_stages
 from lpdeploy.benchmark.plot import draw_latency, draw_training
+from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.engines import list_exporting
 from lpdeploy.engines.exports import find_export
 from lpdeploy.errors import ArtifactError
+from lpdeploy.evaluation.results import Evaluation, load_evaluation
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.plan import describe_method
@@ -67,12 +69,12 @@ def _collect(run: RunFolder) -> dict[str, Any]:
     plan = run.load_plan()
     record = load_model_record(run.model)
     _check_exports(run)
-    bench = _load(run.benchmark)
-    stages = load_json(run.manifest, fix=_FIX)["stages"]
+    bench = load_record(LatencyResult, run.benchmark, fix=_FIX) if run.benchmark.is_file() else None
+    stages = load_stages(run.path)
     return {
         "run": run.path.name,
         "plan": plan,
-        "method": describe_method(stages["prune"]["options"]),
+        "method": describe_method(stages["prune"].options),
         "base": Path(plan.base_model).name,
         "model": record,
         "training": draw_training(_load_log(run.log)) if run.log.is_file() else None,
@@ -98,15 +100,15 @@ def _load(path: Path) -> Any:
     return load_json(path, fix=_FIX) if path.is_file() else None
 
 
-def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[dict[str, Any]]:
+def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[Evaluation]:
     """Return one evaluation for each engine and precision, the newest first."""
-    newest = _load(run.evaluation)
-    if newest and record and newest["model_sha256"] != record.sha256:
+    newest = load_evaluation(run.evaluation, fix=_FIX)
+    if newest and record and newest.model_sha256 != record.sha256:
         raise ArtifactError(
             f"'{run.evaluation}' was measured on another model than '{run.model}' is now. "
             f"Run 'lpdeploy eval {run}' again, or delete the file."
         )
-    return [newest, *newest.get("others", [])] if newest else []
+    return [newest, *newest.others] if newest else []
 
 
 def _load_log(path: Path) -> list[dict[str, Any]]:

@@ -6,14 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import (
-    atomic_folder,
-    compute_sha256,
-    list_versions,
-    record_stage,
-    save_json,
-)
+from lpdeploy.artifacts import atomic_folder, compute_sha256, record_stage, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.shapes import list_widths

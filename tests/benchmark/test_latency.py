@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lpdeploy.benchmark.latency import (
     time_interleaved,
 )
 from lpdeploy.benchmark.plot import draw_latency
+from lpdeploy.benchmark.results import LatencyResult, LatencyRow
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_latency, render_latency
 from lpdeploy.benchmark.variants import Variant
@@ -23,6 +25,7 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.engines import ONNX
 from lpdeploy.engines.runner import Output
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.compact import compact
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
 from lpdeploy.models.loading import load_config
@@ -89,15 +92,15 @@ def test_rows_relate_to_the_merged_dense_model_of_their_engine(model):
         make_subject(model, warm(*[0.06] * 3), parameters=60),
     ]
     workload = Workload(tokens=20, batch=2, repeats=3)
-    rows = measure_latency(subjects, [workload])["rows"]
-    assert [row["relative"] for row in rows] == pytest.approx([1.0, 2.0, 0.5, None, 0.3])
-    assert rows[0]["median_ms"] == pytest.approx(200)
-    assert rows[0]["p10_ms"] == pytest.approx(120)
-    assert rows[0]["p90_ms"] == pytest.approx(280)
-    assert rows[0]["tokens_per_s"] == pytest.approx(2 * 20 / 0.2)
-    assert rows[0]["repeats"] == 3
-    assert rows[0]["peak_bytes"] == 1050
-    assert rows[0]["limit_share"] is None
+    rows = measure_latency(subjects, [workload]).rows
+    assert [row.relative for row in rows] == pytest.approx([1.0, 2.0, 0.5, None, 0.3])
+    assert rows[0].median_ms == pytest.approx(200)
+    assert rows[0].p10_ms == pytest.approx(120)
+    assert rows[0].p90_ms == pytest.approx(280)
+    assert rows[0].tokens_per_s == pytest.approx(2 * 20 / 0.2)
+    assert rows[0].repeats == 3
+    assert rows[0].peak_bytes == 1050
+    assert rows[0].limit_share is None
 
 
 def test_rows_say_how_near_the_limit_they_are(model):
@@ -107,23 +110,23 @@ def test_rows_say_how_near_the_limit_they_are(model):
     subject = make_subject(model, warm(0.1) * 2)
     workload = Workload(tokens=20, decode=4, batch=3, repeats=1)
     result = measure_latency([subject], [workload], probe=probe)
-    assert result["limits"] == {"flops_per_s": 2e6, "bytes_per_s": 4e6}
+    assert result.limits == {"flops_per_s": 2e6, "bytes_per_s": 4e6}
     config = load_config(model)
-    prefill, decode = result["rows"]
+    prefill, decode = result.rows
     flops = compute_prefill_flops(config, tokens=20, batch=3)
-    assert prefill["limit_share"] == pytest.approx(flops / 0.1 / 2e6)
+    assert prefill.limit_share == pytest.approx(flops / 0.1 / 2e6)
     # The table of embeddings is not read: (72 x 32) float32 of the file's 400,000 bytes.
     weights = 400_000 - 72 * 32 * 4
     needed = compute_decode_bytes(
         config, context=22, batch=3, weight_bytes=weights, cache_itemsize=4
     )
-    assert decode["limit_share"] == pytest.approx(needed / 0.1 / 4e6)
+    assert decode.limit_share == pytest.approx(needed / 0.1 / 4e6)
 
 
 def test_one_trial_has_no_spread(model):
     workload = Workload(tokens=5, repeats=1)
-    (row,) = measure_latency([make_subject(model, warm(0.1))], [workload])["rows"]
-    assert row["p10_ms"] == row["median_ms"] == row["p90_ms"] == 100
+    (row,) = measure_latency([make_subject(model, warm(0.1))], [workload]).rows
+    assert row.p10_ms == row.median_ms == row.p90_ms == 100
 
 
 def test_a_prefill_and_decode_steps_that_grow_the_cache_by_one():
@@ -187,8 +190,8 @@ def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
         bench_latency([str(run)], engines=["torch"], workloads=workloads, device="cpu")
     compact(run, keep_adapter=True)
     result, folder = bench_latency([str(run)], workloads=workloads, device="cpu")
-    rows = result["rows"]
-    found = {(r["engine"], r["ratio"], r["merged"], r["phase"]) for r in rows}
+    rows = result.rows
+    found = {(r.engine, r.ratio, r.merged, r.phase) for r in rows}
     assert found == {
         (engine, ratio, merged, phase)
         for engine in ("torch", "onnx")
@@ -197,30 +200,33 @@ def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
         for phase in ("prefill", "decode")
     }
     assert len(rows) == len(found)
-    by_form = {(r["ratio"], r["merged"]): r for r in rows}
-    assert by_form[0.5, True]["parameters"] < by_form[0.0, True]["parameters"]
-    assert by_form[0.5, False]["parameters"] > by_form[0.5, True]["parameters"]
-    assert by_form[0.5, False]["bytes"] > by_form[0.5, True]["bytes"]
+    by_form = {(r.ratio, r.merged): r for r in rows}
+    assert by_form[0.5, True].parameters < by_form[0.0, True].parameters
+    assert by_form[0.5, False].parameters > by_form[0.5, True].parameters
+    assert by_form[0.5, False].bytes > by_form[0.5, True].bytes
     assert folder == run
-    assert json.loads((run / "bench.json").read_text()) == result
+    assert json.loads((run / "bench.json").read_text()) == result.to_json()
     assert (run / "bench.svg").read_text().startswith("<?xml")
     assert (run / "bench.md").read_text() == render_latency(result)
     assert len(format_latency(result).splitlines()) == 1 + len(rows)
-    assert all(row["limit_share"] > 0 for row in rows)
-    assert result["machine"]["versions"]["torch"]
+    assert all(row.limit_share > 0 for row in rows)
+    assert result.machine.versions["torch"]
 
 
 def test_the_plot_shows_every_bar():
-    row = {"precision": "fp32", "batch": 1, "tokens": 8,
-           "p10_ms": 1.0, "p90_ms": 3.0, "median_ms": 2.0}  # fmt: skip
-    rows = [
-        {**row, "phase": phase, "engine": engine, "ratio": ratio, "merged": merged}
+    row = LatencyRow(
+        model="m", ratio=0, engine="torch", precision="fp32", merged=True, phase="decode",
+        tokens=8, batch=1, median_ms=2, p10_ms=1, p90_ms=3, tokens_per_s=500, relative=1,
+        limit_share=None, peak_bytes=None, repeats=3, parameters=10, bytes=40,
+    )  # fmt: skip
+    rows = tuple(
+        replace(row, phase=phase, engine=engine, ratio=ratio, merged=merged)
         for phase in ("prefill", "decode")
         for engine in ("torch", "onnx")
         for ratio in (0.0, 0.5)
         for merged in (True, False)
-    ]
-    svg = draw_latency({"rows": rows})
+    )
+    svg = draw_latency(LatencyResult(describe_machine(), {}, rows))
     for text in ("0% pruned", "50% pruned", "LoRA merged", "LoRA unmerged"):
         assert text in svg
     for engine in ("torch", "onnx"):

@@ -102,23 +102,23 @@ def make_result():
 
 def test_rows_are_medians_without_the_warm_up_and_without_the_cut():
     config, result = make_result()
-    lora, gradient, away = result["rows"]
-    assert (lora["step_ms"], gradient["step_ms"], away["step_ms"]) == (2000, 4000, 8000)
-    assert lora["p10_ms"] == pytest.approx(1200)  # of 1, 2, 3
-    assert lora["p90_ms"] == pytest.approx(2800)
-    assert (lora["scoring_ms"], lora["cutting_ms"], lora["after_ms"]) == (100, 500, 250)
-    assert lora["total_s"] == pytest.approx({"training": 5.95, "scoring": 0.3, "cutting": 0.5})
-    assert (lora["peak_bytes"], lora["after_bytes"]) == (3050, 2648)
-    assert lora["beside_bytes"] == 3050 - 1000 - 50
-    assert lora["tokens_per_s"] == 16
-    assert (lora["relative_time"], away["relative_time"]) == (0.5, 2)
-    assert gradient["relative_time"] == gradient["relative_memory"] == 1
-    assert lora["relative_memory"] == 3050 / 5050
-    assert lora["relative_beside"] == 2000 / 4000
-    assert lora["flops"] == compute_training_flops(config, tokens=16, batch=2, rank=8) + (
+    lora, gradient, away = result.rows
+    assert (lora.step_ms, gradient.step_ms, away.step_ms) == (2000, 4000, 8000)
+    assert lora.p10_ms == pytest.approx(1200)  # of 1, 2, 3
+    assert lora.p90_ms == pytest.approx(2800)
+    assert (lora.scoring_ms, lora.cutting_ms, lora.after_ms) == (100, 500, 250)
+    assert lora.total_s == pytest.approx({"training": 5.95, "scoring": 0.3, "cutting": 0.5})
+    assert (lora.peak_bytes, lora.after_bytes) == (3050, 2648)
+    assert lora.beside_bytes == 3050 - 1000 - 50
+    assert lora.tokens_per_s == 16
+    assert (lora.relative_time, away.relative_time) == (0.5, 2)
+    assert gradient.relative_time == gradient.relative_memory == 1
+    assert lora.relative_memory == 3050 / 5050
+    assert lora.relative_beside == 2000 / 4000
+    assert lora.flops == compute_training_flops(config, tokens=16, batch=2, rank=8) + (
         compute_scoring_flops(config, rank=8, criterion=CRITERIA["lora"])
     )
-    assert gradient["flops"] > lora["flops"] > lora["after_flops"]
+    assert gradient.flops > lora.flops > lora.after_flops
 
 
 def test_what_is_left_has_the_widths_that_pruning_leaves():
@@ -140,8 +140,8 @@ def test_without_gradient_nothing_is_relative():
     unknown = [cost._replace(peak_bytes=None) for cost in make_costs([1] * 3, scoring=0, peak=0)]
     row = build_result(
         config, WORKLOAD, [(lora, Prepared("fp32", 1, 1, 1), unknown)], interleaved=False
-    )["rows"][0]
-    assert row["relative_time"] is row["relative_memory"] is row["peak_bytes"] is None
+    ).rows[0]
+    assert row.relative_time is row.relative_memory is row.peak_bytes is None
     assert "one after another" in render_pruning(
         build_result(
             config, WORKLOAD, [(lora, Prepared("fp32", 1, 1, 1), unknown)], interleaved=False
@@ -182,14 +182,14 @@ def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path):
         on_progress=lambda done, total: seen.append((done, total)),
         log=log.append,
     )
-    found = [(row["criterion"], row["load_in"]) for row in result["rows"]]
+    found = [(row.criterion, row.load_in) for row in result.rows]
     assert found == [("lora", None), ("gradient", None), ("lora", "8bit")]
     assert "on a CPU it is the same as gradient" in log[0]
     assert seen[-1][0] == seen[-1][1] == (WARM_UPS + 2) * (1 if "in turn" in log[1] else 3)
-    assert json.loads((tmp_path / "bench-pruning.json").read_text()) == result
+    assert json.loads((tmp_path / "bench-pruning.json").read_text()) == result.to_json()
     assert (tmp_path / "bench-pruning.svg").read_text().startswith("<?xml")
     assert (tmp_path / "bench-pruning.md").read_text() == render_pruning(result)
-    weights = {row["load_in"]: row["weight_bytes"] for row in result["rows"]}
+    weights = {row.load_in: row.weight_bytes for row in result.rows}
     assert weights[None] == 4 * (2 * 72 * 32 + 3 * 32 + 4 * 32 * 32 + 3 * 32 * 48)
     rows = 4 * 32 + 2 * 48 + 32
     assert weights["8bit"] == 4 * (2 * 72 * 32 + 3 * 32 + rows) + 4 * 32 * 32 + 3 * 32 * 48
@@ -204,8 +204,8 @@ def test_one_after_another_where_all_at_once_do_not_fit(base, tmp_path, monkeypa
         log=log.append,
     )  # fmt: skip
     assert log == ["2 runs, one after another"]
-    assert not result["workload"]["interleaved"]
-    assert len(result["rows"]) == 2
+    assert not result.workload.interleaved
+    assert len(result.rows) == 2
 
 
 @pytest.mark.slow

@@ -6,14 +6,24 @@ import pytest
 from click.testing import CliRunner
 
 from lpdeploy.benchmark import pruning_stage
+from lpdeploy.benchmark.results import PruningResult
 from lpdeploy.cli.main import main
+from lpdeploy.machine import describe_machine
+from lpdeploy.records import read_record
 
 ROW = {
     "criterion": "lora", "load_in": None, "offload_gradients": False, "step_ms": 2000.0,
     "p10_ms": 1900.0, "p90_ms": 2100.0, "scoring_ms": 20.0, "cutting_ms": 5.0, "after_ms": 900.0,
     "relative_time": 0.7, "relative_memory": None, "relative_beside": None, "peak_bytes": 10**9,
-    "beside_bytes": 10**8, "planned_bytes": 10**9, "flops": 1e12,
+    "beside_bytes": 10**8, "planned_bytes": 10**9, "flops": 1e12, "after_flops": 6e11,
+    "precision": "fp32", "tokens_per_s": 1024.0, "after_bytes": 10**8, "weight_bytes": 10**8,
+    "steps": 3, "total_s": {"training": 2.0, "scoring": 0.2, "cutting": 0.1},
 }  # fmt: skip
+SETTING = {
+    "layers": 2, "hidden_size": 32, "batch_size": 6, "micro_batch_size": 3, "seq_len": 32,
+    "gradient_checkpointing": True, "ratio": 0.2, "interleaved": True,
+}  # fmt: skip
+RESULT = {"machine": describe_machine().to_json(), "workload": SETTING, "rows": [ROW]}
 
 
 def invoke(*words):
@@ -25,7 +35,7 @@ def test_options_reach_the_workload_and_json_ends_stdout(tmp_path, monkeypatch):
 
     def bench(model, workload, **arguments):
         seen.update(model=model, workload=workload, **arguments)
-        return {"rows": [ROW]}
+        return read_record(PruningResult, RESULT)
 
     monkeypatch.setattr(pruning_stage, "bench_pruning", bench)
     done = invoke(
@@ -34,7 +44,7 @@ def test_options_reach_the_workload_and_json_ends_stdout(tmp_path, monkeypatch):
         "--data", "d.txt", "--output", str(tmp_path), "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1]) == {"rows": [ROW]}
+    assert json.loads(done.stdout.splitlines()[-1]) == RESULT
     assert "0.70" in done.stdout
     assert (seen["model"], seen["data"], seen["output"]) == ("m", "d.txt", tmp_path)
     assert (seen["criteria"], seen["load_in"]) == (("lora", "gate"), ("8bit",))

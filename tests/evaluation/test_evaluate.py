@@ -1,28 +1,34 @@
 """The stage: what it refuses, and what it keeps of an earlier evaluation."""
 
 import builtins
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 
 from lpdeploy.artifacts import load_json
 from lpdeploy.errors import ArtifactError, MissingDependencyError
-from lpdeploy.evaluation.evaluate import _merge, evaluate
+from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
+from lpdeploy.evaluation.results import Evaluation, Figures, Perplexity
 from tests.evaluation.task_files import make_model, make_task_files
 from tests.helpers import make_text
 
 
 def make_result(*, perplexity=(), tasks=(), seq_len=16, sha="x", engine="torch", base=False):
-    part = {"perplexity": {name: {"perplexity": 2.0} for name in perplexity}}
-    if tasks:
-        part |= {"tasks": {name: {"acc": value} for name, value in tasks}, "average": -1}
-    result = {"engine": engine, "precision": "fp32", "model_sha256": sha, "seq_len": seq_len}
-    return result | part | ({"base": part} if base else {})
+    figures = Figures(
+        {name: Perplexity(2.0, 1.0, 10) for name in perplexity},
+        {name: {"acc": value} for name, value in tasks},
+    )
+    return Evaluation(
+        model="m", model_sha256=sha, engine=engine, precision="fp32", seq_len=seq_len,
+        figures=figures, base=figures if base else None,
+    )  # fmt: skip
 
 
 def merge(old, new):
-    return _merge(old, new, EvalOptions(perplexity=tuple(new["perplexity"]), tasks=("any",)))
+    return new.merge(old)
 
 
 class TestMerge:
@@ -30,45 +36,56 @@ class TestMerge:
         old = make_result(perplexity=["a"], tasks=[("piqa", 0.5)], base=True)
         new = make_result(tasks=[("boolq", 0.7), ("mmlu", 1.0)], seq_len=2048)
         merged = merge(old, new)
-        assert list(merged["perplexity"]) == ["a"]
-        assert merged["seq_len"] == 16  # that of its perplexities
-        assert set(merged["tasks"]) == {"piqa", "boolq", "mmlu"}
-        assert merged["average"] == pytest.approx(0.6)
-        assert merged["average_over"] == ["boolq", "piqa"]
-        assert merged["base"]["tasks"] == {"piqa": {"acc": 0.5}}
-        assert merged["base"]["average"] == 0.5
+        assert list(merged.figures.perplexity) == ["a"]
+        assert merged.seq_len == 16  # that of its perplexities
+        assert set(merged.figures.tasks) == {"piqa", "boolq", "mmlu"}
+        assert merged.figures.average == pytest.approx(0.6)
+        assert merged.figures.average_over == ["boolq", "piqa"]
+        assert merged.base.tasks == {"piqa": {"acc": 0.5}}
+        assert merged.base.average == 0.5
 
     def test_new_figures_win(self):
         old = make_result(tasks=[("piqa", 0.5)])
         merged = merge(old, make_result(tasks=[("piqa", 0.7)], base=True))
-        assert merged["tasks"]["piqa"]["acc"] == merged["base"]["tasks"]["piqa"]["acc"] == 0.7
+        assert merged.figures.tasks["piqa"]["acc"] == merged.base.tasks["piqa"]["acc"] == 0.7
 
     def test_perplexities_of_other_segments_go(self):
         old = make_result(perplexity=["a"], tasks=[("piqa", 0.5)])
         merged = merge(old, make_result(perplexity=["b"], seq_len=32))
-        assert list(merged["perplexity"]) == ["b"]
-        assert merged["seq_len"] == 32
-        assert list(merged["tasks"]) == ["piqa"]
+        assert list(merged.figures.perplexity) == ["b"]
+        assert merged.seq_len == 32
+        assert list(merged.figures.tasks) == ["piqa"]
         same = merge(old, make_result(perplexity=["b"]))
-        assert list(same["perplexity"]) == ["a", "b"]
+        assert list(same.figures.perplexity) == ["a", "b"]
 
     def test_nothing_of_another_model_stays(self):
         new = make_result(tasks=[("piqa", 0.5)])
         assert merge(make_result(perplexity=["a"], sha="y"), new) == new
-        assert merge({}, new) == new
 
     def test_other_engines_stay_beside(self):
         torch, onnx = make_result(perplexity=["a"], base=True), make_result(engine="onnx")
         beside = merge(torch, onnx)
-        assert beside == onnx | {"others": [torch]}
+        assert beside == replace(onnx, others=(torch,))
         again = merge(beside, make_result(perplexity=["b"]))
-        assert list(again["perplexity"]) == ["a", "b"]
-        assert again["others"] == [onnx]
+        assert list(again.figures.perplexity) == ["a", "b"]
+        assert again.others == (onnx,)
 
     def test_other_engines_of_another_model_go_too(self):
         both = merge(make_result(perplexity=["a"]), make_result(perplexity=["a"], engine="onnx"))
         new = make_result(perplexity=["a"], sha="y")
         assert merge(both, new) == new
+
+    def test_it_survives_its_file(self):
+        torch = make_result(perplexity=["a"], tasks=[("piqa", 0.5)], base=True)
+        merged = merge(torch, make_result(engine="onnx", tasks=[("mmlu", 1.0)]))
+        data = json.loads(json.dumps(merged.to_json()))
+        assert Evaluation.from_json(data) == merged
+        assert data["others"][0]["average"] == 0.5
+        assert (data["average"], data["average_over"]) == (None, [])
+        assert "base" not in data
+        del data["others"][0]["engine"]
+        with pytest.raises(ValueError, match=r"others\.engine is missing"):
+            Evaluation.from_json(data)
 
 
 class TestRefusals:
@@ -111,10 +128,10 @@ def test_of_a_model(tmp_path):
         perplexity=(text,), seq_len=32, tasks=("piqa", "arc_easy"), task_data=folder, limit=5
     )
     result = evaluate(str(model), options, device="cpu", on_progress=lambda *now: told.append(now))
-    assert set(result["perplexity"]) == {text}
-    assert result["average_over"] == ["piqa", "arc_easy"]
-    accuracies = [result["tasks"][name]["acc"] for name in ("piqa", "arc_easy")]
-    assert result["average"] == pytest.approx(sum(accuracies) / 2)
+    assert set(result.figures.perplexity) == {text}
+    assert result.figures.average_over == ["piqa", "arc_easy"]
+    accuracies = [result.figures.tasks[name]["acc"] for name in ("piqa", "arc_easy")]
+    assert result.figures.average == pytest.approx(sum(accuracies) / 2)
     assert {source for source, *_ in told} == {text, "tasks"}
     done, total = told[-1][1:]
     assert done == total

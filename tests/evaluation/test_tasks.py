@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from lpdeploy.errors import DataError
 from lpdeploy.evaluation import harness
 from lpdeploy.evaluation.harness import load_tasks
-from lpdeploy.evaluation.tasks import PAPER_METRICS, compute_average
+from lpdeploy.evaluation.results import PAPER_METRICS, Figures
 from tests.evaluation.task_files import write_rows
 from tests.helpers import need_shared
 
@@ -229,17 +229,19 @@ class TestAverage:
     def test_each_task_by_its_own_accuracy(self):
         measured = {name: {"acc": 0.1, "acc_norm": 0.8} for name in PAPER_METRICS}
         measured["mmlu"] = {"acc": 0.9}
-        found = compute_average(measured)
-        assert found["average"] == pytest.approx((4 * 0.1 + 3 * 0.8) / 7)
-        assert found["average_over"] == [
+        found = Figures(tasks=measured)
+        assert found.average == pytest.approx((4 * 0.1 + 3 * 0.8) / 7)
+        assert found.average_over == [
             *("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"),
             "openbookqa",
         ]
 
     def test_over_what_was_run(self):
-        found = compute_average({"openbookqa": {"acc": 0, "acc_norm": 0.3}, "boolq": {"acc": 0.5}})
-        assert found == {"average": pytest.approx(0.4), "average_over": ["boolq", "openbookqa"]}
-        assert compute_average({"mmlu": {"acc": 1}}) == {"average": None, "average_over": []}
+        measured = {"openbookqa": {"acc": 0, "acc_norm": 0.3}, "boolq": {"acc": 0.5}}
+        found = Figures(tasks=measured)
+        assert (found.average, found.average_over) == (pytest.approx(0.4), ["boolq", "openbookqa"])
+        others = Figures(tasks={"mmlu": {"acc": 1}})
+        assert (others.average, others.average_over) == (None, [])
 
     def test_of_the_papers_row(self):
         """LLaMA-7B in Table 5."""
@@ -247,7 +249,7 @@ class TestAverage:
             zip(PAPER_METRICS, (73.18, 78.35, 72.99, 67.01, 67.45, 41.38, 42.40), strict=True)
         )
         measured = {name: {metric: row[name]} for name, metric in PAPER_METRICS.items()}
-        assert compute_average(measured)["average"] == pytest.approx(63.25, abs=0.005)
+        assert Figures(tasks=measured).average == pytest.approx(63.25, abs=0.005)
 
 
 class TestHub:

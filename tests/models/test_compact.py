@@ -378,18 +378,18 @@ def test_the_record_says_where_a_model_is_from(base, run):
     }
     assert load_model_record(base) is None
     stage = load_stage(run, "compact")
-    assert stage["inputs"] == {
+    assert stage.inputs == {
         "base": plan.base_sha256, "adapter": compute_sha256(run / "adapter"),
     }  # fmt: skip
-    assert stage["outputs"] == {"model": record.sha256}
-    assert stage["options"] == {"output": str(run / "model"), "max_shard_bytes": 1 << 30}
+    assert stage.outputs == {"model": record.sha256}
+    assert stage.options == {"output": str(run / "model"), "max_shard_bytes": 1 << 30}
 
 
 def test_both_ways_are_recorded(run):
     compact(run)
     compact(run, keep_adapter=True)
-    assert load_stage(run, "compact")["outputs"].keys() == {"model"}
-    assert load_stage(run, "compact --keep-adapter")["outputs"].keys() == {"unmerged"}
+    assert load_stage(run, "compact").outputs.keys() == {"model"}
+    assert load_stage(run, "compact --keep-adapter").outputs.keys() == {"unmerged"}
 
 
 def test_nothing_but_the_model_is_written(run):

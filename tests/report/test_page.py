@@ -9,6 +9,10 @@ from lpdeploy.pruning.run import prune
 from lpdeploy.report.page import save_report
 from tests.helpers import make_text, make_tiny_model
 
+MEASURED = {
+    "model": "m", "model_sha256": "x", "engine": "torch", "precision": "fp32", "seq_len": 16,
+}  # fmt: skip
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -35,7 +39,7 @@ def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
         run / "samples.json", [{"model": "dense", "opening": "o", "text": "<script>once</script>"}]
     )
     score = {"perplexity": 19.5, "bits_per_byte": 1.0, "tokens": 3}
-    save_json(run / "eval.json", {"perplexity": {"v": score}})
+    save_json(run / "eval.json", {**MEASURED, "perplexity": {"v": score}})
     page = save_report(run, output=run / "other.html").read_text()
     assert "&lt;script&gt;once" in page
     assert "<script" not in page
@@ -46,7 +50,7 @@ def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
 def test_the_page_shows_the_quality_of_every_engine(run):
     def measure(engine, perplexity):
         score = {"perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 3}
-        return {"engine": engine, "precision": "fp32", "seq_len": 16, "perplexity": {"v": score}}
+        return {**MEASURED, "engine": engine, "perplexity": {"v": score}}
 
     save_json(run / "eval.json", measure("torch", 19.5))
     assert "Quality by engine" not in save_report(run).read_text()

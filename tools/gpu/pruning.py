@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import format_bytes
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, load_pruning
 from lpdeploy.config import PruneConfig
+from lpdeploy.machine import format_bytes
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
 
 MICRO_BATCHES = (8, 4, 2, 1)
@@ -106,7 +106,7 @@ def measure(config: Any, workload: PruningWorkload, variants: Sequence[Any]) -> 
             print(f"   {changes}", file=sys.stderr, flush=True)
             prepared, costs = take_steps(PruningVariant(Path(folder), options), workload)
             measured.append((options, prepared, costs))
-    result = build_result(config, workload, measured, interleaved=False)
+    result = build_result(config, workload, measured, interleaved=False).to_json()
     return {key: result[key] for key in ("workload", "rows")}
 
 

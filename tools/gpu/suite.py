@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from lpdeploy.artifacts import describe_machine, load_json, save_json
+from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.random_models import fill_random_adapter
@@ -35,6 +35,7 @@ from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import TorchRunner
 from lpdeploy.engines.verify import build_inputs, collect_logits
 from lpdeploy.errors import LpdeployError
+from lpdeploy.machine import describe_machine
 from lpdeploy.models.shapes import count_parameters
 from tools.gpu.pruning import run_65b, run_offloading, run_pruning
 from tools.measure.common import build_parser, describe_command, report
@@ -150,7 +151,7 @@ def measure(suite: Suite, subjects: Sequence[Subject], workloads: Sequence[Workl
     probe = Probe(
         works.units, lambda _, work: time_work(lambda: works.run(work), device=suite.device)
     )
-    result = measure_latency(subjects, workloads, probe=probe, on_progress=report)
+    result = measure_latency(subjects, workloads, probe=probe, on_progress=report).to_json()
     return {key: result[key] for key in ("limits", "rows")}
 
 
@@ -280,7 +281,7 @@ def run_part(suite: Suite, name: str) -> Any:
 def keep(path: Path, name: str, result: Any) -> None:
     """Add the result of a part to the JSON, beside the others."""
     document = load_json(path, fix="Delete it.") if path.is_file() else {"parts": {}}
-    machine = {**describe_machine(), "command": describe_command()}
+    machine = {**describe_machine().to_json(), "command": describe_command()}
     document["parts"][name] = {"machine": machine, **result}
     save_json(path, document)
 

@@ -13,7 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lpdeploy.artifacts import describe_machine, save_json
+from lpdeploy.artifacts import save_json
+from lpdeploy.machine import describe_machine
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -35,7 +36,7 @@ def describe_command() -> str:
 
 def save_measurement(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document with the machine, the versions, the date and the command beside it."""
-    machine = {**describe_machine(), "command": describe_command()}
+    machine = {**describe_machine().to_json(), "command": describe_command()}
     save_json(path, {**document, "machine": machine})
 
 

@@ -161,7 +161,7 @@ def main() -> None:
         if options.genai:
             names = options.genai.split(",")
             subjects += stack.enter_context(start_genai(variants[0], names, scratch=folder))
-        result = measure_latency(subjects, [workload], probe=probe, on_progress=report)
+        result = measure_latency(subjects, [workload], probe=probe, on_progress=report).to_json()
     # GenAI's own graph decides which bytes a token reads, so its share of the limit is unknown.
     rows = [
         {**row, "limit_share": None} if row["engine"] == "genai" else row for row in result["rows"]

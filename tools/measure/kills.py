@@ -125,7 +125,7 @@ def check_whole(run: Path) -> None:
             load_adapter(run / "adapter")
         if RunFolder(run).is_complete:  # then everything else is there, too
             RunFolder(run).load_plan()
-            check_unchanged(run / "adapter", load_stage(run, "prune")["outputs"]["adapter"], fix="")
+            check_unchanged(run / "adapter", load_stage(run, "prune").outputs["adapter"], fix="")
             compute_hashes(run)
     except Exception as error:
         raise KillTestError(f"'{run}' is not whole: {error!r}") from error

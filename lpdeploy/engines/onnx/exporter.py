@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpdeploy.artifacts import atomic_folder, list_versions
+from lpdeploy.artifacts import atomic_folder
 from lpdeploy.engines.contract import Contract, TensorSpec, save_contract
 from lpdeploy.engines.exporting import (
     carry_settings,
@@ -29,6 +29,7 @@ from lpdeploy.engines.torch.runner import load_model_with_adapter
 from lpdeploy.environment import set_variable
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
+from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import list_widths
 from lpdeploy.run_folder import EXPORT

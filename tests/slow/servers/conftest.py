@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lpdeploy.artifacts import describe_machine, now, save_json
+from lpdeploy.artifacts import save_json
+from lpdeploy.machine import describe_machine, now
 
 COMMAND = "python3 tools/dev.py test --servers"
 
@@ -28,5 +29,5 @@ def record(request):
         return
     old = json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
     merged = {(row["server"], row["shape"]): row for row in [*old, *rows]}
-    machine = {name: describe_machine()[name] for name in ("cpu", "cores", "system")}
+    machine = {name: describe_machine().to_json()[name] for name in ("cpu", "cores", "system")}
     save_json(Path(path), {"machine": machine, "rows": [merged[key] for key in sorted(merged)]})

@@ -1,0 +1,171 @@
+"""What an evaluation measured, as ``eval.json`` holds it."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lpdeploy.artifacts import load_json
+from lpdeploy.errors import ArtifactError
+from lpdeploy.records import read_record
+
+PAPER_METRICS = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+"""Task -> the accuracy that the average takes; ``evaluation.tasks`` says why."""
+Metrics = dict[str, float | None]
+"""Of one task: ``acc``, ``acc_stderr`` and the like, ``n`` (documents) and ``num_fewshot``."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood (nats) of the predicted tokens.
+        bits_per_byte: That mean in bits, times the tokens of the text (bos and eos of each
+            document included, since they are predicted, too) over its UTF-8 bytes. Unlike the
+            perplexity, it compares models with different tokenizers.
+        tokens: Number of predicted tokens.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one model.
+
+    Attributes:
+        perplexity: Perplexity of each text, by its source.
+        tasks: Metrics of each task, by its name.
+    """
+
+    perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    tasks: dict[str, Metrics] = field(default_factory=dict)
+
+    @property
+    def average_over(self) -> list[str]:
+        """Those of the paper's seven tasks that were run."""
+        return list(self._list_accuracies())
+
+    @property
+    def average(self) -> float | None:
+        """Mean accuracy over ``average_over``, as in the paper; None over nothing."""
+        accuracies = self._list_accuracies().values()
+        return sum(accuracies) / len(accuracies) if accuracies else None
+
+    def _list_accuracies(self) -> dict[str, float]:
+        found = {
+            name: self.tasks[name].get(metric)
+            for name, metric in PAPER_METRICS.items()
+            if name in self.tasks
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; without ``tasks`` and their average where none were run."""
+        data = asdict(self)
+        if not self.tasks:
+            del data["tasks"]
+            return data
+        return {**data, "average": self.average, "average_over": self.average_over}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The quality of a model on one engine: ``eval.json``.
+
+    Attributes:
+        model: The model as it was named.
+        model_sha256: Hash of the model that ``compact`` recorded; None for other models.
+        engine: The engine that ran it.
+        precision: What it computed in.
+        seq_len: Tokens in a segment of a text.
+        figures: What was measured; in JSON its fields stand beside the others.
+        base: The same of the unpruned base; None where it was not asked for.
+        others: Earlier evaluations of the same model on other engines or in other precisions.
+    """
+
+    model: str
+    model_sha256: str | None
+    engine: str
+    precision: str
+    seq_len: int
+    figures: Figures
+    base: Figures | None = None
+    others: tuple["Evaluation", ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``eval.json`` holds; without ``base`` and ``others`` where there are none."""
+        names = ("model", "model_sha256", "engine", "precision", "seq_len")
+        data = {name: getattr(self, name) for name in names} | self.figures.to_json()
+        if self.base is not None:
+            data["base"] = self.base.to_json()
+        if self.others:
+            data["others"] = [other.to_json() for other in self.others]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "") -> "Evaluation":
+        """Read it back.
+
+        Raises:
+            ValueError: A key is missing, or a value has the wrong type.
+        """
+        figures = read_record(Figures, data, where=where)
+        others = tuple(cls.from_json(other, where="others") for other in data.get("others", ()))
+        return read_record(cls, data, where=where, known={"figures": figures, "others": others})
+
+    def merge(self, old: "Evaluation") -> "Evaluation":
+        """Keep what an earlier evaluation of the same model says besides.
+
+        Figures on the same engine in the same precision stand beside the new ones, perplexities
+        only of the same segment length. Those of other engines and precisions become ``others``.
+        """
+        merged, others = self, []
+        for part in (replace(old, others=()), *old.others):
+            if part.model_sha256 != self.model_sha256:
+                continue
+            if (part.engine, part.precision) == (self.engine, self.precision):
+                merged = self._add(part)
+            else:
+                others.append(part)
+        return replace(merged, others=tuple(others))
+
+    def _add(self, old: "Evaluation") -> "Evaluation":
+        seq_len = self.seq_len if self.figures.perplexity else old.seq_len
+
+        def join(new: Figures, former: Figures) -> Figures:
+            kept = former.perplexity if seq_len == old.seq_len else {}
+            return Figures(kept | new.perplexity, former.tasks | new.tasks)
+
+        base = None
+        if self.base or old.base:
+            base = join(self.base or Figures(), old.base or Figures())
+        return replace(self, seq_len=seq_len, figures=join(self.figures, old.figures), base=base)
+
+
+def load_evaluation(path: Path, *, fix: str) -> Evaluation | None:
+    """Read an ``eval.json``; None where there is none.
+
+    Args:
+        path: The file.
+        fix: Sentence that tells the user what to do where the file cannot be read.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return Evaluation.from_json(load_json(path, fix=fix))
+    except ValueError as error:
+        raise ArtifactError(f"'{path}' cannot be used: {error}. {fix}") from error
