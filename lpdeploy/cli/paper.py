@@ -13,6 +13,7 @@ from lpdeploy.cli.common import FOLDER, log, print_result, shared_options, split
 from lpdeploy.cli.options import build_config
 from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
+from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.tables import TABLES, Table
 
 # What the command itself gives to every prune.
@@ -166,11 +167,12 @@ def _refuse_own(table: Table, options: Mapping[str, Any], typed: Iterable[str]) 
             )
 
 
-def _print(document: dict[str, Any], stem: Path, *, as_json: bool) -> None:
+def _print(document: TableResult, stem: Path, *, as_json: bool) -> None:
     log(f"Written: {stem}.json, .md, .svg")
-    print_result(document, stem.with_suffix(".md").read_text(encoding="utf-8"), as_json=as_json)
-    if document["failed"]:
+    text = stem.with_suffix(".md").read_text(encoding="utf-8")
+    print_result(document.to_json(), text, as_json=as_json)
+    if document.failed:
         raise LpdeployError(
-            f"{len(document['failed'])} of {document['cells']} cells failed, the first with: "
-            f"{document['failed'][0]['error']} The same command tries them again."
+            f"{len(document.failed)} of {document.cells} cells failed, the first with: "
+            f"{document.failed[0].error} The same command tries them again."
         )

@@ -72,7 +72,8 @@ class DemoResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object, with the summary."""
-        return {**asdict(self), "page": str(self.page), "summary": self.summary}
+        rows = [asdict(row) for row in self.rows]
+        return {**asdict(self), "page": str(self.page), "rows": rows, "summary": self.summary}
 
 
 def run_demo(
