@@ -47,7 +47,7 @@ class Machine:
         system: Operating system and its version.
         versions: Of Python and the libraries, see ``list_versions``.
         date: Now, in UTC (ISO 8601).
-        command: The command line.
+        command: The command line; empty where it is recorded elsewhere.
     """
 
     cpu: str
@@ -60,8 +60,9 @@ class Machine:
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        return asdict(self)
+        """Return a JSON object; without ``command`` where it is empty."""
+        data = asdict(self)
+        return data if self.command else {k: v for k, v in data.items() if k != "command"}
 
 
 def describe_machine() -> Machine:

@@ -7,6 +7,7 @@ from lpdeploy.benchmark.pruning_table import render_pruning as render_pruning_ta
 from lpdeploy.benchmark.results import LatencyResult, PruningResult
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.paper.render import render_markdown
+from lpdeploy.paper.results import TableResult
 from lpdeploy.records import read_record
 
 _PARTS = ("training", "scoring", "cutting")
@@ -210,7 +211,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "load": render_load,
     "memory": render_memory,
     "messages": render_messages,
-    "paper": lambda data: strip_heading(render_markdown(data)),
+    "paper": lambda data: strip_heading(render_markdown(read_record(TableResult, data))),
     "pruning": lambda data: strip_heading(render_pruning_table(read_record(PruningResult, data))),
     "run": render_run,
     "scaling": render_scaling,

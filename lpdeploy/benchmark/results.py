@@ -71,7 +71,7 @@ class LatencyResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``bench.json`` holds."""
-        return asdict(self)
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 
 @dataclass(frozen=True)
@@ -170,4 +170,4 @@ class PruningResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``bench-pruning.json`` holds."""
-        return asdict(self)
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}

@@ -22,4 +22,4 @@ def command(*, output: Path, overwrite: bool, as_json: bool) -> None:
     from lpdeploy.demo.run import run_demo
 
     result = run_demo(output, overwrite=overwrite, log=log)
-    print_result(result, result["summary"], as_json=as_json)
+    print_result(result.to_json(), result.summary, as_json=as_json)

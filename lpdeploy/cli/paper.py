@@ -13,6 +13,7 @@ from lpdeploy.cli.common import FOLDER, log, print_result, shared_options, split
 from lpdeploy.cli.options import build_config
 from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
+from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.tables import TABLES, Table
 
 # The options of prune that this command sets itself.
@@ -194,11 +195,12 @@ def _refuse_own(table: Table, options: Mapping[str, Any], typed: Iterable[str]) 
             )
 
 
-def _print(document: dict[str, Any], stem: Path, *, as_json: bool) -> None:
+def _print(document: TableResult, stem: Path, *, as_json: bool) -> None:
     log(f"Wrote {stem}.json, .md, .svg")
-    print_result(document, stem.with_suffix(".md").read_text(encoding="utf-8"), as_json=as_json)
-    if document["failed"]:
+    text = stem.with_suffix(".md").read_text(encoding="utf-8")
+    print_result(document.to_json(), text, as_json=as_json)
+    if document.failed:
         raise LpdeployError(
-            f"{len(document['failed'])} of {document['cells']} cells failed. First error: "
-            f"{document['failed'][0]['error']} Run the same command again to retry them."
+            f"{len(document.failed)} of {document.cells} cells failed. First error: "
+            f"{document.failed[0].error} Run the same command again to retry them."
         )

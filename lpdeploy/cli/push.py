@@ -2,12 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lpdeploy.cli.common import RUN, log, print_result, shared_options
 from lpdeploy.machine import format_bytes
+
+if TYPE_CHECKING:
+    from lpdeploy.publish.push import PushResult
 
 
 @click.command("push")
@@ -28,23 +31,26 @@ def command(*, run: Path, repo: str, private: bool, yes: bool, as_json: bool) ->
 
     result = push(run, repo, private=private, execute=yes, log=log)
     words = ["lpdeploy", "push", str(run), "--repo", repo, *(["--private"] if private else [])]
-    result["command"] = shlex.join([*words, "--yes"])
-    print_result(result, _format(result), as_json=as_json)
+    command = shlex.join([*words, "--yes"])
+    text = _describe_upload(result) if result.uploaded else _describe_plan(result, command)
+    print_result({**result.to_json(), "command": command}, text, as_json=as_json)
 
 
-def _format(result: dict[str, Any]) -> str:
-    if result["uploaded"]:
-        total = f"{len(result['files'])} files, {format_bytes(result['bytes'])}"
-        return f"{result['url']}: {total}, commit {result['commit']}"
-    sizes = {file["path"]: format_bytes(file["bytes"]) for file in result["files"]}
+def _describe_upload(result: "PushResult") -> str:
+    total = f"{len(result.files)} files, {format_bytes(result.bytes)}"
+    return f"{result.url}: {total}, commit {result.commit}"
+
+
+def _describe_plan(result: "PushResult", command: str) -> str:
+    sizes = {file.path: format_bytes(file.size) for file in result.files}
     width = max(map(len, sizes))
-    named = " (a local folder; only its name is published)" if result["base_is_local"] else ""
+    named = " (a local folder; only its name is published)" if result.base_is_local else ""
     return "\n".join(
         [
-            f"{result['repo']} ({result['visibility']} if the repository is new)",
-            f"base model: {result['base_model']}{named}",
+            f"{result.repo} ({result.visibility} if the repository is new)",
+            f"base model: {result.base_model}{named}",
             *(f"  {path:{width}}  {size:>8}" for path, size in sizes.items()),
-            f"  {len(sizes)} files, {format_bytes(result['bytes'])}; nothing was uploaded yet",
-            f"To upload: {result['command']}",
+            f"  {len(sizes)} files, {format_bytes(result.bytes)}; nothing was uploaded yet",
+            f"To upload: {command}",
         ]
     )

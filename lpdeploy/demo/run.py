@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import remove_leftovers, save_json
-from lpdeploy.benchmark.results import LatencyResult
+from lpdeploy.benchmark.results import LatencyRow
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_relative
 from lpdeploy.benchmark.worker import Workload
@@ -26,7 +27,7 @@ from lpdeploy.evaluation.results import Evaluation, Figures
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.run import prune
-from lpdeploy.report.page import save_report
+from lpdeploy.report.page import Sample, save_report
 from lpdeploy.run_folder import RunFolder
 
 RATIOS = (0.2, 0.5)
@@ -41,6 +42,40 @@ _BASE = _ASSETS / "story-llama-1M"
 Log = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        page: The HTML page that shows it.
+        seconds: How long the demo took.
+        perplexity: Held-out perplexity of the ``dense`` model and of the one ``pruned`` by half.
+        rows: Rows of the latency benchmark.
+    """
+
+    page: Path
+    seconds: float
+    perplexity: dict[str, float]
+    rows: tuple[LatencyRow, ...]
+
+    @property
+    def summary(self) -> str:
+        """The result in a few lines."""
+        perplexity = "{dense:.2f} dense, {pruned:.2f} pruned".format(**self.perplexity)
+        rows = [
+            f"{row.engine:6} {row.ratio:4.0%} {'merged' if row.merged else 'unmerged':9}"
+            f"{row.median_ms:8.2f} ms {format_relative(row):>7}"
+            for row in self.rows
+        ]
+        first = f"perplexity {perplexity}; every stage computes the same"
+        return "\n".join([first, *rows, f"{self.seconds:.0f} s; open {self.page}"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object, with the summary."""
+        rows = [asdict(row) for row in self.rows]
+        return {**asdict(self), "page": str(self.page), "rows": rows, "summary": self.summary}
+
+
 def run_demo(
     output: Path,
     *,
@@ -48,7 +83,7 @@ def run_demo(
     steps: int = 80,
     repeats: int = 20,
     log: Log = lambda _: None,
-) -> dict[str, Any]:
+) -> DemoResult:
     """Prune by 20 and 50 %, compact, export, verify, evaluate, time, write, and report.
 
     Args:
@@ -57,9 +92,6 @@ def run_demo(
         steps: Optimizer steps of each pruning run.
         repeats: Trials of each variant of the benchmark.
         log: Is told each step as it begins.
-
-    Returns:
-        ``page``, ``seconds``, ``perplexity``, the rows of the benchmark, and a ``summary``.
 
     Raises:
         ArtifactError: ``output`` exists and ``overwrite`` is false.
@@ -91,16 +123,10 @@ def run_demo(
     log("write a few lines")
     opening = _read_opening(assets / "valid.txt")
     models = {"dense": base, f"{RATIOS[-1]:.0%} pruned": half.model}
-    save_json(half.samples, [_write_lines(opening, *item) for item in models.items()])
+    save_json(half.samples, [asdict(_write_lines(opening, *item)) for item in models.items()])
     page = save_report(half, output=output / "index.html")
     seconds = round(time.perf_counter() - start, 1)
-    return {
-        "page": str(page),
-        "seconds": seconds,
-        "perplexity": _list_perplexities(measured),
-        "rows": bench.to_json()["rows"],
-        "summary": _summarise(page, measured, bench, seconds),
-    }
+    return DemoResult(page, seconds, _list_perplexities(measured), bench.rows)
 
 
 def _list_runs(output: Path) -> dict[float, RunFolder]:
@@ -164,7 +190,7 @@ def _read_opening(path: Path) -> str:
     return ".".join(path.read_text(encoding="utf-8").split(".")[:3]) + "."
 
 
-def _write_lines(opening: str, name: str, model: Path) -> dict[str, str]:
+def _write_lines(opening: str, name: str, model: Path) -> Sample:
     runner = load_torch_runner(model)
     tokenizer = load_tokenizer(model, runner.config)
     prompt = tokenizer(opening)["input_ids"]
@@ -172,7 +198,7 @@ def _write_lines(opening: str, name: str, model: Path) -> dict[str, str]:
         runner, [prompt], max_new_tokens=_NEW_TOKENS, eos_ids={tokenizer.eos_token_id}
     )[0]
     text = tokenizer.decode(written, skip_special_tokens=True)
-    return {"model": name, "opening": opening, "text": text}
+    return Sample(name, opening, text)
 
 
 def _list_perplexities(measured: Evaluation) -> dict[str, float]:
@@ -180,17 +206,3 @@ def _list_perplexities(measured: Evaluation) -> dict[str, float]:
     return {
         name: text.perplexity for name, part in parts.items() for text in part.perplexity.values()
     }
-
-
-def _summarise(page: Path, measured: Evaluation, bench: LatencyResult, seconds: float) -> str:
-    perplexity = _list_perplexities(measured)
-    equal = "every stage computes the same"
-    lines = [
-        f"perplexity {perplexity['dense']:.2f} dense, {perplexity['pruned']:.2f} pruned; {equal}"
-    ]
-    lines += [
-        f"{row.engine:6} {row.ratio:4.0%} {'merged' if row.merged else 'unmerged':9}"
-        f"{row.median_ms:8.2f} ms {format_relative(row):>7}"
-        for row in bench.rows
-    ]
-    return "\n".join([*lines, f"{seconds:.0f} s; open {page}"])

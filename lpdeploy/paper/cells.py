@@ -75,8 +75,8 @@ class Evaluation:
     def __bool__(self) -> bool:
         return bool(self.perplexity or self.tasks)
 
-    def identify(self) -> dict[str, Any]:
-        """Return what determines its result, JSON-able and without paths."""
+    def to_json(self) -> dict[str, Any]:
+        """Return what determines its result, without paths."""
         return {
             "perplexity": {s.name: s.identity for s in self.perplexity},
             "seq_len": self.seq_len if self.perplexity else None,
@@ -224,7 +224,7 @@ def _compute_key(
             for name, value in options.items()
             if value is not None and value is not False and name not in _WITHOUT_EFFECT
         },
-        "evaluation": evaluation.identify() if evaluation else None,
+        "evaluation": evaluation.to_json() if evaluation else None,
     }
     text = json.dumps(identity, sort_keys=True, default=str)
     return "-".join([*parts, hashlib.sha256(text.encode()).hexdigest()[:10]])

@@ -2,32 +2,18 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.evaluation.results import PAPER_METRICS
 from lpdeploy.paper.cells import Cell, Selection, Study
+from lpdeploy.paper.results import CellResult, Column, Failure, ResultRow, TableResult, Value
 from lpdeploy.paper.run import CELLS
 from lpdeploy.paper.similarity import compute_mask_similarity
 from lpdeploy.paper.tables import Table
 
 _KINDS = {"heads": "attention (heads)", "channels": "FFN (channels)"}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A value of every row.
-
-    Attributes:
-        name: Its key in a row's values.
-        unit: ``perplexity``, ``share`` (shown in percent), ``s``, ``ms``, ``bytes`` or empty.
-        better: ``lower``, ``higher``, or empty where neither is.
-    """
-
-    name: str
-    unit: str
-    better: str
 
 
 _COST_COLUMNS = (
@@ -58,19 +44,19 @@ def list_columns(table: Table, study: Study) -> list[Column]:
     return columns
 
 
-def list_values(result: Mapping[str, Any]) -> dict[str, float]:
+def list_values(result: CellResult) -> dict[str, float]:
     """Return everything that a finished cell measured, by column."""
     values: dict[str, float] = {}
-    if "prune" in result:
-        values["removed"] = result["prune"]["achieved"]["parameters"]
-        values["peak memory"] = result["prune"]["peak_bytes"]
-        values["total time"] = result["prune"]["seconds"]
-    training = result.get("training", {})
+    if result.prune:
+        values["removed"] = result.prune["achieved"]["parameters"]
+        values["peak memory"] = result.prune["peak_bytes"]
+        values["total time"] = result.prune["seconds"]
+    training = result.training or {}
     if "step_seconds" in training:
         values["s/iter"] = training["step_seconds"]
         values["scoring"] = 1000 * training["scoring_seconds"]
         values["scoring share"] = training["scoring_share"]
-    measured = result.get("eval", {})
+    measured = result.eval or {}
     for name, text in measured.get("perplexity", {}).items():
         values[name] = text["perplexity"]
     for name, task in measured.get("tasks", {}).items():
@@ -82,35 +68,32 @@ def list_values(result: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def summarise(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Return mean and sample standard deviation; the latter is None of a single value."""
+def summarise(values: Sequence[float]) -> Value:
+    """Return mean and sample standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "spread": spread, "n": len(values)}
+    return Value(statistics.fmean(values), spread, len(values))
 
 
 def build_document(
     selection: Selection,
     study: Study,
     cells: Sequence[Cell],
-    results: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, CellResult],
     *,
     command: str,
     folder: Path,
     failed: Mapping[str, str],
-) -> dict[str, Any]:
+) -> TableResult:
     """Put the cells that are done into a table.
 
     Args:
         selection: Which part of which table.
         study: What the cells share.
         cells: All that the table has.
-        results: Key -> what ``cells/KEY.json`` holds, of those that are done.
+        results: Key -> result, of those that are done.
         command: That makes this table.
         folder: The output folder, for the scores of Figure 4.
         failed: Key -> error.
-
-    Returns:
-        What ``table-7.json`` holds.
     """
     table = selection.table
     if table.kind == "similarity":
@@ -122,35 +105,37 @@ def build_document(
     _mark_best(rows, columns)
     if table.kind == "cost":
         _relate(rows, selection.rows[0].name)
-    machines = {
-        str([result["machine"].get(key) for key in ("cpu", "gpu", "versions")])
-        for result in results.values()
-    }
-    latest = max(results.values(), key=lambda r: r["date"]) if results else None
-    return {
-        "table": table.name,
-        "heading": table.heading,
-        "title": table.title,
-        "about": table.about,
-        "kind": table.kind,
-        "axis": table.axis,
-        "model": study.model.name,
-        "data": study.data.name,
-        "command": command,
-        "seeds": selection.seeds,
-        "columns": [asdict(column) for column in columns],
-        "rows": rows,
-        "cells": len(keys),
-        "missing": len(keys) - len(results),
-        "failed": _describe_failed(cells, failed),
-        "machines": len(machines),
-        "machine": latest["machine"] if latest else None,
-    }
+    used = [result.machine for result in results.values()]
+    machines = {str((machine.cpu, machine.gpu, machine.versions)) for machine in used}
+    latest = max(results.values(), key=lambda result: result.date, default=None)
+    return TableResult(
+        table=table.name,
+        heading=table.heading,
+        title=table.title,
+        about=table.about,
+        kind=table.kind,
+        axis=table.axis,
+        model=study.model.name,
+        data=study.data.name,
+        command=command,
+        seeds=selection.seeds,
+        columns=tuple(columns),
+        rows=tuple(rows),
+        cells=len(keys),
+        missing=len(keys) - len(results),
+        failed=tuple(
+            Failure(cell.row.label, cell.ratio, cell.seed, failed[cell.key])
+            for cell in cells
+            if cell.key in failed
+        ),
+        machines=len(machines),
+        machine=latest.machine if latest else None,
+    )
 
 
 def _build_rows(
-    selection: Selection, cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+    selection: Selection, cells: Sequence[Cell], results: Mapping[str, CellResult]
+) -> list[ResultRow]:
     rows = []
     for ratio in dict.fromkeys(cell.ratio for cell in cells):
         for row in selection.rows:
@@ -159,60 +144,61 @@ def _build_rows(
                 continue
             done = [list_values(results[cell.key]) for cell in own if cell.key in results]
             rows.append(
-                {
-                    "name": row.name,
-                    "label": row.label,
-                    "ratio": ratio,
-                    "place": row.place,
-                    "panel": row.panel,
-                    "seeds": len(done),
-                    "values": _summarise_columns(done),
-                    "paper": dict(selection.table.get_paper(ratio, row.name)),
-                    "cells": [cell.key for cell in own],
-                }
+                ResultRow(
+                    name=row.name,
+                    label=row.label,
+                    ratio=ratio,
+                    place=row.place,
+                    panel=row.panel,
+                    seeds=len(done),
+                    values=_summarise_columns(done),
+                    paper=dict(selection.table.get_paper(ratio, row.name)),
+                    cells=tuple(cell.key for cell in own),
+                )
             )
     return rows
 
 
-def _summarise_columns(done: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _summarise_columns(done: Sequence[Mapping[str, float]]) -> dict[str, Value]:
     names = dict.fromkeys(name for values in done for name in values)
     return {name: summarise([v[name] for v in done if name in v]) for name in names}
 
 
-def _mark_best(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+def _mark_best(rows: Sequence[ResultRow], columns: Sequence[Column]) -> None:
     """Mark the best mean of each column among the rows of a ratio, where several can be compared.
 
     Rows of another panel vary something else and are compared among themselves.
     """
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[float, str], list[ResultRow]] = {}
     for row in rows:
-        groups.setdefault((row["ratio"], row.get("panel")), []).append(row)
+        groups.setdefault((row.ratio, row.panel), []).append(row)
     for family in groups.values():
-        for column in columns:
-            found = [r["values"][column.name] for r in family if column.name in r["values"]]
-            if column.better and len(found) > 1:
-                choose = min if column.better == "lower" else max
-                best = choose(value["mean"] for value in found)
-                for value in found:
-                    value["best"] = value["mean"] == best
+        for name, better in ((column.name, column.better) for column in columns):
+            found = [row for row in family if name in row.values]
+            if better and len(found) > 1:
+                choose = min if better == "lower" else max
+                best = choose(row.values[name].mean for row in found)
+                for row in found:
+                    value = row.values[name]
+                    row.values[name] = replace(value, best=value.mean == best)
 
 
-def _relate(rows: Sequence[Mapping[str, Any]], first: str) -> None:
+def _relate(rows: Sequence[ResultRow], first: str) -> None:
     """Add to each value what it is of the first row's at the same ratio."""
     for row in rows:
-        base = next(r for r in rows if r["name"] == first and r["ratio"] == row["ratio"])
-        for name, value in row["values"].items():
-            if base["values"].get(name, {}).get("mean"):
-                value["relative"] = value["mean"] / base["values"][name]["mean"]
+        base = next(r for r in rows if r.name == first and r.ratio == row.ratio)
+        for name, value in row.values.items():
+            if name in base.values and base.values[name].mean:
+                row.values[name] = replace(value, relative=value.mean / base.values[name].mean)
 
 
 def _build_similarity_rows(
     selection: Selection,
     cells: Sequence[Cell],
-    results: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, CellResult],
     *,
     folder: Path,
-) -> list[dict[str, Any]]:
+) -> list[ResultRow]:
     from safetensors.torch import load_file
 
     pairs = []
@@ -222,20 +208,22 @@ def _build_similarity_rows(
             paths = [folder / CELLS / f"{cell.key}.importance.safetensors" for cell in own]
             pairs.append([load_file(path) for path in paths])
     return [
-        {
-            "name": kind,
-            "label": label,
-            "ratio": ratio,
-            "seeds": len(pairs),
-            "values": _compare(pairs, kind, ratio),
-            "paper": {},
-        }
+        ResultRow(
+            name=kind,
+            label=label,
+            ratio=ratio,
+            seeds=len(pairs),
+            values=_compare(pairs, kind, ratio),
+            paper={},
+        )
         for ratio in selection.ratios
         for kind, label in _KINDS.items()
     ]
 
 
-def _compare(pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: float) -> dict:
+def _compare(
+    pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: float
+) -> dict[str, Value]:
     """Summarise over layers and seeds; a layer that loses no group at this ratio is left out."""
     compared = [
         similarity
@@ -255,11 +243,3 @@ def _compare(pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: flo
             for similarity in compared
         ]
     )
-
-
-def _describe_failed(cells: Sequence[Cell], failed: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [
-        {"row": cell.row.label, "ratio": cell.ratio, "seed": cell.seed, "error": failed[cell.key]}
-        for cell in cells
-        if cell.key in failed
-    ]

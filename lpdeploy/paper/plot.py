@@ -1,8 +1,9 @@
-"""A table's JSON as a plot."""
+"""A measured table as a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from lpdeploy.paper.results import Column, ResultRow, TableResult
 from lpdeploy.plotting import COLORS, INK, make_panels, to_svg
 
 _COST_PANELS = ("s/iter", "scoring", "peak memory")
@@ -10,36 +11,36 @@ _COST_PANELS = ("s/iter", "scoring", "peak memory")
 _LOG_ABOVE = 20
 
 
-def draw_document(document: Mapping[str, Any]) -> str | None:
+def draw_document(document: TableResult) -> str | None:
     """Draw means with their spreads.
 
     Cost as bars; masks and criteria over the ratio, the unpruned model as a line across; tables
     that vary one number over that number.
 
     Args:
-        document: What ``table-7.json`` holds.
+        document: The table.
 
     Returns:
         SVG, or None while no row has a value.
     """
-    if not any(row["values"] for row in document["rows"]):
+    if not any(row.values for row in document.rows):
         return None
-    if document["kind"] == "cost":
+    if document.kind == "cost":
         return _draw_cost(document)
-    if document["kind"] == "similarity":
+    if document.kind == "similarity":
         return _draw_similarity(document)
-    columns = [c for c in document["columns"] if _is_drawn(c)] or document["columns"]
-    columns = [c for c in columns if any(c["name"] in row["values"] for row in document["rows"])]
-    groups = list(dict.fromkeys(row["panel"] for row in document["rows"]))
+    columns = [c for c in document.columns if _is_drawn(c)] or document.columns
+    columns = [c for c in columns if any(c.name in row.values for row in document.rows)]
+    groups = list(dict.fromkeys(row.panel for row in document.rows))
     figure, panels = make_panels(len(groups) * len(columns))
     pairs = [(group, column) for group in groups for column in columns]
     for panel, (group, column) in zip(panels, pairs, strict=True):
-        rows = [row for row in document["rows"] if row["panel"] == group]
-        if rows[0]["place"] is None:
-            _draw_over_ratio(panel, rows, column["name"])
+        rows = [row for row in document.rows if row.panel == group]
+        if rows[0].place is None:
+            _draw_over_ratio(panel, rows, column.name)
         else:
-            _draw_over_place(panel, rows, column["name"])
-            panel.set_xlabel(group or document["axis"])
+            _draw_over_place(panel, rows, column.name)
+            panel.set_xlabel(group or document.axis)
         _finish(panel, column, rows)
     _add_legend(figure, panels[-1])
     return to_svg(figure)
@@ -53,53 +54,53 @@ def _add_legend(figure: Any, panel: Any) -> None:
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
 
 
-def _is_drawn(column: Mapping[str, Any]) -> bool:
+def _is_drawn(column: Column) -> bool:
     """Draw texts and the average; single tasks would be too many panels."""
-    return column["unit"] == "perplexity" or column["name"] == "average"
+    return column.unit == "perplexity" or column.name == "average"
 
 
-def _finish(panel: Any, column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    unit = {"share": ", %", "perplexity": ", perplexity"}.get(column["unit"], "")
-    panel.set_title(column["name"] + unit, loc="left", color=INK)
-    means = [r["values"][column["name"]]["mean"] for r in rows if column["name"] in r["values"]]
+def _finish(panel: Any, column: Column, rows: Sequence[ResultRow]) -> None:
+    unit = {"share": ", %", "perplexity": ", perplexity"}.get(column.unit, "")
+    panel.set_title(column.name + unit, loc="left", color=INK)
+    means = [r.values[column.name].mean for r in rows if column.name in r.values]
     if means and min(means) > 0 and max(means) / min(means) > _LOG_ABOVE:
         panel.set_yscale("log")
 
 
-def _read(row: Mapping[str, Any], name: str, *, scale: float = 1.0) -> tuple[float, float]:
-    value = row["values"][name]
-    return scale * value["mean"], scale * (value["spread"] or 0.0)
+def _read(row: ResultRow, name: str, *, scale: float = 1.0) -> tuple[float, float]:
+    value = row.values[name]
+    return scale * value.mean, scale * (value.spread or 0.0)
 
 
 def _scale(name: str) -> float:
     return 100.0 if name == "average" else 1.0
 
 
-def _draw_over_ratio(panel: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    pruned = list(dict.fromkeys(row["label"] for row in rows if row["ratio"] > 0))
+def _draw_over_ratio(panel: Any, rows: Sequence[ResultRow], name: str) -> None:
+    pruned = list(dict.fromkeys(row.label for row in rows if row.ratio > 0))
     for row in rows:
-        if row["ratio"] == 0 and name in row["values"]:
+        if row.ratio == 0 and name in row.values:
             level, _ = _read(row, name, scale=_scale(name))
-            panel.axhline(level, color=INK, linestyle=":", linewidth=1, label=row["label"])
+            panel.axhline(level, color=INK, linestyle=":", linewidth=1, label=row.label)
     for index, label in enumerate(pruned):
-        own = [r for r in rows if r["label"] == label and name in r["values"]]
+        own = [r for r in rows if r.label == label and name in r.values]
         points = [_read(row, name, scale=_scale(name)) for row in own]
         # Beside one another, so that spreads of equal ratios do not hide each other.
         shift = 0.6 * (index - (len(pruned) - 1) / 2)
-        _draw_series(panel, [100 * r["ratio"] + shift for r in own], points, index, label)
-    ratios = sorted({100 * row["ratio"] for row in rows if row["ratio"] > 0})
+        _draw_series(panel, [100 * r.ratio + shift for r in own], points, index, label)
+    ratios = sorted({100 * row.ratio for row in rows if row.ratio > 0})
     panel.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
     panel.set_xlim(min(ratios, default=0) - 6, max(ratios, default=0) + 6)
     panel.set_xlabel("pruned, %")
 
 
-def _draw_over_place(panel: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+def _draw_over_place(panel: Any, rows: Sequence[ResultRow], name: str) -> None:
     # Evenly spaced: 1, 5, 10, 20 as well as 0.9 and 0.99 must not lie on one another.
-    places = list(dict.fromkeys(row["place"] for row in rows))
-    for index, ratio in enumerate(dict.fromkeys(row["ratio"] for row in rows)):
-        own = [row for row in rows if row["ratio"] == ratio and name in row["values"]]
+    places = list(dict.fromkeys(row.place for row in rows))
+    for index, ratio in enumerate(dict.fromkeys(row.ratio for row in rows)):
+        own = [row for row in rows if row.ratio == ratio and name in row.values]
         points = [_read(row, name, scale=_scale(name)) for row in own]
-        xs = [places.index(row["place"]) for row in own]
+        xs = [places.index(row.place) for row in own]
         _draw_series(panel, xs, points, index, f"{ratio:.0%} pruned")
     panel.set_xticks(range(len(places)), [f"{place:g}" for place in places])
 
@@ -120,17 +121,17 @@ def _draw_series(
     )  # fmt: skip
 
 
-def _draw_cost(document: Mapping[str, Any]) -> str:
-    rows = document["rows"]
-    names = [n for n in _COST_PANELS if any(n in row["values"] for row in rows)]
-    names += [c["name"] for c in document["columns"] if c["unit"] == "perplexity"]
-    units = {column["name"]: column["unit"] for column in document["columns"]}
-    several = len({row["ratio"] for row in rows}) > 1
-    labels = [row["label"] + (f", {row['ratio']:.0%}" if several else "") for row in rows]
+def _draw_cost(document: TableResult) -> str:
+    rows = document.rows
+    names = [n for n in _COST_PANELS if any(n in row.values for row in rows)]
+    names += [c.name for c in document.columns if c.unit == "perplexity"]
+    units = {column.name: column.unit for column in document.columns}
+    several = len({row.ratio for row in rows}) > 1
+    labels = [row.label + (f", {row.ratio:.0%}" if several else "") for row in rows]
     figure, panels = make_panels(len(names))
     for panel, name in zip(panels, names, strict=True):
         scale = 1e-9 if units[name] == "bytes" else 1.0
-        measured = [i for i, row in enumerate(rows) if name in row["values"]]
+        measured = [i for i, row in enumerate(rows) if name in row.values]
         points = [_read(rows[i], name, scale=scale) for i in measured]
         bars = panel.barh(
             measured, [mean for mean, _ in points], 0.7, xerr=[spread for _, spread in points],
@@ -147,8 +148,8 @@ def _draw_cost(document: Mapping[str, Any]) -> str:
     return to_svg(figure)
 
 
-def _draw_similarity(document: Mapping[str, Any]) -> str:
-    kinds = list(dict.fromkeys(row["label"] for row in document["rows"]))
+def _draw_similarity(document: TableResult) -> str:
+    kinds = list(dict.fromkeys(row.label for row in document.rows))
     figure, panels = make_panels(len(kinds))
     series = (
         ("agreement", 0, "-"),
@@ -157,10 +158,10 @@ def _draw_similarity(document: Mapping[str, Any]) -> str:
         ("random Jaccard", 1, ":"),
     )
     for panel, kind in zip(panels, kinds, strict=True):
-        rows = [row for row in document["rows"] if row["label"] == kind and row["values"]]
+        rows = [row for row in document.rows if row.label == kind and row.values]
         for name, index, line in series:
             points = [_read(row, name) for row in rows]
-            xs = [100 * row["ratio"] for row in rows]
+            xs = [100 * row.ratio for row in rows]
             _draw_series(panel, xs, points, index, name, line=line)
         panel.set_title(kind, loc="left", color=INK)
         panel.set_xlabel("pruned, %")

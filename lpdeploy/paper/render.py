@@ -1,7 +1,9 @@
-"""A table's JSON as Markdown."""
+"""A measured table as Markdown."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from lpdeploy.machine import Machine
+from lpdeploy.paper.results import Column, ResultRow, TableResult, Value
 
 _ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 _PAPER_UNITS = {
@@ -13,35 +15,32 @@ _PAPER_UNITS = {
 }
 
 
-def render_markdown(document: Mapping[str, Any]) -> str:
+def render_markdown(document: TableResult) -> str:
     """Write a table for people: mean and spread, the best in bold, the paper's figures beside.
 
     Args:
-        document: What ``table-7.json`` holds.
+        document: The table.
 
     Returns:
         Markdown.
     """
-    columns = document["columns"]
+    columns = document.columns
     paper = _list_paper_columns(document)
     header = [
         "pruned",
         _name_rows(document),
-        *(f"{_cut(c['name'])}{_show_unit(c)}{_ARROWS[c['better']]}" for c in columns),
-        *([] if document["kind"] == "similarity" else ["parameters"]),
+        *(f"{_cut(c.name)}{_show_unit(c.unit)}{_ARROWS[c.better]}" for c in columns),
+        *([] if document.kind == "similarity" else ["parameters"]),
         "seeds",
-        *(
-            f"paper: {name}{_show_unit({'unit': _PAPER_UNITS.get(name, 'share')})}"
-            for name in paper
-        ),
+        *(f"paper: {name}{_show_unit(_PAPER_UNITS.get(name, 'share'))}" for name in paper),
     ]
     lines = [header, ["---"] * len(header)]
-    lines += [_render_row(row, columns, paper, kind=document["kind"]) for row in document["rows"]]
+    lines += [_render_row(row, columns, paper, kind=document.kind) for row in document.rows]
     return "\n".join(
         [
-            f"# {document['heading']}: {document['title']}",
+            f"# {document.heading}: {document.title}",
             "",
-            document["about"],
+            document.about,
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
@@ -50,45 +49,43 @@ def render_markdown(document: Mapping[str, Any]) -> str:
     )
 
 
-def _name_rows(document: Mapping[str, Any]) -> str:
-    if document["kind"] == "similarity":
+def _name_rows(document: TableResult) -> str:
+    if document.kind == "similarity":
         return "groups"
-    return "method" if all(row["place"] is None for row in document["rows"]) else "setting"
+    return "method" if all(row.place is None for row in document.rows) else "setting"
 
 
-def _list_paper_columns(document: Mapping[str, Any]) -> list[str]:
+def _list_paper_columns(document: TableResult) -> list[str]:
     """List the paper's columns: its own texts and costs, and the tasks that were asked for."""
-    asked = {column["name"] for column in document["columns"]} | {"average"}
-    found = dict.fromkeys(name for row in document["rows"] for name in row["paper"])
+    asked = {column.name for column in document.columns} | {"average"}
+    found = dict.fromkeys(name for row in document.rows for name in row.paper)
     return [name for name in found if name in _PAPER_UNITS or name in asked]
 
 
 def _render_row(
-    row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]], paper: Sequence[str], *, kind: str
+    row: ResultRow, columns: Sequence[Column], paper: Sequence[str], *, kind: str
 ) -> list[str]:
-    own = [_show_value(row["values"].get(c["name"]), c["unit"]) for c in columns]
+    own = [_show_value(row.values.get(c.name), c.unit) for c in columns]
     if kind != "similarity":
-        removed = row["values"].get("removed")
-        own.append(f"-{removed['mean']:.1%}" if removed else "")
+        removed = row.values.get("removed")
+        own.append(f"-{removed.mean:.1%}" if removed else "")
     printed = [
-        _show_number(row["paper"][name], _PAPER_UNITS.get(name, "share"))
-        if name in row["paper"]
-        else ""
+        _show_number(row.paper[name], _PAPER_UNITS.get(name, "share")) if name in row.paper else ""
         for name in paper
     ]
-    return [f"{row['ratio']:.0%}", _cut(row["label"]), *own, str(row["seeds"]), *printed]
+    return [f"{row.ratio:.0%}", _cut(row.label), *own, str(row.seeds), *printed]
 
 
-def _show_value(value: Mapping[str, Any] | None, unit: str) -> str:
+def _show_value(value: Value | None, unit: str) -> str:
     if value is None:
         return ""
-    text = _show_number(value["mean"], unit)
-    if value["spread"] is not None:
-        text += f" ± {_show_number(value['spread'], unit)}"
-    if value.get("best"):
+    text = _show_number(value.mean, unit)
+    if value.spread is not None:
+        text += f" ± {_show_number(value.spread, unit)}"
+    if value.best:
         text = f"**{text}**"
-    if "relative" in value:
-        text += f" ({value['relative'] - 1:+.1%})"
+    if value.relative is not None:
+        text += f" ({value.relative - 1:+.1%})"
     return text
 
 
@@ -105,8 +102,8 @@ def _show_number(number: float, unit: str) -> str:
     return f"{number:.3f}"
 
 
-def _show_unit(column: Mapping[str, Any]) -> str:
-    return {"share": ", %", "bytes": ", GB", "s": ", s", "ms": ", ms"}.get(column["unit"], "")
+def _show_unit(unit: str) -> str:
+    return {"share": ", %", "bytes": ", GB", "s": ", s", "ms": ", ms"}.get(unit, "")
 
 
 def _cut(text: str) -> str:
@@ -114,37 +111,37 @@ def _cut(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _list_notes(document: Mapping[str, Any], *, has_paper: bool) -> list[str]:
-    over = "layers and seeds" if document["kind"] == "similarity" else "seeds"
+def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
+    over = "layers and seeds" if document.kind == "similarity" else "seeds"
     spread = f"Mean ± sample standard deviation over {over}."
-    notes = [f"Model {document['model']}, data {document['data']}. {spread}"]
-    if any(c["better"] for c in document["columns"]):
+    notes = [f"Model {document.model}, data {document.data}. {spread}"]
+    if any(c.better for c in document.columns):
         notes[0] += " The best of each ratio is bold."
-    if document["kind"] == "cost":
+    if document.kind == "cost":
         notes[0] += " In brackets: against the first row."
-    if any(c["name"] == "average" for c in document["columns"]):
+    if any(c.name == "average" for c in document.columns):
         notes[0] += " Accuracies in percent, normalised by length where the paper's average is."
     if has_paper:
         notes[0] += " The paper's figures are for LLaMA-7B."
-    if document["missing"]:
-        notes.append(f"{document['missing']} of {document['cells']} cells are missing.")
-    for failure in document["failed"]:
-        seed = "" if failure["seed"] is None else f", seed {failure['seed']}"
-        notes.append(f"Failed: {failure['row']}, {failure['ratio']:.0%}{seed}: {failure['error']}")
-    notes.append(f"`{document['command']}`")
-    if document["machine"]:
-        notes.append(describe_machine_line(document["machine"]))
-    if document["machines"] > 1:
-        notes.append(f"Cells come from {document['machines']} machines or sets of versions.")
+    if document.missing:
+        notes.append(f"{document.missing} of {document.cells} cells are missing.")
+    for failure in document.failed:
+        seed = "" if failure.seed is None else f", seed {failure.seed}"
+        notes.append(f"Failed: {failure.row}, {failure.ratio:.0%}{seed}: {failure.error}")
+    notes.append(f"`{document.command}`")
+    if document.machine:
+        notes.append(describe_machine_line(document.machine))
+    if document.machines > 1:
+        notes.append(f"Cells come from {document.machines} machines or sets of versions.")
     return [*"\n\n".join(notes).split("\n"), ""]
 
 
-def describe_machine_line(machine: Mapping[str, Any]) -> str:
+def describe_machine_line(machine: Machine) -> str:
     """Say on what, with what and when the last cell was made."""
     versions = ", ".join(
-        f"{name} {machine['versions'][name]}"
+        f"{name} {machine.versions[name]}"
         for name in ("lpdeploy", "torch", "transformers")
-        if name in machine["versions"]
+        if name in machine.versions
     )
-    threads = f", {machine['threads']} threads" if machine["threads"] else ""
-    return f"{machine['gpu'] or machine['cpu']}{threads}, {versions}, {machine['date'][:10]}."
+    threads = f", {machine.threads} threads" if machine.threads else ""
+    return f"{machine.gpu or machine.cpu}{threads}, {versions}, {machine.date[:10]}."

@@ -16,11 +16,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import load_json, save_json
+from lpdeploy.artifacts import load_json, load_record, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
 from lpdeploy.machine import describe_machine
 from lpdeploy.paper.cells import (
@@ -30,6 +30,7 @@ from lpdeploy.paper.cells import (
     list_prune_words,
     show_command,
 )
+from lpdeploy.paper.results import CellResult
 from lpdeploy.run_folder import RunFolder
 
 CELLS, WORK = "cells", "work"
@@ -61,7 +62,7 @@ class Commands:
     _live: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _stopped: bool = False
 
-    def call(self, words: Sequence[str]) -> dict[str, Any]:
+    def call(self, words: Sequence[str]) -> Any:
         """Run one command and return the JSON on the last line of its stdout.
 
         Raises:
@@ -117,7 +118,7 @@ class Commands:
             process.terminate()
 
 
-def load_cell(folder: Path, cell: Cell, *, undisturbed: bool = False) -> dict[str, Any] | None:
+def load_cell(folder: Path, cell: Cell, *, undisturbed: bool = False) -> CellResult | None:
     """Return a cell that is done, else None.
 
     Args:
@@ -129,8 +130,8 @@ def load_cell(folder: Path, cell: Cell, *, undisturbed: bool = False) -> dict[st
     path = folder / CELLS / f"{cell.key}.json"
     if not path.is_file():
         return None
-    result = load_json(path, fix="Delete it, and it is made again.")
-    return None if undisturbed and not result["undisturbed"] else result
+    result = load_record(CellResult, path, fix="Delete it, and it is made again.")
+    return None if undisturbed and not result.undisturbed else result
 
 
 def run_cells(
@@ -246,24 +247,27 @@ def run_cell(
         if not error.killed:
             shutil.rmtree(work)
         raise
-    result["undisturbed"] = alone and not result.pop("interrupted", False)
-    save_json(folder / CELLS / f"{cell.key}.json", _describe(cell, study) | result)
+    undisturbed = not result.pop("interrupted", False) and alone
+    record = _build_result(cell, study, undisturbed=undisturbed, **result)
+    save_json(folder / CELLS / f"{cell.key}.json", record.to_json())
     shutil.rmtree(work)
 
 
-def _describe(cell: Cell, study: Study) -> dict[str, Any]:
-    machine = {k: v for k, v in describe_machine().to_json().items() if k != "command"}
-    return {
-        "key": cell.key,
-        "model": {"name": study.model.name, "sha256": study.model.identity},
-        "data": {"name": study.data.name, "identity": study.data.identity},
-        "ratio": cell.ratio,
-        "seed": cell.seed,
-        "options": dict(cell.options),
-        "evaluation": cell.evaluation.identify(),
-        "machine": machine,
-        "date": machine["date"],
-    }
+def _build_result(cell: Cell, study: Study, *, undisturbed: bool, **parts: Any) -> CellResult:
+    machine = replace(describe_machine(), command="")
+    return CellResult(
+        key=cell.key,
+        model={"name": study.model.name, "sha256": study.model.identity},
+        data={"name": study.data.name, "identity": study.data.identity},
+        ratio=cell.ratio,
+        seed=cell.seed,
+        options=dict(cell.options),
+        evaluation=cell.evaluation.to_json(),
+        machine=machine,
+        date=machine.date,
+        undisturbed=undisturbed,
+        **parts,
+    )
 
 
 def _run_dense(cell: Cell, study: Study, commands: Commands) -> dict[str, Any]:

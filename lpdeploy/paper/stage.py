@@ -24,6 +24,7 @@ from lpdeploy.paper.cells import (
 from lpdeploy.paper.document import build_document, list_values
 from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
+from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.run import CELLS, CommandError, Commands, check_output, load_cell, run_cells
 
 Log = Callable[[str], None]
@@ -79,7 +80,7 @@ def run_paper(
     render_only: bool = False,
     show_progress: bool = False,
     log: Log = lambda _: None,
-) -> dict[str, Any]:
+) -> TableResult:
     """Run the cells of a table that are not there yet, and write it after each of them.
 
     Args:
@@ -92,9 +93,6 @@ def run_paper(
         show_progress: Let the progress bars of the commands through.
         log: Is told what runs.
 
-    Returns:
-        What the table's JSON holds.
-
     Raises:
         LpdeployError: There is nothing to show, something cannot be used, or all cells fail.
     """
@@ -105,7 +103,7 @@ def run_paper(
     cost = table.kind == "cost"
     command = describe_command(selection, study)
 
-    def write(failed: Mapping[str, str]) -> dict[str, Any]:
+    def write(failed: Mapping[str, str]) -> TableResult:
         results = {c.key: r for c in cells if (r := load_cell(output, c, undisturbed=cost))}
         document = build_document(
             selection, study, cells, results, command=command, folder=output, failed=failed
@@ -114,7 +112,7 @@ def run_paper(
 
     if render_only:
         document = write({})
-        if document["missing"] == document["cells"]:
+        if document.missing == document.cells:
             raise ArtifactError(f"'{output}' holds no cell of this table. Leave --render-only out.")
         return document
     with _lock(output):
@@ -185,8 +183,8 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _save(stem: Path, document: dict[str, Any]) -> dict[str, Any]:
-    save_json(stem.with_suffix(".json"), document)
+def _save(stem: Path, document: TableResult) -> TableResult:
+    save_json(stem.with_suffix(".json"), document.to_json())
     texts = {".md": render_markdown(document), ".svg": draw_document(document)}
     for suffix, text in texts.items():
         if text is not None:

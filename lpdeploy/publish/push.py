@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,49 @@ from lpdeploy.run_folder import RunFolder
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushResult:
+    """What would be uploaded, or was.
+
+    Attributes:
+        repo: The repository, ``owner/name``.
+        visibility: ``private`` or ``public``, if the repository is new.
+        files: The files.
+        base_model: Hub name of the unpruned model, or the last part of its path.
+        base_is_local: Whether it is a folder on this machine.
+        url: Address of the repository; None where nothing was uploaded.
+        commit: Hash of the commit; None where nothing was uploaded.
+    """
+
+    repo: str
+    visibility: str
+    files: tuple[Upload, ...]
+    base_model: str
+    base_is_local: bool
+    url: str | None = None
+    commit: str | None = None
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether the files were uploaded."""
+        return self.commit is not None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; without ``url`` and ``commit`` where nothing was uploaded."""
+        names = ("repo", "visibility", "base_model", "base_is_local", "bytes", "uploaded")
+        data = {name: getattr(self, name) for name in names}
+        data["files"] = [
+            {"path": file.path, "source": str(file.source), "bytes": file.size}
+            for file in self.files
+        ]
+        return data | ({"url": self.url, "commit": self.commit} if self.uploaded else {})
+
+
 def push(
     run: str | os.PathLike[str],
     repo: str,
@@ -22,7 +66,7 @@ def push(
     private: bool = False,
     execute: bool = False,
     log: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> PushResult:
     """Say what of a run would be uploaded and, where asked to, upload it in one commit.
 
     A repository that is there already keeps its visibility and its other files; files of the same
@@ -35,37 +79,26 @@ def push(
         execute: Upload; otherwise nothing leaves this machine.
         log: Is told what takes time.
 
-    Returns:
-        ``repo``, ``visibility``, ``files`` (``path``, ``source``, ``bytes``), ``bytes``,
-        ``uploaded``, and ``base_model`` with ``base_is_local``; ``url`` and ``commit`` of what was
-        uploaded.
-
     Raises:
         LpdeployError: The run has no model, the name is none, nobody is logged in, or the hub is
             out of reach or refuses.
     """
     _check_name(repo)
     run = RunFolder(run)
-    uploads = list_uploads(run, repo=repo)
     base = run.load_plan().base_model
-    total = sum(upload.size for upload in uploads)
-    result = {
-        "repo": repo,
-        "visibility": "private" if private else "public",
-        "files": [
-            {"path": upload.path, "source": str(upload.source), "bytes": upload.size}
-            for upload in uploads
-        ],
-        "bytes": total,
-        "base_model": Path(base).name if is_local(base) else base,
-        "base_is_local": is_local(base),
-        "uploaded": execute,
-    }
-    if execute:
-        log(f"uploading {len(uploads)} files, {format_bytes(total)}, to {repo}")
-        with run.hold(shared=True):
-            result |= _upload(uploads, repo, private=private)
-    return result
+    result = PushResult(
+        repo=repo,
+        visibility="private" if private else "public",
+        files=tuple(list_uploads(run, repo=repo)),
+        base_model=Path(base).name if is_local(base) else base,
+        base_is_local=is_local(base),
+    )
+    if not execute:
+        return result
+    log(f"uploading {len(result.files)} files, {format_bytes(result.bytes)}, to {repo}")
+    with run.hold(shared=True):
+        url, commit = _upload(result.files, repo, private=private)
+    return replace(result, url=url, commit=commit)
 
 
 def _check_name(repo: str) -> None:
@@ -81,7 +114,8 @@ def _check_name(repo: str) -> None:
         raise LpdeployError(f"`repo` '{repo}' names no owner. Give owner/name.")
 
 
-def _upload(uploads: list[Upload], repo: str, *, private: bool) -> dict[str, str]:
+def _upload(uploads: Sequence[Upload], repo: str, *, private: bool) -> tuple[str, str]:
+    """Upload in one commit; return the address of the repository and the hash of the commit."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if get_token() is None:
@@ -99,7 +133,7 @@ def _upload(uploads: list[Upload], repo: str, *, private: bool) -> dict[str, str
         commit = api.create_commit(
             repo, operations, commit_message="Upload a model pruned by lpdeploy"
         )
-    return {"url": str(url), "commit": commit.oid}
+    return str(url), commit.oid
 
 
 @contextmanager

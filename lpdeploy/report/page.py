@@ -2,8 +2,9 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -12,6 +13,7 @@ from lpdeploy.benchmark.plot import draw_latency, draw_training
 from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.engines import list_exporting
 from lpdeploy.engines.exports import find_export
+from lpdeploy.engines.verify import VerifyResult
 from lpdeploy.errors import ArtifactError
 from lpdeploy.evaluation.results import Evaluation, load_evaluation
 from lpdeploy.models.place import locate_model
@@ -20,7 +22,23 @@ from lpdeploy.plan import describe_method
 from lpdeploy.run_folder import RunFolder, check_output
 
 _FIX = "Make it again, or delete it."
+_Record = TypeVar("_Record")
 _GENERATOR = '<meta name="generator" content="lpdeploy">'
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model wrote, in a list in ``samples.json``.
+
+    Attributes:
+        model: What the model is called on the page.
+        opening: The prompt.
+        text: What followed.
+    """
+
+    model: str
+    opening: str
+    text: str
 
 
 def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> Path:
@@ -69,7 +87,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
     plan = run.load_plan()
     record = load_model_record(run.model)
     _check_exports(run)
-    bench = load_record(LatencyResult, run.benchmark, fix=_FIX) if run.benchmark.is_file() else None
+    bench = _load(LatencyResult, run.benchmark)
     stages = load_stages(run.path)
     return {
         "run": run.path.name,
@@ -78,11 +96,11 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "base": Path(plan.base_model).name,
         "model": record,
         "training": draw_training(_load_log(run.log)) if run.log.is_file() else None,
-        "verify": _load(run.verification),
+        "verify": _load(VerifyResult, run.verification),
         "evaluations": _list_evaluations(run, record),
         "bench": bench,
         "latency": draw_latency(bench) if bench else None,
-        "samples": _load(run.samples),
+        "samples": _load_samples(run.samples),
         "stages": stages,
     }
 
@@ -96,8 +114,12 @@ def _check_exports(run: RunFolder) -> None:
                 find_export(place, engine.name)
 
 
-def _load(path: Path) -> Any:
-    return load_json(path, fix=_FIX) if path.is_file() else None
+def _load(kind: type[_Record], path: Path) -> _Record | None:
+    return load_record(kind, path, fix=_FIX) if path.is_file() else None
+
+
+def _load_samples(path: Path) -> list[Sample]:
+    return [Sample(**sample) for sample in load_json(path, fix=_FIX)] if path.is_file() else []
 
 
 def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[Evaluation]:

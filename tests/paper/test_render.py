@@ -4,17 +4,19 @@ import re
 
 import pytest
 
+from lpdeploy.machine import Machine
 from lpdeploy.paper.cells import Evaluation, Source, Study, list_cells, select
 from lpdeploy.paper.document import build_document, list_values, summarise
 from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
+from lpdeploy.paper.results import CellResult, Value
 from lpdeploy.paper.run import summarise_log
 from lpdeploy.paper.tables import TABLES
 
-MACHINE = {
-    "cpu": "CPU", "gpu": None, "threads": 2, "date": "2026-01-02T00:00:00",
-    "versions": {"lpdeploy": "0.1.0", "torch": "2.0"},
-}  # fmt: skip
+MACHINE = Machine(
+    cpu="CPU", cores=2, gpu=None, threads=2, system="Linux", date="2026-01-02T00:00:00",
+    versions={"lpdeploy": "0.1.0", "torch": "2.0"},
+)  # fmt: skip
 STUDY = Study(
     model=Source("m", "m", "1"),
     data=Source("d.txt", "d.txt", "2"),
@@ -25,10 +27,12 @@ STUDY = Study(
 
 
 def make_result(perplexity, *, average=0.5, seconds=1.0, peak=2e9):
-    return {
-        "prune": {"achieved": {"parameters": 0.4}, "peak_bytes": peak, "seconds": 60.0},
-        "training": {"step_seconds": seconds, "scoring_seconds": 0.1, "scoring_share": 0.1},
-        "eval": {
+    return CellResult(
+        key="k", model={}, data={}, ratio=0.5, seed=0, options={}, evaluation={}, commands=(),
+        undisturbed=True, machine=MACHINE, date=MACHINE.date,
+        prune={"achieved": {"parameters": 0.4}, "peak_bytes": peak, "seconds": 60.0},
+        training={"step_seconds": seconds, "scoring_seconds": 0.1, "scoring_share": 0.1},
+        eval={
             "perplexity": {"v|1.txt": {"perplexity": perplexity}},
             "tasks": {
                 "piqa": {"acc": 0.6, "acc_norm": 0.7},
@@ -36,9 +40,7 @@ def make_result(perplexity, *, average=0.5, seconds=1.0, peak=2e9):
             },
             "average": average,
         },
-        "machine": MACHINE,
-        "date": MACHINE["date"],
-    }
+    )  # fmt: skip
 
 
 def make_document(table, values, *, seeds, rows=(), ratios=(0.5,), failed=()):
@@ -90,9 +92,9 @@ def test_costs_stand_against_the_first_row():
         ("lora", 0): make_result(11.0, seconds=1.0, peak=3e9),
     }
     document = make_document("6", values, seeds=1)
-    _, offload, lora = document["rows"]
-    assert lora["values"]["s/iter"]["relative"] == 0.25
-    assert offload["values"] == {}
+    _, offload, lora = document.rows
+    assert lora.values["s/iter"].relative == 0.25
+    assert offload.values == {}
     row = next(line for line in render_markdown(document).splitlines() if "LoRAPrune" in line)
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "**1** (-75.0%)"
@@ -108,14 +110,14 @@ def test_one_row_alone_is_not_the_best():
 
 def test_rows_that_are_the_same_run_are_counted_once():
     document = make_document("figure-6", {}, seeds=1, rows=["ema-0.9", "ema-0.6", "steps-1x"])
-    assert (document["cells"], document["missing"]) == (3, 3)
+    assert (document.cells, document.missing) == (3, 3)
     study = Study(STUDY.model, STUDY.data, (), {"steps": 8, "ema_decay": 0.9}, STUDY.evaluation)
     selection = select(TABLES["figure-6"], rows=["ema-0.9", "steps-1x"], seeds=1)
     cells = list_cells(selection, study)
     results = {cells[0].key: make_result(9.0)}
     document = build_document(selection, study, cells, results, command="", folder=None, failed={})
-    assert (document["cells"], document["missing"]) == (1, 0)
-    assert [row["values"]["v|1.txt"]["mean"] for row in document["rows"]] == [9.0, 9.0]
+    assert (document.cells, document.missing) == (1, 0)
+    assert [row.values["v|1.txt"].mean for row in document.rows] == [9.0, 9.0]
 
 
 def test_values_take_the_accuracy_of_the_papers_average():
@@ -125,8 +127,8 @@ def test_values_take_the_accuracy_of_the_papers_average():
 
 
 def test_the_spread_of_one_value_is_none():
-    assert summarise([2.0]) == {"mean": 2.0, "spread": None, "n": 1}
-    assert summarise([1.0, 2.0, 6.0])["spread"] == pytest.approx(7**0.5)
+    assert summarise([2.0]) == Value(2.0, None, 1)
+    assert summarise([1.0, 2.0, 6.0]).spread == pytest.approx(7**0.5)
 
 
 def test_the_log_leaves_out_calibration_first_step_and_unscored_steps(tmp_path):

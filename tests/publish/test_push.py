@@ -148,7 +148,7 @@ def test_a_base_of_the_hub_keeps_its_name(run, hub):
     card = run / "model" / "README.md"
     card.write_text(card.read_text().replace('"private-base"', '"huggyllama/llama-7b"'))
     result = push(run, "me/small", execute=True)
-    assert (result["base_model"], result["base_is_local"]) == ("huggyllama/llama-7b", False)
+    assert (result.base_model, result.base_is_local) == ("huggyllama/llama-7b", False)
     files = hub.repos["me/small"]["files"]
     assert json.loads(files["plan.json"])["base_model"] == "huggyllama/llama-7b"
     text = files["README.md"].decode()

@@ -34,6 +34,7 @@ def test_the_page_of_a_bare_run_shows_its_training(run):
 
 def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
     pair = {"a": "x", "b": "y", "max_abs_diff": 1e-6, "tolerance": 1e-4, "ok": False}
+    pair |= {"max_abs_logit": 3.0, "top1_agreement": 1.0}
     save_json(run / "verify.json", {"ok": False, "pairs": [pair]})
     save_json(
         run / "samples.json", [{"model": "dense", "opening": "o", "text": "<script>once</script>"}]

@@ -13,8 +13,8 @@ def test_the_demo_ends_with_a_page_and_true_figures(tmp_path):
     assert page.count("<svg") == 2
     assert "all 6 stages" in page
     assert "What the models write" in page
-    assert 1 < result["perplexity"]["dense"] < result["perplexity"]["pruned"]
-    forms = {(row["engine"], row["ratio"], row["merged"]) for row in result["rows"]}
+    assert 1 < result.perplexity["dense"] < result.perplexity["pruned"]
+    forms = {(row.engine, row.ratio, row.merged) for row in result.rows}
     assert len(forms) == 2 * 3 * 2
     (output / "mine.txt").write_text("x")
     with pytest.raises(ArtifactError, match="is not empty"):
