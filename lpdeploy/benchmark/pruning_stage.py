@@ -15,7 +15,6 @@ from lpdeploy.criteria import CRITERIA
 from lpdeploy.models.loading import load_config, resolve_device, resolve_model
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
-from lpdeploy.pruning.heap import tighten_heap
 
 BENCH = "bench-pruning.json"
 
@@ -109,8 +108,7 @@ def _list_options(
 
 def _fit_together(config: Any, options: Sequence[PruneConfig], device: str) -> bool:
     """Tell whether all runs may be alive at once; only one of them is in a step."""
-    with tighten_heap():  # as they will run
-        plans = [plan_run(config, own) for own in options]
+    plans = [plan_run(config, own) for own in options]
     free = measure_free_bytes(device)
     if free is None:
         return True

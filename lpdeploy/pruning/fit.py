@@ -12,7 +12,6 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import resolve_device, resolve_dtype
-from lpdeploy.pruning.heap import is_tight
 from lpdeploy.pruning.memory import MemoryPlan, plan_memory
 
 # A plan is within 15 % of what is measured: what is refused would not fit if it needed as much
@@ -42,15 +41,7 @@ def plan_run(config: Any, options: PruneConfig, *, ranks: int = 1) -> MemoryPlan
     dtype = resolve_dtype(options.dtype, config, device=device)
     process = _measure_process() if device == "cpu" else 0
     shards = ranks if options.shard else 1
-    return plan_memory(
-        config,
-        options,
-        dtype=dtype,
-        device=device,
-        process=process,
-        shards=shards,
-        tight_heap=is_tight(),
-    )
+    return plan_memory(config, options, dtype=dtype, device=device, process=process, shards=shards)
 
 
 def _measure_process() -> int:
