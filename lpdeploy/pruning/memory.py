@@ -87,7 +87,7 @@ def plan_memory(
         shards: Processes that the layers' weights are divided over; everything else, and the
             layer that runs and the one that is next, every process holds whole.
     """
-    layers = [_Layer(config, width, options, dtype) for width in list_widths(config)]
+    layers = [_Layer(config, width, options, dtype, device) for width in list_widths(config)]
     factors = sum(options.lora_rank * (i + o) for layer in layers for i, o in layer.sizes)
     activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype], device=device)
     gradients = _plan_gradients(layers, options, activations, dtype, device)
@@ -112,6 +112,7 @@ class _Layer:
     width: LayerWidths
     options: PruneConfig
     dtype: str
+    device: str
 
     @property
     def criterion(self) -> Criterion:
@@ -141,8 +142,14 @@ class _Layer:
 
     @property
     def noise(self) -> int:
-        """Bytes that dropout keeps for each of its inputs' numbers."""
-        return 1 if self.options.lora_dropout else 0
+        """Bytes that dropout keeps for each of its inputs' numbers.
+
+        A CPU keeps the factors themselves, in float32, which peft casts the input to; a GPU keeps
+        booleans.
+        """
+        if not self.options.lora_dropout:
+            return 0
+        return _FLOAT if self.device == "cpu" else 1
 
     @property
     def saved(self) -> int:
@@ -243,7 +250,7 @@ def _plan_heap(config: Any, options: PruneConfig, dtype: str) -> int:
     options = replace(options, lora_dropout=0.5)  # of any rate; without it as much is made
     wasted = 0
     for width in list_widths(config):
-        layer = _Layer(config, width, options, dtype)
+        layer = _Layer(config, width, options, dtype, "cpu")
         wide = layer.channels_saved
         parts = ((config.hidden_size, layer.saved - wide), (width.channels, wide))
         for columns, saved in parts:

@@ -83,10 +83,10 @@ def refuse(monkeypatch, free, options=OPTIONS, **arguments):
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch):
     with pytest.raises(
         LpdeployError,
-        match=r"This run needs about \d+.* GB of memory, and 24 GB are free. Use --micro-batch-"
+        match=r"This run needs about \d+.* GB of memory, and 30 GB are free. Use --micro-batch-"
         r"size 1, which needs about .* GB, or --ignore-memory to start all the same",
     ):
-        refuse(monkeypatch, 24_000_000_000)
+        refuse(monkeypatch, 30_000_000_000)
 
 
 def test_a_base_in_shards_needs_a_share_of_its_layers_and_stays_in_full():
