@@ -110,8 +110,6 @@ def _fit_together(config: Any, options: Sequence[PruneConfig], device: str) -> b
     """Tell whether all runs may be alive at once; only one of them is in a step."""
     plans = [plan_run(config, own) for own in options]
     free = measure_free_bytes(device)
-    if free is None:
-        return True
     largest = max(plan.total for plan in plans)
     # While it waits a run holds its libraries, its weights and LoRA.
     waiting = sum(plan.process + plan.weights + plan.adapters for plan in plans)
