@@ -17,7 +17,7 @@ from lpdeploy.pruning.loss import count_chunk_tokens
 _FLOAT = 4  # bytes
 # Measured on glibc 2.36 by tools/measure/memory.py: small objects settle in the holes that tensors
 # leave, which are then too small for the next tensor. Larger tensors have pages of their own.
-_HEAP_WASTE = 1.2
+_HEAP_WASTE = {False: 1.5, True: 1.1}  # by whether layers are computed again
 _HEAP_LIMIT = 32 << 20
 _ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 # nf4: half a byte a weight, a scale of one byte every 64 and one of four bytes every 64 * 256.
@@ -256,4 +256,4 @@ def _plan_heap(config: Any, options: PruneConfig, dtype: str) -> int:
         for columns, saved in parts:
             if tokens * columns * layer.itemsize < _HEAP_LIMIT:
                 wasted += tokens * saved
-    return int(_HEAP_WASTE * wasted)
+    return int(_HEAP_WASTE[options.gradient_checkpointing] * wasted)
