@@ -30,7 +30,6 @@ from lpdeploy.models.loading import (
     resolve_device,
 )
 from lpdeploy.pruning.fit import plan_run
-from lpdeploy.pruning.heap import tighten_heap
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.training import Training, run_forward, run_steps
 
@@ -113,9 +112,8 @@ def load_pruning(variant: PruningVariant) -> Served:
 
 
 def start_pruning(variant: PruningVariant) -> Worker:
-    """Make a run ready in a process of its own, with the heap that ``lpdeploy prune`` has."""
-    with tighten_heap():
-        return Worker(partial(load_pruning, variant))
+    """Make a run ready in a process of its own."""
+    return Worker(partial(load_pruning, variant))
 
 
 def make_loader(config: Any, device: str) -> Callable[..., Any]:

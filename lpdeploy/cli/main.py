@@ -2,10 +2,8 @@
 
 import importlib
 import signal
-import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -14,7 +12,6 @@ from lpdeploy import __version__
 from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank, show_log, write_flags
 from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import LpdeployError, OtherRankError, RankLostError, RecipeError
-from lpdeploy.pruning.heap import restart_tight
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
@@ -47,12 +44,6 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         return importlib.import_module(f"lpdeploy.cli.{cmd_name}").command
-
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
-        """Run the program; of its words if ``args`` is None, which is when it was just started."""
-        if args is None and sys.argv[1:2] == ["prune"]:
-            restart_tight()
-        return super().main(args, *rest, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; turn what a user can cause into one line and exit code 1 or 2."""

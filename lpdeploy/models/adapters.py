@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import LINEARS, expand_index
-from lpdeploy.models.dropout import Dropout
 from lpdeploy.plan import PruningPlan
 
 ADAPTER = "default"
@@ -52,10 +51,6 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
     )
     wrapped = get_peft_model(model, config)
     config.target_modules = sorted(LINEARS)  # peft makes a set of it, saved in any order
-    if dropout:
-        for module in wrapped.modules():
-            if hasattr(module, "lora_dropout"):
-                module.lora_dropout[ADAPTER] = Dropout(dropout)
     return wrapped
 
 

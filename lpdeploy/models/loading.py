@@ -11,7 +11,12 @@ from safetensors import SafetensorError
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
-from lpdeploy.models.quantized import apply_training_layout, build_quantization, list_misshapen
+from lpdeploy.models.quantized import (
+    apply_training_layout,
+    build_quantization,
+    check_4bit_widths,
+    list_misshapen,
+)
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -169,6 +174,7 @@ def load_model(
 
     Raises:
         ArtifactError: A weight is missing, of another shape, or its file is damaged.
+        LpdeployError: A 4-bit model has widths that a CPU computes wrong.
         MissingDependencyError: ``load_in`` is given and bitsandbytes is not installed.
         ValueError: ``dtype`` or ``load_in`` is none of those.
     """
@@ -204,6 +210,8 @@ def load_model(
     }
     refuse_incomplete(folder, wrong)
     if load_in is not None:
+        if torch.device(device).type == "cpu":
+            check_4bit_widths(model)
         apply_training_layout(model)
         return model.eval()  # on its device already: weights are quantised there
     return model.to(device).eval()

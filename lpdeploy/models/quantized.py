@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpdeploy.errors import MissingDependencyError
+from lpdeploy.errors import LpdeployError, MissingDependencyError
 
 LOAD_IN = ("8bit", "4bit")
 """What ``load_in`` may be: LLM.int8() (int8 rows, one scale a row), or nf4 (blocks of 64)."""
@@ -17,6 +17,7 @@ LOAD_IN = ("8bit", "4bit")
 # It looks at the input only, column by column, and a group that was cut has none, so cutting stays
 # as exact as without it. Training on a CPU multiplies in floating point and never looks at it.
 _OUTLIER_THRESHOLD = 6.0
+_NF4_BLOCK = 64  # weights that share a scale; a block may span two rows
 
 
 def import_bitsandbytes() -> Any:
@@ -50,6 +51,26 @@ def check_load_in(load_in: str | None) -> None:
 def _check_kind(load_in: str) -> None:
     if load_in not in LOAD_IN:
         raise ValueError(f"load_in is {load_in!r}; it must be {' or '.join(LOAD_IN)}")
+
+
+def check_4bit_widths(model: nn.Module) -> None:
+    """Check that a CPU computes the 4-bit weights of a model right: rows divide into blocks.
+
+    On CPUs with AVX-512, the kernel of bitsandbytes 0.50.2 takes the blocks to begin anew in each
+    row. Where a block spans two rows, it multiplies by the wrong scales, without an error.
+
+    Raises:
+        LpdeployError: A 4-bit weight has rows whose length is no multiple of 64.
+    """
+    for name, module in model.named_modules():
+        if get_quantization(module) != "4bit":
+            continue
+        columns = get_weight_shape(module)[1]
+        if columns % _NF4_BLOCK:
+            raise LpdeployError(
+                f"{name} has {columns} inputs, which is no multiple of {_NF4_BLOCK}: in 4 bits, "
+                "bitsandbytes computes it wrong on a CPU. Use `load_in='8bit'` or a GPU."
+            )
 
 
 def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:

@@ -16,10 +16,8 @@ from lpdeploy.pruning.loss import count_chunk_tokens
 
 _FLOAT = 4  # bytes
 # Measured on glibc 2.36 by tools/measure/memory.py: small objects settle in the holes that tensors
-# leave, which are then too small for the next tensor; fewer where ``heap`` has left out the caches.
-# Larger tensors have pages of their own.
-_HEAP_WASTE = 1.2
-_TIGHT_HEAP_WASTE = {False: 0.75, True: 0.4}  # by whether layers are computed again
+# leave, which are then too small for the next tensor. Larger tensors have pages of their own.
+_HEAP_WASTE = {False: 1.5, True: 1.1}  # by whether layers are computed again
 _HEAP_LIMIT = 32 << 20
 _ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 # nf4: half a byte a weight, a scale of one byte every 64 and one of four bytes every 64 * 256.
@@ -75,7 +73,6 @@ def plan_memory(
     device: str,
     process: int = 0,
     shards: int = 1,
-    tight_heap: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of a run over an unpruned base, at its peak.
 
@@ -89,9 +86,8 @@ def plan_memory(
         process: Bytes that the process holds before it loads anything.
         shards: Processes that the layers' weights are divided over; everything else, and the
             layer that runs and the one that is next, every process holds whole.
-        tight_heap: Whether the process was started as ``heap`` would start it.
     """
-    layers = [_Layer(config, width, options, dtype) for width in list_widths(config)]
+    layers = [_Layer(config, width, options, dtype, device) for width in list_widths(config)]
     factors = sum(options.lora_rank * (i + o) for layer in layers for i, o in layer.sizes)
     activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype], device=device)
     gradients = _plan_gradients(layers, options, activations, dtype, device)
@@ -104,7 +100,7 @@ def plan_memory(
         gradients=gradients,
         activations=activations,
         scoring=_plan_scoring(options, layers),
-        heap=_plan_heap(config, options, dtype, tight=tight_heap) if device == "cpu" else 0,
+        heap=_plan_heap(config, options, dtype) if device == "cpu" else 0,
     )
 
 
@@ -116,6 +112,7 @@ class _Layer:
     width: LayerWidths
     options: PruneConfig
     dtype: str
+    device: str
 
     @property
     def criterion(self) -> Criterion:
@@ -145,8 +142,14 @@ class _Layer:
 
     @property
     def noise(self) -> int:
-        """Bytes that dropout keeps for each of its inputs' numbers."""
-        return 1 if self.options.lora_dropout else 0
+        """Bytes that dropout keeps for each of its inputs' numbers.
+
+        A CPU keeps the factors themselves, in float32, which peft casts the input to; a GPU keeps
+        booleans.
+        """
+        if not self.options.lora_dropout:
+            return 0
+        return _FLOAT if self.device == "cpu" else 1
 
     @property
     def saved(self) -> int:
@@ -241,17 +244,16 @@ def _plan_scoring(options: PruneConfig, layers: list[_Layer]) -> int:
     return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups)
 
 
-def _plan_heap(config: Any, options: PruneConfig, dtype: str, *, tight: bool) -> int:
+def _plan_heap(config: Any, options: PruneConfig, dtype: str) -> int:
     """A share of what a pass of all layers makes: kept or not, it leaves holes behind."""
     tokens = options.micro_batch_size * options.seq_len
     options = replace(options, lora_dropout=0.5)  # of any rate; without it as much is made
     wasted = 0
     for width in list_widths(config):
-        layer = _Layer(config, width, options, dtype)
+        layer = _Layer(config, width, options, dtype, "cpu")
         wide = layer.channels_saved
         parts = ((config.hidden_size, layer.saved - wide), (width.channels, wide))
         for columns, saved in parts:
             if tokens * columns * layer.itemsize < _HEAP_LIMIT:
                 wasted += tokens * saved
-    share = _TIGHT_HEAP_WASTE[options.gradient_checkpointing] if tight else _HEAP_WASTE
-    return int(share * wasted)
+    return int(_HEAP_WASTE[options.gradient_checkpointing] * wasted)

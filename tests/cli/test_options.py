@@ -143,8 +143,9 @@ def test_names_without_a_value_do_not_warn_and_both_are_refused(base, data, tmp_
     check_refused(result, "gives 'prune_warmup' and its former name 'warmup'", code=2)
 
 
-def test_what_is_masked_of_necessity_is_said(base, data, tmp_path):
+def test_what_is_masked_of_necessity_is_said(bases, data, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = bases("llama-64")
     result = run_prune(base, data, tmp_path / "run", "--load-in", "4bit")
     assert result.exit_code == 0, result.output
     assert "Groups are masked until the end" in result.stderr

@@ -27,6 +27,12 @@ FAMILIES = {
         "attention_bias": True,
     },
 }  # fmt: skip
+# Widths that divide into the blocks of nf4; see ``check_4bit_widths``.
+_WIDE = {"heads": 8, "kv_heads": 4, "hidden_size": 64, "intermediate_size": 64}
+_OTHERS = {
+    "llama-64": {**_WIDE, "tie_word_embeddings": True},
+    "llama-64-bias": {**_WIDE, "attention_bias": True, "mlp_bias": True},
+}
 # Their config.json states no head_dim, as that of LLaMA-1 and Qwen2.
 _WITHOUT_HEAD_DIM = ("llama-mha", "qwen2")
 
@@ -35,7 +41,7 @@ TOKENS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_see
 
 def make_base(folder, family, *, dtype=torch.float32, **config):
     """Save a tiny model whose norms are no ones and whose config is as sparse as real ones."""
-    folder = make_tiny_model(folder, **{**FAMILIES[family], **config})
+    folder = make_tiny_model(folder, **{**(FAMILIES | _OTHERS)[family], **config})
     generator = torch.Generator().manual_seed(3)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():

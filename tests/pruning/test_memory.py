@@ -95,6 +95,17 @@ def test_activations_are_those_that_are_alive(dtype, dropout, checkpointing, kv_
     assert plan.activations == pytest.approx(measure(config, options, dtype=dtype), rel=tolerance)
 
 
+def test_dropout_keeps_a_byte_on_a_gpu_and_a_float_on_a_cpu():
+    columns = 4 * (3 * 64 + 64 + 2 * 64 + 160)  # inputs of q k v, o, gate up, down in each layer
+    first = 3 * 64  # over frozen embeddings, the first three keep nothing
+    plans = [
+        plan_memory(LlamaConfig(**SHAPE), make_options(), dtype="fp32", device=device)
+        for device in ("cpu", "cuda")
+    ]
+    difference = 2 * 64 * (4 - 1) * (columns - first)
+    assert plans[0].activations - plans[1].activations == difference
+
+
 @pytest.mark.parametrize("vocab_size", [50, 3000])
 def test_the_loss_counts_where_the_vocabulary_is_large(vocab_size):
     config = LlamaConfig(**{**SHAPE, "vocab_size": vocab_size})

@@ -42,7 +42,10 @@ SMALL = [
 
 @pytest.fixture
 def base(tmp_path):
-    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2, attention_bias=True)
+    return make_tiny_model(
+        tmp_path / "base", heads=8, kv_heads=4, hidden_size=64, intermediate_size=64,
+        attention_bias=True,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -73,6 +73,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(base, data, tmp_path, case, step):
     """Dropout is on, the rate changes at each step, and groups go at every second one."""
     text = make_pairs(tmp_path / "pairs.json") if case == "pairs" else data
     options = CASES[case]
+    if case == "4bit":  # which a CPU computes right only in whole blocks of 64
+        base = make_tiny_model(
+            tmp_path / "wide", heads=8, kv_heads=4, hidden_size=64, intermediate_size=64
+        )
     whole = run(base, tmp_path / "whole", text, options=options)
     with pytest.raises(StoppedError):
         run(base, tmp_path / "run", text, options=options, on_step=stop_after(step))

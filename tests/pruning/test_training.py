@@ -138,10 +138,13 @@ def test_ratio_zero_removes_nothing(tmp_path):
 def test_the_gradient_does_not_depend_on_micro_batches(tmp_path):
     one = make_training(tmp_path, micro_batch_size=4, ratio=0.0, steps=3)
     two = make_training(tmp_path, micro_batch_size=1, ratio=0.0, steps=3)
-    list(run_steps(one))
-    list(run_steps(two))
+    for training in (one, two):
+        # In float32 the sums differ in the last bits, by the CPU's kernels; AdamW, which divides
+        # a gradient by its own size, makes much of that where a gradient is nearly zero.
+        training.model.double()
+        list(run_steps(training))
     for name, parameter in named_lora(one).items():
-        torch.testing.assert_close(parameter, named_lora(two)[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parameter, named_lora(two)[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -76,9 +76,7 @@ def plan(row: dict[str, Any]) -> dict[str, Any]:
     """Add the plan to what was measured."""
     config, options = build_case(row["shape"], row["options"])
     process = row["process_bytes"]
-    parts = plan_memory(
-        config, options, dtype="fp32", device="cpu", process=process, tight_heap=True
-    )
+    parts = plan_memory(config, options, dtype="fp32", device="cpu", process=process)
     error = parts.total / row["measured_bytes"] - 1
     return {**row, "planned_bytes": parts.to_json(), "error": error}
 
