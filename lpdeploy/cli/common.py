@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,6 @@ from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.recipe import load_recipe
 
-# As in servers/package.py.
-TARGETS = ("triton", "genai", "vllm", "llamacpp")
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
 DEVICE_HELP = "Device to run on. auto is cuda if torch finds a GPU, else cpu."
@@ -47,6 +46,13 @@ class NameChoice(click.Choice[str]):
         """Ignore the value: the names come from ``read``."""
 
 
+def _list_targets() -> list[str]:
+    from lpdeploy.servers.verdicts import list_targets
+
+    return list_targets()
+
+
+TARGET = NameChoice(_list_targets)
 ENGINE = NameChoice(lambda: ENGINES)
 EXPORTED = NameChoice(lambda: (engine.name for engine in list_exporting()))
 SERVED = NameChoice(lambda: (engine.name for engine in list_exporting() if engine.triton))
@@ -136,12 +142,18 @@ class _TerminalHandler(logging.Handler):
         log(record.getMessage())
 
 
-def show_log() -> None:
-    """Show what the library logs on stderr."""
+@contextmanager
+def show_log() -> Iterator[None]:
+    """Show on stderr what the library logs while a command runs."""
     logger = logging.getLogger("lpdeploy")
+    handler, level = _TerminalHandler(), logger.level
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
-        logger.addHandler(_TerminalHandler())
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def write_flags(sentence: str) -> str:

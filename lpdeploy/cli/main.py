@@ -49,9 +49,9 @@ class _LazyGroup(click.Group):
         """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
         quieten_libraries()
         _end_as_interrupted()
-        show_log()
         try:
-            return super().invoke(ctx)
+            with show_log():
+                return super().invoke(ctx)
         except OtherRankError:
             ctx.exit(1)
         except RecipeError as error:

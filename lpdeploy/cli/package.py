@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, PRECISION, SERVED, TARGETS, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, PRECISION, SERVED, TARGET, print_result, shared_options
 from lpdeploy.machine import format_bytes
 
 _COUNT = click.IntRange(min=1)
@@ -13,9 +13,7 @@ _COUNT = click.IntRange(min=1)
 
 @click.command("package")
 @click.argument("model", metavar="RUN|MODEL")
-@click.option(
-    "--target", type=click.Choice(TARGETS), required=True, help="Server that will load the folder."
-)
+@click.option("--target", type=TARGET, required=True, help="Server that will load the folder.")
 @click.option("--output", type=FOLDER, required=True, help="Write the package to this folder.")
 @click.option(
     "--precision",

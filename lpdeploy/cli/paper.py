@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from lpdeploy.cli import prune
-from lpdeploy.cli.common import FOLDER, log, print_result, shared_options, split_names
+from lpdeploy.cli.common import (
+    CONTEXT_SETTINGS,
+    FOLDER,
+    log,
+    print_result,
+    shared_options,
+    split_names,
+)
 from lpdeploy.cli.options import build_config
 from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
@@ -168,7 +175,9 @@ def _read_prune_options(
     group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy")
     given = [model, "--data", data, "--output", "RUN"]
     try:
-        context = prune.command.make_context("prune", [*given, *words], parent=group)
+        context = prune.command.make_context(
+            "prune", [*given, *words], parent=group, **CONTEXT_SETTINGS
+        )
         typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
         names = [field.name for field in dataclasses.fields(PruneConfig)]
         config = build_config({n: context.params[n] for n in names if n not in _GIVEN})

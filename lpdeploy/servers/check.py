@@ -317,10 +317,19 @@ def describe_forecast(model: str, options: PruneConfig) -> str:
 
 
 def describe_servers(verdicts: Sequence[Verdict]) -> str:
-    """Write in a sentence who loads a shape: what ``prune`` says before it starts."""
-    names: dict[str, list[str]] = {"yes": [], "condition": [], "no": []}
+    """Write in a sentence who loads a shape, as ``prune`` does before it starts.
+
+    A server that nobody has tried is never said to load anything.
+    """
+    names: dict[str, list[str]] = {"yes": [], "untried": [], "condition": [], "no": []}
     for verdict in verdicts:
-        names[verdict.loads].append(verdict.name)
-    parts = (("loads in", "yes"), ("on a condition in", "condition"), ("not in", "no"))
-    said = [f"{words} {', '.join(names[loads])}" for words, loads in parts if names[loads]]
-    return f"The result {'; '.join(said)}"
+        untried = verdict.loads == "yes" and not verdict.tried
+        names["untried" if untried else verdict.loads].append(verdict.name)
+    parts = {
+        "yes": "loads in",
+        "untried": "should load in, but was never tried with",
+        "condition": "loads on a condition in",
+        "no": "does not load in",
+    }
+    said = [f"{words} {', '.join(names[key])}" for key, words in parts.items() if names[key]]
+    return f"The pruned model {'; '.join(said)}."

@@ -1,8 +1,8 @@
-"""The package stage: what goes to which server, what that server does not take, and the record."""
+"""The package stage: check that the server loads the shape, write the folder, record it."""
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,8 @@ from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.shapes import list_widths
 from lpdeploy.run_folder import PACKAGE, check_output
-from lpdeploy.servers.genai import package_genai
-from lpdeploy.servers.llamacpp import package_llamacpp
-from lpdeploy.servers.triton.packager import package_triton
-from lpdeploy.servers.verdicts import list_verdicts
-from lpdeploy.servers.vllm import package_vllm
+from lpdeploy.servers.verdicts import Packager, Server, get_server, judge
 
-Packager = Callable[..., dict[str, Any]]
-"""``package_X(place, folder, *, output, ...)``: fills a temporary folder from a model.
-
-``output`` is where the folder will be, for the commands that name it. Returns what is printed: at
-least ``command``, the words that start the server, and ``notes`` where there is more to know.
-"""
-
-PACKAGERS: dict[str, Packager] = {
-    "triton": package_triton,
-    "genai": package_genai,
-    "vllm": package_vllm,
-    "llamacpp": package_llamacpp,
-}
-# Kind -> the row of models/servers.py that says which shapes it takes.
-_SERVERS = {
-    "genai": "onnxruntime-genai",
-    "vllm": "vllm",
-    "llamacpp": "llama.cpp",
-    "triton": "triton",
-}
 _SCHEMA_VERSION = 1
 PACKAGE_FILE = "lpdeploy-package.json"
 
@@ -55,7 +31,7 @@ def package(
 
     Args:
         target: Run, model folder or hub name.
-        kind: For which server: a key of ``PACKAGERS``.
+        kind: Target of a server in ``SERVERS``: triton, genai, vllm or llamacpp.
         output: The folder.
         overwrite: Replace what is there.
         options: Of the packager; None is as if not given.
@@ -68,19 +44,21 @@ def package(
     Raises:
         ArtifactError: The run has no model yet, the server does not take its shape, or ``output``
             exists, holds what it is made from, or lies inside the model.
-        LpdeployError: The packager does not know an option.
+        LpdeployError: There is no such target, or its packager does not know an option.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    _check_options(kind, options)
+    server = get_server(kind)
+    packager = server.load_packager()
+    _check_options(kind, packager, options)
     place = locate_model(target)
     check_output(output, inputs=place.inputs)
-    condition = _check_shape(place.folder, kind, ranks=options.get("tensor_parallel", 1))
+    condition = _check_shape(place.folder, server, ranks=options.get("tensor_parallel", 1))
     record = {"target": str(target), "kind": kind, **options}
     # A model that is no run of ours is left as it is: the record lies in the package then.
     records = output if place.run is None else place.records
     with place.hold(), record_stage(records, f"package {kind}", record) as stage:
         with atomic_folder(output, kind=PACKAGE, overwrite=overwrite) as folder:
-            result = PACKAGERS[kind](place, folder, output=output, **options)
+            result = packager(place, folder, output=output, **options)
             source = {"model": str(place.folder), "sha256": compute_model_sha256(place.folder)}
             _save_mark(folder, kind=kind, source=source, options=options, result=result)
         stage.inputs = {place.folder.name: source["sha256"]}
@@ -97,21 +75,20 @@ def package(
     }
 
 
-def _check_options(kind: str, options: Mapping[str, object]) -> None:
-    unknown = options.keys() - inspect.signature(PACKAGERS[kind]).parameters
+def _check_options(kind: str, packager: Packager, options: Mapping[str, object]) -> None:
+    unknown = options.keys() - inspect.signature(packager).parameters
     if unknown:
         raise LpdeployError(f"`{min(unknown)}` is not an option of `target={kind}`. Leave it out.")
 
 
-def _check_shape(model: Path, kind: str, *, ranks: int) -> str | None:
+def _check_shape(model: Path, server: Server, *, ranks: int) -> str | None:
     """Refuse a shape that the server does not take.
 
     Returns:
         The condition on which it does, or None.
     """
     config = load_config(model)
-    verdicts = list_verdicts(config, tensor_parallel=ranks)
-    verdict = next(verdict for verdict in verdicts if verdict.name == _SERVERS[kind])
+    verdict = judge(server, config, ranks)
     if verdict.loads == "no":
         nearest = describe_nearest(config)
         raise ArtifactError(f"{verdict.name} does not load '{model}'. {verdict.why}{nearest}")

@@ -1,10 +1,15 @@
-"""Which server loads which shape: one table, and what each of its rows was checked against."""
+"""The servers: which shapes each one loads, how that was checked, and who packages for it.
 
+To add a server, write its packager in a module of its own and add a row to ``SERVERS``.
+"""
+
+import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import get_head_dim, has_bias
 from lpdeploy.models.shapes import list_widths
@@ -29,17 +34,27 @@ The first line of a rule's docstring is what it objects to: docs/serving.md show
 """
 
 
+Packager = Callable[..., dict[str, Any]]
+"""``package_X(place, folder, *, output, ...)`` fills a temporary folder from a model.
+
+``output`` is where the folder will be, for the commands that name it. It returns what is printed:
+at least ``command``, which starts the server, and ``notes`` if there is more to know.
+"""
+
+
 @dataclass(frozen=True)
 class Server:
     """A server or library that opens checkpoints or what is exported of them.
 
     Attributes:
         name: As users know it.
-        version: The one that the rules were checked against.
-        checked: How: the test that loads shapes into it, ``by hand``,
+        version: The version that the rules were checked against; empty if it was never tried.
+        checked: How they were checked: the test that loads shapes into the server, ``by hand``,
             ``read`` (its source), or ``not tried``.
-        how: What to give it, where nothing stands against a shape.
-        rules: What may stand against one.
+        how: What to give the server if no rule objects to a shape.
+        rules: What the server may object to.
+        target: Name of its package for ``lpdeploy package``; empty if there is none.
+        packager: ``module:function`` that writes the package. It is imported when it is needed.
     """
 
     name: str
@@ -47,6 +62,14 @@ class Server:
     checked: str
     how: str
     rules: tuple[Rule, ...]
+    target: str = ""
+    packager: str = ""
+
+    def load_packager(self) -> Packager:
+        """Import the function that writes the package."""
+        module, name = self.packager.split(":")
+        packager: Packager = getattr(importlib.import_module(module), name)
+        return packager
 
 
 @dataclass(frozen=True)
@@ -54,11 +77,12 @@ class Verdict:
     """Whether a server loads a shape.
 
     Attributes:
-        name: Of the server.
-        loads: ``yes``, ``condition`` or ``no``.
-        why: What to give it, on which condition, or what stands against it.
-        tested: Version that the rules were checked against.
-        checked: How they were.
+        name: Name of the server.
+        loads: What the rules say: ``yes``, ``condition`` or ``no``.
+        why: What to give the server, on which condition it loads the shape, or why it does not.
+        tested: Version that the rules were checked against; empty if the server was never tried.
+        checked: How they were checked.
+        tried: Whether anybody checked the rules. If not, ``yes`` is only what its docs promise.
     """
 
     name: str
@@ -66,23 +90,44 @@ class Verdict:
     why: str
     tested: str
     checked: str
+    tried: bool
 
 
 def list_verdicts(config: Any, *, tensor_parallel: int = 1) -> list[Verdict]:
     """Say of every server whether it loads a model of this config.
 
     Args:
-        config: Of a pruned or unpruned model, as ``build_pruned_config`` returns it.
-        tensor_parallel: GPUs over which the heads are divided.
+        config: Config of a pruned or unpruned model, as ``build_pruned_config`` returns it.
+        tensor_parallel: Number of GPUs that share the heads.
     """
-    return [_judge(server, config, tensor_parallel) for server in SERVERS]
+    return [judge(server, config, tensor_parallel) for server in SERVERS]
 
 
-def _judge(server: Server, config: Any, ranks: int) -> Verdict:
+def list_targets() -> list[str]:
+    """List the names that ``lpdeploy package --target`` takes."""
+    return [server.target for server in SERVERS if server.target]
+
+
+def get_server(target: str) -> Server:
+    """Return the server that a package target stands for.
+
+    Raises:
+        LpdeployError: There is no such target.
+    """
+    for server in SERVERS:
+        if target and server.target == target:
+            return server
+    raise LpdeployError(
+        f"There is no package `target={target}`. Use one of {', '.join(list_targets())}."
+    )
+
+
+def judge(server: Server, config: Any, ranks: int = 1) -> Verdict:
+    """Say whether a server loads a model of this config, divided over so many GPUs."""
     found = [finding for rule in server.rules if (finding := rule(config, ranks))]
     loads = max((finding.loads for finding in found), key=_ANSWERS.index, default="yes")
     why = " ".join(finding.why for finding in found if finding.loads == loads) or server.how
-    return Verdict(server.name, loads, why, server.version, server.checked)
+    return Verdict(server.name, loads, why, server.version, server.checked, bool(server.version))
 
 
 def refuse_per_layer(config: Any, _: int) -> Finding | None:
@@ -201,9 +246,9 @@ def need_gguf_architecture(config: Any, _: int) -> Finding | None:
 
 _TEST = "tests/servers/test_check.py"
 _JOB = "tests/slow/servers/test_servers.py by the optional job"
-_FOLDER = "The folder as it is"
+_FOLDER = "The checkpoint folder"
 
-SERVERS: Sequence[Server] = (
+SERVERS: tuple[Server, ...] = (
     Server(
         "transformers", "5.23.0", f"{_TEST}, served in tests/servers/test_vllm.py",
         f"{_FOLDER}.", (need_own_code,),
@@ -212,6 +257,7 @@ SERVERS: Sequence[Server] = (
         "vllm", "0.32.0", f"{_JOB} on a CPU, several ranks read",
         f"{_FOLDER}: vllm serve FOLDER. lpdeploy package --target vllm adds the right options.",
         (refuse_per_layer, divide_over_ranks),
+        "vllm", "lpdeploy.servers.vllm:package_vllm",
     ),
     Server(
         "sglang", "0.5.23", "read",
@@ -230,15 +276,18 @@ SERVERS: Sequence[Server] = (
     Server(
         "triton", "2.51.0", "tests/slow/servers/triton/test_server.py with --engine ort",
         "lpdeploy package --target triton.", (run_on_one_gpu, need_trt_for_other_heads),
+        "triton", "lpdeploy.servers.triton.packager:package_triton",
     ),
     Server(
         "onnxruntime-genai", "0.18.0", f"{_TEST}, tokens in tests/servers/test_genai.py",
         "lpdeploy package --target genai.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
+        "genai", "lpdeploy.servers.genai:package_genai",
     ),
     Server(
         "llama.cpp", "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
         "lpdeploy package --target llamacpp.",
         (refuse_per_layer, need_gguf_architecture, fit_gguf_blocks),
+        "llamacpp", "lpdeploy.servers.llamacpp:package_llamacpp",
     ),
 )  # fmt: skip
-"""A rule says what stands against a shape; a server whose rules are silent loads it."""
+"""A server loads a shape if none of its rules objects."""

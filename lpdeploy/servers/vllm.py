@@ -11,7 +11,7 @@ from lpdeploy.models.loading import list_weight_files, load_config, load_tokeniz
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, link_or_copy, resolve_length
-from lpdeploy.servers.verdicts import SERVERS, divide_over_ranks
+from lpdeploy.servers.verdicts import divide_over_ranks, get_server
 
 _RANKS = (1, 2, 4, 8)
 # Numbers of a head that its attention is compiled for on a CPU, in version 0.32.
@@ -72,7 +72,7 @@ def package_vllm(
         dtype=dtype,
         length=length,
         ranks=ranks,
-        version=next(server.version for server in SERVERS if server.name == "vllm"),
+        version=get_server("vllm").version,
         architecture=config.architectures[0],
         chat=has_chat_template(folder),
     )

@@ -226,9 +226,19 @@ def test_no_model(tmp_path):
 def test_the_short_form():
     text = describe_servers(list_verdicts(build_7b(26, 8832), tensor_parallel=4))
     assert text == (
-        "The result loads in transformers; on a condition in llama.cpp; not in vllm, sglang, "
-        "tensorrt, tensorrt-llm, triton, onnxruntime-genai"
+        "The pruned model loads in transformers; loads on a condition in llama.cpp; does not load "
+        "in vllm, sglang, tensorrt, tensorrt-llm, triton, onnxruntime-genai."
     )
+
+
+def test_a_server_that_nobody_tried_is_not_said_to_load_the_model():
+    verdicts = list_verdicts(build_7b(16, 8192))
+    untried = [verdict.name for verdict in verdicts if not verdict.tried]
+    assert untried == ["tensorrt-llm"]
+    loads = describe_servers(verdicts).split(";")[0]
+    assert "vllm" in loads
+    assert not any(name in loads for name in untried)
+    assert "never tried with tensorrt-llm" in describe_servers(verdicts)
 
 
 def test_weights_are_not_read(tmp_path):

@@ -6,12 +6,13 @@ import pytest
 from click.testing import CliRunner
 
 from lpdeploy.artifacts import compute_sha256
-from lpdeploy.cli.common import TARGETS
 from lpdeploy.cli.main import main
+from lpdeploy.cli.package import command
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
-from lpdeploy.models.loading import compute_model_sha256
-from lpdeploy.servers.package import _SERVERS, PACKAGE_FILE, PACKAGERS, package
+from lpdeploy.models.loading import compute_model_sha256, load_config
+from lpdeploy.servers import verdicts
+from lpdeploy.servers.package import PACKAGE_FILE, package
 from tests.helpers import make_tiny_model
 from tests.models.families import choose_kept, make_base, make_run
 
@@ -28,8 +29,31 @@ def run(tmp_path):
 
 
 def test_the_command_offers_every_target():
-    assert set(TARGETS) == PACKAGERS.keys()
-    assert PACKAGERS.keys() <= _SERVERS.keys()
+    (target,) = (option.type for option in command.params if option.name == "target")
+    assert {"triton", "genai", "vllm", "llamacpp"} == set(target.choices)
+    for name in target.choices:
+        assert callable(verdicts.get_server(name).load_packager())
+
+
+def test_a_server_is_one_row(model, tmp_path, monkeypatch):
+    server = verdicts.Server("toy", "1.0", "here", "A file.", (), "toy", f"{__name__}:package_toy")
+    monkeypatch.setattr(verdicts, "SERVERS", (*verdicts.SERVERS, server))
+    result = package(str(model), kind="toy", output=tmp_path / "out", greeting="hello")
+    assert (tmp_path / "out" / "toy.txt").read_text() == "hello"
+    assert result["command"] == "toy out"
+    assert "toy" in [verdict.name for verdict in verdicts.list_verdicts(load_config(model))]
+    (target,) = (option.type for option in command.params if option.name == "target")
+    assert "toy" in target.choices
+
+
+def package_toy(place, folder, *, output, greeting):
+    (folder / "toy.txt").write_text(greeting)
+    return {"command": f"toy {output.name}"}
+
+
+def test_an_unknown_target_is_refused(model, tmp_path):
+    with pytest.raises(LpdeployError, match="no package `target=tpu`. Use one of vllm, "):
+        package(str(model), kind="tpu", output=tmp_path / "out")
 
 
 def test_a_run_is_compacted_first(run, tmp_path):
