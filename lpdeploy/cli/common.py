@@ -16,7 +16,7 @@ from lpdeploy.recipe import load_recipe
 
 # As in servers/package.py.
 TARGETS = ("triton", "genai", "vllm", "llamacpp")
-CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
 # A field of the library in one of its sentences, with a value or without.
 _FIELD = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]+))?`")

@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from lpdeploy.cli import prune
-from lpdeploy.cli.common import FOLDER, log, print_result, shared_options, split_names
+from lpdeploy.cli.common import (
+    CONTEXT_SETTINGS,
+    FOLDER,
+    log,
+    print_result,
+    shared_options,
+    split_names,
+)
 from lpdeploy.cli.options import build_config
 from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
@@ -137,7 +144,7 @@ def _read_prune_options(
     table: Table, model: str, data: str, words: tuple[str, ...]
 ) -> dict[str, Any]:
     """Let prune's own parser read the options, before anything runs; refuse what cells set."""
-    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy")
+    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
     given = [model, "--data", data, "--output", "RUN"]
     try:
         context = prune.command.make_context("prune", [*given, *words], parent=group)

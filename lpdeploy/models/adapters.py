@@ -41,11 +41,12 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
         The ``PeftModel``; only LoRA weights (float32) are trainable.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes a float too
         lora_dropout=dropout,
         target_modules=list(LINEARS),
         task_type="CAUSAL_LM",
@@ -54,7 +55,7 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
     config.target_modules = sorted(LINEARS)  # peft makes a set of it, saved in any order
     if dropout:
         for module in wrapped.modules():
-            if hasattr(module, "lora_dropout"):
+            if isinstance(module, LoraLayer):
                 module.lora_dropout[ADAPTER] = Dropout(dropout)
     return wrapped
 

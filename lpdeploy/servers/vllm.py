@@ -73,7 +73,7 @@ def package_vllm(
         length=length,
         ranks=ranks,
         version=next(server.version for server in SERVERS if server.name == "vllm"),
-        architecture=config.architectures[0],
+        architecture=(config.architectures or [""])[0],
         chat=has_chat_template(folder),
     )
     return {
