@@ -5,9 +5,9 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lpdeploy.benchmark.results import LatencyResult, LatencyRow
 from lpdeploy.benchmark.variants import Variant
@@ -36,7 +36,7 @@ class Subject:
     variant: Variant
     loaded: Loaded
     time: Callable[[Workload, str], Timing]
-    config: Any = None
+    config: PretrainedConfig | None = None
 
 
 @dataclass(frozen=True)

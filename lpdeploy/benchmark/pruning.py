@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from transformers import PretrainedConfig
 
 from lpdeploy.benchmark.pruning_worker import Prepared, StepCost
 from lpdeploy.benchmark.results import PruningResult, PruningRow, PruningSetting
@@ -81,7 +82,7 @@ def run_interleaved(
 
 
 def build_result(
-    config: Any,
+    config: PretrainedConfig,
     workload: PruningWorkload,
     measured: Iterable[tuple[PruneConfig, Prepared, Sequence[StepCost]]],
     *,
@@ -110,7 +111,7 @@ def build_result(
 
 
 def build_row(
-    config: Any,
+    config: PretrainedConfig,
     workload: PruningWorkload,
     options: PruneConfig,
     prepared: Prepared,
@@ -176,7 +177,7 @@ def relate(row: PruningRow, reference: PruningRow) -> PruningRow:
     )
 
 
-def count_flops(config: Any, options: PruneConfig, *, scored: bool = True) -> float:
+def count_flops(config: PretrainedConfig, options: PruneConfig, *, scored: bool = True) -> float:
     """Count the operations of one step: matrix products of the batch, and scoring."""
     criterion = CRITERIA[options.criterion]
     own = compute_training_flops(

@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.benchmark.plot import draw_pruning
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
@@ -104,7 +106,7 @@ def _list_options(
     return [workload.build_options(**change) for change in changes]
 
 
-def _fit_together(config: Any, options: Sequence[PruneConfig], device: str) -> bool:
+def _fit_together(config: PretrainedConfig, options: Sequence[PruneConfig], device: str) -> bool:
     """Tell whether all runs may be alive at once; only one of them is in a step."""
     plans = [plan_run(config, own) for own in options]
     free = measure_free_bytes(device)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from lpdeploy.benchmark.random_models import build_random_model
 from lpdeploy.benchmark.worker import (
@@ -116,7 +117,7 @@ def start_pruning(variant: PruningVariant) -> Worker:
     return Worker(partial(load_pruning, variant))
 
 
-def make_loader(config: Any, device: str) -> Callable[..., Any]:
+def make_loader(config: PretrainedConfig, device: str) -> Callable[..., Any]:
     """Return what takes the place of ``load_model`` where there are no weights to load."""
 
     def load(_: Path, *, dtype: str, load_in: str | None = None, **__: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from lpdeploy.families.groups import LINEARS, list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
@@ -14,7 +15,9 @@ from lpdeploy.models.quantized import apply_training_layout, build_random_8bit
 _DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 
 
-def save_random_model(config: Any, folder: Path, *, dtype: str = "fp32", seed: int = 0) -> Path:
+def save_random_model(
+    config: PretrainedConfig, folder: Path, *, dtype: str = "fp32", seed: int = 0
+) -> Path:
     """Save a checkpoint of a config, without a tokenizer.
 
     Args:
@@ -37,7 +40,9 @@ def save_random_model(config: Any, folder: Path, *, dtype: str = "fp32", seed: i
     return folder
 
 
-def build_random_model(config: Any, *, dtype: str, device: str, load_in: str | None = None) -> Any:
+def build_random_model(
+    config: PretrainedConfig, *, dtype: str, device: str, load_in: str | None = None
+) -> Any:
     """Build a model on its device, a module at a time, so that nothing larger than it is made.
 
     Args:

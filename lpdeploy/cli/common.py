@@ -15,7 +15,7 @@ from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.recipe import load_recipe
 
-CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
 DEVICE_HELP = "Device to run on. auto is cuda if torch finds a GPU, else cpu."
 # A field of the library in one of its sentences, with a value or without.

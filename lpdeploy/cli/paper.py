@@ -172,12 +172,10 @@ def _read_prune_options(
     table: Table, model: str, data: str, words: tuple[str, ...]
 ) -> dict[str, Any]:
     """Parse the options with prune's own parser before anything runs; refuse what cells set."""
-    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy")
+    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
     given = [model, "--data", data, "--output", "RUN"]
     try:
-        context = prune.command.make_context(
-            "prune", [*given, *words], parent=group, **CONTEXT_SETTINGS
-        )
+        context = prune.command.make_context("prune", [*given, *words], parent=group)
         typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
         names = [field.name for field in dataclasses.fields(PruneConfig)]
         config = build_config({n: context.params[n] for n in names if n not in _GIVEN})

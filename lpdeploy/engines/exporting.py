@@ -2,7 +2,8 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.engines.contract import FileRecord, ModelRecord, SourceRecord
@@ -15,7 +16,7 @@ from lpdeploy.models.shapes import list_widths
 DEFAULT_MAX_SEQ_LEN = 2048
 
 
-def resolve_max_seq_len(max_seq_len: int | None, config: Any) -> int:
+def resolve_max_seq_len(max_seq_len: int | None, config: PretrainedConfig) -> int:
     """Return the longest past + present to be served.
 
     Raises:
@@ -48,7 +49,7 @@ def check_max_batch(max_batch: int) -> None:
         raise LpdeployError(f"`max_batch` is {max_batch}; it must be 1 or more.")
 
 
-def describe_model(config: Any, model_folder: Path) -> ModelRecord:
+def describe_model(config: PretrainedConfig, model_folder: Path) -> ModelRecord:
     """Return the shape of a model and the tokens that start and end its text."""
     widths = list_widths(config)
     return ModelRecord(
@@ -64,7 +65,7 @@ def describe_model(config: Any, model_folder: Path) -> ModelRecord:
     )
 
 
-def _list_eos(config: Any, model_folder: Path) -> tuple[int, ...]:
+def _list_eos(config: PretrainedConfig, model_folder: Path) -> tuple[int, ...]:
     """A generation config says more than a config: chat models end a turn with another token."""
     path = model_folder / "generation_config.json"
     own = load_json(path, fix="Copy the checkpoint anew.") if path.is_file() else {}

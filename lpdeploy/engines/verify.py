@@ -19,7 +19,7 @@ from lpdeploy.errors import ArtifactError
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
 from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
-from lpdeploy.models.loading import PRECISIONS, load_config, load_model
+from lpdeploy.models.loading import PRECISIONS, get_dtype, load_config, load_model
 from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.plan import PruningPlan
 from lpdeploy.run_folder import RunFolder
@@ -205,7 +205,7 @@ def _list_model(place: ModelPlace, engine: str) -> list[_Stage]:
 
 
 def _torch_stage(name: str, place: ModelPlace) -> _Stage:
-    stored = PRECISIONS[load_config(place.folder).dtype]
+    stored = PRECISIONS[get_dtype(load_config(place.folder))]
     return _Stage(
         name, lambda: load_torch_runner(place.folder, dtype="fp32", adapter=place.adapter), stored
     )

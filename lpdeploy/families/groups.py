@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lpdeploy.families import get_family
 from lpdeploy.plan import GroupSpec, Slice
@@ -13,19 +14,19 @@ FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + FFN_LINEARS
 
 
-def get_head_dim(config: Any) -> int:
+def get_head_dim(config: PretrainedConfig) -> int:
     """Return ``head_dim``, which some configs do not state until heads are removed."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def build_rotary_embedding(config: Any) -> Any:
+def build_rotary_embedding(config: PretrainedConfig) -> Any:
     """Build transformers' module of rotary positions, which is the same in every family."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    return LlamaRotaryEmbedding(config)
+    return LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what all families have
 
 
-def list_group_specs(config: Any) -> tuple[GroupSpec, ...]:
+def list_group_specs(config: PretrainedConfig) -> tuple[GroupSpec, ...]:
     """List the groups of every layer, heads before channels.
 
     A head group is one KV head with the ``n_rep`` query heads that read it, so that grouped-query
@@ -48,7 +49,7 @@ def list_group_specs(config: Any) -> tuple[GroupSpec, ...]:
     return tuple(specs)
 
 
-def _heads(config: Any, layer: int) -> GroupSpec:
+def _heads(config: PretrainedConfig, layer: int) -> GroupSpec:
     head_dim = get_head_dim(config)
     query_rows = config.num_attention_heads // config.num_key_value_heads * head_dim
     prefix = f"model.layers.{layer}.self_attn"
@@ -64,7 +65,7 @@ def _heads(config: Any, layer: int) -> GroupSpec:
     )
 
 
-def _channels(config: Any, layer: int) -> GroupSpec:
+def _channels(config: PretrainedConfig, layer: int) -> GroupSpec:
     prefix = f"model.layers.{layer}.mlp"
     return GroupSpec(
         name=f"layers.{layer}.channels",
@@ -77,7 +78,7 @@ def _channels(config: Any, layer: int) -> GroupSpec:
     )
 
 
-def count_group_parameters(spec: GroupSpec, config: Any) -> int:
+def count_group_parameters(spec: GroupSpec, config: PretrainedConfig) -> int:
     """Return the weights and biases that one group of ``spec`` owns."""
     total = 0
     for piece in spec.slices:
@@ -86,7 +87,7 @@ def count_group_parameters(spec: GroupSpec, config: Any) -> int:
     return total
 
 
-def has_bias(config: Any, module: str) -> bool:
+def has_bias(config: PretrainedConfig, module: str) -> bool:
     """Tell whether the projection named ``module`` has a bias in this model type."""
     name = module.rsplit(".", 1)[1]
     family = get_family(config.model_type)

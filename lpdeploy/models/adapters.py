@@ -44,7 +44,7 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes a float too
         lora_dropout=dropout,
         target_modules=list(LINEARS),
         task_type="CAUSAL_LM",

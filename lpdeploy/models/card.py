@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from lpdeploy.models.record import ModelRecord
 from lpdeploy.plan import describe_method
 
@@ -63,7 +65,7 @@ model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 def build_model_card(
     record: ModelRecord,
-    config: Any,
+    config: PretrainedConfig,
     *,
     target: Path,
     recorded: Mapping[str, Any],
@@ -133,7 +135,7 @@ def _describe(widths: list[int]) -> str:
     return f"{min(widths)} to {max(widths)}, layer by layer: {', '.join(map(str, widths))}"
 
 
-def _describe_servers(config: Any, record: ModelRecord, *, stock: bool) -> str:
+def _describe_servers(config: PretrainedConfig, record: ModelRecord, *, stock: bool) -> str:
     if stock:
         return (
             f"It is a stock `{record.architecture}`: what loads that class loads this model. "

@@ -159,7 +159,7 @@ def _save_rest(
         ratio=plan.ratio,
         achieved=dict(plan.achieved),
         merged=merged,
-        architecture=pruned.architectures[0],
+        architecture=(pruned.architectures or [""])[0],
         parameters={"before": count_parameters(config), "after": count_parameters(pruned)},
         bytes={"before": _measure_weights(base), "after": _measure_weights(folder)},
         heads=[width.heads for width in widths],

@@ -1,13 +1,15 @@
 """What a pass has to do at least: operations of a prefill and a training step, bytes of a token."""
 
-from typing import Any
+from transformers import PretrainedConfig
 
 from lpdeploy.criteria import Criterion
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.shapes import list_projections, list_widths
 
 
-def compute_prefill_flops(config: Any, *, tokens: int, batch: int, rank: int = 0) -> float:
+def compute_prefill_flops(
+    config: PretrainedConfig, *, tokens: int, batch: int, rank: int = 0
+) -> float:
     """Count the multiplications and additions of a prefill that needs its last logits only.
 
     Norms, rotation and softmax are left out: they are no matrix products.
@@ -32,7 +34,7 @@ def compute_prefill_flops(config: Any, *, tokens: int, batch: int, rank: int = 0
 
 
 def compute_training_flops(
-    config: Any,
+    config: PretrainedConfig,
     *,
     tokens: int,
     batch: int,
@@ -74,7 +76,7 @@ def compute_training_flops(
     return total * batch * tokens
 
 
-def compute_scoring_flops(config: Any, *, rank: int, criterion: Criterion) -> float:
+def compute_scoring_flops(config: PretrainedConfig, *, rank: int, criterion: Criterion) -> float:
     """Count the operations of scoring every weight once, whatever the batch.
 
     Args:
@@ -97,7 +99,7 @@ def compute_scoring_flops(config: Any, *, rank: int, criterion: Criterion) -> fl
 
 
 def compute_decode_bytes(
-    config: Any, *, context: int, batch: int, weight_bytes: int, cache_itemsize: int
+    config: PretrainedConfig, *, context: int, batch: int, weight_bytes: int, cache_itemsize: int
 ) -> float:
     """Count what is read to decode one token of every row: all weights once, and the cache.
 

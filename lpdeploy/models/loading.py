@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.errors import ArtifactError, LpdeployError
@@ -104,7 +105,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in weight_map.values()})
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> PretrainedConfig:
     """Load the config of a supported model, stock or of per-layer widths.
 
     Raises:
@@ -231,12 +232,12 @@ def refuse_incomplete(folder: Path, wrong: Collection[str]) -> None:
 
 
 def _build_quantization(
-    load_in: str | None, config: Any, *, dtype: str, device: str
+    load_in: str | None, config: PretrainedConfig, *, dtype: str, device: str
 ) -> dict[str, Any]:
     """Build the arguments of ``from_pretrained`` that quantise; none for a plain model."""
     if load_in is None:
         return {}
-    computed = _DTYPES.get(dtype, config.dtype or torch.float32)
+    computed = _DTYPES.get(dtype, get_dtype(config))
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         # accelerate takes a quantised model only where the number of its device is told.
@@ -247,7 +248,7 @@ def _build_quantization(
     }
 
 
-def load_tokenizer(folder: Path, config: Any) -> Any:
+def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
     """Load the tokenizer of a model.
 
     Raises:
@@ -275,7 +276,13 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
     return tokenizer
 
 
-def resolve_dtype(dtype: str, config: Any, *, device: str) -> str:
+def get_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the checkpoint's own precision; float32 where its config names none."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def resolve_dtype(dtype: str, config: PretrainedConfig, *, device: str) -> str:
     """Turn ``auto`` into a precision to compute in.
 
     A half-precision checkpoint runs in bf16 on a GPU that has it and in fp32 on a CPU, whose half
@@ -286,7 +293,7 @@ def resolve_dtype(dtype: str, config: Any, *, device: str) -> str:
     """
     if dtype != "auto":
         return dtype
-    half = config.dtype in (torch.float16, torch.bfloat16)
+    half = get_dtype(config) in (torch.float16, torch.bfloat16)
     if half and device.startswith("cuda") and torch.cuda.is_bf16_supported():
         return "bf16"
     return "fp32"

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, name_per_layer
 from lpdeploy.families.groups import count_group_parameters, get_head_dim, list_group_specs
-from lpdeploy.models.loading import get_model_classes
+from lpdeploy.models.loading import get_dtype, get_model_classes
 from lpdeploy.plan import GroupSpec, Kept, WidthRequest
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
@@ -57,7 +58,7 @@ def list_counts(num_groups: int, *, multiple: int) -> list[int]:
     return [*range(min(multiple, num_groups), num_groups, multiple), num_groups]
 
 
-def list_prunable(config: Any, request: WidthRequest) -> tuple[GroupSpec, ...]:
+def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[GroupSpec, ...]:
     """List the groups that may be removed: those of the layers that are not protected.
 
     Raises:
@@ -74,7 +75,7 @@ def list_prunable(config: Any, request: WidthRequest) -> tuple[GroupSpec, ...]:
     return prunable
 
 
-def count_kept(config: Any, request: WidthRequest) -> dict[str, int]:
+def count_kept(config: PretrainedConfig, request: WidthRequest) -> dict[str, int]:
     """Count the groups of each kind that an unprotected layer keeps, on average over layers."""
     totals = {"heads": config.num_key_value_heads, "channels": config.intermediate_size}
     return {
@@ -83,7 +84,7 @@ def count_kept(config: Any, request: WidthRequest) -> dict[str, int]:
     }
 
 
-def compute_ratios(config: Any, *, kv_heads: int, channels: int) -> dict[str, float]:
+def compute_ratios(config: PretrainedConfig, *, kv_heads: int, channels: int) -> dict[str, float]:
     """Return the ratios of heads and channels that leave so many in each layer.
 
     They are rounded to a millionth, which is less than half a group of any known layer.
@@ -94,7 +95,7 @@ def compute_ratios(config: Any, *, kv_heads: int, channels: int) -> dict[str, fl
     }
 
 
-def forecast_widths(config: Any, request: WidthRequest) -> list[LayerWidths]:
+def forecast_widths(config: PretrainedConfig, request: WidthRequest) -> list[LayerWidths]:
     """Return the widths of every layer as far as they are known before groups are scored.
 
     With ``scope`` ``global`` the scores decide the width of each layer. The first layer is left
@@ -111,12 +112,12 @@ def forecast_widths(config: Any, request: WidthRequest) -> list[LayerWidths]:
     ]
 
 
-def forecast_config(config: Any, request: WidthRequest) -> Any:
+def forecast_config(config: PretrainedConfig, request: WidthRequest) -> PretrainedConfig:
     """Return the config of the pruned model, with the widths of ``forecast_widths``."""
     return build_pruned_config(config, forecast_widths(config, request))
 
 
-def list_widths(config: Any) -> list[LayerWidths]:
+def list_widths(config: PretrainedConfig) -> list[LayerWidths]:
     """List the widths of every layer of a model, uniform or not."""
     n_rep = config.num_attention_heads // config.num_key_value_heads
     uniform = [[config.num_key_value_heads, config.intermediate_size]] * config.num_hidden_layers
@@ -124,7 +125,7 @@ def list_widths(config: Any) -> list[LayerWidths]:
     return [LayerWidths(kv_heads * n_rep, kv_heads, channels) for kv_heads, channels in pairs]
 
 
-def list_projections(config: Any, width: LayerWidths) -> list[tuple[int, int]]:
+def list_projections(config: PretrainedConfig, width: LayerWidths) -> list[tuple[int, int]]:
     """List (in, out) of the projections of a layer: q, k, v, o, gate, up, down."""
     hidden, head_dim = config.hidden_size, get_head_dim(config)
     query, key = width.heads * head_dim, width.kv_heads * head_dim
@@ -134,7 +135,9 @@ def list_projections(config: Any, width: LayerWidths) -> list[tuple[int, int]]:
     ]
 
 
-def compute_widths(config: Any, specs: Sequence[GroupSpec], kept: Kept) -> list[LayerWidths]:
+def compute_widths(
+    config: PretrainedConfig, specs: Sequence[GroupSpec], kept: Kept
+) -> list[LayerWidths]:
     """Return the widths that ``kept`` leaves in each layer of the unpruned ``config``."""
     n_rep = config.num_attention_heads // config.num_key_value_heads
     counts = {(spec.layer, spec.kind): len(kept[spec.name]) for spec in specs}
@@ -148,7 +151,9 @@ def compute_widths(config: Any, specs: Sequence[GroupSpec], kept: Kept) -> list[
     ]
 
 
-def build_pruned_config(config: Any, widths: Sequence[LayerWidths]) -> Any:
+def build_pruned_config(
+    config: PretrainedConfig, widths: Sequence[LayerWidths]
+) -> PretrainedConfig:
     """Return the config of the pruned model: of a stock class where all layers are alike.
 
     A class of the project's own states widths that differ between layers, or a head count that no
@@ -171,7 +176,7 @@ def build_pruned_config(config: Any, widths: Sequence[LayerWidths]) -> Any:
 
 
 def _state_uniform(
-    config: Any, values: Mapping[str, Any], width: LayerWidths
+    config: PretrainedConfig, values: Mapping[str, Any], width: LayerWidths
 ) -> tuple[str, dict[str, Any]] | None:
     """Return the stock model type and fields of a model whose layers are alike, if there are."""
     stated = {
@@ -187,7 +192,7 @@ def _state_uniform(
 
 
 def _state_per_layer(
-    config: Any, values: Mapping[str, Any], widths: Sequence[LayerWidths]
+    config: PretrainedConfig, values: Mapping[str, Any], widths: Sequence[LayerWidths]
 ) -> tuple[str, dict[str, Any]]:
     """Return the model type and fields of a model that states the widths of each layer."""
     model_type = name_per_layer(config.model_type)
@@ -203,7 +208,7 @@ def _state_per_layer(
     }
 
 
-def count_parameters(config: Any) -> int:
+def count_parameters(config: PretrainedConfig) -> int:
     """Return the parameters of a model, tied ones once, without allocating any."""
     _, model_class = get_model_classes(config.model_type)
     with torch.device("meta"):
@@ -212,12 +217,12 @@ def count_parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def get_itemsize(config: Any) -> int:
+def get_itemsize(config: PretrainedConfig) -> int:
     """Return the bytes of one weight in the checkpoint's own precision."""
-    return config.dtype.itemsize if config.dtype is not None else 4
+    return get_dtype(config).itemsize
 
 
-def build_counter(config: Any, request: WidthRequest) -> Callable[[float], int]:
+def build_counter(config: PretrainedConfig, request: WidthRequest) -> Callable[[float], int]:
     """Return a function that counts the parameters that one ratio for all groups leaves.
 
     With ``scope`` ``global`` scores decide where groups are removed, and the number of parameters
@@ -254,7 +259,9 @@ def _count_most(specs: Sequence[GroupSpec], ratio: float, request: WidthRequest)
     return min(total, max(wanted, fewest))
 
 
-def compute_achieved(config: Any, specs: Sequence[GroupSpec], kept: Kept) -> Mapping[str, float]:
+def compute_achieved(
+    config: PretrainedConfig, specs: Sequence[GroupSpec], kept: Kept
+) -> Mapping[str, float]:
     """Return the share removed of all ``groups``, of ``heads``, ``channels`` and ``parameters``.
 
     Shares are of the whole model, protected layers, embeddings and head included.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.pruning.pruner import LoRAPruner
@@ -44,7 +44,13 @@ class PruneCallback(TrainerCallback):
         self._watching: Any = None
         self._max_norm = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, _: Any, **given: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002 - transformers' signature
+        **kwargs: Any,
+    ) -> None:
         """Take over clipping, and score what the schedule wants scored before the first step.
 
         Raises:
@@ -64,7 +70,7 @@ class PruneCallback(TrainerCallback):
         rows = self.pruner.config.num_calibration_rows
         if rows:
             size = args.per_device_train_batch_size
-            batches = itertools.islice(given["train_dataloader"], -(-rows // size))
+            batches = itertools.islice(kwargs["train_dataloader"], -(-rows // size))
             self.pruner.calibrate(_move(batch, args.device) for batch in batches)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -83,7 +89,13 @@ class PruneCallback(TrainerCallback):
         """Remove groups if it is time."""
         self.pruner.prune(given["optimizer"])
 
-    def on_train_end(self, args: Any, state: Any, _: Any, **__: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002 - transformers' signature
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
         """Give clipping back, and save the run."""
         args.max_grad_norm = self._max_norm
         if self._output is not None and state.global_step == state.max_steps:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.errors import LpdeployError
-from lpdeploy.models.loading import PRECISIONS, load_config
+from lpdeploy.models.loading import PRECISIONS, get_dtype, load_config
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.gguf_file import TYPES, count_positions, save_gguf
 from lpdeploy.servers.readme import save_readme
@@ -39,7 +39,7 @@ def package_llamacpp(
     """
     model = place.folder
     config = load_config(model)
-    precision = precision or PRECISIONS.get(config.dtype, "fp32")
+    precision = precision or PRECISIONS.get(get_dtype(config), "fp32")
     if precision not in TYPES:
         raise LpdeployError(
             f"--precision {precision} is none that --target llamacpp writes. Use "

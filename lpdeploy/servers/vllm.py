@@ -73,7 +73,7 @@ def package_vllm(
         length=length,
         ranks=ranks,
         version=get_server("vllm").version,
-        architecture=config.architectures[0],
+        architecture=(config.architectures or [""])[0],
         chat=has_chat_template(folder),
     )
     return {

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import atomic_folder
 from lpdeploy.engines.contract import Contract, TensorSpec, save_contract
@@ -137,7 +138,7 @@ def _check_opset(opset: int, *, in_place: bool) -> None:
 
 
 def _save_graph(model: nn.Module, path: Path, *, opset: int, buffer: int | None) -> None:
-    config = model.config
+    config: Any = model.config
     model.requires_grad_(requires_grad=False)
     inputs, outputs = _list_names(config, in_place=buffer is not None)
     traced = ConcatModel(model) if buffer is None else InPlaceModel(model)
@@ -170,7 +171,7 @@ def _check_graph(path: Path, *, opset: int) -> None:
     onnx.checker.check_model(path)  # by its path: also right above 2 GB
 
 
-def _list_names(config: Any, *, in_place: bool) -> tuple[list[str], list[str]]:
+def _list_names(config: PretrainedConfig, *, in_place: bool) -> tuple[list[str], list[str]]:
     parts = [f"{n}.{part}" for n in range(config.num_hidden_layers) for part in ("key", "value")]
     caches = [f"past_key_values.{part}" for part in parts]
     inputs = [*_TOKEN_INPUTS, *([WRITE_INDICES] if in_place else []), *caches]
@@ -181,11 +182,12 @@ def _build_example(model: nn.Module, buffer: int | None) -> tuple[Any, ...]:
     # Every dynamic dimension is 2 or more, and no two are alike: torch.export takes 0 and 1 for
     # constants, and equal sizes for one size.
     batch, tokens, past = 2, 3, 5
-    head_dim = get_head_dim(model.config)
+    config: Any = model.config
+    head_dim = get_head_dim(config)
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     caches = [
         torch.zeros(batch, width.kv_heads, buffer or past, head_dim, dtype=dtype)
-        for width in list_widths(model.config)
+        for width in list_widths(config)
         for _ in ("key", "value")
     ]
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
@@ -195,7 +197,7 @@ def _build_example(model: nn.Module, buffer: int | None) -> tuple[Any, ...]:
     return ids, mask, positions, *write_indices, caches
 
 
-def _build_dynamic_shapes(config: Any, *, in_place: bool) -> tuple[Any, ...]:
+def _build_dynamic_shapes(config: PretrainedConfig, *, in_place: bool) -> tuple[Any, ...]:
     tokens, batch = {0: "batch", 1: "sequence"}, {0: "batch"}
     caches = 2 * config.num_hidden_layers
     if in_place:
@@ -237,7 +239,7 @@ def _grouped_attention(*, enabled: bool) -> Iterator[None]:
 
 
 def _describe_tensors(
-    config: Any, precision: str, buffer: int | None
+    config: PretrainedConfig, precision: str, buffer: int | None
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Return the inputs and outputs of the graph; a string is a dynamic dimension."""
     head_dim, dtype = get_head_dim(config), _CACHE_DTYPES[precision]

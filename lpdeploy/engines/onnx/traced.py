@@ -61,7 +61,7 @@ class InPlaceModel(nn.Module):
             write_indices: Shape (B,): where the new tokens begin.
             past: Buffers of key and value of each layer, (B, kv_heads, S, head_dim).
         """
-        layers = [
+        layers: list[Any] = [
             _BufferLayer(keys, values, write_indices)
             for keys, values in zip(past[::2], past[1::2], strict=True)
         ]
@@ -70,6 +70,9 @@ class InPlaceModel(nn.Module):
 
 class _BufferLayer(DynamicLayer):
     """The cache of one layer, of which TensorScatter replaces some positions."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, write_indices: Tensor) -> None:
         super().__init__()
@@ -111,7 +114,8 @@ def _run(
         past_key_values=cache,
         use_cache=True,
     )
-    present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    present = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     # Logits leave a half-precision graph as float32: every server and every sampler reads that,
     # numpy has no bfloat16, and the cast costs nothing beside the product it follows.
     return (output.logits.float(), *present)

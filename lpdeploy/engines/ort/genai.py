@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.engines.contract import Contract
@@ -12,7 +13,7 @@ from lpdeploy.families import get_family
 _GRAPH = "genai.onnx"
 
 
-def save_genai_files(folder: Path, config: Any, contract: Contract) -> bool:
+def save_genai_files(folder: Path, config: PretrainedConfig, contract: Contract) -> bool:
     """Add ``genai_config.json`` and ``genai.onnx`` to an ``ort`` export.
 
     Args:
@@ -82,7 +83,7 @@ def _add_lengths(tape: ir.tape.Tape, mask: ir.Value, ids: ir.Value) -> dict[str,
     }
 
 
-def _build_genai_config(config: Any, contract: Contract) -> dict[str, Any]:
+def _build_genai_config(config: PretrainedConfig, contract: Contract) -> dict[str, Any]:
     """Build ``genai_config.json`` for a model whose layers have the same number of heads."""
     stops = list(contract.model.eos_token_ids)
     bos = contract.model.bos_token_id

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
+from transformers import PretrainedConfig
 
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
@@ -46,7 +47,7 @@ class Lengths:
 
 
 def build_decoder(
-    config: Any,
+    config: PretrainedConfig,
     weights: Weights,
     *,
     dtype: str,
@@ -83,7 +84,11 @@ class _Decoder:
     """The graph while it is written."""
 
     def __init__(
-        self, config: Any, weights: Weights, dtype: str, quantization: BlockFormat | None
+        self,
+        config: PretrainedConfig,
+        weights: Weights,
+        dtype: str,
+        quantization: BlockFormat | None,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -321,7 +326,7 @@ class _Decoder:
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="lpdeploy")
 
 
-def get_window(config: Any, layer: int) -> int:
+def get_window(config: PretrainedConfig, layer: int) -> int:
     """Return how many tokens a layer looks back on, -1 for all."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
@@ -330,7 +335,9 @@ def get_window(config: Any, layer: int) -> int:
     return int(window)
 
 
-def compute_rotary_tables(config: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_rotary_tables(
+    config: PretrainedConfig, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute cosines and sines of all positions, as transformers does.
 
     Returns:

@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Sampler:
         else:
             self._generator.manual_seed(sampling.seed)
         self._greedy = sampling.temperature == 0
-        self._warpers = []
+        self._warpers: list[LogitsProcessor] = []
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k:
