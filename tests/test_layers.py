@@ -1,11 +1,14 @@
 """The shape of the house: who may import whom, and how large a room may grow."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "lpdeploy"
+# These print what they say themselves, or run commands.
+_SPEAKS_OF_OPTIONS = {"cli", "demo", "paper"}
 BASE = {"criteria", "errors", "environment", "records", "machine", "plan", "artifacts"}
 BASE |= {"run_folder"}
 CORE = BASE | {"families", "models", "data"}
@@ -144,3 +147,38 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_the_library_speaks_of_fields_and_not_of_options():
+    """Options belong to the command line, which turns `field` into --field."""
+    # Whole commands are fine: 'lpdeploy ...', or one that was written elsewhere.
+    quoted = re.compile(r"'(?:X|lpdeploy|accelerate|python) [^']*'|`lpdeploy [^`]*`|pip install .*")
+    found = []
+    for path in (path for path in ROOT.rglob("*.py") if not _SPEAKS_OF_OPTIONS & {*path.parts}):
+        for line, text in list_sentences(path):
+            if re.search(r"(?<![\w-])--[a-z]", quoted.sub("", text)):
+                found.append(f"{path.relative_to(ROOT)}:{line}: {text}")
+    assert found == []
+
+
+def list_sentences(path):
+    """List the strings of a module that a person reads: not docstrings, not parts of commands."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inner, docs = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inner |= {id(part) for part in ast.walk(node) if part is not node}
+        if isinstance(node, ast.Expr):
+            docs.add(id(node.value))
+    for node in ast.walk(tree):
+        if id(node) in inner | docs:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            parts = [p.value if isinstance(p, ast.Constant) else "X" for p in node.values]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts = [node.value]
+        else:
+            continue
+        text = "".join(parts)
+        if " " in text.strip() and not text.lstrip().startswith(("--", "lpdeploy ", "compact ")):
+            yield node.lineno, text

@@ -132,9 +132,9 @@ def _check_positions(subject: Subject, workload: Workload) -> None:
     needed, limit = workload.tokens + workload.decode, subject.loaded.max_positions
     if needed > limit:
         raise LpdeployError(
-            f"--tokens {workload.tokens} and --decode {workload.decode} need {needed} positions; "
+            f"`tokens={workload.tokens}` and `decode={workload.decode}` need {needed} positions; "
             f"'{subject.variant.model}' has {limit}. "
-            f"Use --tokens {limit - workload.decode} or less."
+            f"Use `tokens={limit - workload.decode}` or less."
         )
 
 

@@ -72,7 +72,7 @@ def _format(result: "CheckResult") -> str:
         *(_describe_width(row, ranks=result.tensor_parallel) for row in result.alignment),
         "",
         *(
-            f"{row.name:18} {row.loads:10} {row.why} [{row.tested if row.tried else 'not tried'}]"
+            f"{row.name:18} {row.loads:10} {write_flags(row.why)} [{row.tested or 'not tried'}]"
             for row in result.servers
         ),
     ]

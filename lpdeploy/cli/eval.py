@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import DEVICE_HELP, ENGINE, print_result, shared_options, split_names
+from lpdeploy.cli.common import (
+    DEVICE_HELP,
+    ENGINE,
+    print_result,
+    shared_options,
+    split_names,
+    write_flags,
+)
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 
@@ -82,7 +89,7 @@ def command(
     try:
         options = EvalOptions(**{**values, "tasks": values["tasks"] or ()})
     except ValueError as error:
-        raise click.UsageError(f"{error}.") from error
+        raise click.UsageError(write_flags(f"{error}.")) from error
 
     from lpdeploy.cli.progress import counting_progress
     from lpdeploy.evaluation.evaluate import evaluate

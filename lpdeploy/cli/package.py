@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, PRECISION, SERVED, TARGET, print_result, shared_options
+from lpdeploy.cli.common import (
+    FOLDER,
+    PRECISION,
+    SERVED,
+    TARGET,
+    print_result,
+    shared_options,
+    write_flags,
+)
 from lpdeploy.machine import format_bytes
 
 _COUNT = click.IntRange(min=1)
@@ -70,5 +78,9 @@ def command(*, model: str, target: str, output: Path, as_json: bool, **options: 
 
     result = package(model, kind=target, output=output, **options)
     size = f"{len(result['files'])} files, {format_bytes(result['bytes'])}"
-    lines = [f"{output}: {size}, {result['seconds']:.1f} s", result["command"], *result["notes"]]
+    lines = [
+        f"{output}: {size}, {result['seconds']:.1f} s",
+        result["command"],
+        *map(write_flags, result["notes"]),
+    ]
     print_result(result, "\n".join(lines), as_json=as_json)

@@ -103,7 +103,7 @@ def _import_harness() -> ModuleType:
         from lpdeploy.evaluation import harness
     except ImportError:
         raise MissingDependencyError(
-            "lm-eval is not installed; --tasks needs it. "
+            "lm-eval is not installed; `tasks` needs it. "
             "Install with: pip install 'lpdeploy[eval]'."
         ) from None
     return harness

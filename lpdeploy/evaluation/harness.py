@@ -238,7 +238,7 @@ def _list_known(names: Sequence[str]) -> Any:
             hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise DataError(
                 f"lm-eval has no task '{name}'. {hint}Give one that it lists with "
-                "'lm-eval ls tasks', or --task-data."
+                "'lm-eval ls tasks', or set `task_data`."
             )
     return manager
 
@@ -273,13 +273,13 @@ def _load_hub(
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
         raise DataError(
             f"The data of the task '{name}' cannot be loaded ({reason}). Check the network and "
-            "'hf auth login', or give local files with --task-data."
+            "'hf auth login', or give local files with `task_data`."
         ) from error
     for key, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         if own == 0 and num_fewshot:  # lm-eval leaves these alone, in silence
             raise DataError(
-                f"lm-eval fixes '{key}' to 0 examples. Leave --num-fewshot {num_fewshot} out."
+                f"lm-eval fixes '{key}' to 0 examples. Leave `num_fewshot={num_fewshot}` out."
             )
         default = get_default_shots(key) if own is None else own
         task.set_config(key="num_fewshot", value=default if num_fewshot is None else num_fewshot)

@@ -28,8 +28,8 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         if not self.perplexity and not self.tasks:
-            raise ValueError("Nothing to measure. Give --perplexity SOURCE, --tasks NAMES, or both")
-        alone = {"task-data": self.task_data, "num-fewshot": self.num_fewshot, "limit": self.limit}
+            raise ValueError("Nothing to measure. Give `perplexity`, `tasks`, or both")
+        alone = {"task_data": self.task_data, "num_fewshot": self.num_fewshot, "limit": self.limit}
         for name, value in alone.items():
             if value is not None and not self.tasks:
-                raise ValueError(f"--{name} is about tasks. Give --tasks NAMES, or leave it out")
+                raise ValueError(f"`{name}` needs `tasks`. Give `tasks` too, or leave `{name}` out")

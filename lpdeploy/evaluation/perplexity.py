@@ -58,7 +58,7 @@ def compute_perplexity(
     if seq_len > runner.max_positions:
         raise LpdeployError(
             f"The model has {runner.max_positions} positions; "
-            f"use --seq-len {runner.max_positions} or less."
+            f"use `seq_len={runner.max_positions}` or less."
         )
     stream = torch.from_numpy(build_token_stream(corpus, tokenizer)).long()
     segments = _cut_segments(stream, seq_len, source=corpus.source)

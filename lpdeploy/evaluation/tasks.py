@@ -177,7 +177,7 @@ def _check_shots(file: TaskFile, num_fewshot: int) -> None:
     if num_fewshot > available:
         raise DataError(
             f"'{file.path}' has {available} examples for {num_fewshot} shots. "
-            f"Use --num-fewshot {available} or less, or give more in "
+            f"Use `num_fewshot={available}` or less, or give more in "
             f"'{file.path.stem}{_SHOTS}.jsonl'."
         )
 

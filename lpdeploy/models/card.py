@@ -145,7 +145,7 @@ def _describe_servers(config: PretrainedConfig, record: ModelRecord, *, stock: b
         "vLLM, SGLang, TensorRT-LLM, ONNX Runtime GenAI and llama.cpp expect the same widths in "
         "every layer"
     )
-    fix = "Prune with `--scope layer` and no protected layers"
+    fix = "Run `lpdeploy prune --scope layer` without protected layers"
     if len(set(zip(record.heads, record.channels, strict=True))) == 1:
         why = (
             f"its {record.heads[0]} heads do not divide its hidden size of {config.hidden_size}, "

@@ -118,7 +118,7 @@ def _is_enough(plan: MemoryPlan, free: int) -> bool:
 
 def suggest_options(
     options: PruneConfig, free: int, plan: Planner
-) -> tuple[dict[str, Any], MemoryPlan] | None:
+) -> tuple[dict[str, int | bool | str], MemoryPlan] | None:
     """Find the first change, of the least harm, that makes a run fit.
 
     A smaller micro-batch changes nothing but time; gradient checkpointing costs a second forward
@@ -133,7 +133,7 @@ def suggest_options(
     Returns:
         The changed fields, and their plan; None where nothing helps.
     """
-    milder: dict[str, Any] = {}
+    milder: dict[str, int | bool | str] = {}
     for name, values in _list_values(options).items():
         for value in values:
             for change in ({name: value}, {**milder, name: value}):

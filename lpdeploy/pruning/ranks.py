@@ -216,8 +216,8 @@ def join_ranks(options: PruneConfig) -> Ranks:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise LpdeployError(
                 f"accelerate is configured for {name}, but the model must not be wrapped: groups "
-                "are cut out of it. Launch with --multi_gpu, and use `shard=True` to spread "
-                "a base over the GPUs."
+                "are cut out of it. Use 'accelerate launch --multi_gpu', and `shard=True` to "
+                "spread a base over the GPUs."
             )
     state = PartialState(cpu=resolve_device(options.device) == "cpu", timeout=_TIMEOUT)
     ranks = Ranks(rank=state.process_index, size=state.num_processes, device=state.device)

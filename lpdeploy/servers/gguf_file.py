@@ -83,7 +83,7 @@ def _load_library() -> Any:
         import gguf
     except ImportError as error:
         raise MissingDependencyError(
-            "gguf is not installed; '--target llamacpp' needs it. "
+            "gguf is not installed; `target=llamacpp` needs it. "
             "Install with: pip install 'lpdeploy[gguf]'."
         ) from error
     return gguf
@@ -121,8 +121,8 @@ def compute_rope_factors(config: Any) -> Tensor | None:
         return None
     if kind not in _STEADY_ROPES or not get_architecture(config).rope_factors:
         raise LpdeployError(
-            f"--target llamacpp does not write rotary positions of type '{kind}' for a "
-            f"{config.model_type}. Use --target vllm or genai."
+            f"`target=llamacpp` does not write rotary positions of type '{kind}' for a "
+            f"{config.model_type}. Use `target=vllm` or `target=genai`."
         )
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
     head_dim = get_head_dim(config)
@@ -243,6 +243,6 @@ def _encode(gguf: Any, tensor: Tensor, kind: str, *, name: str) -> Any:
     encoded = tensor.to(_DTYPES[kind]).contiguous()
     if kind == "F16" and not encoded.isfinite().all() and tensor.isfinite().all():
         raise LpdeployError(
-            f"{name} holds numbers larger than fp16 can say. Use --precision bf16 or fp32."
+            f"{name} holds numbers too large for fp16. Use `precision=bf16` or `precision=fp32`."
         )
     return encoded.view(torch.uint8).numpy() if kind == "BF16" else encoded.numpy()

@@ -90,7 +90,8 @@ def build_vocabulary(tokenizer: Any, *, rows: int) -> Vocabulary:
 def _refuse(why: str) -> NoReturn:
     raise ArtifactError(
         f"llama.cpp has no tokenizer like this one: {why}. It takes BPE of SentencePiece's kind "
-        "(LLaMA 1 and 2, Mistral) or of bytes (GPT-2, Llama 3, Qwen). Use --target vllm or genai."
+        "(LLaMA 1 and 2, Mistral) or of bytes (GPT-2, Llama 3, Qwen). Use `target=vllm` or "
+        "`target=genai`."
     )
 
 

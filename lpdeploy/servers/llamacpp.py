@@ -42,7 +42,7 @@ def package_llamacpp(
     precision = precision or PRECISIONS.get(get_dtype(config), "fp32")
     if precision not in TYPES:
         raise LpdeployError(
-            f"--precision {precision} is none that --target llamacpp writes. Use "
+            f"`target=llamacpp` does not write `precision={precision}`. Use "
             f"{', '.join(TYPES)}; llama.cpp's own llama-quantize makes smaller ones of fp16."
         )
     length = resolve_length(max_seq_len, positions=count_positions(config))

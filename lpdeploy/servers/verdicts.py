@@ -134,7 +134,7 @@ def refuse_per_layer(config: Any, _: int) -> Finding | None:
     """Layers of different widths."""
     if not is_per_layer(config.model_type):
         return None
-    return Finding("no", "Its layers have different widths. Prune with --scope layer.")
+    return Finding("no", "Its layers have different widths. Prune with `scope=layer`.")
 
 
 def need_own_code(config: Any, _: int) -> Finding | None:
@@ -158,21 +158,21 @@ def divide_over_ranks(config: Any, ranks: int) -> Finding | None:
             fewer = max(size for size in range(1, ranks) if width.heads % size == 0)
             return Finding(
                 "no",
-                f"{width.heads} attention heads do not divide over --tensor-parallel {ranks}. Use "
-                f"--round-heads-to {multiple} ({' or '.join(map(str, near))} heads), or "
-                f"--tensor-parallel {fewer}.",
+                f"{width.heads} attention heads do not divide over `tensor_parallel={ranks}`. Use "
+                f"`round_heads_to={multiple}` ({' or '.join(map(str, near))} heads), or "
+                f"`tensor_parallel={fewer}`.",
             )
         if width.kv_heads % ranks and ranks % width.kv_heads:
             return Finding(
                 "no",
-                f"{width.kv_heads} KV heads neither divide over --tensor-parallel {ranks} nor the "
-                f"reverse. Use --round-heads-to {ranks}.",
+                f"{width.kv_heads} KV heads neither divide over `tensor_parallel={ranks}` nor the "
+                f"reverse. Use `round_heads_to={ranks}`.",
             )
         if width.channels % ranks:
             return Finding(
                 "no",
-                f"{width.channels} channels do not divide over --tensor-parallel {ranks}. Use "
-                "--round-to with a multiple of it.",
+                f"{width.channels} channels do not divide over `tensor_parallel={ranks}`. Use "
+                "`round_to` with a multiple of it.",
             )
     return None
 
@@ -181,7 +181,7 @@ def run_on_one_gpu(_: Any, ranks: int) -> Finding | None:
     """Several ranks: graphs and engines are not divided."""
     if ranks == 1:
         return None
-    return Finding("no", "A graph runs on one GPU. Use --tensor-parallel 1, or another server.")
+    return Finding("no", "A graph runs on one GPU. Use `tensor_parallel=1`, or another server.")
 
 
 def need_same_heads(config: Any, _: int) -> Finding | None:
@@ -190,7 +190,7 @@ def need_same_heads(config: Any, _: int) -> Finding | None:
         return None
     return Finding(
         "no", "Its layers have different numbers of heads. OrtRunner runs them; for GenAI prune "
-        "with --scope layer.",
+        "with `scope=layer`.",
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def need_trt_for_other_heads(config: Any, _: int) -> Finding | None:
         return None
     return Finding(
         "condition", f"Its heads have {get_head_dim(config)} numbers, no multiple of "
-        f"{_ORT_HEAD_MULTIPLE}, which --engine ort wants: with --engine trt.",
+        f"{_ORT_HEAD_MULTIPLE}, which `engine=ort` needs: use `engine=trt`.",
     )  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
         )
     if odd := [row for row in sorted(rows) if row % _GGUF_K_BLOCK]:
         channels = {width.channels for width in list_widths(config)}
-        way = f"--round-to {_GGUF_K_BLOCK}, or " if set(odd) <= channels else ""
+        way = f"`round_to={_GGUF_K_BLOCK}`, or " if set(odd) <= channels else ""
         return Finding(
             "condition",
             f"K-quants want rows of a multiple of {_GGUF_K_BLOCK}, and {odd[0]} is none: such "
@@ -255,37 +255,37 @@ SERVERS: tuple[Server, ...] = (
     ),
     Server(
         "vllm", "0.32.0", f"{_JOB} on a CPU, several ranks read",
-        f"{_FOLDER}: vllm serve FOLDER. lpdeploy package --target vllm adds the right options.",
+        f"{_FOLDER}: 'vllm serve FOLDER'. 'lpdeploy package --target vllm' adds the right options.",
         (refuse_per_layer, divide_over_ranks),
         "vllm", "lpdeploy.servers.vllm:package_vllm",
     ),
     Server(
         "sglang", "0.5.23", "read",
-        f"{_FOLDER}: python -m sglang.launch_server --model-path FOLDER.",
+        f"{_FOLDER}: 'python -m sglang.launch_server --model-path FOLDER'.",
         (refuse_per_layer, divide_over_ranks),
     ),
     Server(
         "tensorrt", "rtx 1.7.1", "tests/engines/trt/test_exporter.py",
-        "lpdeploy export --engine trt.", (run_on_one_gpu,),
+        "'lpdeploy export --engine trt'.", (run_on_one_gpu,),
     ),
     Server(
         "tensorrt-llm", "", "not tried",
-        f"{_FOLDER}, with its PyTorch backend: trtllm-serve FOLDER.",
+        f"{_FOLDER}, with its PyTorch backend: 'trtllm-serve FOLDER'.",
         (refuse_per_layer, divide_over_ranks),
     ),
     Server(
-        "triton", "2.51.0", "tests/slow/servers/triton/test_server.py with --engine ort",
-        "lpdeploy package --target triton.", (run_on_one_gpu, need_trt_for_other_heads),
+        "triton", "2.51.0", "tests/slow/servers/triton/test_server.py with ONNX Runtime",
+        "'lpdeploy package --target triton'.", (run_on_one_gpu, need_trt_for_other_heads),
         "triton", "lpdeploy.servers.triton.packager:package_triton",
     ),
     Server(
         "onnxruntime-genai", "0.18.0", f"{_TEST}, tokens in tests/servers/test_genai.py",
-        "lpdeploy package --target genai.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
+        "'lpdeploy package --target genai'.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
         "genai", "lpdeploy.servers.genai:package_genai",
     ),
     Server(
         "llama.cpp", "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
-        "lpdeploy package --target llamacpp.",
+        "'lpdeploy package --target llamacpp'.",
         (refuse_per_layer, need_gguf_architecture, fit_gguf_blocks),
         "llamacpp", "lpdeploy.servers.llamacpp:package_llamacpp",
     ),

@@ -156,7 +156,7 @@ def test_the_memory_of_a_trial_is_what_it_took(monkeypatch):
 
 
 def test_more_tokens_than_positions_are_refused(model):
-    with pytest.raises(LpdeployError, match="need 70 positions; 'm' has 64. Use --tokens 54"):
+    with pytest.raises(LpdeployError, match="need 70 positions; 'm' has 64. Use `tokens=54`"):
         measure_latency([make_subject(model, [])], [Workload(tokens=60, decode=10)])
 
 

@@ -88,10 +88,10 @@ def test_a_recipe_may_list_the_tasks(model, folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "Nothing to measure. Give --perplexity SOURCE, --tasks NAMES, or both."),
+        ([], "Nothing to measure. Give --perplexity, --tasks, or both."),
         (["--tasks", ""], "'' names no task. Give one or more, such as piqa,arc_easy"),
         (["--tasks", " , "], "names no task"),
-        (["--perplexity", "x", "--limit", "3"], "--limit is about tasks. Give --tasks NAMES"),
+        (["--perplexity", "x", "--limit", "3"], "--limit needs --tasks. Give --tasks too"),
         (["--tasks", "piqa", "--limit", "0"], "0 is not in the range x>=1"),
         (["--tasks", "piqa", "--batch-size", "0"], "0 is not in the range x>=1"),
         (["--tasks", "piqa", "--num-fewshot", "-1"], "-1 is not in the range x>=0"),

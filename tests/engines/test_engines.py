@@ -28,7 +28,7 @@ EXPORTERS = {"onnx": "export_onnx", "ort": "export_ort", "trt": "export_tensorrt
 GIVEN = {"model_folder", "output", "adapter", "overwrite", "precision", "in_place"}
 # Files that name Python packages or their extras, some of which are called as an engine is.
 PACKAGES = {
-    *("artifacts.py", "paper/render.py", "cli/doctor.py", "engines/trt/library.py"),
+    *("machine.py", "paper/render.py", "cli/doctor.py", "engines/trt/library.py"),
     *("pruning/checkpoint.py", "pruning/run.py"),
 }
 

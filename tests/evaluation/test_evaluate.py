@@ -90,12 +90,12 @@ class TestMerge:
 
 class TestRefusals:
     def test_nothing_to_measure(self):
-        with pytest.raises(ValueError, match="Nothing to measure. Give --perplexity .*--tasks"):
+        with pytest.raises(ValueError, match="Nothing to measure. Give `perplexity`, `tasks`"):
             EvalOptions()
 
     @pytest.mark.parametrize("option", ["task_data", "num_fewshot", "limit"])
     def test_options_of_tasks_without_tasks(self, option):
-        with pytest.raises(ValueError, match=r"is about tasks\. Give --tasks NAMES, or leave it"):
+        with pytest.raises(ValueError, match=r"needs `tasks`\. Give `tasks` too"):
             EvalOptions(perplexity=("a",), **{option: 1})
 
     def test_without_lm_eval(self, tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ class TestRefusals:
         monkeypatch.setattr(builtins, "__import__", refuse)
         with pytest.raises(
             MissingDependencyError,
-            match=r"lm-eval is not installed; --tasks needs it\. Install .*'lpdeploy\[eval\]'",
+            match=r"lm-eval is not installed; `tasks` needs it\. Install .*'lpdeploy\[eval\]'",
         ):
             evaluate(str(make_model(tmp_path / "m")), EvalOptions(tasks=("piqa",)), device="cpu")
 

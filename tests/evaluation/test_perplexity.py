@@ -162,7 +162,7 @@ class TestWork:
 class TestErrors:
     def test_too_few_positions(self, tokenizer):
         with pytest.raises(
-            LpdeployError, match=r"The model has 64 positions; use --seq-len 64 or less\."
+            LpdeployError, match=r"The model has 64 positions; use `seq_len=64` or less\."
         ):
             compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=65)
 

@@ -284,7 +284,7 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", fail)
         with pytest.raises(
-            DataError, match=r"'piqa' cannot be loaded \(no way\)\. Check .*--task-data\.$"
+            DataError, match=r"'piqa' cannot be loaded \(no way\)\. Check .*`task_data`\.$"
         ):
             load_tasks(["piqa"])
 
@@ -300,7 +300,7 @@ class TestHub:
                 return {"tasks": {name: Fixed() for name in names}}
 
         monkeypatch.setattr(harness, "TaskManager", Manager)
-        with pytest.raises(DataError, match="fixes 'fixed' to 0 examples. Leave --num-fewshot 3"):
+        with pytest.raises(DataError, match="fixes 'fixed' to 0 examples. Leave `num_fewshot=3`"):
             load_tasks(["fixed"], num_fewshot=3)
 
 
@@ -385,7 +385,7 @@ class TestRefusals:
     def test_too_few_examples(self, tmp_path):
         rows = [QUERY, QUERY, QUERY | {"gold": 1}]  # a copy of the question is no example
         write_rows(tmp_path / "piqa.jsonl", rows)
-        sentence = r"has 1 examples for 2 shots\. Use --num-fewshot 1 or less, or give more in"
+        sentence = r"has 1 examples for 2 shots\. Use `num_fewshot=1` or less, or give more in"
         with pytest.raises(DataError, match=sentence):
             load_tasks(["piqa"], task_data=tmp_path, num_fewshot=2)
         write_rows(tmp_path / "piqa.shots.jsonl", [QUERY])

@@ -97,7 +97,7 @@ def test_the_table_has_all_answers_for_these_shapes():
 def test_per_layer_widths_load_in_few_servers():
     for name in ("vllm", "sglang", "tensorrt-llm", "llama.cpp"):
         verdict = get_verdict(SHAPES["per-layer-channels"], name)
-        assert (verdict.loads, "--scope layer" in verdict.why) == ("no", True)
+        assert (verdict.loads, "`scope=layer`" in verdict.why) == ("no", True)
     assert get_verdict(SHAPES["per-layer-channels"], "tensorrt").loads == "yes"
 
 
@@ -114,13 +114,13 @@ def build_7b(heads, channels, **values):
 
 
 DIVISIONS = {
-    (26, 32, 8832, 4): "26 attention heads do not divide over --tensor-parallel 4. Use "
-    "--round-heads-to 4 (24 or 28 heads), or --tensor-parallel 2.",
-    (20, 8, 8832, 8): "20 attention heads do not divide over --tensor-parallel 8. Use "
-    "--round-heads-to 2 (16 or 24 heads), or --tensor-parallel 5.",
-    (12, 8, 8832, 2): "3 KV heads neither divide over --tensor-parallel 2 nor the reverse. Use "
-    "--round-heads-to 2.",
-    (24, 32, 8830, 4): "8830 channels do not divide over --tensor-parallel 4. Use --round-to with "
+    (26, 32, 8832, 4): "26 attention heads do not divide over `tensor_parallel=4`. Use "
+    "`round_heads_to=4` (24 or 28 heads), or `tensor_parallel=2`.",
+    (20, 8, 8832, 8): "20 attention heads do not divide over `tensor_parallel=8`. Use "
+    "`round_heads_to=2` (16 or 24 heads), or `tensor_parallel=5`.",
+    (12, 8, 8832, 2): "3 KV heads neither divide over `tensor_parallel=2` nor the reverse. Use "
+    "`round_heads_to=2`.",
+    (24, 32, 8830, 4): "8830 channels do not divide over `tensor_parallel=4`. Use `round_to` with "
     "a multiple of it.",
 }
 
@@ -142,7 +142,7 @@ def test_graphs_run_on_one_gpu():
 
 @pytest.mark.parametrize(
     ("channels", "words"),
-    [(8704, None), (8832, "8832 is none: such tensors take a type of more bits. Use --round-to"),
+    [(8704, None), (8832, "8832 is none: such tensors take a type of more bits. Use `round_to"),
      (8808, "multiple of 32, and 8808 is none: such tensors stay in f16")],
 )  # fmt: skip
 def test_blocks_of_gguf(channels, words):
@@ -154,7 +154,7 @@ def test_blocks_of_gguf(channels, words):
 def test_rounding_channels_is_no_advice_where_heads_are_the_cause():
     why = get_verdict(build_7b(27, 8704), "llama.cpp").why  # 27 heads of 128 are 3456 columns
     assert "and 3456 is none" in why
-    assert "--round-to" not in why
+    assert "round_to" not in why
 
 
 def test_tiles():

@@ -288,7 +288,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         path.unlink()
     with pytest.raises(ArtifactError, match="has no tokenizer. Copy its tokenizer files beside"):
         package_for_llamacpp(model, tmp_path / "out")
-    with pytest.raises(LpdeployError, match="--precision int4 is none that --target llamacpp wri"):
+    with pytest.raises(LpdeployError, match="`target=llamacpp` does not write `precision=int4`"):
         package_for_llamacpp(DEMO, tmp_path / "out", precision="int4")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingDependencyError, match="Install with: pip install 'lpdeploy.gguf.'"):
@@ -311,7 +311,9 @@ def test_weights_too_large_for_half_precision(tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"][3, 5] = 1e6
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LpdeployError, match=r"lm_head.weight holds numbers larger .* --precision"):
+    with pytest.raises(
+        LpdeployError, match=r"lm_head.weight holds numbers too large .* `precision"
+    ):
         package_for_llamacpp(model, tmp_path / "out", precision="fp16")
     del tensors["lm_head.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})

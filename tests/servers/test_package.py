@@ -125,7 +125,7 @@ def test_layers_of_different_widths(tmp_path, kind):
         package(str(model), kind=kind, output=tmp_path / "out")
     assert f"does not load '{model}'" in str(caught.value)
     assert (
-        "Prune with --scope layer. The nearest shape that it takes has 6 heads (2 KV) and 32 "
+        "Prune with `scope=layer`. The nearest shape that it takes has 6 heads (2 KV) and 32 "
         in (str(caught.value))
     )
     assert not (tmp_path / "out").exists()
@@ -133,7 +133,9 @@ def test_layers_of_different_widths(tmp_path, kind):
 
 def test_heads_that_do_not_divide(tmp_path):
     model = make_tiny_model(tmp_path / "model", model_type="mistral", heads=3)
-    with pytest.raises(ArtifactError, match="3 attention heads do not divide .* Use --round-heads"):
+    with pytest.raises(
+        ArtifactError, match="3 attention heads do not divide .* Use `round_heads_to"
+    ):
         package(str(model), kind="vllm", output=tmp_path / "out", tensor_parallel=2)
 
 

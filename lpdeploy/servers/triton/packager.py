@@ -105,8 +105,8 @@ def _resolve_name(name: str | None, output: Path) -> str:
     chosen = name or output.name
     if not _NAME.fullmatch(chosen):
         raise LpdeployError(
-            f"'{chosen}' is no name for a model of Triton: letters, digits, '_', '-' and '.', a "
-            "letter first. Give one with --name."
+            f"'{chosen}' is not a valid model name for Triton. Use letters, digits, '_', '-' and "
+            "'.', starting with a letter, and set it with `name`."
         )
     return chosen
 

@@ -87,7 +87,7 @@ def run(*words):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--name", "a b"], "'a b' is no name for a model of Triton"),
+        (["--name", "a b"], "'a b' is not a valid model name for Triton"),
         (["--tensor-parallel", "2"], "--tensor-parallel is not an option of --target triton"),
         (["--max-seq-len", "9999"], "--max-seq-len 9999 does not fit a model of 128 positions"),
     ],
