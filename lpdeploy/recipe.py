@@ -1,7 +1,8 @@
 """Recipes: YAML files that hold the options of commands."""
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 
 from lpdeploy.errors import RecipeError
 
+logger = logging.getLogger(__name__)
+
 
 def load_recipe(
     path: Path,
@@ -17,7 +20,6 @@ def load_recipe(
     *,
     known: Collection[str],
     former: Mapping[str, str] = MappingProxyType({}),
-    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Read the options of one command from a recipe.
 
@@ -26,7 +28,6 @@ def load_recipe(
         command: Whose options to read, ``prune`` say.
         known: Names of its options, with underscores.
         former: Former names of some of them, which are still read -> their names.
-        log: Is told of former names that give a value.
 
     Returns:
         Option name -> value; empty where the recipe does not speak of the command.
@@ -44,7 +45,7 @@ def load_recipe(
         raise RecipeError(
             f"Recipe '{path}' must map commands to options, for example 'prune: {{ratio: 0.5}}'."
         )
-    options = _rename(path, data.get(command, {}), former, log)
+    options = _rename(path, data.get(command, {}), former)
     unknown = sorted(set(options) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -56,14 +57,14 @@ def load_recipe(
     return options
 
 
-def _rename(
-    path: Path, options: dict[str, Any], former: Mapping[str, str], log: Callable[[str], None]
-) -> dict[str, Any]:
+def _rename(path: Path, options: dict[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
     for old in former.keys() & options.keys():
         if former[old] in options:
             raise RecipeError(
                 f"Recipe '{path}' gives '{former[old]}' and its former name '{old}'. Keep one."
             )
         if options[old] is not None:
-            log(f"'{old}' in recipe '{path}' is now called '{former[old]}'; it still works.")
+            logger.warning(
+                "'%s' in recipe '%s' is now called '%s'; it still works.", old, path, former[old]
+            )
     return {former.get(name, name): value for name, value in options.items()}

@@ -2,11 +2,12 @@
 
 import functools
 import gc
+import logging
 import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,16 +34,16 @@ from lpdeploy.pruning.target import LatencyFound, LatencyTarget, TargetRecord, g
 from lpdeploy.pruning.training import run_steps
 from lpdeploy.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 # Shapes that are measured at most, the unpruned and the smallest one among them.
 _MOST = 20
 _REPEATS = 10
 _DECODED = 16
 _CALIBRATION_ROWS = 128
 
-_Log = Callable[[str], None]
 
-
-def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
+def choose_widths(
     model: str,
     options: PruneConfig,
     *,
@@ -51,7 +52,6 @@ def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
     cache: bool = True,
     overwrite: bool = False,
     on_tokenise: Progress | None = None,
-    log: _Log = lambda _: None,
 ) -> TargetRecord:
     """Choose heads and channels of the pruned model separately, by measured latency.
 
@@ -74,15 +74,15 @@ def choose_widths(  # noqa: PLR0913 - what prune takes, and callbacks
     if output is not None:
         RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
     _check_positions(source, target)
-    check_memory(source.config, options, log=lambda _: None)
+    check_memory(source.config, options)
     with (
         tempfile.TemporaryDirectory(prefix="lpdeploy-target-") as scratch,
         _start_worker() as worker,
     ):
-        bench = _Bench(source, options, target, device, Path(scratch), worker, log)
+        bench = _Bench(source, options, target, device, Path(scratch), worker)
         bench.check_reachable()
         dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise)
-        log("scoring the groups, to know which pair of heads and channels loses least")
+        logger.info("scoring the groups, to know which pair of heads and channels loses least")
         importance = score_groups(source, dataset, options)
         found = bench.search(importance)
         return bench.finish(found)
@@ -166,7 +166,6 @@ class _Bench:
     device: str
     scratch: Path
     worker: Worker
-    log: _Log
     measurements: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -207,10 +206,12 @@ class _Bench:
         with self._make(*pair) as chosen:
             dense_ms, chosen_ms = self._time([self._dense, chosen])
         over = chosen_ms > self.target.latency_ms
-        self.log(
-            f"chosen: {self._describe(*pair)}, {chosen_ms:.3g} ms where the unpruned model takes "
-            f"{dense_ms:.3g} ms, measured in turn"
-            + (f": over the target of {self.target.latency_ms:g} ms this time" if over else "")
+        logger.info(
+            "chosen: %s, %.3g ms where the unpruned model takes %.3g ms, measured in turn%s",
+            self._describe(*pair),
+            chosen_ms,
+            dense_ms,
+            f": over the target of {self.target.latency_ms:g} ms this time" if over else "",
         )
         ratios = self._compute_ratios(*pair)
         return TargetRecord(
@@ -233,7 +234,7 @@ class _Bench:
         """Measure a shape by itself; milliseconds."""
         with self._make(heads, channels) as variant:
             (median,) = self._time([variant])
-        self.log(f"measured {self._describe(heads, channels)}: {median:.3g} ms")
+        logger.info("measured %s: %.3g ms", self._describe(heads, channels), median)
         self.measurements.append(
             {
                 "kv_heads": self.heads[heads],

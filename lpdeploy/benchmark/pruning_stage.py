@@ -1,5 +1,6 @@
 """The stage of `bench pruning`: start what is compared, let it step, write JSON, table and plot."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,13 +20,14 @@ from lpdeploy.models.loading import load_config, resolve_device, resolve_model
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
 
+logger = logging.getLogger(__name__)
+
 BENCH = "bench-pruning.json"
 
-Log = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
-def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
+def bench_pruning(
     model: str,
     workload: PruningWorkload,
     *,
@@ -34,7 +36,6 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
     data: str | None = None,
     output: Path,
     on_progress: Progress = lambda *_: None,
-    log: Log = lambda _: None,
 ) -> PruningResult:
     """Measure what a step costs by criterion, and write JSON, Markdown and SVG.
 
@@ -50,7 +51,6 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
         data: Data source; None for random tokens.
         output: Folder for the files.
         on_progress: Is told (steps done, all steps).
-        log: Is told what is measured, and what is not.
 
     Raises:
         LpdeployError: Model, data, device or memory are not what is needed.
@@ -58,10 +58,11 @@ def bench_pruning(  # noqa: PLR0913 - what the command takes, and two callbacks
     folder = _find_folder(model)
     config = load_config(folder)
     device = resolve_device(workload.options.device)
-    options = _list_options(workload, criteria, load_in, device=device, log=log)
+    options = _list_options(workload, criteria, load_in, device=device)
     variants = [PruningVariant(folder, own, data) for own in options]
     together = _fit_together(config, options, device)
-    log(f"{len(variants)} runs, {'in turn step by step' if together else 'one after another'}")
+    order = "in turn step by step" if together else "one after another"
+    logger.info("%s runs, %s", len(variants), order)
     measured = _measure(variants, workload, together=together, on_progress=on_progress)
     result = build_result(
         config,
@@ -90,14 +91,13 @@ def _list_options(
     load_in: Sequence[str],
     *,
     device: str,
-    log: Log,
 ) -> list[PruneConfig]:
     changes: list[dict[str, Any]] = [{"criterion": name} for name in criteria]
     for name in criteria:
         if not CRITERIA[name].weight_gradients:
             continue
         if device == "cpu":
-            log(f"{name} with off-loading is left out: on a CPU it is the same as {name}.")
+            logger.info("%s off-loaded is left out: on a CPU it is the same as without.", name)
         else:
             changes.append({"criterion": name, "offload_gradients": True})
     for kind in load_in:

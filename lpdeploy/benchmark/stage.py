@@ -19,7 +19,7 @@ from lpdeploy.models.loading import resolve_device
 from lpdeploy.run_folder import RunFolder, check_output
 
 
-def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
+def bench_latency(
     targets: Sequence[str],
     *,
     engines: Sequence[str] = ("torch", "onnx"),
@@ -28,7 +28,6 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
     device: str = "auto",
     output: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
-    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[LatencyResult, Path]:
     """Time the targets and write ``bench.json``, ``bench.md`` and ``bench.svg``.
 
@@ -42,7 +41,6 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
         device: ``auto``, ``cpu`` or ``cuda``.
         output: Folder for the files; the first target that is a run, else the working folder.
         on_progress: Is told (repeats done, all repeats).
-        log: Is told what takes time before that.
 
     Returns:
         The result, and the folder of the files.
@@ -62,7 +60,6 @@ def bench_latency(  # noqa: PLR0913 - what the command takes, and two callbacks
                 "max_batch": max(workload.batch for workload in workloads),
                 "max_seq_len": max(2, *(work.tokens + work.decode for work in workloads)),
             },
-            log=log,
         )
         with start_workers(variants, device=device) as (subjects, probe):
             result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)

@@ -1,8 +1,8 @@
 """From the size or latency that a user asked for to the ratios that meet it."""
 
 import bisect
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from lpdeploy.machine import format_bytes
 from lpdeploy.models.loading import find_config
 from lpdeploy.models.shapes import build_counter, get_itemsize
 from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target
+
+logger = logging.getLogger(__name__)
 
 # Ratios have six decimals: less than half a group of any known layer.
 _STEPS = 1_000_000
@@ -31,7 +33,6 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
     resume: bool = False,
     overwrite: bool = False,
     on_tokenise: Progress | None = None,
-    log: Callable[[str], None] = lambda _: None,
 ) -> tuple[PruneConfig, TargetRecord | None]:
     """Turn ``target_params``, ``target_memory`` or ``target_latency`` into ratios.
 
@@ -44,7 +45,6 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
         resume: Read from ``output`` what was chosen when the run began.
         overwrite: Whether a run in ``output`` may be replaced.
         on_tokenise: Is told (examples tokenised, all examples).
-        log: Is told every measurement, and what was chosen.
 
     Returns:
         The options with ratios in place of the budget, and the record for ``target.json``.
@@ -70,10 +70,10 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
             cache=cache,
             overwrite=overwrite,
             on_tokenise=on_tokenise,
-            log=log,
         )
     chosen = " ".join(f"`{name}={ratio:g}`" for name, ratio in record.ratios.items())
-    log(f"{'as chosen when the run began' if resume else 'chosen for the target'}: {chosen}")
+    when = "as chosen when the run began" if resume else "chosen for the target"
+    logger.info("%s: %s", when, chosen)
     return options.with_ratios(**record.ratios), record
 
 

@@ -1,5 +1,6 @@
 """Which models a latency benchmark compares: on disk, exported, and described."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from lpdeploy.models.loading import (
 from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.models.shapes import count_parameters
 from lpdeploy.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,6 @@ def list_variants(
     device: str,
     scratch: Path,
     limits: Mapping[str, int] | None = None,
-    log: Callable[[str], None] = lambda _: None,
 ) -> list[Variant]:
     """List every variant of the targets: dense and pruned, merged and unmerged, on each engine.
 
@@ -98,7 +100,6 @@ def list_variants(
         device: ``cpu`` or ``cuda``.
         scratch: Empty folder for exports and for the adapter of an unpruned base.
         limits: ``max_batch`` and ``max_seq_len`` of exports that are made here.
-        log: Is told what takes time.
 
     Raises:
         ArtifactError: A run has no compacted, or no unmerged, model.
@@ -109,9 +110,7 @@ def list_variants(
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
-        build_variant(
-            checkpoint, engine=engine, device=device, scratch=scratch, limits=limits, log=log
-        )
+        build_variant(checkpoint, engine=engine, device=device, scratch=scratch, limits=limits)
         for engine in engines
         for checkpoint in sorted(
             checkpoints.values(), key=lambda c: (c.ratio, c.adapter is not None)
@@ -158,7 +157,6 @@ def build_variant(
     device: str,
     scratch: Path,
     limits: Mapping[str, int] | None = None,
-    log: Callable[[str], None] = lambda _: None,
 ) -> Variant:
     """Describe a checkpoint on an engine, exporting it to ``scratch`` where that is still to do."""
     engine, _, precision = engine.partition(":")
@@ -167,7 +165,7 @@ def build_variant(
     if record.export is not None:
         exported = _find_export(checkpoint, engine, precision)
         if exported is None:
-            log(f"exporting {checkpoint.name} to {engine} for the benchmark")
+            logger.info("exporting %s to %s for the benchmark", checkpoint.name, engine)
             exported = _export(checkpoint, engine, precision, scratch=scratch, limits=limits or {})
     parameters, rank = count_parameters(load_config(checkpoint.folder)), 0
     if checkpoint.adapter is not None:

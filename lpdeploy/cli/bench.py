@@ -99,7 +99,6 @@ def latency(  # noqa: PLR0913 - one parameter an option
             device=device,
             output=output,
             on_progress=on_progress,
-            log=log,
         )
     log(f"Wrote {folder / 'bench.json'}, .md, .svg")
     print_result(result.to_json(), format_latency(result), as_json=as_json)
@@ -169,7 +168,6 @@ def pruning(
             data=data,
             output=output,
             on_progress=on_progress,
-            log=log,
         )
     log(f"Wrote {output / 'bench-pruning.json'}, .md, .svg")
     print_result(result.to_json(), format_pruning(result), as_json=as_json)

@@ -104,7 +104,7 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
     known = [p.name for p in ctx.command.params if p.name and p is not own]
     command = " ".join(ctx.command_path.split()[1:])
     former = {old: new for old, new in RENAMED.items() if new in known}
-    options = load_recipe(value, command, known=known, former=former, log=log)
+    options = load_recipe(value, command, known=known, former=former)
     ctx.default_map = {**(ctx.default_map or {}), **options}
 
 

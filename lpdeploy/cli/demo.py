@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, print_result, shared_options
 
 
 @click.command("demo")
@@ -21,5 +21,5 @@ def command(*, output: Path, overwrite: bool, as_json: bool) -> None:
     """
     from lpdeploy.demo.run import run_demo
 
-    result = run_demo(output, overwrite=overwrite, log=log)
+    result = run_demo(output, overwrite=overwrite)
     print_result(result.to_json(), result.summary, as_json=as_json)

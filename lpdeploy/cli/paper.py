@@ -163,7 +163,6 @@ def command(  # noqa: PLR0913 - one parameter an option
         jobs=jobs,
         render_only=render_only,
         show_progress=jobs == 1 and sys.stderr.isatty(),
-        log=log,
     )
     _print(document, output / spec.file_stem, as_json=as_json)
 

@@ -80,7 +80,7 @@ def command(
             "overwrite": overwrite,
             "on_tokenise": on_tokenise,
         }
-        config, target = resolve_budget(model, config, **given, log=log)
+        config, target = resolve_budget(model, config, **given)
         result = prune(
             model,
             **given,

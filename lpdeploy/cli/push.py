@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lpdeploy.cli.common import RUN, log, print_result, shared_options
+from lpdeploy.cli.common import RUN, print_result, shared_options
 from lpdeploy.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def command(*, run: Path, repo: str, private: bool, yes: bool, as_json: bool) ->
     """
     from lpdeploy.publish.push import push
 
-    result = push(run, repo, private=private, execute=yes, log=log)
+    result = push(run, repo, private=private, execute=yes)
     words = ["lpdeploy", "push", str(run), "--repo", repo, *(["--private"] if private else [])]
     command = shlex.join([*words, "--yes"])
     text = _describe_upload(result) if result.uploaded else _describe_plan(result, command)

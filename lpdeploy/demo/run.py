@@ -1,7 +1,7 @@
 """The demo: the whole line on the model that the package carries, in one folder."""
 
+import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -30,6 +30,8 @@ from lpdeploy.pruning.run import prune
 from lpdeploy.report.page import Sample, save_report
 from lpdeploy.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 RATIOS = (0.2, 0.5)
 _TRAIN_SEQ_LEN = 128
 _EVAL_SEQ_LEN = 256
@@ -38,8 +40,6 @@ _NEW_TOKENS = 110
 
 _ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
 _BASE = _ASSETS / "story-llama-1M"
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ def run_demo(
     overwrite: bool = False,
     steps: int = 80,
     repeats: int = 20,
-    log: Log = lambda _: None,
 ) -> DemoResult:
     """Prune by 20 and 50 %, compact, export, verify, evaluate, time, write, and report.
 
@@ -91,7 +90,6 @@ def run_demo(
         overwrite: Replace what is there.
         steps: Optimizer steps of each pruning run.
         repeats: Trials of each variant of the benchmark.
-        log: Is told each step as it begins.
 
     Raises:
         ArtifactError: ``output`` exists and ``overwrite`` is false.
@@ -102,25 +100,24 @@ def run_demo(
     assets, base = _ASSETS, _BASE
     runs = _list_runs(output)
     for ratio, run in runs.items():
-        log(f"prune {ratio:.0%}, fine-tune, compact")
+        logger.info("prune %.0f%%, fine-tune, compact", 100 * ratio)
         _build(base, assets / "train.txt", run, ratio=ratio, steps=steps)
-    log("export to ONNX")
+    logger.info("export to ONNX")
     _export_all(list(runs.values()))
     half = runs[RATIOS[-1]]
-    log("verify every stage")
+    logger.info("verify every stage")
     _check(half)
-    log("evaluate")
+    logger.info("evaluate")
     options = EvalOptions(perplexity=(str(assets / "valid.txt"),), seq_len=_EVAL_SEQ_LEN)
     measured = evaluate(str(half), options, with_base=True, device="cpu")
-    log("time dense and pruned, merged and unmerged")
+    logger.info("time dense and pruned, merged and unmerged")
     bench, _ = bench_latency(
         [str(run) for run in runs.values()],
         workloads=[Workload(tokens=_BENCH_TOKENS, repeats=repeats)],
         device="cpu",
         output=half.path,
-        log=log,
     )
-    log("write a few lines")
+    logger.info("write a few lines")
     opening = _read_opening(assets / "valid.txt")
     models = {"dense": base, f"{RATIOS[-1]:.0%} pruned": half.model}
     save_json(half.samples, [asdict(_write_lines(opening, *item)) for item in models.items()])

@@ -1,8 +1,9 @@
 """A table of the paper on one's own model: run what is missing, write JSON, Markdown and a plot."""
 
 import fcntl
+import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.run import CELLS, CommandError, Commands, check_output, load_cell, run_cells
 
-Log = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def build_study(
@@ -79,7 +80,6 @@ def run_paper(
     jobs: int = 1,
     render_only: bool = False,
     show_progress: bool = False,
-    log: Log = lambda _: None,
 ) -> TableResult:
     """Run the cells of a table that are not there yet, and write it after each of them.
 
@@ -91,7 +91,6 @@ def run_paper(
         jobs: Cells at a time.
         render_only: Run nothing.
         show_progress: Let the progress bars of the commands through.
-        log: Is told what runs.
 
     Raises:
         LpdeployError: There is nothing to show, something cannot be used, or all cells fail.
@@ -116,13 +115,13 @@ def run_paper(
             raise ArtifactError(f"'{output}' holds no cell of this table. Leave --render-only out.")
         return document
     with _lock(output):
-        todo = _list_missing(cells, output, cost=cost, log=log)
+        todo = _list_missing(cells, output, cost=cost)
         failed: dict[str, str] = {}
 
         def on_cell(cell: Cell, error: CommandError | None) -> None:
             if error is not None:
                 failed[cell.key] = str(error)
-            log(_describe_end(cell, error, output))
+            logger.info(_describe_end(cell, error, output))
             write(failed)
 
         run_cells(
@@ -145,12 +144,13 @@ def _check_asked(selection: Selection, study: Study, *, jobs: int) -> None:
         )
 
 
-def _list_missing(cells: Sequence[Cell], output: Path, *, cost: bool, log: Log) -> list[Cell]:
+def _list_missing(cells: Sequence[Cell], output: Path, *, cost: bool) -> list[Cell]:
     """List what must run, each key once: two rows may be the same run."""
     (output / CELLS).mkdir(parents=True, exist_ok=True)
     missing = {c.key: c for c in cells if load_cell(output, c, undisturbed=cost) is None}
     keys = {cell.key for cell in cells}
-    log(f"{len(keys) - len(missing)} of {len(keys)} cells are there, {len(missing)} to run")
+    done = len(keys) - len(missing)
+    logger.info("%s of %s cells are there, %s to run", done, len(keys), len(missing))
     return list(missing.values())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import format_bytes, read_process_bytes
 from lpdeploy.models.loading import resolve_device, resolve_dtype
 from lpdeploy.pruning.memory import MemoryPlan, plan_memory
+
+logger = logging.getLogger(__name__)
 
 # A plan may be off by this share. A run is refused only if it would not fit even if it needed that
 # much less and the heap, which is known least, wasted nothing.
@@ -57,7 +60,6 @@ def check_memory(
     config: Any,
     options: PruneConfig,
     *,
-    log: Callable[[str], None],
     refuse: bool = True,
     ranks: int = 1,
 ) -> MemoryPlan:
@@ -66,7 +68,6 @@ def check_memory(
     Args:
         config: Of the unpruned base.
         options: How it is pruned.
-        log: Receives the plan as one line.
         refuse: Whether to refuse; a resumed run is smaller than its plan, and did fit.
         ranks: Processes; those of a sharded run divide the layers' weights.
 
@@ -75,7 +76,7 @@ def check_memory(
     """
     plan = plan_run(config, options, ranks=ranks)
     free = measure_free_bytes(resolve_device(options.device))
-    log(describe_plan(plan, free))
+    logger.info(describe_plan(plan, free))
     if not refuse or options.ignore_memory or _is_enough(plan, free):
         return plan
     change = suggest_options(options, free, lambda changed: plan_run(config, changed, ranks=ranks))

@@ -132,9 +132,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         _claim(run, ranks, base=source.folder, resume=resume, overwrite=overwrite),
         explain_full_disk(run),
     ):
-        memory = check_memory(
-            source.config, options, log=logger.info, refuse=not resume, ranks=ranks.size
-        )
+        memory = check_memory(source.config, options, refuse=not resume, ranks=ranks.size)
         recording = record_stage(run.path, "prune", recorded)
         with recording if ranks.is_first else nullcontext(Stage()) as stage:
             stage.planned = memory.to_json()

@@ -1,8 +1,9 @@
 """The push stage: from a run to a repository on the Hugging Face hub."""
 
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import format_bytes
 from lpdeploy.publish.files import Upload, is_local, list_uploads
 from lpdeploy.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -65,7 +68,6 @@ def push(
     *,
     private: bool = False,
     execute: bool = False,
-    log: Callable[[str], None] = lambda _: None,
 ) -> PushResult:
     """Say what of a run would be uploaded and, where asked to, upload it in one commit.
 
@@ -77,7 +79,6 @@ def push(
         repo: ``owner/name``.
         private: Whether a new repository is only for its owner.
         execute: Upload; otherwise nothing leaves this machine.
-        log: Is told what takes time.
 
     Raises:
         LpdeployError: The run has no model, the name is none, nobody is logged in, or the hub is
@@ -95,7 +96,8 @@ def push(
     )
     if not execute:
         return result
-    log(f"uploading {len(result.files)} files, {format_bytes(result.bytes)}, to {repo}")
+    size = format_bytes(result.bytes)
+    logger.info("uploading %s files, %s, to %s", len(result.files), size, repo)
     with run.hold(shared=True):
         url, commit = _upload(result.files, repo, private=private)
     return replace(result, url=url, commit=commit)

@@ -170,9 +170,10 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path):
+def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
-    log, seen = [], []
+    caplog.set_level("INFO", logger="lpdeploy")
+    seen = []
     result = bench_pruning(
         str(base),
         replace(WORKLOAD, steps=1),
@@ -180,12 +181,13 @@ def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path):
         load_in=("8bit",),
         output=tmp_path,
         on_progress=lambda done, total: seen.append((done, total)),
-        log=log.append,
     )
     found = [(row.criterion, row.load_in) for row in result.rows]
     assert found == [("lora", None), ("gradient", None), ("lora", "8bit")]
-    assert "on a CPU it is the same as gradient" in log[0]
-    assert seen[-1][0] == seen[-1][1] == (WARM_UPS + 2) * (1 if "in turn" in log[1] else 3)
+    assert "gradient off-loaded is left out" in caplog.messages[0]
+    assert (
+        seen[-1][0] == seen[-1][1] == (WARM_UPS + 2) * (1 if "in turn" in caplog.messages[1] else 3)
+    )
     assert json.loads((tmp_path / "bench-pruning.json").read_text()) == result.to_json()
     assert (tmp_path / "bench-pruning.svg").read_text().startswith("<?xml")
     assert (tmp_path / "bench-pruning.md").read_text() == render_pruning(result)
@@ -196,14 +198,13 @@ def test_a_checkpoint_is_measured_from_end_to_end(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_after_another_where_all_at_once_do_not_fit(base, tmp_path, monkeypatch):
+def test_one_after_another_where_all_at_once_do_not_fit(base, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pruning_stage, "measure_free_bytes", lambda _: 1000)
-    log = []
+    caplog.set_level("INFO", logger="lpdeploy")
     result = bench_pruning(
         str(base), replace(WORKLOAD, steps=1), criteria=("lora", "magnitude"), output=tmp_path,
-        log=log.append,
     )  # fmt: skip
-    assert log == ["2 runs, one after another"]
+    assert caplog.messages == ["2 runs, one after another"]
     assert not result.workload.interleaved
     assert len(result.rows) == 2
 

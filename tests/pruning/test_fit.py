@@ -85,9 +85,7 @@ def test_harmless_changes_together_come_before_a_harmful_one_alone():
 
 def refuse(monkeypatch, free, options=OPTIONS, **arguments):
     monkeypatch.setattr(fit, "measure_free_bytes", lambda _: free)
-    lines = []
-    plan = check_memory(CONFIG, options, log=lines.append, **arguments)
-    return plan, lines
+    return check_memory(CONFIG, options, **arguments)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch):
@@ -114,22 +112,24 @@ def test_where_nothing_helps_it_says_so(monkeypatch):
         refuse(monkeypatch, 1_000_000_000)
 
 
-def test_a_plan_may_be_wrong_and_what_is_near_starts(monkeypatch):
-    plan, lines = refuse(monkeypatch, 100_000_000_000)
+def test_a_plan_may_be_wrong_and_what_is_near_starts(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="lpdeploy")
+    plan = refuse(monkeypatch, 100_000_000_000)
     needed = plan.total - plan.process - plan.heap
     refuse(monkeypatch, int(0.86 * needed))
     with pytest.raises(LpdeployError, match="This run needs"):
         refuse(monkeypatch, int(0.84 * needed))
-    assert lines[0].startswith("memory: about ")
-    assert "of 100 GB that are free" in lines[0]
-    assert "activations" in lines[0]
-    assert "gradients" not in lines[0]  # lora has none
+    line = caplog.messages[0]
+    assert line.startswith("memory: about ")
+    assert "of 100 GB that are free" in line
+    assert "activations" in line
+    assert "gradients" not in line  # lora has none
 
 
 def test_who_wants_to_starts_all_the_same(monkeypatch):
     anyway = dataclasses.replace(OPTIONS, ignore_memory=True)
-    assert refuse(monkeypatch, 1_000_000_000, anyway)[0].weights > 13e9
-    assert refuse(monkeypatch, 1_000_000_000, refuse=False)[0].weights > 13e9
+    assert refuse(monkeypatch, 1_000_000_000, anyway).weights > 13e9
+    assert refuse(monkeypatch, 1_000_000_000, refuse=False).weights > 13e9
 
 
 def test_prune_refuses_before_it_reads_anything(base, data, tmp_path, monkeypatch):

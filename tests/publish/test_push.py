@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from lpdeploy.artifacts import compute_sha256, load_json, save_json
-from lpdeploy.cli.common import log
 from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
@@ -160,7 +159,7 @@ def test_a_repository_that_exists_is_updated_not_wiped(run, hub):
     hub.repos["me/small"] = {
         "visibility": "private", "files": {"mine.txt": b"mine", "config.json": b"old"},
     }  # fmt: skip
-    push(run, "me/small", execute=True, log=log)
+    push(run, "me/small", execute=True)
     repo = hub.repos["me/small"]
     assert repo["files"]["mine.txt"] == b"mine"
     assert repo["files"]["config.json"] == (run / "model" / "config.json").read_bytes()

@@ -65,7 +65,7 @@ def list_all(
         for adapter in ([None, path / "adapter"] if unmerged else [None])
     ]
     return [
-        build_variant(checkpoint, engine=engine, device="cpu", scratch=scratch, log=print)
+        build_variant(checkpoint, engine=engine, device="cpu", scratch=scratch)
         for engine in engines
         for checkpoint in checkpoints
         if ":" not in engine or checkpoint.adapter is None  # packed weights: merged only
