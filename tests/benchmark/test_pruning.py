@@ -233,7 +233,7 @@ def test_a_whole_run_steps_through_its_events_and_is_evaluated(base, tmp_path):
 @pytest.mark.slow
 def test_a_worker_says_what_does_not_work(base):
     options = replace(OPTIONS, seq_len=4096)
-    with pytest.raises(LpdeployError, match="--seq-len 4096 is longer than the 128 positions"):
+    with pytest.raises(LpdeployError, match="`seq_len` 4096 is longer than the 128 positions"):
         Worker(functools.partial(load_pruning, PruningVariant(base, options, data="nowhere.txt")))
 
 

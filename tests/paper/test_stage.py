@@ -80,7 +80,7 @@ def test_a_failed_cell_leaves_the_others_and_is_tried_again(paper, recorder, tmp
     recorder.fail_at[("prune", "--schedule joint")] = error
     failed = paper("7", "--seeds", "1", "--ratios", "0.5")
     assert failed.exit_code == 1
-    assert "1 of 2 cells failed, the first with: The loss became nan at step 3." in failed.stderr
+    assert "1 of 2 cells failed. First error: The loss became nan at step 3." in failed.stderr
     assert [c["options"]["schedule"] for c in load_cells(tmp_path / "out").values()] == ["separate"]
     text = (tmp_path / "out" / "table-7.md").read_text()
     assert "1 of 2 cells are missing." in text

@@ -51,7 +51,7 @@ def test_where_nothing_can_be_compiled(monkeypatch):
         raise RuntimeError("No working C++ compiler found\nand more")
 
     monkeypatch.setattr(torch, "compile", fail)
-    sentence = r"cannot compile for cpu here: No working C\+\+ compiler found. Install .* --compile"
+    sentence = r"cannot compile for cpu here: No working C\+\+ compiler found. Install .* `compile`"
     with pytest.raises(LpdeployError, match=sentence):
         check_compile(torch.device("cpu"))
 

@@ -229,7 +229,7 @@ def test_one_process_alone_cannot_shard():
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_an_accelerate_that_would_wrap_the_model_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(LpdeployError, match=f"configured for {name}.* Launch with --multi_gpu"):
+    with pytest.raises(LpdeployError, match=f"configured for {name}.* launch --multi_gpu"):
         join_ranks(PruneConfig(device="cpu"))
 
 
