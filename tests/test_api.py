@@ -1,5 +1,6 @@
 """The Python API: what it loads, what it takes, and that it does what the commands do."""
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -53,6 +54,16 @@ def test_every_public_name_is_there():
         assert getattr(lpdeploy, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lpdeploy.nothing
+
+
+def test_runs_of_one_process_know_nothing_of_each_other(base, data, tmp_path):
+    """Neither a precision nor a seed of one run is left for the next."""
+    given = {"data": str(data), "config": CONFIG}
+    first = lpdeploy.prune(str(base), output=tmp_path / "first", **given)
+    half = dataclasses.replace(CONFIG, dtype="bf16", seed=1)
+    lpdeploy.prune(str(base), data=str(data), output=tmp_path / "half", config=half)
+    again = lpdeploy.prune(str(base), output=tmp_path / "again", **given)
+    assert_same(first.path, again.path)
 
 
 def test_it_does_what_the_command_does(base, data, tmp_path, capsys):

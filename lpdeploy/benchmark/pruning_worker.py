@@ -180,9 +180,9 @@ def run_step(steps: Iterator[Any], *, device: str) -> StepCost:
 def measure_scoring(training: Training, *, device: str) -> Timing:
     """Score once, from the gradients of one row, and forget it; what it took beside the model."""
     scorer = training.state.scorer
-    ids = training.dataset.collate([0])["input_ids"].to(training.accelerator.device)
+    ids = training.dataset.collate([0])["input_ids"].to(training.device)
     with scorer.observe():
-        training.accelerator.backward(run_forward(training, ids, ids, targets=ids.numel()))
+        run_forward(training, ids, ids, targets=ids.numel()).backward()
     timing = time_work(scorer.compute_importance, device=device)
     training.optimizer.zero_grad()
     return timing
@@ -195,7 +195,7 @@ def evaluate(training: Training, dataset: TokenDataset) -> float:
     total, count = 0.0, 0
     for row in range(len(dataset)):
         batch = dataset.collate([row])
-        ids = batch["input_ids"].to(training.accelerator.device)
+        ids = batch["input_ids"].to(training.device)
         total += run_forward(training, ids, ids, targets=1).item()
         count += ids.numel() - 1
     training.model.train()

@@ -9,10 +9,8 @@ from transformers import PretrainedConfig
 
 from lpdeploy.families.groups import LINEARS, list_group_specs
 from lpdeploy.models.adapters import attach_lora, get_lora_weights
-from lpdeploy.models.loading import PRECISIONS, get_model_classes
+from lpdeploy.models.loading import DTYPES, get_model_classes
 from lpdeploy.models.quantized import apply_training_layout, build_random_8bit
-
-_DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 
 
 def save_random_model(
@@ -66,11 +64,11 @@ def build_random_model(
         if load_in and name.rsplit(".", 1)[-1] in LINEARS:
             made = build_random_8bit(module, device=device)
             if made.bias is not None:
-                bias = torch.zeros(len(made.bias), dtype=_DTYPES[dtype], device=device)
+                bias = torch.zeros(len(made.bias), dtype=DTYPES[dtype], device=device)
                 made.bias = nn.Parameter(bias, requires_grad=False)
             model.set_submodule(name, made)
         else:
-            _fill(module, dtype=_DTYPES[dtype], device=device)
+            _fill(module, dtype=DTYPES[dtype], device=device)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)  # its buffers are computed
     model.tie_weights()

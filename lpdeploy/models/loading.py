@@ -20,8 +20,8 @@ from lpdeploy.models.quantized import (
 )
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 """torch dtype -> name of the precision."""
 
 
@@ -181,8 +181,8 @@ def load_model(
     """
     import transformers
 
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}")
 
     transformers.utils.logging.disable_progress_bar()  # a bar of ours or none
     config = load_config(folder)
@@ -192,7 +192,7 @@ def load_model(
         model, info = model_class.from_pretrained(
             folder,
             config=config,
-            dtype=_DTYPES.get(dtype, "auto"),
+            dtype=DTYPES.get(dtype, "auto"),
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -237,7 +237,7 @@ def _build_quantization(
     """Build the arguments of ``from_pretrained`` that quantise; none for a plain model."""
     if load_in is None:
         return {}
-    computed = _DTYPES.get(dtype, get_dtype(config))
+    computed = DTYPES.get(dtype, get_dtype(config))
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         # accelerate takes a quantised model only where the number of its device is told.

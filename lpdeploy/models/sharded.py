@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import (
-    PRECISIONS,
+    DTYPES,
     get_model_classes,
     list_weight_files,
     load_config,
@@ -24,8 +24,6 @@ from lpdeploy.models.loading import (
 )
 from lpdeploy.models.quantized import QuantizedRows
 from lpdeploy.models.quantized import get_rows as get_whole_rows
-
-_DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 
 
 def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any:
@@ -52,7 +50,7 @@ def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any
     _, model_class = get_model_classes(config.model_type)
     with torch.device("meta"):
         model = model_class(config)
-    model.to(_DTYPES.get(dtype, config.dtype or torch.float32))
+    model.to(DTYPES.get(dtype, config.dtype or torch.float32))
     mesh = init_device_mesh(device.type, (get_world_size(),))
     decoder = model.model
     for layer in decoder.layers:

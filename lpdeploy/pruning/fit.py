@@ -50,8 +50,7 @@ def plan_run(config: Any, options: PruneConfig, *, ranks: int = 1) -> MemoryPlan
 
 def _measure_process() -> int:
     """Return what this process holds once all libraries are loaded."""
-    import accelerate  # noqa: F401 - what the run needs next
-    import peft  # noqa: F401
+    import peft  # noqa: F401 - what the run needs next
 
     return (read_process_bytes() or 0) + _LATER_BYTES
 

@@ -219,8 +219,12 @@ def join_ranks(options: PruneConfig) -> Ranks:
                 "are cut out of it. Use 'accelerate launch --multi_gpu', and `shard=True` to "
                 "spread a base over the GPUs."
             )
-    state = PartialState(cpu=resolve_device(options.device) == "cpu", timeout=_TIMEOUT)
-    ranks = Ranks(rank=state.process_index, size=state.num_processes, device=state.device)
+    device = resolve_device(options.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        ranks = Ranks(device=torch.device(device))
+    else:
+        state = PartialState(cpu=device == "cpu", timeout=_TIMEOUT)
+        ranks = Ranks(rank=state.process_index, size=state.num_processes, device=state.device)
     _check_share(options, ranks.size)
     return ranks
 

@@ -24,6 +24,7 @@ from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
+    DTYPES,
     PRECISIONS,
     load_config,
     load_model,
@@ -160,17 +161,11 @@ def build_training(
     Raises:
         LpdeployError: Device or weights cannot be used.
     """
-    from accelerate import Accelerator
-
-    ranks = ranks or Ranks()
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, source.config, device=device)
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if dtype == "bf16" else "no"
-    )
+    ranks = ranks or Ranks(device=torch.device(resolve_device(options.device)))
+    dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
     if options.compile:
-        check_compile(accelerator.device)
-    model = _load_base(source, options, load, dtype=dtype, device=accelerator.device)
+        check_compile(ranks.device)
+    model = _load_base(source, options, load, dtype=dtype, device=ranks.device)
     kept = {} if checkpoint is None else checkpoint.select("kept")
     if options.effective_removal == "cut":
         apply_cut(model, source.prunable, kept)
@@ -178,17 +173,16 @@ def build_training(
         apply_checkpointing(model)
     wrapped = _attach_lora(model, source.name, options)
     if not options.shard:  # which is where it belongs, and cannot be moved
-        wrapped = wrapped.to(accelerator.device)
+        wrapped = wrapped.to(ranks.device)
     optimizer = torch.optim.AdamW(
         [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
-    # The model is not prepared: what accelerate wraps it in would hold on to what is cut out.
-    optimizer = accelerator.prepare_optimizer(optimizer)
     state = build_state(model, source.prunable, options, ranks=ranks, kept=kept)
     training = Training(
         model=wrapped,
         optimizer=optimizer,
-        accelerator=accelerator,
+        device=ranks.device,
+        dtype=DTYPES[dtype],
         dataset=dataset,
         state=state,
         options=options,
@@ -242,7 +236,7 @@ def describe_start(source: Source, training: Training) -> str:
     options, dataset = training.options, training.dataset
     stored = PRECISIONS.get(source.config.dtype, "fp32")
     base = f" over a base in {options.load_in}" if options.load_in else ""
-    used = PRECISIONS[next(training.model.parameters()).dtype]
+    used = PRECISIONS[training.dtype]
     counts = count_kept(source.config, options.widths)
     kept = ", ".join(
         f"{counts[spec.kind]} of "
@@ -258,9 +252,9 @@ def describe_start(source: Source, training: Training) -> str:
     )
     padding = f", padding {share:.1%} of what is computed" if share else ""
     dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
-    where = str(training.accelerator.device)
+    where = str(training.device)
     if (size := training.ranks.size) > 1:
-        where = f"{size} ranks on {training.accelerator.device.type}"
+        where = f"{size} ranks on {training.device.type}"
         base += ", sharded" if options.shard else ""
     scored = options.num_calibration_rows
     first = f"{scored} rows are scored before the first step; " if scored else ""

@@ -159,5 +159,4 @@ def apply_event(
         multiples=options.multiples,
     )
     if optimizer is not None:
-        # accelerate wraps the optimizer that holds the parameters.
-        apply_cut_to_optimizer(getattr(optimizer, "optimizer", optimizer), replaced)
+        apply_cut_to_optimizer(optimizer, replaced)

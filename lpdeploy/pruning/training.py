@@ -61,9 +61,10 @@ class Training:
     """A model in training and everything a step needs.
 
     Attributes:
-        model: The PeftModel, prepared by accelerate.
-        optimizer: AdamW over LoRA's parameters, prepared by accelerate.
-        accelerator: Device, precision and backward.
+        model: The PeftModel.
+        optimizer: AdamW over LoRA's parameters.
+        device: Where it runs.
+        dtype: Precision of the base; LoRA's parameters are float32 in any case.
         dataset: Tokens.
         state: Live groups and their importance.
         options: What the user asked for.
@@ -72,8 +73,9 @@ class Training:
     """
 
     model: Any
-    optimizer: Any
-    accelerator: Any
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    dtype: torch.dtype
     dataset: TokenDataset
     state: PruningState
     options: PruneConfig
@@ -244,10 +246,10 @@ def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[Tensor, 
     # Dividing by the targets of the whole batch makes the gradient independent of how it is
     # split into micro-batches of unequal lengths.
     targets = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in micros)
-    total = torch.zeros((), device=training.accelerator.device)
+    total = torch.zeros((), device=training.device)
     for micro in training.ranks.deal(micros):
         loss = _compute_loss(training, micro, targets=targets)
-        training.accelerator.backward(loss)
+        loss.backward()
         total += loss.detach()
     training.ranks.sum([total, *(p.grad for p in training.trainable if p.grad is not None)])
     return total, sum(micro["input_ids"].numel() for micro in micros)
@@ -257,8 +259,7 @@ def _compute_loss(training: Training, micro: Mapping[str, Tensor], *, targets: i
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
     training.state.scorer.attention_mask = micro["attention_mask"]
-    device = training.accelerator.device
-    ids, labels = (_move(micro[name], device) for name in ("input_ids", "labels"))
+    ids, labels = (_move(micro[name], training.device) for name in ("input_ids", "labels"))
     return run_forward(training, ids, labels, targets=targets)
 
 
@@ -272,7 +273,8 @@ def run_forward(training: Training, ids: Tensor, labels: Tensor, *, targets: int
         targets: What the sum over the tokens is divided by.
     """
     model = training.state.model
-    with training.accelerator.autocast():
+    half = training.dtype != torch.float32
+    with torch.autocast(training.device.type, dtype=training.dtype, enabled=half):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return compute_loss(hidden, model.lm_head.weight, labels, targets=targets)
 
@@ -318,7 +320,7 @@ _Seconds = Callable[[], float]
 
 def _time(training: Training, work: Callable[[], None]) -> _Seconds:
     """Run something; on a GPU it is only begun, and its time is told by events."""
-    if training.accelerator.device.type == "cuda":
+    if training.device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
@@ -332,6 +334,6 @@ def _time(training: Training, work: Callable[[], None]) -> _Seconds:
 
 def _finish(training: Training, start: float) -> float:
     """Wait for what was begun since ``start``, and return the seconds since."""
-    if training.accelerator.device.type == "cuda":
-        torch.cuda.synchronize(training.accelerator.device)
+    if training.device.type == "cuda":
+        torch.cuda.synchronize(training.device)
     return time.perf_counter() - start

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
@@ -37,7 +36,8 @@ def make_training(tmp_path, *, model=None, **options):
     return Training(
         model=wrapped,
         optimizer=optimizer,
-        accelerator=Accelerator(cpu=True),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
         dataset=build_token_dataset(corpus, tokenizer, seq_len=chosen.seq_len),
         state=PruningState(
             model=causal_lm,
