@@ -1,7 +1,7 @@
 """A base quantised by bitsandbytes while it is pruned: loading it, reading it, cutting it."""
 
+import copy
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -179,116 +179,43 @@ def get_weight_shape(linear: Any) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def read_weight_rows(linear: Any, rows: slice) -> Tensor:
-    """Read a block of rows of a base Linear's weight, quantised or not.
+def read_weight(linear: Any) -> Tensor:
+    """Read the weight of a base Linear, quantised or not.
 
-    Nothing larger than the block is made, up to the blocks of 64 weights (and of 256 scales) that
-    its ends lie in. A 4-bit weight is not rounded to the dtype it is computed in.
+    A 4-bit weight is not rounded to the dtype that it is computed in.
 
     Args:
         linear: ``nn.Linear`` of any floating dtype, or bitsandbytes' ``Linear8bitLt`` or
             ``Linear4bit`` (not the LoRA wrapper around it).
-        rows: Which rows, of step 1.
 
     Returns:
-        Shape (rows, in), float32, on the device of the weight. It may share memory with it.
+        Shape (out, in), on the device of the weight. Of a plain Linear it is the weight itself,
+        else a new tensor in float32.
 
     Raises:
-        ValueError: ``rows`` leaves some out, or a 4-bit weight was repacked for inference.
+        ValueError: A 4-bit weight was repacked for inference.
     """
-    out, columns = get_weight_shape(linear)
-    start, stop, step = rows.indices(out)
-    if step != 1:
-        raise ValueError(f"rows have step {step}; read rows that follow one another")
-    stop = max(start, stop)
-    kind = get_quantization(linear)
+    kind, weight = get_quantization(linear), linear.weight.detach()
     if kind is None:
-        return linear.weight[start:stop].detach().float()
+        return weight
+    functional = import_bitsandbytes().functional
     if kind == "8bit":
-        return import_bitsandbytes().functional.int8_vectorwise_dequant(
-            linear.weight[start:stop], _get_row_scales(linear)[start:stop]
+        return functional.int8_vectorwise_dequant(weight, _get_row_scales(linear))
+    state = copy.copy(linear.weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "a 4-bit weight was repacked for inference on this CPU; load the model with load_model"
         )
-    flat = _read_packed(linear.weight, start * columns, stop * columns)
-    return flat.view(stop - start, columns)  # (rows * in,) -> (rows, in)
-
-
-@dataclass(frozen=True)
-class QuantizedRows:
-    """A quantised weight of which rows are read as those of a float32 tensor are.
-
-    Attributes:
-        linear: The base Linear that holds it.
-    """
-
-    linear: Any
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return get_weight_shape(self.linear)
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """Return rows, shape (rows, in), float32."""
-        return read_weight_rows(self.linear, rows)
-
-
-def get_rows(linear: Any) -> Tensor | QuantizedRows:
-    """Return the weight of a base Linear, of which rows can be read whatever it is stored in."""
-    return QuantizedRows(linear) if get_quantization(linear) else linear.weight
+    shape = state.shape
+    # As one long row, whose blocks the kernels for all CPUs find: see ``check_4bit_widths``.
+    state.shape, state.dtype = torch.Size((shape.numel(),)), torch.float32
+    return functional.dequantize_4bit(weight, state).view(shape)
 
 
 def _get_row_scales(linear: Any) -> Tensor:
     """Return the scales of an 8-bit weight, shape (out,): the first forward moves them."""
     scales = linear.weight.SCB
     return linear.state.SCB if scales is None else scales
-
-
-def _read_packed(weight: Any, start: int, stop: int) -> Tensor:
-    """Dequantise the elements ``start`` to ``stop`` of a flattened 4-bit weight, (stop - start,).
-
-    Blocks of ``blocksize`` consecutive weights, two to a byte, share a scale.
-    """
-    state = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError(
-            "a 4-bit weight was repacked for inference on this CPU; load the model with load_model"
-        )
-    functional = import_bitsandbytes().functional
-    size = state.blocksize
-    first, last = start // size, -(-stop // size)
-    unit = 2 * weight.element_size()  # weights in an element of the storage; divides a block
-    packed = weight.view(-1)[first * size // unit : last * size // unit].view(torch.uint8)
-    block = functional.QuantState(
-        absmax=_read_scales(state, first, last),
-        shape=torch.Size((2 * len(packed),)),
-        code=state.code,
-        blocksize=size,
-        quant_type=state.quant_type,
-        dtype=torch.float32,
-    )
-    flat = functional.dequantize_4bit(packed.view(-1, 1), block).view(-1)
-    return flat[start - first * size : stop - first * size]
-
-
-def _read_scales(state: Any, first: int, last: int) -> Tensor:
-    """Return the scales of the blocks ``first`` to ``last``, float32, shape (last - first,).
-
-    Under double quantisation they are 8-bit codes themselves, in blocks with a scale each.
-    """
-    if not state.nested:
-        return state.absmax[first:last].float()
-    functional = import_bitsandbytes().functional
-    outer = state.state2
-    start = first // outer.blocksize
-    block = functional.QuantState(
-        absmax=outer.absmax[start : -(-last // outer.blocksize)],
-        code=outer.code,
-        blocksize=outer.blocksize,
-        dtype=outer.dtype,
-    )
-    codes = state.absmax[start * outer.blocksize : last]
-    scales = functional.dequantize_blockwise(codes, block) + state.offset
-    return scales[first - start * outer.blocksize :].float()
 
 
 def cut_quantized(linear: Any, *, dim: int, index: Tensor) -> None:

@@ -22,8 +22,7 @@ from lpdeploy.models.loading import (
     load_config,
     refuse_incomplete,
 )
-from lpdeploy.models.quantized import QuantizedRows
-from lpdeploy.models.quantized import get_rows as get_whole_rows
+from lpdeploy.models.quantized import read_weight
 
 
 def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any:
@@ -142,7 +141,6 @@ class ShardedRows:
         return self.weight.to_local()[rows.start - start : rows.stop - start].detach()
 
 
-def get_rows(linear: Any) -> Tensor | QuantizedRows | ShardedRows:
+def get_rows(linear: Any) -> Tensor | ShardedRows:
     """Return the weight of a base Linear, of which rows can be read wherever and however stored."""
-    weight = linear.weight
-    return ShardedRows(weight) if is_shard(weight) else get_whole_rows(linear)
+    return ShardedRows(linear.weight) if is_shard(linear.weight) else read_weight(linear)

@@ -37,7 +37,7 @@ class MemoryPlan:
         adapters: LoRA: weights, gradients and AdamW's two moments, all float32.
         gradients: Of the base's weights, if the criterion needs them.
         activations: What autograd saves in a micro-batch, and the buffers of the loss.
-        scoring: Blocks of rows, and the scores.
+        scoring: Blocks of rows, the scores, and a quantised weight in float32.
         heap: On a CPU, what the C library's heap cannot use again between tensors.
     """
 
@@ -238,10 +238,15 @@ def _plan_gradients(
 
 
 def _plan_scoring(options: PruneConfig, layers: list[_Layer]) -> int:
-    """Blocks of rows, LoRA's factors and gradients in float32 side by side, and the scores."""
-    factors = max(i + o for layer in layers for i, o in layer.sizes) * options.lora_rank
+    """Blocks of rows, LoRA's factors and gradients in float32 side by side, and the scores.
+
+    A quantised weight is turned into float32 as a whole, one at a time.
+    """
+    sizes = [size for layer in layers for size in layer.sizes]
+    factors = max(i + o for i, o in sizes) * options.lora_rank
+    read = max(i * o for i, o in sizes) if options.load_in else 0
     groups = sum(layer.width.channels + layer.width.kv_heads for layer in layers)
-    return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups)
+    return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups + read)
 
 
 def _plan_heap(config: Any, options: PruneConfig, dtype: str) -> int:

@@ -19,12 +19,11 @@ from lpdeploy.models.quantized import (
     cut_quantized,
     get_quantization,
     get_weight_shape,
-    read_weight_rows,
+    read_weight,
 )
 from tests.helpers import fill_lora
 from tests.models.families import TOKENS, choose_kept, compute_logits, edit_json
 from tests.models.test_cutting import as_masks, as_tensors
-from tests.pruning.test_importance import LargestTensor
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -32,7 +31,6 @@ needs_bitsandbytes = pytest.mark.skipif(
 # (10, 100) has rows that end within a block of 64 weights, and more weights than whole blocks;
 # (300, 96) has 450 blocks, which end within a block of 256 scales.
 SHAPES = [(10, 100), (300, 96), (64, 64)]
-ROWS = [slice(0, 10), slice(3, 5), slice(7, 8), slice(9, None), slice(4, 4), slice(None)]
 
 
 # The 16 levels of nf4 (QLoRA, arXiv:2305.14314, appendix E).
@@ -99,18 +97,17 @@ def take_scaled(table, codes, state, *, scales=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_a_plain_weight_are_read_in_float32(dtype):
+def test_a_plain_weight_is_read_as_it_is(dtype):
     linear = nn.Linear(6, 9, dtype=dtype)
     assert get_quantization(linear) is None
     assert get_weight_shape(linear) == (9, 6)
-    rows = read_weight_rows(linear, slice(2, 5))
-    assert rows.dtype == torch.float32
-    assert not rows.requires_grad
-    assert torch.equal(rows, linear.weight.detach()[2:5].float())
+    weight = read_weight(linear)
+    assert not weight.requires_grad
+    assert weight.data_ptr() == linear.weight.data_ptr()
+    assert torch.equal(weight, linear.weight.detach())
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "make",
@@ -122,45 +119,31 @@ def test_rows_of_a_plain_weight_are_read_in_float32(dtype):
     ],
     ids=["8bit", "nf4-double", "nf4", "nf4-bf16-storage"],
 )
-def test_rows_are_those_of_the_whole_dequantised_weight(make, shape, rows):
+def test_a_quantised_weight_is_read_in_float32(make, shape):
     linear = make(make_weight(*shape))
     assert get_weight_shape(linear) == shape
-    read = read_weight_rows(linear, rows)
+    read = read_weight(linear)
     assert read.dtype == torch.float32
-    assert torch.equal(read, dequantize(linear)[rows])  # the same products of code and scale
+    assert torch.equal(read, dequantize(linear))  # the same products of code and scale
 
 
 @needs_bitsandbytes
-def test_rows_of_8bit_are_read_after_a_forward_too():
+def test_an_8bit_weight_is_read_after_a_forward_too():
     linear = make_int8(make_weight(10, 100))
     expected = dequantize(linear)
     linear(torch.randn(2, 100))
     assert linear.weight.SCB is None  # bitsandbytes has moved the scales
-    assert torch.equal(read_weight_rows(linear, slice(3, 7)), expected[3:7])
+    assert torch.equal(read_weight(linear), expected)
 
 
 @needs_bitsandbytes
-def test_4bit_rows_are_not_rounded_to_the_dtype_they_are_computed_in():
+def test_a_4bit_weight_is_not_rounded_to_the_dtype_it_is_computed_in():
     linear = make_nf4(make_weight(10, 100), dtype=torch.bfloat16)
-    rows = read_weight_rows(linear, slice(3, 7))
-    assert not torch.equal(rows, rows.bfloat16().float())
-    assert torch.equal(rows, dequantize(linear)[3:7])
-
-
-@needs_bitsandbytes
-@pytest.mark.parametrize("make", [make_int8, make_nf4])
-def test_no_tensor_is_larger_than_the_block(make):
-    linear = make(make_weight(512, 100))
-    largest = LargestTensor()
-    with largest:
-        read_weight_rows(linear, slice(101, 121))
-    assert 20 * 100 <= largest.numel <= 20 * 100 + 2 * 64  # its ends lie within blocks
-
-
-@needs_bitsandbytes
-def test_only_rows_that_follow_one_another_are_read():
-    with pytest.raises(ValueError, match="rows have step 2; read rows that follow one another"):
-        read_weight_rows(make_nf4(make_weight(10, 100)), slice(0, 8, 2))
+    read = read_weight(linear)
+    assert not torch.equal(read, read.bfloat16().float())
+    assert torch.equal(read, dequantize(linear))
+    assert linear.weight.quant_state.dtype == torch.bfloat16  # as it was
+    assert tuple(linear.weight.quant_state.shape) == (10, 100)
 
 
 @needs_bitsandbytes
@@ -172,7 +155,7 @@ def test_a_4bit_weight_in_the_layout_for_inference_is_refused():
         linear.weight.data, linear.weight.quant_state
     )
     with pytest.raises(ValueError, match="repacked for inference .*; load the model with load_mo"):
-        read_weight_rows(linear, slice(0, 8))
+        read_weight(linear)
 
 
 INDEX = torch.tensor([0, 3, 4, 8])
@@ -189,13 +172,13 @@ def test_what_stays_of_an_8bit_weight_is_the_same_numbers(dim, forwards):
     cut_quantized(linear, dim=dim, index=INDEX)
     expected = whole.index_select(dim, INDEX)
     assert torch.equal(linear.weight.data, codes.index_select(dim, INDEX))
-    assert torch.equal(read_weight_rows(linear, slice(None)), expected)
+    assert torch.equal(read_weight(linear), expected)
     assert get_weight_shape(linear) == tuple(expected.shape)
     linear(torch.randn(2, expected.shape[1]))
     assert torch.equal(dequantize(linear), expected)
     cut_quantized(linear, dim=1 - dim, index=torch.tensor([1, 2]))  # and again
     assert torch.equal(
-        read_weight_rows(linear, slice(None)),
+        read_weight(linear),
         expected.index_select(1 - dim, torch.tensor([1, 2])),
     )
 
@@ -277,7 +260,7 @@ def test_what_is_loaded_is_what_bitsandbytes_quantises(bases, load_in):
     for path in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"):
         weight = plain.get_submodule(path).weight.detach()
         expected = dequantize((make_int8 if load_in == "8bit" else make_nf4)(weight))
-        read = read_weight_rows(model.get_submodule(path), slice(None))
+        read = read_weight(model.get_submodule(path))
         assert torch.equal(read, expected)
         assert 0 < (read - weight).abs().max() < 0.3  # coarse, and of the same layer
 
