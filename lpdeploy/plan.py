@@ -117,7 +117,7 @@ class PruningPlan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], *, where: str = "plan.json") -> "PruningPlan":
+    def from_json(cls, data: Mapping[str, Any], *, where: str = "The plan") -> "PruningPlan":
         """Read a plan back.
 
         Raises:

@@ -18,6 +18,7 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.criteria import CRITERIA
+from lpdeploy.run_folder import RunFolder
 
 _COUNT = click.IntRange(min=1)
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
@@ -100,7 +101,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
             output=output,
             on_progress=on_progress,
         )
-    log(f"Wrote {folder / 'bench.json'}, .md, .svg")
+    log(f"Wrote {RunFolder(folder).benchmark}, .md, .svg")
     print_result(result.to_json(), format_latency(result), as_json=as_json)
 
 

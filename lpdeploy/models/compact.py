@@ -46,7 +46,7 @@ from lpdeploy.models.shapes import (
     count_parameters,
 )
 from lpdeploy.plan import PruningPlan
-from lpdeploy.run_folder import MODEL, RunFolder, check_output
+from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,10 @@ def compact(
                 record = _save_rest(
                     folder, run, base, plan, target=target, sha256s=sha256s, merged=not keep_adapter
                 )
-            stage.inputs = {"base": plan.base_sha256, "adapter": compute_sha256(run.adapter)}
+            stage.inputs = {
+                "base": plan.base_sha256,
+                run.adapter.name: compute_sha256(run.adapter),
+            }
             stage.outputs = {target.name: record.sha256}
     return CompactResult(target, record, stage.seconds, stage.peak_bytes)
 
@@ -275,8 +278,8 @@ def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:
 
 
 def _copy_adapter(run: RunFolder, folder: Path, *, base: Path) -> None:
-    shutil.copytree(run.adapter, folder / "adapter")
-    path = folder / "adapter" / "adapter_config.json"
+    shutil.copytree(run.adapter, folder / ADAPTER)
+    path = folder / ADAPTER / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(base)  # its shapes are those of the pruned base
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
 from lpdeploy.models.record import ModelRecord, load_model_record
-from lpdeploy.run_folder import RunFolder, name_export
+from lpdeploy.run_folder import ADAPTER, RunFolder, name_export
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ModelPlace:
     @property
     def adapter(self) -> Path | None:
         """The adapter beside an unmerged model; None for any other."""
-        return self.folder / "adapter" if self.unmerged else None
+        return self.folder / ADAPTER if self.unmerged else None
 
     @property
     def records(self) -> Path:

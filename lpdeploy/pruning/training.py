@@ -294,7 +294,7 @@ def _check_finite(step: int, *, loss: Tensor, norm: Tensor) -> float:
     This is where the host waits for the device, once a step: nothing may be changed before.
     """
     values = torch.stack([loss, norm.to(loss.device, loss.dtype)]).tolist()
-    for name, value in zip(("loss", "gradient"), values, strict=True):
+    for name, value in zip(("loss", "gradient norm"), values, strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(f"The {name} became {value} at step {step}.")
     return values[0]

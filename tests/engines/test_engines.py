@@ -1,6 +1,5 @@
-"""The records of engines: complete, light, in one place, and open to what comes from outside."""
+"""The records of engines: complete, light, and open to what comes from outside."""
 
-import ast
 import importlib
 import inspect
 import json
@@ -26,11 +25,6 @@ ROOT = Path(lpdeploy.__file__).parent
 EXPORTERS = {"onnx": "export_onnx", "ort": "export_ort", "trt": "export_tensorrt"}
 # Arguments that the stage gives, and one that only the engine trt gives.
 GIVEN = {"model_folder", "output", "adapter", "overwrite", "precision", "in_place"}
-# Files that name Python packages or their extras, some of which are called as an engine is.
-PACKAGES = {
-    *("machine.py", "paper/render.py", "cli/doctor.py", "engines/trt/library.py"),
-    *("pruning/checkpoint.py", "pruning/run.py"),
-}
 
 
 def test_options_of_a_record_are_those_of_its_exporter():
@@ -50,30 +44,6 @@ def test_engines_are_listed_without_loading_any():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['onnx', 'ort', 'torch', 'trt'] []\n"
-
-
-def list_names(tree):
-    """Strings in code that name an engine; defaults of arguments and options excepted."""
-    defaults = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arguments):
-            defaults |= {id(part) for d in (*node.defaults, *node.kw_defaults) if d
-                         for part in ast.walk(d)}  # fmt: skip
-        if isinstance(node, ast.keyword) and node.arg == "default":
-            defaults.add(id(node.value))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node.value in ENGINES and id(node) not in defaults:
-            yield node.value
-
-
-def test_the_name_of_an_engine_stands_in_one_place():
-    places = {name: [] for name in ENGINES}
-    for path in sorted(ROOT.rglob("*.py")):
-        file = str(path.relative_to(ROOT))
-        if file not in PACKAGES:
-            for name in list_names(ast.parse(path.read_text(encoding="utf-8"))):
-                places[name].append(file)
-    assert places == {name: [f"engines/{name}/__init__.py"] for name in ENGINES}
 
 
 def test_an_unknown_engine_is_refused():
