@@ -1,6 +1,7 @@
 """The Python API: what each command of lpdeploy does, as one call."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ def prune(  # noqa: PLR0913 - what the command takes
     tokenizer: Any = None,
     resume: bool = False,
     overwrite: bool = False,
+    stop: threading.Event | None = None,
     on_step: Callable[[Any], None] = lambda _: None,
 ) -> "Run":
     """Prune a model while it fine-tunes with LoRA, and write a run folder.
@@ -41,6 +43,8 @@ def prune(  # noqa: PLR0913 - what the command takes
         tokenizer: The tokenizer of a model in memory.
         resume: Go on with the interrupted run in ``output``.
         overwrite: Replace the run in ``output``.
+        stop: Set it, from another thread or a signal handler, to end the run after the current
+            step, with a checkpoint that ``resume`` goes on from.
         on_step: Called with a ``StepInfo`` after every optimizer step.
 
     Returns:
@@ -49,6 +53,7 @@ def prune(  # noqa: PLR0913 - what the command takes
     Raises:
         LpdeployError: Model, data or output cannot be used, memory will not suffice, or a loss is
             not finite.
+        RunEndedError: ``stop`` was set.
         ValueError: A model in memory has no tokenizer beside it, or carries an adapter.
     """
     from lpdeploy.benchmark.target import resolve_budget
@@ -64,7 +69,7 @@ def prune(  # noqa: PLR0913 - what the command takes
         "overwrite": overwrite,
     }
     config, target = resolve_budget(os.fspath(model), config, **given)
-    run_prune(os.fspath(model), **given, options=config, target=target, on_step=on_step)
+    run_prune(os.fspath(model), **given, options=config, target=target, stop=stop, on_step=on_step)
     return run
 
 

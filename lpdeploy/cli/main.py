@@ -1,15 +1,13 @@
 """The `lpdeploy` group: commands in pipeline order, and errors as one sentence."""
 
 import importlib
-import signal
-import threading
-import time
 from typing import Any
 
 import click
 
 from lpdeploy import __version__
-from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, is_first_rank, show_log, write_flags
+from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, show_log, write_flags
+from lpdeploy.cli.signals import interrupt_on_sigterm, let_first_rank_speak
 from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import LpdeployError, OtherRankError, RankLostError, RecipeError
 
@@ -31,9 +29,6 @@ _COMMANDS = (
 )
 
 
-_FIRST_RANK_SECONDS = 5.0
-
-
 class _LazyGroup(click.Group):
     """Imports a command's module when the command is asked for."""
 
@@ -48,46 +43,24 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
         quieten_libraries()
-        _end_as_interrupted()
+        interrupt_on_sigterm()
         try:
             with show_log():
                 return super().invoke(ctx)
         except OtherRankError:
             ctx.exit(1)
         except RecipeError as error:
-            _let_first_rank_speak()
+            let_first_rank_speak()
             raise click.UsageError(write_flags(str(error))) from error
         except click.ClickException:
-            _let_first_rank_speak()
+            let_first_rank_speak()
             raise
         except (LpdeployError, OSError) as error:
             if ctx.meta.get(DEBUG):
                 raise
             if not isinstance(error, RankLostError):
-                _let_first_rank_speak()
+                let_first_rank_speak()
             raise click.ClickException(write_flags(str(error))) from error
-
-
-def _let_first_rank_speak() -> None:
-    """Wait on the other ranks of a run, where the first one may be failing in the same way.
-
-    It says what is wrong and ends, and the launcher then ends the others, in silence. One that is
-    still there after a while has failed alone, and speaks.
-    """
-    if not is_first_rank():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_FIRST_RANK_SECONDS)
-
-
-def _end_as_interrupted() -> None:
-    # SIGTERM ends a command as Ctrl-C does: with its processes stopped and its scratch removed.
-    if threading.current_thread() is not threading.main_thread():
-        return
-    if is_first_rank():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    else:  # in silence
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)

@@ -1,6 +1,8 @@
 """`lpdeploy prune`: Algorithm 1 on a model and data."""
 
 import dataclasses
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,22 @@ def command(
 
     from lpdeploy.benchmark.target import resolve_budget
     from lpdeploy.cli.progress import counting_progress, training_progress
+    from lpdeploy.cli.signals import stop_on_signal
     from lpdeploy.pruning.ranks import leave_ranks
     from lpdeploy.pruning.run import prune
     from lpdeploy.servers.check import describe_forecast
 
-    with counting_progress("tokenise") as on_tokenise, training_progress() as on_step:
+    stop = threading.Event()
+    with (
+        counting_progress("tokenise") as on_tokenise,
+        training_progress() as on_step,
+        ExitStack() as signals,
+    ):
+
+        def start() -> None:
+            log(describe_forecast(model, config))
+            signals.enter_context(stop_on_signal(stop))
+
         given: dict[str, Any] = {
             "output": output,
             "data": data,
@@ -86,9 +99,9 @@ def command(
             **given,
             options=config,
             target=target,
-            on_start=lambda: log(describe_forecast(model, config)),
+            stop=stop,
+            on_start=start,
             on_step=on_step,
-            hold_signals=True,
         )
     leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)

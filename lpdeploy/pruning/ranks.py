@@ -5,16 +5,13 @@ global batch, and takes every decision itself, from the same sums. The first ran
 """
 
 import hashlib
-import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +21,6 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED
 from lpdeploy.errors import LpdeployError, RankLostError, RunEndedError
 from lpdeploy.models.loading import resolve_device
-
-logger = logging.getLogger(__name__)
 
 # How long a rank waits for a peer that lives but does not answer. A dead one is noticed at once.
 _TIMEOUT = timedelta(minutes=10)
@@ -43,13 +38,13 @@ class Ranks:
         rank: Which one this is, from 0.
         size: How many there are.
         device: Where the messages between them are made.
-        ending: Set where this process was told to end (Ctrl-C, or by the launcher).
+        stop: Set by the caller to end the run after the current step.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    ending: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def is_first(self) -> bool:
@@ -93,13 +88,13 @@ class Ranks:
                 tensor.zero_()
         self.sum(tensors)
 
-    def check_ending(self) -> None:
-        """End all ranks after the same step where any was told to end.
+    def check_stop(self) -> None:
+        """End the run on all ranks after the same step if any of them was told to stop.
 
         Raises:
-            RunEndedError: One was.
+            RunEndedError: At least one was.
         """
-        told = torch.tensor(int(self.ending.is_set()), device=self.device)
+        told = torch.tensor(int(self.stop.is_set()), device=self.device)
         self.sum([told])
         if told:
             raise RunEndedError(RunEndedError.SENTENCE)
@@ -142,44 +137,6 @@ class Ranks:
                 "failed."
             ) from error
 
-    @contextmanager
-    def hold_signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM instead of breaking off in the middle of a step.
-
-        One process ends at once when it is told a second time. A launcher tells its ranks with
-        several signals, and sends SIGTERM to those that are left where one has died; they are to
-        end with a checkpoint, which they can write after a step only.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before: dict[int, Any] = {}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-        def note(*_: object) -> None:
-            self.ending.set()
-            if self.size == 1:
-                restore()
-                with suppress(RuntimeError):  # it came in the middle of another message
-                    logger.warning(
-                        "Ending after this step, with a checkpoint. Send the signal again to end "
-                        "at once."
-                    )
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-        try:
-            yield
-        except BaseException:
-            # With others: the process is about to say what it was, and must come to that.
-            if self.size == 1:
-                restore()
-            raise
-        restore()
-
     def is_first_to_notice(self) -> bool:
         """Tell whether this rank is the first of those left that found another gone.
 
@@ -196,15 +153,19 @@ class Ranks:
         deadline = None
         while not work.is_completed():
             time.sleep(_POLL_SECONDS)
-            if self.ending.is_set() and deadline is None:
-                deadline = time.monotonic() + _PATIENCE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                raise dist.DistBackendError("a rank did not answer while the run was ending")
+            if self.stop.is_set():
+                deadline = deadline or time.monotonic() + _PATIENCE_SECONDS
+                if time.monotonic() > deadline:
+                    raise dist.DistBackendError("a rank did not answer while the run was ending")
         work.wait()
 
 
-def join_ranks(options: PruneConfig) -> Ranks:
+def join_ranks(options: PruneConfig, *, stop: threading.Event | None = None) -> Ranks:
     """Join the other processes that a launcher has started, if there are any.
+
+    Args:
+        options: How to prune.
+        stop: Set by the caller to end the run after the current step.
 
     Raises:
         LpdeployError: accelerate is to wrap the model, the batch cannot be dealt evenly, or one
@@ -219,12 +180,11 @@ def join_ranks(options: PruneConfig) -> Ranks:
                 "are cut out of it. Use 'accelerate launch --multi_gpu', and `shard=True` to "
                 "spread a base over the GPUs."
             )
-    device = resolve_device(options.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        ranks = Ranks(device=torch.device(device))
-    else:
-        state = PartialState(cpu=device == "cpu", timeout=_TIMEOUT)
+    ranks = Ranks(device=torch.device(resolve_device(options.device)))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        state = PartialState(cpu=ranks.device.type == "cpu", timeout=_TIMEOUT)
         ranks = Ranks(rank=state.process_index, size=state.num_processes, device=state.device)
+    ranks.stop = stop or ranks.stop
     _check_share(options, ranks.size)
     return ranks
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -91,10 +92,10 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    stop: threading.Event | None = None,
     on_tokenise: Progress | None = None,
     on_start: Callable[[], None] = lambda: None,
     on_step: Callable[[StepInfo], None] = lambda _: None,
-    hold_signals: bool = False,
 ) -> PruneResult:
     """Prune a model while it fine-tunes with LoRA (Algorithm 1), and write a run folder.
 
@@ -110,21 +111,21 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         cache: Keep the tokens of ``data`` for later runs, and use those of an earlier one.
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
+        stop: Set it, from another thread or a signal handler, to end the run after the current
+            step, with a checkpoint. The library itself handles no signals.
         on_tokenise: Is told (examples tokenised, all examples).
-        on_start: Called before the first step, once nothing stands against the run.
+        on_start: Called by every rank before the first step, once nothing stands against the run.
         on_step: Called after every optimizer step.
-        hold_signals: Take over SIGINT and SIGTERM meanwhile: the run then ends after the step,
-            with a checkpoint.
 
     Raises:
         LpdeployError: Model, data or output cannot be used, memory will not suffice, a loss is
             not finite, or another rank is gone.
-        RunEndedError: A signal was held.
+        RunEndedError: ``stop`` was set.
         OtherRankError: Another rank reports the same error.
     """
     options.check_resolved()  # before anything is read
     check_load_in(options.load_in)
-    run, ranks = RunFolder(output), join_ranks(options)
+    run, ranks = RunFolder(output), join_ranks(options, stop=stop)
     source = load_source(model, options)
     record = {"model": model, "data": name_source(data), **options.to_json()}
     recorded = record if target is None else {**record, "target": target.to_json()}
@@ -148,15 +149,13 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 logger.info(describe_start(source, training))
                 if checkpoint is not None:
                     logger.info("going on after step %s of %s", checkpoint.step, training.steps)
-                on_start()
+            on_start()
+            if ranks.is_first:
                 _prepare_output(run, source.folder, record, checkpoint, target)
-            with ranks.hold_signals() if hold_signals else nullcontext():
-                losses = _run(run, training, checkpoint, stage=stage, on_step=on_step)
-                plan = build_plan(
-                    training.state, options, source.config, base=source.base, stage=stage
-                )
-                if ranks.is_first:
-                    save_results(run, training.model, training.state, plan=plan, stage=stage)
+            losses = _run(run, training, checkpoint, stage=stage, on_step=on_step)
+            plan = build_plan(training.state, options, source.config, base=source.base, stage=stage)
+            if ranks.is_first:
+                save_results(run, training.model, training.state, plan=plan, stage=stage)
         if ranks.is_first:
             complete_run(run, plan)
     return _build_result(run, plan, stage, steps=training.steps, losses=losses)
@@ -255,7 +254,7 @@ def _run(
             if ranks.is_first and _is_checkpoint_due(options, training, done):
                 _save_checkpoint(run, training, done, stage)
             if done < training.steps:  # else nothing is left to break off
-                ranks.check_ending()
+                ranks.check_stop()
     except (NonFiniteError, RankLostError, RunEndedError) as error:
         raise _break_off(error, run, training, done, stage) from error
     return losses[-_LOSS_WINDOW:]

@@ -320,8 +320,8 @@ def test_a_model_goes_to_ort_and_is_measured_there(tmp_path):
 def test_another_rank_speaks_only_of_what_the_first_does_not(base, data, tmp_path, monkeypatch):
     """It waits, for the launcher ends it where the first rank fails too, and then speaks."""
     waited, handlers = [], {}
-    monkeypatch.setattr("lpdeploy.cli.main.time.sleep", waited.append)
-    monkeypatch.setattr("lpdeploy.cli.main.signal.signal", handlers.__setitem__)
+    monkeypatch.setattr("lpdeploy.cli.signals.time.sleep", waited.append)
+    monkeypatch.setattr("lpdeploy.cli.signals.signal.signal", handlers.__setitem__)
     monkeypatch.setenv("RANK", "1")
     output = tmp_path / "none"
     words = ("prune", base, "--data", data, "--output", output, *SMALL)
@@ -337,7 +337,7 @@ def test_another_rank_speaks_only_of_what_the_first_does_not(base, data, tmp_pat
 
 def test_another_rank_is_quiet(base, data, tmp_path, monkeypatch):
     handlers = {}
-    monkeypatch.setattr("lpdeploy.cli.main.signal.signal", handlers.__setitem__)
+    monkeypatch.setattr("lpdeploy.cli.signals.signal.signal", handlers.__setitem__)
     monkeypatch.setenv("RANK", "1")
     words = ("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL, "--json")
     result = invoke(*words)

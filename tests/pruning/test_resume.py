@@ -17,6 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lpdeploy.cli.signals import stop_on_signal
 from lpdeploy.config import BUDGETS, LATENCY, RENAMED
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, RunEndedError
@@ -24,6 +25,7 @@ from lpdeploy.run_folder import RunFolder
 from tests.helpers import list_names, make_text, make_tiny_model
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RESULTS = ("adapter/adapter_model.safetensors", "importance.safetensors", "plan.json")
 # What a step is measured by differs from run to run; what it computes does not.
 COMPUTED = ("step", "steps", "loss", "ratio", "lr", "removed", "padding")
@@ -119,18 +121,15 @@ def test_a_checkpoint_is_one_file_of_adapters_moments_and_scores(base, data, tmp
     }
 
 
-class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+class TestStopping:
     @pytest.mark.parametrize(("options", "step"), [({}, 4), ({"calibration_samples": 6}, 0)])
-    def test_a_run_ends_after_the_step_with_a_checkpoint(
-        self, base, data, tmp_path, number, options, step, told
-    ):
+    def test_a_run_ends_after_the_step_with_a_checkpoint(self, base, data, tmp_path, options, step):
         options = options | {"checkpoint_every": 0}
-        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        stop = threading.Event()
 
         def on_step(info):
             if info.step == step:
-                os.kill(os.getpid(), number)
+                stop.set()
 
         run(base, tmp_path / "whole", data, options=options)
         with pytest.raises(
@@ -138,68 +137,81 @@ class TestSignals:
             match=rf"told to end\. The state after step {step} is kept in '.*state\.safetensors'\. "
             r"Go on with `resume=True`\.",
         ):
-            run(base, tmp_path / "run", data, options=options, on_step=on_step)
-        assert told[-1].startswith("Ending after this step, with a checkpoint.")
-        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+            run(base, tmp_path / "run", data, options=options, on_step=on_step, stop=stop)
         assert load_log(tmp_path / "run")[-1]["step"] == step
         run(base, tmp_path / "run", data, options=options, resume=True)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
     def test_in_the_last_step_the_run_is_completed(self, base, data, tmp_path):
+        stop = threading.Event()
+
         def on_step(info):
             if info.step == info.steps:
-                os.kill(os.getpid(), signal.SIGINT)
+                stop.set()
 
-        run(base, tmp_path / "run", data, on_step=on_step)
+        run(base, tmp_path / "run", data, on_step=on_step, stop=stop)
         run(base, tmp_path / "whole", data)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
-    @pytest.fixture
-    def interruptible(self):
-        """A shell starts what runs in the background with SIGINT ignored; these tests, too."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
+    def test_the_library_handles_no_signal(self, base, data, tmp_path):
+        before = [signal.getsignal(n) for n in SIGNALS]
+        seen = []
+        run(base, tmp_path / "run", data,
+            on_step=lambda _: seen.append([signal.getsignal(n) for n in SIGNALS]))  # fmt: skip
+        assert seen == [before] * 8
 
-    @pytest.mark.usefixtures("interruptible")
-    def test_the_second_signal_ends_at_once(self, base, data, tmp_path, told):
-
+    def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint(self, base, data, tmp_path):
         def on_step(info):
             if info.step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-                while not told[-1].startswith("Ending"):  # two that wait together become one
-                    time.sleep(0.001)
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(60)  # which it breaks
+                raise KeyboardInterrupt
 
-        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run(base, tmp_path / "run", data, on_step=on_step)
-        assert signal.getsignal(signal.SIGINT) == before
         with safe_open(tmp_path / "run" / "checkpoint" / "state.safetensors", "pt") as file:
             assert file.metadata()["step"] == "3"  # the last that was due
         run(base, tmp_path / "run", data, resume=True)
         run(base, tmp_path / "whole", data)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
-    def test_signals_are_left_alone_unless_asked(self, base, data, tmp_path):
-        seen, before = [], signal.getsignal(signal.SIGINT)
-        run(base, tmp_path / "run", data, hold_signals=False,
-            on_step=lambda _: seen.append(signal.getsignal(signal.SIGINT)))  # fmt: skip
-        assert seen == [before] * 8
 
-    def test_in_a_thread_signals_are_left_alone(self, base, data, tmp_path):
-        seen = []
+class TestSignals:
+    """The command line turns the first signal into a stop after the step."""
 
-        def work():
-            run(base, tmp_path / "run", data,
-                on_step=lambda _: seen.append(signal.getsignal(signal.SIGINT)))  # fmt: skip
+    @pytest.fixture(autouse=True)
+    def handlers(self):
+        before = [(n, signal.signal(n, signal.default_int_handler)) for n in SIGNALS]
+        yield
+        for number, handler in before:
+            signal.signal(number, handler)
 
-        before = signal.getsignal(signal.SIGINT)
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert seen == [before] * 8
+    @pytest.mark.parametrize("number", SIGNALS)
+    def test_the_first_signal_stops_and_the_second_ends_at_once(self, number, capsys):
+        stop = threading.Event()
+        with pytest.raises(KeyboardInterrupt), stop_on_signal(stop):
+            os.kill(os.getpid(), number)
+            assert stop.wait(10)
+            assert "Ending after this step, with a checkpoint." in capsys.readouterr().err
+            os.kill(os.getpid(), number)
+            time.sleep(60)  # which it breaks
+        assert [signal.getsignal(n) for n in SIGNALS] == [signal.default_int_handler] * 2
+
+    def test_an_ignored_signal_stays_ignored(self):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop = threading.Event()
+        with stop_on_signal(stop):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert not stop.is_set()
+
+    def test_a_rank_ignores_later_signals_until_it_has_ended(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        stop = threading.Event()
+        with pytest.raises(RunEndedError), stop_on_signal(stop):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stop.wait(10)
+            raise RunEndedError
+        os.kill(os.getpid(), signal.SIGTERM)  # while it writes what went wrong
 
     @pytest.mark.slow
     def test_on_the_command_line(self, base, data, tmp_path):
@@ -215,7 +227,7 @@ class TestSignals:
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "the run did not get there"
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, shown = process.communicate()
         assert process.returncode == 1
         last = load_log(tmp_path / "run")[-1]["step"]

@@ -28,7 +28,6 @@ OPTIONS = {
 
 def run(base, output, data, *, options=None, **arguments):
     chosen = PruneConfig(**{**OPTIONS, **(options or {})})
-    arguments = {"hold_signals": True, **arguments}
     return prune(str(base), output, data=str(data), options=chosen, **arguments)
 
 

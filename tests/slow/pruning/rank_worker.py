@@ -7,8 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -54,11 +54,11 @@ COUNTED = (
 )
 
 
-def prune(root, name, output, *, on_step=lambda _: None, **changes):
+def prune(root, name, output, *, on_step=lambda _: None, stop=None, **changes):
     model, data, options = CASES[name]
     chosen = PruneConfig(**{**OPTIONS, **options, **changes})
     data = str(root / data)
-    given = {"data": data, "options": chosen, "on_step": on_step, "hold_signals": True}
+    given = {"data": data, "options": chosen, "on_step": on_step, "stop": stop}
     run.prune(str(root / model), root / output, **given)
 
 
@@ -79,7 +79,7 @@ def run_with_others(root, rank):
         "messages": count_messages(root),
         "refused": catch(prune, root, "mha-lora", "two/refused", micro_batch_size=8),
         "infinite": catch(prune, root, "mha-lora", "two/infinite", lr=1e30, lr_warmup=0.0),
-        "ended": catch(prune, root, "mha-lora", "two/ended", on_step=end_at_step_3),
+        "ended": catch(stop_at_step_3, root),
         "options": catch(prune, root, "mha-lora", "two/options", seed=rank),
     }
     # A rank that does not take part in what makes random scores the same.
@@ -89,10 +89,13 @@ def run_with_others(root, rank):
     return answers
 
 
-def end_at_step_3(info):
-    """Be told to end while the step's results are written, as the first rank is asked to."""
-    if info.step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
+def stop_at_step_3(root):
+    """Stop from the callback, which only the first rank calls."""
+    stop = threading.Event()
+    prune(
+        root, "mha-lora", "two/ended", stop=stop,
+        on_step=lambda info: stop.set() if info.step == 3 else None,
+    )  # fmt: skip
 
 
 def count_messages(root):

@@ -173,7 +173,7 @@ def test_a_rank_that_is_to_end_waits_for_no_one_for_long(monkeypatch):
     monkeypatch.setattr("lpdeploy.pruning.ranks.dist.all_reduce", lambda *_, **__: Work())
     monkeypatch.setattr("lpdeploy.pruning.ranks._PATIENCE_SECONDS", 0.01)
     ranks = Ranks(0, 2)
-    ranks.ending.set()
+    ranks.stop.set()
     with pytest.raises(RankLostError, match="Rank 0 of 2 lost another rank"):
         ranks.sum([torch.ones(2)])
 
