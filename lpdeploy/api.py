@@ -12,22 +12,30 @@ from lpdeploy.errors import ParityError
 from lpdeploy.run_folder import BASE, RunFolder
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lpdeploy.benchmark.results import LatencyResult
     from lpdeploy.engines.export import ExportResult
     from lpdeploy.engines.verify import VerifyResult
+    from lpdeploy.evaluation.results import Evaluation
     from lpdeploy.models.compact import CompactResult
+    from lpdeploy.pruning.training import StepInfo
+    from lpdeploy.publish.push import PushResult
+    from lpdeploy.servers.package import PackageResult
 
 
 def prune(  # noqa: PLR0913 - what the command takes
-    model: Any,
-    data: Any,
+    model: "str | os.PathLike[str] | PreTrainedModel",
+    data: "str | os.PathLike[str] | Dataset",
     output: str | os.PathLike[str],
     *,
     config: PruneConfig | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     resume: bool = False,
     overwrite: bool = False,
     stop: threading.Event | None = None,
-    on_step: Callable[[Any], None] = lambda _: None,
+    on_step: "Callable[[StepInfo], None]" = lambda _: None,
 ) -> "Run":
     """Prune a model while it fine-tunes with LoRA, and write a run folder.
 
@@ -74,7 +82,12 @@ def prune(  # noqa: PLR0913 - what the command takes
 
 
 def _save_base(
-    run: RunFolder, model: Any, tokenizer: Any, *, resume: bool, overwrite: bool
+    run: RunFolder,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> Path:
     """Save a model that is in memory, so that ``compact`` and later stages find it again."""
     if resume:
@@ -160,7 +173,7 @@ class Run(RunFolder):
         with_base: bool = False,
         device: str = "auto",
         **options: Any,
-    ) -> Any:
+    ) -> "Evaluation":
         """Measure perplexity on texts and accuracy on tasks; ``options`` of ``EvalOptions``.
 
         Args and errors as in ``lpdeploy.evaluation.evaluate.evaluate``.
@@ -178,7 +191,7 @@ class Run(RunFolder):
         forms: Sequence[bool] = (True,),
         device: str = "auto",
         **workload: Any,
-    ) -> Any:
+    ) -> "LatencyResult":
         """Time the dense and the pruned model; ``workload`` are the fields of ``Workload``.
 
         Args and errors as in ``lpdeploy.benchmark.stage.bench_latency``.
@@ -238,7 +251,9 @@ class Run(RunFolder):
         )
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-    def package(self, target: str, output: Path, *, overwrite: bool = False, **options: Any) -> Any:
+    def package(
+        self, target: str, output: Path, *, overwrite: bool = False, **options: Any
+    ) -> "PackageResult":
         """Write a ready-to-serve folder for a server.
 
         Args and errors as in ``lpdeploy.servers.package.package``.
@@ -247,7 +262,7 @@ class Run(RunFolder):
 
         return package(self, kind=target, output=Path(output), overwrite=overwrite, **options)
 
-    def push(self, repo: str, *, private: bool = False, execute: bool = False) -> Any:
+    def push(self, repo: str, *, private: bool = False, execute: bool = False) -> "PushResult":
         """Show what would be uploaded to the Hugging Face hub, and upload it with ``execute``.
 
         Args and errors as in ``lpdeploy.publish.push.push``.

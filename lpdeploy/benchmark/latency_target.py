@@ -25,7 +25,7 @@ from lpdeploy.data.batches import Progress
 from lpdeploy.engines import get_engine
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import describe_machine
-from lpdeploy.models.loading import PRECISIONS, resolve_device
+from lpdeploy.models.loading import PRECISIONS, get_dtype, resolve_device
 from lpdeploy.models.shapes import compute_ratios, forecast_config, list_counts
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.importance import Importance
@@ -257,7 +257,7 @@ class _Bench:
         request = replace(self.options.widths, ratios=self._compute_ratios(heads, channels))
         config = forecast_config(self.source.config, request)
         folder = self.scratch / "shape"
-        dtype = PRECISIONS.get(self.source.config.dtype, "fp32")
+        dtype = PRECISIONS[get_dtype(self.source.config)]
         model = save_random_model(config, folder / "model", dtype=dtype)
         yield self._build_variant(TimedModel("shape", model), "shape")
         shutil.rmtree(folder)

@@ -77,10 +77,10 @@ def command(*, model: str, target: str, output: Path, as_json: bool, **options: 
     from lpdeploy.servers.package import package
 
     result = package(model, kind=target, output=output, **options)
-    size = f"{len(result['files'])} files, {format_bytes(result['bytes'])}"
+    size = f"{len(result.files)} files, {format_bytes(result.bytes)}"
     lines = [
-        f"{output}: {size}, {result['seconds']:.1f} s",
-        result["command"],
-        *map(write_flags, result["notes"]),
+        f"{output}: {size}, {result.seconds:.1f} s",
+        result.command,
+        *map(write_flags, result.notes),
     ]
-    print_result(result, "\n".join(lines), as_json=as_json)
+    print_result(result.to_json(), "\n".join(lines), as_json=as_json)

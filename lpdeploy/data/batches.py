@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.data.sources import Corpus, Example
 from lpdeploy.errors import DataError
@@ -87,7 +87,7 @@ class TokenDataset:
 
 def build_token_dataset(
     corpus: Corpus,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
     train_on_prompt: bool = False,
@@ -136,7 +136,7 @@ def build_token_dataset(
 
 
 def build_token_stream(
-    corpus: Corpus, tokenizer: Any, *, on_progress: Progress | None = None
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, on_progress: Progress | None = None
 ) -> NDArray[np.int32]:
     """Join all documents of a corpus, each as bos, tokens, eos; of a pair, prompt and response.
 
@@ -227,7 +227,7 @@ def _permute(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 
 def _build_pairs(
     corpus: Corpus,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
     train_on_prompt: bool,
@@ -279,7 +279,7 @@ def _iterate_chunks(
             on_progress(start + len(chunk), len(examples))
 
 
-def _encode(texts: list[str], tokenizer: Any) -> list[NDArray[np.int32]]:
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[NDArray[np.int32]]:
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -290,7 +290,7 @@ def _encode(texts: list[str], tokenizer: Any) -> list[NDArray[np.int32]]:
     return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-def _get_ends(tokenizer: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _get_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     bos, eos = (
         np.array([] if token is None else [token], dtype=np.int32)
         for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)

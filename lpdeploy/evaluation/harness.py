@@ -24,6 +24,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.runner import Runner
@@ -54,7 +55,7 @@ class RunnerLM(TemplateLM):
     def __init__(
         self,
         runner: Runner,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 4,
         on_progress: Progress = lambda *_: None,
@@ -67,7 +68,7 @@ class RunnerLM(TemplateLM):
                 "The model's tokenizer has neither bos nor eos, one of which a text without "
                 "context starts with. Name one in its tokenizer_config.json."
             )
-        self._prefix: str = tokenizer.decode([self.prefix_token_id])
+        self._prefix = str(tokenizer.decode([self.prefix_token_id]))
 
     @property
     def eot_token_id(self) -> int | None:
@@ -289,7 +290,7 @@ def _load_hub(
 def run_tasks(
     found: TaskSet,
     runner: Runner,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int | None = None,
     batch_size: int = 4,

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.data.batches import IGNORED, build_token_stream
 from lpdeploy.data.sources import Corpus
@@ -21,7 +22,7 @@ _POSITIONS_AT_ONCE = 512
 def compute_perplexity(
     runner: Runner,
     corpus: Corpus,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
     batch_size: int = 4,

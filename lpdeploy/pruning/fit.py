@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
@@ -30,7 +31,7 @@ _CGROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
 Planner = Callable[[PruneConfig], MemoryPlan]
 
 
-def plan_run(config: Any, options: PruneConfig, *, ranks: int = 1) -> MemoryPlan:
+def plan_run(config: PretrainedConfig, options: PruneConfig, *, ranks: int = 1) -> MemoryPlan:
     """Plan the memory of a run in this process, on the device and in the precision it will have.
 
     Args:
@@ -56,7 +57,7 @@ def _measure_process() -> int:
 
 
 def check_memory(
-    config: Any,
+    config: PretrainedConfig,
     options: PruneConfig,
     *,
     refuse: bool = True,

@@ -7,7 +7,8 @@ criterion needs them. ``tests/pruning/test_memory.py`` compares it with the tens
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA, Criterion
@@ -66,7 +67,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Any,
+    config: PretrainedConfig,
     options: PruneConfig,
     *,
     dtype: str,
@@ -108,7 +109,7 @@ def plan_memory(
 class _Layer:
     """What one decoder layer needs."""
 
-    config: Any
+    config: PretrainedConfig
     width: LayerWidths
     options: PruneConfig
     dtype: str
@@ -180,7 +181,7 @@ class _Layer:
 
 
 def _plan_weights(
-    config: Any, layers: list[_Layer], options: PruneConfig, dtype: str, *, shards: int
+    config: PretrainedConfig, layers: list[_Layer], options: PruneConfig, dtype: str, *, shards: int
 ) -> int:
     """Count the base: embeddings, head and norms are never quantised."""
     projections = sum(layer.num_weights for layer in layers)
@@ -196,7 +197,12 @@ def _plan_weights(
 
 
 def _plan_activations(
-    config: Any, layers: list[_Layer], options: PruneConfig, itemsize: int, *, device: str
+    config: PretrainedConfig,
+    layers: list[_Layer],
+    options: PruneConfig,
+    itemsize: int,
+    *,
+    device: str,
 ) -> int:
     """Take the larger of two moments: the loss, and the backward pass of a layer."""
     hidden, vocabulary = config.hidden_size, config.vocab_size
@@ -249,7 +255,7 @@ def _plan_scoring(options: PruneConfig, layers: list[_Layer]) -> int:
     return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups + read)
 
 
-def _plan_heap(config: Any, options: PruneConfig, dtype: str) -> int:
+def _plan_heap(config: PretrainedConfig, options: PruneConfig, dtype: str) -> int:
     """A share of what a pass of all layers makes: kept or not, it leaves holes behind."""
     tokens = options.micro_batch_size * options.seq_len
     options = replace(options, lora_dropout=0.5)  # of any rate; without it as much is made

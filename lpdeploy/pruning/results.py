@@ -5,6 +5,7 @@ import hashlib
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import (
     Stage,
@@ -23,7 +24,7 @@ from lpdeploy.run_folder import ADAPTER, RunFolder
 
 
 def build_plan(
-    state: PruningState, options: PruneConfig, config: Any, *, base: str, stage: Stage
+    state: PruningState, options: PruneConfig, config: PretrainedConfig, *, base: str, stage: Stage
 ) -> PruningPlan:
     """Return which groups stay.
 

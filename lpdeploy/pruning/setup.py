@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.config import PruneConfig
@@ -26,6 +27,7 @@ from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
     DTYPES,
     PRECISIONS,
+    get_dtype,
     load_config,
     load_model,
     load_tokenizer,
@@ -56,8 +58,8 @@ class Source:
 
     name: str
     folder: Path
-    config: Any
-    tokenizer: Any
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
     specs: tuple[GroupSpec, ...]
     prunable: tuple[GroupSpec, ...]
 
@@ -115,11 +117,13 @@ def load_dataset(
     Raises:
         LpdeployError: The data cannot be read, or gives no row.
     """
+    tokenizer = source.tokenizer
+    assert tokenizer is not None  # only a source with rows of its own does without
 
     def build() -> TokenDataset:
         return build_token_dataset(
             load_any(data),
-            source.tokenizer,
+            tokenizer,
             seq_len=options.seq_len,
             train_on_prompt=options.train_on_prompt,
             on_progress=on_progress,
@@ -130,7 +134,7 @@ def load_dataset(
         return build()
     identity = {
         "text": text,
-        "tokenizer": type(source.tokenizer).__name__,
+        "tokenizer": type(tokenizer).__name__,
         "files": compute_sha256(source.folder, patterns=_TOKENIZER_FILES),
         "versions": {name: version(name) for name in ("lpdeploy", "tokenizers", "transformers")},
         "seq_len": options.seq_len,
@@ -234,7 +238,7 @@ def _attach_lora(model: Any, base: str, options: PruneConfig) -> Any:
 def describe_start(source: Source, training: Training) -> str:
     """Say where and in which precision it runs, on how much, and what will be left."""
     options, dataset = training.options, training.dataset
-    stored = PRECISIONS.get(source.config.dtype, "fp32")
+    stored = PRECISIONS[get_dtype(source.config)]
     base = f" over a base in {options.load_in}" if options.load_in else ""
     used = PRECISIONS[training.dtype]
     counts = count_kept(source.config, options.widths)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
@@ -36,7 +37,9 @@ class Travel:
         return others * (2 * (self.gradients + self.scores) + self.weights)
 
 
-def compute_travel(config: Any, options: PruneConfig, *, ranks: int, itemsize: int) -> Travel:
+def compute_travel(
+    config: PretrainedConfig, options: PruneConfig, *, ranks: int, itemsize: int
+) -> Travel:
     """Count what travels in one step.
 
     Args:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import get_head_dim, list_group_specs
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
@@ -183,7 +185,7 @@ def describe_request(request: WidthRequest) -> str:
     return " ".join(f"`{name}={value:g}`" for name, value in values.items())
 
 
-def describe_shape(config: Any) -> Shape:
+def describe_shape(config: PretrainedConfig) -> Shape:
     """Read the shape of a model, pruned or not."""
     widths = list_widths(config)
 
@@ -191,7 +193,7 @@ def describe_shape(config: Any) -> Shape:
         return values[0] if len(set(values)) == 1 else values
 
     return Shape(
-        architecture=config.architectures[0],
+        architecture=(config.architectures or [config.model_type])[0],
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         head_dim=get_head_dim(config),
@@ -201,7 +203,7 @@ def describe_shape(config: Any) -> Shape:
     )
 
 
-def compute_costs(config: Any, *, tokens: int) -> Costs:
+def compute_costs(config: PretrainedConfig, *, tokens: int) -> Costs:
     """Count parameters, bytes, and what a pass over so many tokens takes at least."""
     parameters, itemsize = count_parameters(config), get_itemsize(config)
     table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -219,7 +221,7 @@ def compute_costs(config: Any, *, tokens: int) -> Costs:
     )
 
 
-def list_alignment(config: Any, *, ranks: int = 1) -> list[Alignment]:
+def list_alignment(config: PretrainedConfig, *, ranks: int = 1) -> list[Alignment]:
     """List how each width that a GPU multiplies by fits it; what layers share is listed once."""
     head_dim = get_head_dim(config)
     sizes = dict.fromkeys(
@@ -243,7 +245,7 @@ def list_alignment(config: Any, *, ranks: int = 1) -> list[Alignment]:
     ]
 
 
-def suggest(config: Any, request: WidthRequest, *, ranks: int) -> WidthRequest | None:
+def suggest(config: PretrainedConfig, request: WidthRequest, *, ranks: int) -> WidthRequest | None:
     """Return the request nearest to ``request`` that costs no server, if any is near.
 
     A server that objects to the unpruned model as well, such as one that runs on one GPU where
@@ -273,7 +275,7 @@ def suggest(config: Any, request: WidthRequest, *, ranks: int) -> WidthRequest |
     return next((own for own, widths in candidates if costs_no_server(widths)), None)
 
 
-def list_objectors(config: Any, *, ranks: int = 1) -> set[str]:
+def list_objectors(config: PretrainedConfig, *, ranks: int = 1) -> set[str]:
     """Return the servers that do not load a shape, or only on a condition."""
     verdicts = list_verdicts(config, tensor_parallel=ranks)
     return {verdict.name for verdict in verdicts if verdict.loads != "yes"}
@@ -290,7 +292,7 @@ def _list_requests(request: WidthRequest) -> Iterator[WidthRequest]:
 
 
 def _compute_distance(
-    widths: Sequence[LayerWidths], wanted: Sequence[LayerWidths], config: Any
+    widths: Sequence[LayerWidths], wanted: Sequence[LayerWidths], config: PretrainedConfig
 ) -> float:
     """Return how far apart two shapes are, in shares of the unpruned model."""
     heads = sum(abs(a.kv_heads - b.kv_heads) for a, b in zip(widths, wanted, strict=True))

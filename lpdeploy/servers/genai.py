@@ -13,6 +13,7 @@ from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
 from lpdeploy.servers.sources import find_whole_export, take_export
 from lpdeploy.servers.tokenizers import list_notes
+from lpdeploy.servers.verdicts import Packed
 
 _SCRIPT = "generate.py"
 
@@ -26,7 +27,7 @@ def package_genai(
     activations: str | None = None,
     block_size: int | None = None,
     max_seq_len: int | None = None,
-) -> dict[str, Any]:
+) -> Packed:
     """Fill a folder with a graph for ONNX Runtime GenAI and the lines that run it.
 
     An ``ort`` export that ``lpdeploy export`` left is taken where it is of this very checkpoint, in
@@ -42,8 +43,8 @@ def package_genai(
         max_seq_len: Longest prompt and answer together; None for 2048, or the model's positions.
 
     Returns:
-        ``command``, ``precision``, ``max_seq_len``, ``notes``, and ``reused``: the export that was
-        taken, or None.
+        With the details ``precision``, ``max_seq_len``, and ``reused``: the export that was taken,
+        or None.
 
     Raises:
         ArtifactError: There is no tokenizer.
@@ -73,13 +74,9 @@ def package_genai(
     (folder / _SCRIPT).write_text(render(f"{_SCRIPT}.j2", **values), encoding="utf-8")
     command = shlex.join(["python", str(output / _SCRIPT), "once upon a time"])
     save_readme(folder, "genai", command=command, notes=notes, **values)
-    return {
-        "command": command,
-        "precision": precision,
-        "max_seq_len": length,
-        "notes": notes,
-        "reused": str(found[0]) if found else None,
-    }
+    reused = str(found[0]) if found else None
+    details = {"precision": precision, "max_seq_len": length, "reused": reused}
+    return Packed(command=command, notes=notes, details=details)
 
 
 def _describe_export(contract: Contract) -> dict[str, Any]:

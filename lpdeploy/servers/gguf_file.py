@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lpdeploy.errors import LpdeployError, MissingDependencyError
 from lpdeploy.families import GgufArchitecture, get_family
@@ -89,7 +90,7 @@ def _load_library() -> Any:
     return gguf
 
 
-def get_architecture(config: Any) -> GgufArchitecture:
+def get_architecture(config: PretrainedConfig) -> GgufArchitecture:
     """Return what llama.cpp runs a model as.
 
     Raises:
@@ -104,7 +105,7 @@ def get_architecture(config: Any) -> GgufArchitecture:
     return architecture
 
 
-def compute_rope_factors(config: Any) -> Tensor | None:
+def compute_rope_factors(config: PretrainedConfig) -> Tensor | None:
     """Return what each rotary frequency is divided by, shape (head_dim / 2,); None where by 1.
 
     Taken as the quotient of transformers' own frequencies, so that no formula is written twice.
@@ -130,7 +131,9 @@ def compute_rope_factors(config: Any) -> Tensor | None:
     return (plain / scaled.double()).float()
 
 
-def _list_names(gguf: Any, model: Path, config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _list_names(
+    gguf: Any, model: Path, config: PretrainedConfig
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Map each weight of the checkpoint to its name and shape in the file, layer by layer."""
     _, model_class = get_model_classes(config.model_type)
     with torch.device("meta"):
@@ -152,13 +155,13 @@ def _list_names(gguf: Any, model: Path, config: Any) -> dict[str, tuple[str, tup
     }
 
 
-def count_positions(config: Any) -> int:
+def count_positions(config: PretrainedConfig) -> int:
     """Return how long a text may be: no longer than the window, since llama.cpp has none there."""
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return min(config.max_position_embeddings, window)
 
 
-def _add_metadata(writer: Any, config: Any, *, name: str) -> None:
+def _add_metadata(writer: Any, config: PretrainedConfig, *, name: str) -> None:
     """State the shape of a model, in the terms of llama.cpp."""
     head_dim = get_head_dim(config)
     writer.add_name(name)
@@ -176,7 +179,9 @@ def _add_metadata(writer: Any, config: Any, *, name: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _add_vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary, tokenizer: Any) -> None:
+def _add_vocabulary(
+    gguf: Any, writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
+) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.pieces)
     writer.add_token_types(vocabulary.kinds)
@@ -209,7 +214,7 @@ def _declare(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], kind: st
 
 
 def _iterate_weights(
-    model: Path, names: dict[str, tuple[str, tuple[int, ...]]], config: Any
+    model: Path, names: dict[str, tuple[str, tuple[int, ...]]], config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights in the order of ``names``, one in memory at a time."""
     files = [safe_open(file, framework="pt") for file in list_weight_files(model)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.servers.tokenizers import describe_tokenizer, list_notes, list_steps
@@ -50,7 +51,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def build_vocabulary(tokenizer: Any, *, rows: int) -> Vocabulary:
+def build_vocabulary(tokenizer: PreTrainedTokenizerBase, *, rows: int) -> Vocabulary:
     """Describe a fast tokenizer for llama.cpp.
 
     Args:

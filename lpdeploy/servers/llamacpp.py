@@ -2,7 +2,6 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import PRECISIONS, get_dtype, load_config
@@ -10,6 +9,7 @@ from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.gguf_file import TYPES, count_positions, save_gguf
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, resolve_length
+from lpdeploy.servers.verdicts import Packed
 
 
 def package_llamacpp(
@@ -19,7 +19,7 @@ def package_llamacpp(
     output: Path,
     precision: str | None = None,
     max_seq_len: int | None = None,
-) -> dict[str, Any]:
+) -> Packed:
     """Fill a folder with a GGUF file and the commands that open it.
 
     Args:
@@ -31,7 +31,7 @@ def package_llamacpp(
             positions.
 
     Returns:
-        ``command``, ``file``, ``precision`` and ``notes``.
+        With the details ``file`` and ``precision``.
 
     Raises:
         LpdeployError: The precision is none of those, or as ``save_gguf``.
@@ -62,4 +62,4 @@ def package_llamacpp(
         notes=notes,
         chat=has_chat_template(model),
     )
-    return {"command": command, "file": file, "precision": precision, "notes": notes}
+    return Packed(command=command, notes=notes, details={"file": file, "precision": precision})

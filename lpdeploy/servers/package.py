@@ -2,9 +2,12 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import atomic_folder, compute_sha256, record_stage, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError
@@ -13,10 +16,34 @@ from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.shapes import list_widths
 from lpdeploy.run_folder import PACKAGE, check_output
-from lpdeploy.servers.verdicts import Packager, Server, get_server, judge
+from lpdeploy.servers.verdicts import Packager, Packed, Server, get_server, judge
 
 _SCHEMA_VERSION = 1
 PACKAGE_FILE = "lpdeploy-package.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageResult(Packed):
+    """A package that was written.
+
+    Attributes:
+        target: The server it is for: triton, genai, vllm or llamacpp.
+        output: The folder.
+        files: Names of the files in it, relative to it.
+        bytes: Their size.
+        seconds: How long it took.
+    """
+
+    target: str
+    output: str
+    files: Sequence[str]
+    bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able dict, in which the details stand beside the rest."""
+        data = asdict(self)
+        return {**data.pop("details"), **data}
 
 
 def package(
@@ -26,8 +53,8 @@ def package(
     output: Path,
     overwrite: bool = False,
     **options: Any,
-) -> dict[str, Any]:
-    """Write the folder that a server opens as it is, with its command in a README.md.
+) -> PackageResult:
+    """Write a ready-to-serve folder, with the command that starts the server in its README.md.
 
     Args:
         target: Run, model folder or hub name.
@@ -35,11 +62,6 @@ def package(
         output: The folder.
         overwrite: Replace what is there.
         options: Of the packager; None is as if not given.
-
-    Returns:
-        What the packager says (``command`` and more), ``target`` (the kind), ``output``,
-        ``files`` (names in the folder), ``bytes``, ``seconds``, and ``notes``: the condition on
-        which the server takes the shape, and what else to know.
 
     Raises:
         ArtifactError: The run has no model yet, the server does not take its shape, or ``output``
@@ -58,21 +80,22 @@ def package(
     records = output if place.run is None else place.records
     with place.hold(), record_stage(records, f"package {kind}", record) as stage:
         with atomic_folder(output, kind=PACKAGE, overwrite=overwrite) as folder:
-            result = packager(place, folder, output=output, **options)
+            packed = packager(place, folder, output=output, **options)
             source = {"model": str(place.folder), "sha256": compute_model_sha256(place.folder)}
-            _save_mark(folder, kind=kind, source=source, options=options, result=result)
+            _save_mark(folder, packed, kind=kind, source=source, options=options)
         stage.inputs = {place.folder.name: source["sha256"]}
         stage.outputs = {output.name: compute_sha256(output / PACKAGE_FILE)}
     files = sorted(path for path in output.rglob("*") if path.is_file())
-    return {
-        **result,
-        "target": kind,
-        "output": str(output),
-        "files": [str(path.relative_to(output)) for path in files],
-        "bytes": sum(path.stat().st_size for path in files),
-        "seconds": stage.seconds,
-        "notes": [*([condition] if condition else []), *result.get("notes", [])],
-    }
+    return PackageResult(
+        command=packed.command,
+        notes=[*([condition] if condition else []), *packed.notes],
+        details=packed.details,
+        target=kind,
+        output=str(output),
+        files=[str(path.relative_to(output)) for path in files],
+        bytes=sum(path.stat().st_size for path in files),
+        seconds=stage.seconds,
+    )
 
 
 def _check_options(kind: str, packager: Packager, options: Mapping[str, object]) -> None:
@@ -95,7 +118,7 @@ def _check_shape(model: Path, server: Server, *, ranks: int) -> str | None:
     return verdict.why if verdict.loads == "condition" else None
 
 
-def describe_nearest(config: Any) -> str:
+def describe_nearest(config: PretrainedConfig) -> str:
     """Say which uniform shape is nearest to one whose layers differ; empty for one that is uniform.
 
     The mean of heads and channels keeps the size; channels go to the multiple of 32 that ``prune``
@@ -116,11 +139,11 @@ def describe_nearest(config: Any) -> str:
 
 def _save_mark(
     folder: Path,
+    packed: Packed,
     *,
     kind: str,
     source: Mapping[str, str],
     options: Mapping[str, Any],
-    result: Mapping[str, Any],
 ) -> None:
     """Save what the folder is, which also tells --overwrite that lpdeploy wrote it."""
     mark = {
@@ -128,7 +151,7 @@ def _save_mark(
         "target": kind,
         "source": source,
         "options": dict(options),
-        "command": result["command"],
+        "command": packed.command,
         "versions": list_versions(),
     }
     save_json(folder / PACKAGE_FILE, mark)

@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 
-def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return a fast tokenizer as ``tokenizer.json`` would hold it, whatever it was loaded from."""
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
@@ -21,7 +23,7 @@ def list_steps(step: dict[str, Any] | None, children: str) -> list[dict[str, Any
     return step[children] if step["type"] == "Sequence" else [step]
 
 
-def list_notes(tokenizer: Any, *, server: str) -> list[str]:
+def list_notes(tokenizer: PreTrainedTokenizerBase, *, server: str) -> list[str]:
     """Say what a tokenizer does to text before it looks at it that a server leaves out."""
     normalizers = list_steps(describe_tokenizer(tokenizer)["normalizer"], "normalizers")
     kinds = {step["type"] for step in normalizers}

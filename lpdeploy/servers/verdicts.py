@@ -5,9 +5,11 @@ To add a server, write its packager in a module of its own and add a row to ``SE
 
 import importlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, is_per_layer
@@ -34,11 +36,25 @@ The first line of a rule's docstring is what it objects to: docs/serving.md show
 """
 
 
-Packager = Callable[..., dict[str, Any]]
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What a packager wrote.
+
+    Attributes:
+        command: Starts the server.
+        notes: What else to know, a sentence each.
+        details: What only packages of this kind have, such as ``precision``; JSON-able.
+    """
+
+    command: str
+    notes: Sequence[str] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+Packager = Callable[..., Packed]
 """``package_X(place, folder, *, output, ...)`` fills a temporary folder from a model.
 
-``output`` is where the folder will be, for the commands that name it. It returns what is printed:
-at least ``command``, which starts the server, and ``notes`` if there is more to know.
+``output`` is where the folder will be, for the commands that name it.
 """
 
 
@@ -93,7 +109,7 @@ class Verdict:
     tried: bool
 
 
-def list_verdicts(config: Any, *, tensor_parallel: int = 1) -> list[Verdict]:
+def list_verdicts(config: PretrainedConfig, *, tensor_parallel: int = 1) -> list[Verdict]:
     """Say of every server whether it loads a model of this config.
 
     Args:
@@ -122,7 +138,7 @@ def get_server(target: str) -> Server:
     )
 
 
-def judge(server: Server, config: Any, ranks: int = 1) -> Verdict:
+def judge(server: Server, config: PretrainedConfig, ranks: int = 1) -> Verdict:
     """Say whether a server loads a model of this config, divided over so many GPUs."""
     found = [finding for rule in server.rules if (finding := rule(config, ranks))]
     loads = max((finding.loads for finding in found), key=_ANSWERS.index, default="yes")
@@ -130,14 +146,14 @@ def judge(server: Server, config: Any, ranks: int = 1) -> Verdict:
     return Verdict(server.name, loads, why, server.version, server.checked, bool(server.version))
 
 
-def refuse_per_layer(config: Any, _: int) -> Finding | None:
+def refuse_per_layer(config: PretrainedConfig, _: int) -> Finding | None:
     """Layers of different widths."""
     if not is_per_layer(config.model_type):
         return None
     return Finding("no", "Its layers have different widths. Prune with `scope=layer`.")
 
 
-def need_own_code(config: Any, _: int) -> Finding | None:
+def need_own_code(config: PretrainedConfig, _: int) -> Finding | None:
     """Layers of different widths, unless trust_remote_code lets their modelling file run."""
     if not is_per_layer(config.model_type):
         return None
@@ -147,7 +163,7 @@ def need_own_code(config: Any, _: int) -> Finding | None:
     )  # fmt: skip
 
 
-def divide_over_ranks(config: Any, ranks: int) -> Finding | None:
+def divide_over_ranks(config: PretrainedConfig, ranks: int) -> Finding | None:
     """Heads or channels that do not divide over the ranks of tensor parallelism."""
     for width in list_widths(config):
         if width.heads % ranks:
@@ -184,7 +200,7 @@ def run_on_one_gpu(_: Any, ranks: int) -> Finding | None:
     return Finding("no", "A graph runs on one GPU. Use `tensor_parallel=1`, or another server.")
 
 
-def need_same_heads(config: Any, _: int) -> Finding | None:
+def need_same_heads(config: PretrainedConfig, _: int) -> Finding | None:
     """Layers with different numbers of heads: one number makes the cache of all."""
     if len({width.kv_heads for width in list_widths(config)}) == 1:
         return None
@@ -194,7 +210,7 @@ def need_same_heads(config: Any, _: int) -> Finding | None:
     )  # fmt: skip
 
 
-def need_heads_of_16(config: Any, _: int) -> Finding | None:
+def need_heads_of_16(config: PretrainedConfig, _: int) -> Finding | None:
     """Heads of no multiple of 16 numbers, which GroupQueryAttention wants."""
     head_dim = get_head_dim(config)
     if head_dim % _ORT_HEAD_MULTIPLE == 0:
@@ -202,7 +218,7 @@ def need_heads_of_16(config: Any, _: int) -> Finding | None:
     return Finding("no", f"Its heads have {head_dim} numbers, no multiple of {_ORT_HEAD_MULTIPLE}.")
 
 
-def need_trt_for_other_heads(config: Any, _: int) -> Finding | None:
+def need_trt_for_other_heads(config: PretrainedConfig, _: int) -> Finding | None:
     """Heads of no multiple of 16 numbers, which leave --engine trt alone."""
     if need_heads_of_16(config, 1) is None:
         return None
@@ -212,7 +228,7 @@ def need_trt_for_other_heads(config: Any, _: int) -> Finding | None:
     )  # fmt: skip
 
 
-def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
+def fit_gguf_blocks(config: PretrainedConfig, _: int) -> Finding | None:
     """Rows of no multiple of 256, which it then quantises in other types, or not at all."""
     head_dim = get_head_dim(config)
     rows = {config.hidden_size}
@@ -234,7 +250,7 @@ def fit_gguf_blocks(config: Any, _: int) -> Finding | None:
     return None
 
 
-def need_gguf_architecture(config: Any, _: int) -> Finding | None:
+def need_gguf_architecture(config: PretrainedConfig, _: int) -> Finding | None:
     """A family that it has no architecture for, or one with a bias of o_proj that has no place."""
     architecture = get_family(config.model_type).gguf
     if architecture is None:

@@ -3,7 +3,8 @@
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
@@ -11,7 +12,7 @@ from lpdeploy.models.loading import list_weight_files, load_config, load_tokeniz
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, link_or_copy, resolve_length
-from lpdeploy.servers.verdicts import divide_over_ranks, get_server
+from lpdeploy.servers.verdicts import Packed, divide_over_ranks, get_server
 
 _RANKS = (1, 2, 4, 8)
 # Numbers of a head that its attention is compiled for on a CPU, in version 0.32.
@@ -26,7 +27,7 @@ def package_vllm(
     output: Path,
     tensor_parallel: int = 1,
     max_seq_len: int | None = None,
-) -> dict[str, Any]:
+) -> Packed:
     """Fill a folder with a stock checkpoint and the commands that serve it.
 
     Args:
@@ -37,8 +38,8 @@ def package_vllm(
         max_seq_len: Longest prompt and answer together; None for the model's positions.
 
     Returns:
-        ``command``, ``dtype``, ``max_seq_len``, ``notes``, and ``tensor_parallel``: the sizes up
-        to 8 that heads and channels divide over.
+        With the details ``dtype``, ``max_seq_len``, and ``tensor_parallel``: the numbers of GPUs
+        up to 8 that heads and channels divide over.
 
     Raises:
         ArtifactError: There is no tokenizer.
@@ -76,16 +77,11 @@ def package_vllm(
         architecture=(config.architectures or [""])[0],
         chat=has_chat_template(folder),
     )
-    return {
-        "command": shlex.join(command),
-        "dtype": dtype,
-        "max_seq_len": length,
-        "tensor_parallel": ranks,
-        "notes": notes,
-    }
+    details = {"dtype": dtype, "max_seq_len": length, "tensor_parallel": ranks}
+    return Packed(command=shlex.join(command), notes=notes, details=details)
 
 
-def _list_notes(config: Any) -> list[str]:
+def _list_notes(config: PretrainedConfig) -> list[str]:
     head_dim = get_head_dim(config)
     if head_dim in _CPU_HEADS:
         return []
@@ -93,7 +89,7 @@ def _list_notes(config: Any) -> list[str]:
     return [f"On a CPU vLLM has no attention for heads of {head_dim} numbers, only for {sizes}."]
 
 
-def _complete_generation_config(folder: Path, config: Any) -> None:
+def _complete_generation_config(folder: Path, config: PretrainedConfig) -> None:
     """Write the tokens that end a text where the checkpoint leaves them to its config."""
     if not (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig

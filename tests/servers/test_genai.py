@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 
 
 def package_for_genai(target, output, **options):
-    return package(str(target), kind="genai", output=output, **options)
+    return package(str(target), kind="genai", output=output, **options).to_json()
 
 
 def continue_by_genai(folder, ids):

@@ -37,7 +37,7 @@ FAMILIES = {
 
 
 def package_for_llamacpp(model, output, **options):
-    result = package(str(model), kind="llamacpp", output=output, **options)
+    result = package(str(model), kind="llamacpp", output=output, **options).to_json()
     return result, gguf.GGUFReader(output / result["file"])
 
 

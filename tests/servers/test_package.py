@@ -38,7 +38,7 @@ def test_the_command_offers_every_target():
 def test_a_server_is_one_row(model, tmp_path, monkeypatch):
     server = verdicts.Server("toy", "1.0", "here", "A file.", (), "toy", f"{__name__}:package_toy")
     monkeypatch.setattr(verdicts, "SERVERS", (*verdicts.SERVERS, server))
-    result = package(str(model), kind="toy", output=tmp_path / "out", greeting="hello")
+    result = package(str(model), kind="toy", output=tmp_path / "out", greeting="hello").to_json()
     assert (tmp_path / "out" / "toy.txt").read_text() == "hello"
     assert result["command"] == "toy out"
     assert "toy" in [verdict.name for verdict in verdicts.list_verdicts(load_config(model))]
@@ -48,7 +48,7 @@ def test_a_server_is_one_row(model, tmp_path, monkeypatch):
 
 def package_toy(place, folder, *, output, greeting):
     (folder / "toy.txt").write_text(greeting)
-    return {"command": f"toy {output.name}"}
+    return verdicts.Packed(command=f"toy {output.name}")
 
 
 def test_an_unknown_target_is_refused(model, tmp_path):
@@ -63,7 +63,7 @@ def test_a_run_is_compacted_first(run, tmp_path):
 
 def test_the_run_keeps_the_record(run, tmp_path):
     compact(run)
-    result = package(str(run), kind="vllm", output=tmp_path / "out", max_seq_len=64)
+    result = package(str(run), kind="vllm", output=tmp_path / "out", max_seq_len=64).to_json()
     entry = json.loads((run / "manifest.json").read_text())["stages"]["package vllm"]
     assert entry["options"] == {"target": str(run), "kind": "vllm", "max_seq_len": 64}
     assert entry["inputs"] == {"model": compute_model_sha256(run / "model")}
@@ -105,7 +105,7 @@ def test_what_it_is_made_from_is_never_replaced(run, tmp_path):
             package(str(run), kind="vllm", output=output, overwrite=True)
     with pytest.raises(ArtifactError, match="lies inside"):
         package(str(run), kind="vllm", output=run / "model" / "vllm")
-    assert package(str(run), kind="vllm", output=run / "vllm")["output"] == str(run / "vllm")
+    assert package(str(run), kind="vllm", output=run / "vllm").output == str(run / "vllm")
 
 
 def test_an_option_of_another_target_is_refused(model, tmp_path):

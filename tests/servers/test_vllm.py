@@ -16,7 +16,7 @@ from tests.servers.serving import complete, serve
 
 
 def package_for_vllm(model, output, **options):
-    return package(str(model), kind="vllm", output=output, **options)
+    return package(str(model), kind="vllm", output=output, **options).to_json()
 
 
 def test_the_folder_is_the_checkpoint_with_what_ends_a_text(tmp_path):

@@ -17,6 +17,7 @@ from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
 from lpdeploy.servers.sources import find_whole_export, take_export
+from lpdeploy.servers.verdicts import Packed
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _WITHOUT_CONTAINER = "python tools/servers/triton_server.py serve"
@@ -35,7 +36,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     max_batch: int | None = None,
     max_seq_len: int | None = None,
     gpu: Sequence[int] = (),
-) -> dict[str, Any]:
+) -> Packed:
     """Fill a model repository of three models that share one export.
 
     ``NAME`` takes text and gives text, as a whole or in pieces, for all requests in one running
@@ -56,7 +57,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
             needs one.
 
     Returns:
-        ``command``, ``name``, ``engine``, ``precision``, ``max_batch``, ``max_seq_len``, and
+        With the details ``name``, ``engine``, ``precision``, ``max_batch``, ``max_seq_len``, and
         ``exported``: whether the export was made now.
 
     Raises:
@@ -92,13 +93,12 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         backend=record.triton, extra=_find_extra(contract, gpus=gpus),
         built=contract.build is not None, **values,
     )  # fmt: skip
-    return {
-        "command": shlex.join(command),
-        **{key: values[key] for key in ("name", "engine", "max_batch", "max_seq_len")},
-        "precision": contract.precision,
-        "exported": made,
-        "notes": [f"Without a container, from lpdeploy's checkout: {_WITHOUT_CONTAINER} {output}"],
-    }
+    kept = {key: values[key] for key in ("name", "engine", "max_batch", "max_seq_len")}
+    return Packed(
+        command=shlex.join(command),
+        notes=[f"Without a container, from lpdeploy's checkout: {_WITHOUT_CONTAINER} {output}"],
+        details={**kept, "precision": contract.precision, "exported": made},
+    )
 
 
 def _resolve_name(name: str | None, output: Path) -> str:

@@ -1,9 +1,9 @@
 """Tokens to text, as they come."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
 
 
 class TextStream:
@@ -18,7 +18,9 @@ class TextStream:
         stop: Strings that end the text, and are no part of it.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()
+    ) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
         self._stop = [text for text in stop if text]

@@ -62,11 +62,13 @@ def test_tensors_of_the_engine_are_those_of_its_graph(repository):
 def test_an_export_that_is_there_is_taken_over(model):
     export(str(model), engine="ort", max_batch=2)
     output = model.parent / "second"
-    result = package(str(model), kind="triton", output=output)
+    result = package(str(model), kind="triton", output=output).to_json()
     assert (result["exported"], result["max_batch"], result["name"]) == (False, 2, "second")
     linked = output / "second_engine" / "1" / "model.onnx.data"
     assert linked.samefile(model / "ort" / "model.onnx.data")
-    result = package(str(model), kind="triton", output=output, max_batch=3, overwrite=True)
+    result = package(
+        str(model), kind="triton", output=output, max_batch=3, overwrite=True
+    ).to_json()
     assert (result["exported"], result["max_batch"]) == (True, 3)
 
 

@@ -89,7 +89,7 @@ def run_llama(file, ids, *, tokens=TOKENS, texts=()):
 def test_llamacpp_gives_the_tokens_of_transformers(tmp_path, record, shape):
     find_python("llama-cpp-python")
     model = SHAPES[shape](tmp_path)
-    result = package(str(model), kind="llamacpp", output=tmp_path / "out")
+    result = package(str(model), kind="llamacpp", output=tmp_path / "out").to_json()
     ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
     found = run_llama(tmp_path / "out" / result["file"], ids, texts=[PROMPT])
     assert found["texts"] == [ids]
@@ -105,7 +105,9 @@ def test_llamacpp_gives_the_tokens_of_transformers(tmp_path, record, shape):
 def test_llamacpp_loads_each_type(tmp_path, record, precision):
     find_python("llama-cpp-python")
     run = make_demo_run(tmp_path / "run")
-    result = package(str(run), kind="llamacpp", output=tmp_path / "out", precision=precision)
+    result = package(
+        str(run), kind="llamacpp", output=tmp_path / "out", precision=precision
+    ).to_json()
     ids = AutoTokenizer.from_pretrained(run / "model")(PROMPT).input_ids
     found = run_llama(tmp_path / "out" / result["file"], ids)
     # Rounded weights may turn a close choice later on; the first is not close.
@@ -139,7 +141,7 @@ def test_llamacpp_splits_text_as_transformers_does(tmp_path, record, name):
     else:
         tokenizer, texts = make_tokenizer_like(name), MIXED
         tokenizer.save_pretrained(model)
-    result = package(str(model), kind="llamacpp", output=tmp_path / "out")
+    result = package(str(model), kind="llamacpp", output=tmp_path / "out").to_json()
     found = run_llama(tmp_path / "out" / result["file"], [1, 5], tokens=1, texts=texts)
     bos = [1] if name == "sentencepiece" else []  # its template adds none; the worker asks for one
     assert found["texts"] == [bos + tokenizer(text).input_ids for text in texts]
@@ -162,7 +164,7 @@ def test_vllm_gives_the_tokens_of_transformers(tmp_path, record, shape):
     python = find_python("vllm")
     family, config, keep = VLLM_SHAPES[shape]
     model = make_pruned(tmp_path, family, keep=keep, channels=96, **_WIDE, **config)
-    result = package(str(model), kind="vllm", output=tmp_path / "out")
+    result = package(str(model), kind="vllm", output=tmp_path / "out").to_json()
     options = result["command"].split()[3:]
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "out", *options,
