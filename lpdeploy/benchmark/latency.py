@@ -3,7 +3,7 @@
 import functools
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ def measure_latency(
     workloads: Sequence[Workload],
     *,
     probe: Probe | None = None,
+    phases: Collection[str] = ("prefill", "decode"),
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> LatencyResult:
     """Time all subjects, interleaved: each repeat runs every one of them, in a random order.
@@ -70,7 +71,12 @@ def measure_latency(
     for workload in workloads:
         for subject in subjects:
             _check_positions(subject, workload)
-    jobs = [(workload, phase) for workload in workloads for phase in _list_phases(workload)]
+    jobs = [
+        (workload, phase)
+        for workload in workloads
+        for phase in phases
+        if phase == "prefill" or workload.decode
+    ]
     progress = _Counter(on_progress, sum(WARM_UPS + workload.repeats for workload, _ in jobs))
     rates: dict[str, list[float]] = {}
     measured = [
@@ -86,10 +92,6 @@ def measure_latency(
     names = {"copy": "bytes_per_s", "matrix": "flops_per_s"}
     rates_by_name = {names[work]: rate for work, rate in limits.items()}
     return LatencyResult(describe_machine(), rates_by_name, tuple(rows))
-
-
-def _list_phases(workload: Workload) -> tuple[str, ...]:
-    return ("prefill", "decode") if workload.decode else ("prefill",)
 
 
 def _time_job(

@@ -5,10 +5,11 @@ so that nothing larger than the model is ever in memory. The variants run one af
 process, and each frees its memory before the next one starts.
 """
 
+import copy
 import gc
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 from lpdeploy.benchmark.pruning import WARM_UPS, PruningWorkload, build_result, run_interleaved
 from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost, load_pruning
 from lpdeploy.config import PruneConfig
-from lpdeploy.machine import format_bytes
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
 
 MICRO_BATCHES = (8, 4, 2, 1)
@@ -48,6 +48,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"criterion": "magnitude"},
     {"criterion": "lora", "load_in": "8bit"},
 )
+LORA: tuple[dict[str, Any], ...] = ({"criterion": "lora"},)
 OFF_LOADED: tuple[dict[str, Any], ...] = (
     {"criterion": "gradient"},
     {"criterion": "gradient", "offload_gradients": True},
@@ -149,7 +150,10 @@ def run_offloading(suite: Any) -> Any:
 
 
 def run_65b(suite: Any) -> Any:
-    """Measure a base of LLaMA-65B's shapes in 8 bits on one GPU, if it has the memory."""
+    """Measure a base of LLaMA-65B's shapes in 8 bits on one GPU.
+
+    Where all 80 layers do not fit, runs of 8 and of 16 layers say what one layer adds.
+    """
     size = SIZES[suite.name]
     config = suite.build_config(suite.size.heads, suite.size.channels)
     if suite.name != "tiny":
@@ -162,8 +166,27 @@ def run_65b(suite: Any) -> Any:
     plan = plan_run(config, options)
     free = measure_free_bytes(suite.device)
     planned = {"planned_bytes": plan.to_json()}
-    if free is not None and plan.total > free:
-        reason = f"planned memory is {format_bytes(plan.total)}, {format_bytes(free)} are free"
-        print(f"   skipped: {reason}", file=sys.stderr, flush=True)
-        return {"skipped": reason, **planned}
-    return {**planned, **measure(config, workload, ({"criterion": "lora"},))}
+    if suite.name != "tiny" and (free is None or plan.total < free):
+        return {**planned, **measure(config, workload, LORA)}
+    layers, counts = config.num_hidden_layers, (1, 2) if suite.name == "tiny" else (8, 16)
+    parts = [measure(with_layers(config, count), workload, LORA) for count in counts]
+    return {**planned, "parts": parts, "extrapolated": extrapolate(parts, counts, layers)}
+
+
+def with_layers(config: Any, count: int) -> Any:
+    """Return the same config with another number of layers."""
+    changed = copy.deepcopy(config)
+    changed.num_hidden_layers = count
+    return changed
+
+
+def extrapolate(
+    parts: Sequence[Mapping[str, Any]], counts: tuple[int, int], layers: int
+) -> dict[str, float]:
+    """Extend seconds and bytes of two numbers of layers along a straight line."""
+    first, second = (part["rows"][0] for part in parts)
+    share = (layers - counts[0]) / (counts[1] - counts[0])
+    names = ("step_ms", "scoring_ms", "weight_bytes", "peak_bytes")
+    known = [name for name in names if first[name] is not None]
+    result = {name: first[name] + share * (second[name] - first[name]) for name in known}
+    return {"layers": layers, **result}

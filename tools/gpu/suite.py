@@ -15,13 +15,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from lpdeploy.artifacts import load_json, save_json
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
@@ -37,10 +37,12 @@ from lpdeploy.engines.verify import build_inputs, collect_logits
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import describe_machine
 from lpdeploy.models.shapes import count_parameters
+from tools.gpu.modes import COMPILED, GRAPH, DecodeStep, StaticModel
 from tools.gpu.pruning import run_65b, run_offloading, run_pruning
 from tools.measure.common import build_parser, describe_command, report
 
 RANK = 8
+ROUNDED = "rounded"
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Size:
 
 
 SIZES = {
-    "7b": Size(4096, 32, 32, 11008, 32000, 128, Workload(2048, repeats=100),
-               Workload(2048, decode=64, repeats=10)),
+    "7b": Size(4096, 32, 32, 11008, 32000, 128, Workload(2048, repeats=50),
+               Workload(2048, decode=32, repeats=10)),
     "tiny": Size(64, 2, 4, 100, 128, 32, Workload(16, repeats=2),
                  Workload(16, decode=2, repeats=2)),
 }  # fmt: skip
@@ -109,11 +111,10 @@ class Suite:
         )
 
     def build_model(self, config: MistralConfig) -> MistralForCausalLM:
-        """Return a model with random weights, made on the device."""
+        """Return a model with random weights, made on the device in its own precision."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            model = MistralForCausalLM(config)
-        return model.to(config.dtype).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
 
     def build_unmerged(self, model: MistralForCausalLM) -> Any:
         """Return the model with LoRA beside its projections; it shares the weights of ``model``."""
@@ -132,7 +133,7 @@ class Suite:
         name = f"{config.num_attention_heads} heads, {channels} channels"
         bits = {"fp32": 4, "fp16": 2, "bf16": 2}[self.precision]
         parameters = count_parameters(config)
-        folder = Path("rounded" if rounded else "exact")
+        folder = Path(ROUNDED if rounded else "exact")
         return Variant(
             model=name,
             ratio=ratio,
@@ -145,13 +146,20 @@ class Suite:
         )
 
 
-def measure(suite: Suite, subjects: Sequence[Subject], workloads: Sequence[Workload]) -> Any:
+def measure(
+    suite: Suite,
+    subjects: Sequence[Subject],
+    workloads: Sequence[Workload],
+    phases: Collection[str] = ("prefill", "decode"),
+) -> Any:
     """Time the models of this process, and the machine's limits in between."""
     works = LimitsProbe(device=suite.device, precision=suite.precision)
     probe = Probe(
         works.units, lambda _, work: time_work(lambda: works.run(work), device=suite.device)
     )
-    result = measure_latency(subjects, workloads, probe=probe, on_progress=report).to_json()
+    result = measure_latency(
+        subjects, workloads, probe=probe, phases=phases, on_progress=report
+    ).to_json()
     return {key: result[key] for key in ("limits", "rows")}
 
 
@@ -162,28 +170,94 @@ def build_subject(variant: Variant, runner: Runner, config: Any) -> Subject:
     return Subject(variant, loaded, timed.time, config=config)
 
 
-def list_torch_subjects(suite: Suite, *, unmerged: bool) -> list[Subject]:
-    """Build every shape in torch; with ``unmerged`` each also with LoRA beside its weights."""
-    subjects = []
+@dataclass(frozen=True)
+class Form:
+    """A model of one shape, merged or with LoRA beside its weights."""
+
+    variant: Variant
+    model: Any
+    config: MistralConfig
+
+    def build_eager(self) -> Subject:
+        """Return the model as the product runs it."""
+        return build_subject(self.variant, TorchRunner(self.model), self.config)
+
+    def build_faster(self, mode: str) -> Subject:
+        """Return the model compiled, or as a CUDA graph."""
+        fast = StaticModel(self.model, mode=mode, device=self.variant.device)
+        runner = TorchRunner(self.model)
+        loaded = Loaded(runner.precision, runner.max_positions, None)
+        return Subject(replace(self.variant, engine=mode), loaded, fast.time, config=self.config)
+
+
+def list_forms(suite: Suite, *, only_rounded: bool = False) -> list[Form]:
+    """Build every shape in torch, each merged and unmerged; the two share their weights."""
+    forms = []
     for ratio, rounded, config in suite.list_shapes():
-        model = suite.build_model(config)
-        variant = suite.describe(config, ratio, TORCH.name, rounded=rounded)
-        subjects.append(build_subject(variant, TorchRunner(model), config))
-        if unmerged:
+        if rounded or not only_rounded:
+            model = suite.build_model(config)
+            variant = suite.describe(config, ratio, TORCH.name, rounded=rounded)
             apart = replace(variant, merged=False, rank=RANK)
-            subjects.append(build_subject(apart, TorchRunner(suite.build_unmerged(model)), config))
-    return subjects
+            forms.append(Form(variant, model, config))
+            forms.append(Form(apart, suite.build_unmerged(model), config))
+    return forms
 
 
 def run_table_3(suite: Suite) -> Any:
-    """Measure the paper's Table 3 in torch: prefill, merged and unmerged, widths rounded or not."""
-    return measure(suite, list_torch_subjects(suite, unmerged=True), [suite.size.workload])
+    """Measure the paper's Table 3 in torch: prefill, merged and unmerged, widths rounded or not.
+
+    The rounded shapes also run compiled, and as CUDA graphs.
+    """
+    forms = list_forms(suite)
+    rounded = [form for form in forms if form.variant.folder.name == ROUNDED]
+    subjects = [form.build_eager() for form in forms]
+    subjects += [form.build_faster(mode) for form in rounded for mode in (COMPILED, GRAPH)]
+    parity = [compare_modes(form, suite.size.workload) for form in rounded]
+    return {"parity": parity, **measure(suite, subjects, [suite.size.workload])}
 
 
 def run_decode(suite: Suite) -> Any:
-    """Measure decoding in torch at batch 1 and 8, merged."""
-    workloads = [replace(suite.size.decode, batch=batch) for batch in (1, 8)]
-    return measure(suite, list_torch_subjects(suite, unmerged=False), workloads)
+    """Measure decoding in torch: merged and unmerged at batch 1, merged at batch 8.
+
+    Eager and as CUDA graphs; compiled only at batch 1 and for two shapes, since that takes minutes.
+    """
+    forms = list_forms(suite, only_rounded=True)
+    merged = [form for form in forms if form.variant.merged]
+    ends = [form for form in merged if form.variant.ratio in (0.0, 0.5)]
+    alone = [form.build_eager() for form in forms] + [form.build_faster(GRAPH) for form in forms]
+    alone += [form.build_faster(COMPILED) for form in ends]
+    first = measure(suite, alone, [suite.size.decode], phases=("decode",))
+    del alone  # and with it the caches of the graphs
+    together = [form.build_eager() for form in merged]
+    together += [form.build_faster(GRAPH) for form in merged]
+    workload = replace(suite.size.decode, batch=8)
+    second = measure(suite, together, [workload], phases=("decode",))
+    return {**first, "rows": [*first["rows"], *second["rows"]]}
+
+
+def compare_modes(form: Form, workload: Workload) -> dict[str, Any]:
+    """Compare the logits of a prefill and of one decoded token with those of the eager model."""
+    runner = TorchRunner(form.model)
+    model = StaticModel(form.model, mode=GRAPH, device=form.variant.device)
+    ids = model.build_ids(workload)
+    ones = torch.ones_like(ids)
+    eager = runner.forward(ids, attention_mask=ones, last_only=True)
+    longer = torch.cat([ones, ones[:, :1]], dim=1)
+    next_one = runner.forward(ids[:, -1:], attention_mask=longer, past=eager.past, last_only=True)
+    step = DecodeStep(form.model, ids, max_len=workload.tokens + 1)
+    compiled = StaticModel(form.model, mode=COMPILED, device=form.variant.device)
+    found = {
+        "graph prefill": (model.build_prefill(ids)(), eager.logits),
+        "compiled prefill": (compiled.build_prefill(ids)(), eager.logits),
+        "decode": (step.run(), next_one.logits),
+    }
+    differences = {
+        name: (own.float() - expected).abs().max().item() for name, (own, expected) in found.items()
+    }
+    largest = eager.logits.abs().max().item()
+    variant = form.variant
+    return {"model": variant.model, "merged": variant.merged, "max_abs_logit": largest,
+            "max_abs_diff": differences}  # fmt: skip
 
 
 def run_engine(engine: str, suite: Suite) -> Any:

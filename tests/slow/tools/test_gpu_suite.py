@@ -1,6 +1,7 @@
-"""The suite for a machine with a GPU runs in small on a CPU, and keeps its results."""
+"""What is for a machine with a GPU runs in small on a CPU, and keeps its results."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -28,7 +29,8 @@ def document(tmp_path_factory):
 
 def test_every_shape_is_timed_merged_and_unmerged(document):
     rows = document["parts"]["table-3"]["rows"]
-    found = {(row["model"], row["ratio"], row["merged"]) for row in rows}
+    eager = [row for row in rows if row["engine"] == "torch"]
+    found = {(row["model"], row["ratio"], row["merged"]) for row in eager}
     models = {
         ("4 heads, 100 channels", 0.0),
         ("3 heads, 96 channels", 0.2),  # 80 channels, to the nearer multiple of 32, a tie up
@@ -40,9 +42,65 @@ def test_every_shape_is_timed_merged_and_unmerged(document):
     assert all(row["limit_share"] > 0 and row["relative"] > 0 for row in rows)
 
 
+def test_rounded_shapes_also_run_compiled_and_as_graphs(document):
+    rows = document["parts"]["table-3"]["rows"]
+    for engine in ("torch-compile", "torch-graph"):
+        found = {(row["ratio"], row["merged"]) for row in rows if row["engine"] == engine}
+        assert found == {(ratio, merged) for ratio in (0.0, 0.2, 0.5) for merged in (True, False)}
+
+
+def test_faster_ways_give_the_logits_of_the_eager_model(document):
+    parity = document["parts"]["table-3"]["parity"]
+    assert len(parity) == 6
+    for entry in parity:
+        assert entry["max_abs_diff"].keys() == {"graph prefill", "compiled prefill", "decode"}
+        # float32, two layers: the same sums in another order.
+        assert max(entry["max_abs_diff"].values()) < 1e-5 * max(1, entry["max_abs_logit"])
+
+
 def test_decoding_is_timed_at_both_batches(document):
     rows = document["parts"]["decode"]["rows"]
-    assert {(r["phase"], r["batch"]) for r in rows} >= {("decode", 1), ("decode", 8)}
+    found = {(row["engine"], row["batch"], row["merged"]) for row in rows}
+    assert found == {
+        *(("torch", 1, merged) for merged in (True, False)),
+        *(("torch-graph", 1, merged) for merged in (True, False)),
+        ("torch-compile", 1, True),
+        ("torch", 8, True),
+        ("torch-graph", 8, True),
+    }
+    assert {row["phase"] for row in rows} == {"decode"}
+
+
+def test_a_large_model_is_extrapolated_from_two_depths(document):
+    part = document["parts"]["pruning-65b"]
+    (one,), (two,) = (entry["rows"] for entry in part["parts"])
+    assert part["extrapolated"]["layers"] == 2
+    assert part["extrapolated"]["weight_bytes"] == two["weight_bytes"] > one["weight_bytes"]
+
+
+def test_the_smoke_test_compares_with_the_cpu(tmp_path):
+    checks = ("criterion lora", "resume", "verify", "logits", "generation", "perplexity")
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.gpu.smoke", "--device", "cpu", *checks,
+         "--output", tmp_path / "smoke.json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "smoke.json").read_text())["checks"]
+    assert list(found) == list(checks)
+    assert found["criterion lora"]["same_groups"] == found["resume"]["same_groups"] == 1
+    assert found["verify"]["ok"]
+    assert found["logits"]["max_abs_diff"] == 0
+    assert found["generation"]["equal"]
+    assert found["perplexity"]["here"] == found["perplexity"]["cpu"]
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    done = subprocess.run(
+        ["bash", ROOT / "tools/gpu/run.sh", "tables", tmp_path],
+        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "There is no part 'tables'.\n")
 
 
 def test_an_engine_is_compared_before_it_is_timed(document):
@@ -77,6 +135,7 @@ def test_off_loading_and_65b_are_parts_of_their_own(document):
     rows = document["parts"]["pruning-offload"]["rows"]
     assert [row["offload_gradients"] for row in rows] == [False, True]
     part = document["parts"]["pruning-65b"]
-    assert part["workload"]["gradient_checkpointing"]
-    assert part["rows"][0]["load_in"] == "8bit"
-    assert part["planned_bytes"]["weights"] == part["rows"][0]["weight_bytes"]
+    whole = part["parts"][1]  # as many layers as a tiny model has
+    assert whole["workload"]["gradient_checkpointing"]
+    assert whole["rows"][0]["load_in"] == "8bit"
+    assert part["planned_bytes"]["weights"] == whole["rows"][0]["weight_bytes"]
