@@ -1,4 +1,4 @@
-"""The names of engines, criteria, families and artifacts stand in one place each."""
+"""Engines, criteria and artifacts are each named in one place; families: tests/families."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import lpdeploy
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.engines import ENGINES
-from lpdeploy.families import FAMILIES
 from lpdeploy.run_folder import ADAPTER, RunFolder
 
 ROOT = Path(lpdeploy.__file__).parent
@@ -19,8 +18,6 @@ PACKAGES = {
 ROWS = {"paper/tables.py", "paper/figures.py", "paper/cells.py", "pruning/checkpoint.py"}
 # Records of exports have a field of that name.
 FIELDS = {"publish/files.py"}
-# llama.cpp's own words: a way to split text, and a kind of vocabulary.
-VOCABULARIES = {"servers/gguf_vocab.py"}
 
 
 def list_strings(path):
@@ -57,11 +54,6 @@ def test_an_engine_is_named_by_its_record():
 def test_a_criterion_is_named_by_its_record():
     expected = {name: {f"criteria/{name}.py"} for name in CRITERIA}
     assert find_places(CRITERIA, but=ROWS) == expected
-
-
-def test_a_family_is_named_by_its_record():
-    expected = {name: {f"families/{name}.py"} for name in FAMILIES}
-    assert find_places(FAMILIES, but=VOCABULARIES) == expected
 
 
 def test_an_artifact_is_named_by_the_run_folder():

@@ -20,7 +20,7 @@ from lpdeploy.run_folder import RunFolder, check_output
 
 
 def bench_latency(
-    targets: Sequence[str],
+    models: Sequence[str],
     *,
     engines: Sequence[str] = ("torch", "onnx"),
     forms: Sequence[bool] = (True, False),
@@ -29,29 +29,29 @@ def bench_latency(
     output: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[LatencyResult, Path]:
-    """Time the targets and write ``bench.json``, ``bench.md`` and ``bench.svg``.
+    """Time the models and write ``bench.json``, ``bench.md`` and ``bench.svg``.
 
     Each engine has a process of its own, and one more measures what the machine can do.
 
     Args:
-        targets: Runs, model folders or hub names.
+        models: Runs, model folders or hub names.
         engines: Of ``ENGINES``, with a precision behind a colon where it matters: ``ort:int4``.
         forms: Merged (True), unmerged (False), or both.
         workloads: What to time.
         device: ``auto``, ``cpu`` or ``cuda``.
-        output: Folder for the files; the first target that is a run, else the working folder.
+        output: Folder for the files; the first model that is a run, else the working folder.
         on_progress: Is told (repeats done, all repeats).
 
     Returns:
         The result, and the folder of the files.
     """
     device = resolve_device(device)
-    result_file = _choose_file(targets, output)
+    result_file = _choose_file(models, output)
     for engine in engines:
         get_engine(engine.partition(":")[0]).check(device)
     with tempfile.TemporaryDirectory(prefix="lpdeploy-bench-") as scratch:
         variants = list_variants(
-            targets,
+            models,
             engines=engines,
             forms=forms,
             device=device,
@@ -89,9 +89,9 @@ def start_workers(
         yield subjects, Probe(limits.described, functools.partial(limits.time, 0))
 
 
-def _choose_file(targets: Sequence[str], output: Path | None) -> Path:
+def _choose_file(models: Sequence[str], output: Path | None) -> Path:
     """Return where the result goes: the first run, or a folder; refuse to replace other files."""
-    runs = [RunFolder(target) for target in targets if RunFolder(target).is_complete]
+    runs = [RunFolder(model) for model in models if RunFolder(model).is_complete]
     if output is None and runs:
         return runs[0].benchmark
     file = RunFolder(output or Path()).benchmark

@@ -79,7 +79,7 @@ class TimedModel:
 
 
 def list_variants(
-    targets: Sequence[str],
+    models: Sequence[str],
     *,
     engines: Sequence[str],
     forms: Sequence[bool],
@@ -87,13 +87,13 @@ def list_variants(
     scratch: Path,
     limits: Mapping[str, int] | None = None,
 ) -> list[Variant]:
-    """List every variant of the targets: dense and pruned, merged and unmerged, on each engine.
+    """List every variant of the models: dense and pruned, merged and unmerged, on each engine.
 
     A run stands for its pruned model and for its base, the base once for all runs that share it.
     What is not exported yet, or in another precision, is exported to ``scratch``.
 
     Args:
-        targets: Runs, model folders or hub names.
+        models: Runs, model folders or hub names.
         engines: Of ``ENGINES``, with a precision behind a colon where it matters: ``ort:int4``.
         forms: Whether merged (True), unmerged (False) or both are wanted. A model that is no run
             has no adapter and is timed merged only.
@@ -105,8 +105,8 @@ def list_variants(
         ArtifactError: A run has no compacted, or no unmerged, model.
     """
     checkpoints: dict[tuple[Path, bool], TimedModel] = {}
-    for target in targets:
-        for checkpoint in _list_models(target, forms=forms, scratch=scratch):
+    for model in models:
+        for checkpoint in _list_models(model, forms=forms, scratch=scratch):
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
@@ -118,10 +118,10 @@ def list_variants(
     ]
 
 
-def _list_models(target: str, *, forms: Sequence[bool], scratch: Path) -> list[TimedModel]:
-    run = RunFolder(target)
+def _list_models(model: str, *, forms: Sequence[bool], scratch: Path) -> list[TimedModel]:
+    run = RunFolder(model)
     if not run.is_complete:
-        return [_describe_place(locate_model(target))]
+        return [_describe_place(locate_model(model))]
     plan = run.load_plan()
     base = find_base(plan)
     listed = []

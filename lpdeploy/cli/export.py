@@ -34,7 +34,7 @@ def _describe_precisions() -> str:
 
 
 @click.command("export", help=_HELP + _describe_engines())
-@click.argument("target", metavar="RUN|MODEL")
+@click.argument("model", metavar="RUN|MODEL")
 @click.option("--engine", type=EXPORTED, required=True, help="Engine that will run the model.")
 @click.option("--precision", type=PRECISION, default="fp32", help=_describe_precisions())
 @click.option(
@@ -72,7 +72,7 @@ def _describe_precisions() -> str:
 @shared_options()
 def command(  # noqa: PLR0913 - one parameter an option
     *,
-    target: str,
+    model: str,
     engine: str,
     precision: str,
     activations: str | None,
@@ -89,7 +89,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     from lpdeploy.engines.export import export
 
     result = export(
-        target,
+        model,
         engine=engine,
         output=output,
         unmerged=unmerged,

@@ -35,7 +35,7 @@ class ExportResult:
 
 
 def export(
-    target: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     *,
     engine: str = "onnx",
     output: Path | None = None,
@@ -46,7 +46,7 @@ def export(
     """Export a run's compacted model, or a model folder.
 
     Args:
-        target: Run, model folder or hub name.
+        model: Run, model folder or hub name.
         engine: Name of the engine.
         output: Folder; by default ``ENGINE`` (``ENGINE-unmerged``) in the run or model folder.
         unmerged: Export a run's ``unmerged`` model, with LoRA as separate products.
@@ -60,11 +60,11 @@ def export(
         ValueError: There is no such engine, or nothing is exported for it.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    place = locate_model(target, unmerged=unmerged)
+    place = locate_model(model, unmerged=unmerged)
     default = place.get_export(engine)
     folder = output or default
     check_output(folder, default=default, inputs=place.inputs)
-    record = {"target": str(target), "engine": engine, "unmerged": unmerged, **options}
+    record = {"model": str(model), "engine": engine, "unmerged": unmerged, **options}
     with (
         place.hold(),
         record_stage(place.records, f"export {folder.name}", record) as stage,

@@ -62,5 +62,5 @@ def load_place(place: ModelPlace, engine: str, *, device: str | None = None) -> 
 
 
 def _write_command(place: ModelPlace, engine: str) -> str:
-    target = place.run or place.given
-    return f"lpdeploy export {target} --engine {engine}" + (" --unmerged" if place.unmerged else "")
+    model = place.run or place.given
+    return f"lpdeploy export {model} --engine {engine}" + (" --unmerged" if place.unmerged else "")

@@ -89,7 +89,7 @@ class _Stage:
 
 
 def verify(
-    target: str | os.PathLike[str], *, engine: str = "onnx", atol: float | None = None
+    model: str | os.PathLike[str], *, engine: str = "onnx", atol: float | None = None
 ) -> VerifyResult:
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
@@ -99,14 +99,14 @@ def verify(
     lengths and a few cached steps of one token; logits at padding do not count.
 
     Args:
-        target: A run or a model folder.
+        model: A run or a model folder.
         engine: Compare the exports for this engine too; ``torch`` leaves exports out.
         atol: Tolerance for every pair instead of the one of its precision.
 
     Raises:
         ArtifactError: There is nothing to compare, or a stage cannot be loaded.
     """
-    place = locate_model(target)
+    place = locate_model(model)
     stages = _list_model(place, engine) if place.run is None else _list_run(place.run, engine)
     asked_for = engine if get_engine(engine).export else ONNX.name
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
@@ -114,8 +114,8 @@ def verify(
     if len(stages) < 2 or missing:
         what = f"no {asked_for} export" if missing else "only one stage"
         raise ArtifactError(
-            f"'{target}' has {what} to look at. "
-            f"Run 'lpdeploy export {target} --engine {asked_for}' first."
+            f"'{model}' has {what} to look at. "
+            f"Run 'lpdeploy export {model} --engine {asked_for}' first."
         )
     with place.hold(shared=True):
         result = VerifyResult(tuple(_compare_chain(stages, atol=atol)))

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
-    target: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     options: EvalOptions,
     *,
     engine: str = "torch",
@@ -47,9 +47,9 @@ def evaluate(
     of another model are dropped from there.
 
     Args:
-        target: Model folder, hub name, or a run, whose compacted model is taken.
+        model: Model folder, hub name, or a run, whose compacted model is taken.
         options: What to measure.
-        engine: What to run: ``torch``, or the engine of an export of the target.
+        engine: What to run: ``torch``, or the engine of an export of the model.
         with_base: Of a run, measure the unpruned base too.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_progress: Is told (source, segments done, all segments), and ("tasks", answers scored,
@@ -60,14 +60,14 @@ def evaluate(
     """
     device = resolve_device(device)
     get_engine(engine).check(device)
-    if with_base and not RunFolder(target).is_complete:
-        raise ArtifactError(f"`with_base=True` needs a run, and '{target}' is none. Leave it out.")
-    place = locate_model(target)
+    if with_base and not RunFolder(model).is_complete:
+        raise ArtifactError(f"`with_base=True` needs a run, and '{model}' is none. Leave it out.")
+    place = locate_model(model)
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
     with place.hold(shared=True):
         runner = load_place(place, engine, device=device)
         result = Evaluation(
-            model=str(target),
+            model=str(model),
             model_sha256=_get_sha256(place),
             engine=engine,
             precision=runner.precision,

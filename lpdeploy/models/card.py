@@ -67,7 +67,7 @@ def build_model_card(
     record: ModelRecord,
     config: PretrainedConfig,
     *,
-    target: Path,
+    output: Path,
     recorded: Mapping[str, Any],
     stock: bool,
 ) -> str:
@@ -76,7 +76,7 @@ def build_model_card(
     Args:
         record: Where the model comes from, and its shape.
         config: Config of the unpruned model.
-        target: The model's folder, for the snippet that loads it.
+        output: The model's folder, for the snippet that loads it.
         recorded: Options that ``prune`` recorded; empty where they are not known.
         stock: Whether transformers has a class of these widths.
     """
@@ -103,7 +103,7 @@ def build_model_card(
         kv_after=_describe(record.kv_heads),
         channels_before=config.intermediate_size,
         channels_after=_describe(record.channels),
-        loading=loading.format(folder=target),
+        loading=loading.format(folder=output),
         servers=_describe_servers(config, record, stock=stock),
     )
 

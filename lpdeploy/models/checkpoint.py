@@ -34,11 +34,11 @@ CARRIED_FILES = (
 )
 
 
-def carry_files(source: Path, target: Path) -> None:
+def carry_files(source: Path, output: Path) -> None:
     """Copy tokenizer and generation config, byte for byte."""
     for name in CARRIED_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(source / name, output / name)
 
 
 Layout = dict[str, TensorInfo]

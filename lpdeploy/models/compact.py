@@ -103,28 +103,28 @@ def compact(
     run = RunFolder(run)
     plan = run.load_plan()
     default = run.get_model(unmerged=keep_adapter)
-    target = output or default
+    output = output or default
     with run.hold():
         base = _locate_base(plan)
-        check_output(target, default=default, inputs=(base, run.path))
-        check_replaceable(target, kind=MODEL, overwrite=overwrite)
+        check_output(output, default=default, inputs=(base, run.path))
+        check_replaceable(output, kind=MODEL, overwrite=overwrite)
         adapter = load_run_adapter(run)
         check_adapter(adapter, plan)
-        options = {"output": str(target), "max_shard_bytes": max_shard_bytes}
+        options = {"output": str(output), "max_shard_bytes": max_shard_bytes}
         name = "compact --keep-adapter" if keep_adapter else "compact"
         with record_stage(run.path, name, options) as stage:
-            with atomic_folder(target, kind=MODEL, overwrite=overwrite) as folder:
+            with atomic_folder(output, kind=MODEL, overwrite=overwrite) as folder:
                 lora = {} if keep_adapter else adapter
                 sha256s = _save_weights(folder, base, plan, lora, max_shard_bytes=max_shard_bytes)
                 record = _save_rest(
-                    folder, run, base, plan, target=target, sha256s=sha256s, merged=not keep_adapter
+                    folder, run, base, plan, output=output, sha256s=sha256s, merged=not keep_adapter
                 )
             stage.inputs = {
                 "base": plan.base_sha256,
                 run.adapter.name: compute_sha256(run.adapter),
             }
-            stage.outputs = {target.name: record.sha256}
-    return CompactResult(target, record, stage.seconds, stage.peak_bytes)
+            stage.outputs = {output.name: record.sha256}
+    return CompactResult(output, record, stage.seconds, stage.peak_bytes)
 
 
 def _save_rest(
@@ -133,7 +133,7 @@ def _save_rest(
     base: Path,
     plan: PruningPlan,
     *,
-    target: Path,
+    output: Path,
     sha256s: Mapping[str, str],
     merged: bool,
 ) -> ModelRecord:
@@ -144,7 +144,7 @@ def _save_rest(
         run: What is compacted.
         base: The unpruned model.
         plan: What is removed from it.
-        target: The folder's name once it is complete.
+        output: The folder's name once it is complete.
         sha256s: Hashes of the weight files that were written, by name.
         merged: Whether LoRA is in the weights.
     """
@@ -154,7 +154,7 @@ def _save_rest(
     pruned.save_pretrained(folder)
     _carry_files(base, folder, before=config, after=pruned)
     if not merged:
-        _copy_adapter(run, folder, base=target)
+        _copy_adapter(run, folder, base=output)
     record = ModelRecord(
         base_model=plan.base_model,
         base_sha256=plan.base_sha256,
@@ -174,7 +174,7 @@ def _save_rest(
     prune = load_stage(run.path, "prune")
     stock = not is_per_layer(pruned.model_type)
     card = build_model_card(
-        record, config, target=target, recorded=prune.options if prune else {}, stock=stock
+        record, config, output=output, recorded=prune.options if prune else {}, stock=stock
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return record

@@ -57,7 +57,7 @@ def name_path(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalSettings:
     """What each pruned model is measured on; nothing where both are empty.
 
     Attributes:
@@ -101,7 +101,7 @@ class Study:
     data: Source
     prune_words: tuple[str, ...]
     prune_options: Mapping[str, Any]
-    evaluation: Evaluation
+    evaluation: EvalSettings
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Cell:
     seed: int | None
     own: Mapping[str, Any]
     options: Mapping[str, Any]
-    evaluation: Evaluation
+    evaluation: EvalSettings
     key: str
 
 
@@ -196,7 +196,7 @@ def build_cell(row: Row, study: Study, *, ratio: float, seed: int, measured: boo
     options = {**study.prune_options, **own}
     schedule = options.get("schedule", "joint")
     parts = [options.get("criterion", "lora"), *([] if schedule == "joint" else [schedule])]
-    evaluation = study.evaluation if measured else Evaluation()
+    evaluation = study.evaluation if measured else EvalSettings()
     key = _compute_key(
         [*parts, f"{ratio:g}", f"seed{seed}"], study, options=options, evaluation=evaluation
     )
@@ -212,7 +212,7 @@ def _build_dense(row: Row, study: Study) -> Cell:
 
 
 def _compute_key(
-    parts: Sequence[str], study: Study, *, options: Mapping[str, Any], evaluation: Evaluation
+    parts: Sequence[str], study: Study, *, options: Mapping[str, Any], evaluation: EvalSettings
 ) -> str:
     identity = {
         "model": study.model.identity,

@@ -13,7 +13,7 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
 from lpdeploy.paper.cells import (
     Cell,
-    Evaluation,
+    EvalSettings,
     Selection,
     Source,
     Study,
@@ -37,7 +37,7 @@ def build_study(
     data: str,
     prune_words: Sequence[str],
     prune_options: Mapping[str, Any],
-    evaluation: Evaluation,
+    evaluation: EvalSettings,
 ) -> Study:
     """Hash model and data, so that cells are found again for the same ones only.
 
@@ -57,7 +57,7 @@ def build_study(
 
 def build_evaluation(
     perplexity: Sequence[str], *, seq_len: int, tasks: str | None, task_data: str | None
-) -> Evaluation:
+) -> EvalSettings:
     """Identify the texts and tasks that cells are measured on.
 
     Raises:
@@ -69,7 +69,7 @@ def build_evaluation(
         if names.count(name) > 1:
             raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
     folder = identify_source(task_data) if task_data else None
-    return Evaluation(texts, seq_len, tasks, folder)
+    return EvalSettings(texts, seq_len, tasks, folder)
 
 
 def run_paper(

@@ -47,7 +47,7 @@ class PackageResult(Packed):
 
 
 def package(
-    target: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     *,
     kind: str,
     output: Path,
@@ -57,7 +57,7 @@ def package(
     """Write a ready-to-serve folder, with the command that starts the server in its README.md.
 
     Args:
-        target: Run, model folder or hub name.
+        model: Run, model folder or hub name.
         kind: Target of a server in ``SERVERS``: triton, genai, vllm or llamacpp.
         output: The folder.
         overwrite: Replace what is there.
@@ -72,10 +72,10 @@ def package(
     server = get_server(kind)
     packager = server.load_packager()
     _check_options(kind, packager, options)
-    place = locate_model(target)
+    place = locate_model(model)
     check_output(output, inputs=place.inputs)
     condition = _check_shape(place.folder, server, ranks=options.get("tensor_parallel", 1))
-    record = {"target": str(target), "kind": kind, **options}
+    record = {"model": str(model), "kind": kind, **options}
     # A model that is no run of ours is left as it is: the record lies in the package then.
     records = output if place.run is None else place.records
     with place.hold(), record_stage(records, f"package {kind}", record) as stage:

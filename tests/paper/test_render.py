@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lpdeploy.machine import Machine
-from lpdeploy.paper.cells import Evaluation, Source, Study, list_cells, select
+from lpdeploy.paper.cells import EvalSettings, Source, Study, list_cells, select
 from lpdeploy.paper.document import build_document, list_values, summarise
 from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
@@ -22,7 +22,7 @@ STUDY = Study(
     data=Source("d.txt", "d.txt", "2"),
     prune_words=(),
     prune_options={"steps": 8, "criterion": "lora"},
-    evaluation=Evaluation((Source("v|1.txt", "v|1.txt", "3"),), 128, "piqa,hellaswag"),
+    evaluation=EvalSettings((Source("v|1.txt", "v|1.txt", "3"),), 128, "piqa,hellaswag"),
 )
 
 

@@ -65,7 +65,7 @@ def test_the_run_keeps_the_record(run, tmp_path):
     compact(run)
     result = package(str(run), kind="vllm", output=tmp_path / "out", max_seq_len=64).to_json()
     entry = json.loads((run / "manifest.json").read_text())["stages"]["package vllm"]
-    assert entry["options"] == {"target": str(run), "kind": "vllm", "max_seq_len": 64}
+    assert entry["options"] == {"model": str(run), "kind": "vllm", "max_seq_len": 64}
     assert entry["inputs"] == {"model": compute_model_sha256(run / "model")}
     assert entry["outputs"] == {"out": compute_sha256(tmp_path / "out" / PACKAGE_FILE)}
     assert not (tmp_path / "out" / "manifest.json").exists()
