@@ -15,8 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lpdeploy import __version__
+
 _LIBRARIES = (
-    *("lpdeploy", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
+    *("torch", "transformers", "peft", "accelerate", "bitsandbytes"),
     *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "lm_eval"),
 )
 
@@ -28,7 +30,7 @@ def list_versions() -> dict[str, str]:
 
 @functools.cache  # some milliseconds a library
 def _find_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "lpdeploy": __version__}
     for name in _LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

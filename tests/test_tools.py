@@ -1,6 +1,7 @@
 """Every tool starts, and none has grown out of its file."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 
@@ -45,3 +46,16 @@ def test_dev_needs_the_standard_library_only():
 def test_files_stay_small():
     large = [p.name for p in TOOLS.rglob("*.py") if p.read_text().count("\n") > LARGEST_FILE]
     assert not large
+
+
+def test_a_bare_copy_of_the_sources_runs(tmp_path):
+    """Without being installed, as on a machine that only has the libraries."""
+    shutil.copytree(ROOT / "lpdeploy", tmp_path / "lpdeploy")
+    code = (
+        "from lpdeploy.machine import list_versions\n"
+        "import lpdeploy, sys; print(lpdeploy.__file__, list_versions()['lpdeploy'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "lpdeploy" / "__init__.py"), "0.1.0"]

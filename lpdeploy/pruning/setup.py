@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lpdeploy import __version__
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import (
@@ -136,7 +137,10 @@ def load_dataset(
         "text": text,
         "tokenizer": type(tokenizer).__name__,
         "files": compute_sha256(source.folder, patterns=_TOKENIZER_FILES),
-        "versions": {name: version(name) for name in ("lpdeploy", "tokenizers", "transformers")},
+        "versions": {
+            "lpdeploy": __version__,
+            **{name: version(name) for name in ("tokenizers", "transformers")},
+        },
         "seq_len": options.seq_len,
         "train_on_prompt": options.train_on_prompt,
     }
