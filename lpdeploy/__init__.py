@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lpdeploy.api import Run, prune
     from lpdeploy.config import PruneConfig
+    from lpdeploy.environment import trust_remote_code
     from lpdeploy.pruning.callback import PruneCallback
     from lpdeploy.pruning.pruner import LoRAPruner
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRAPruner", "PruneCallback", "PruneConfig", "Run", "prune"]
+__all__ = ["LoRAPruner", "PruneCallback", "PruneConfig", "Run", "prune", "trust_remote_code"]
 
 # Imported when they are first used, so that `import lpdeploy` loads no torch.
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "PruneCallback": "lpdeploy.pruning.callback",
     "PruneConfig": "lpdeploy.config",
     "Run": "lpdeploy.api",
+    "trust_remote_code": "lpdeploy.environment",
     "prune": "lpdeploy.api",
 }
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 # Each warns, at its import or on every call, of what a user of lpdeploy can do nothing about:
 # bitsandbytes of a kernel that it would download, gguf and lm_eval of their progress.
 _TALKATIVE = ("bitsandbytes.backends.cpu.ops", "gguf", "lm_eval")
+_TRUST = "LPDEPLOY_TRUST_REMOTE_CODE"
 
 
 def quieten_libraries() -> None:
@@ -22,6 +23,23 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def trust_remote_code() -> Iterator[None]:
+    """Let code that comes with a checkpoint run meanwhile, also in processes that are started.
+
+    A tokenizer may bring Python files of its own, which can do anything that the user can. Without
+    this, they are never run, and nothing asks whether to. The code of models is never run: lpdeploy
+    has classes of its own for them.
+    """
+    with set_variable(_TRUST, "1"):
+        yield
+
+
+def is_remote_code_trusted() -> bool:
+    """Tell whether code that comes with a checkpoint may run."""
+    return os.environ.get(_TRUST) == "1"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import click
 
 from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
+from lpdeploy.environment import trust_remote_code
 from lpdeploy.recipe import load_recipe
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -82,6 +83,14 @@ def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
                 callback=_apply_recipe,
                 help="Read options from this YAML file. Options on the command line override it.",
             )(function)
+        function = click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_trust_remote_code,
+            help="Run Python code that comes with the tokenizer. It can do whatever you can.",
+        )(function)
         return click.option(
             "--json",
             "as_json",
@@ -90,6 +99,11 @@ def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
         )(function)
 
     return decorate
+
+
+def _trust_remote_code(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    if value:
+        ctx.with_resource(trust_remote_code())
 
 
 def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001
@@ -101,7 +115,9 @@ def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # 
 def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) -> None:
     if value is None:
         return
-    known = [p.name for p in ctx.command.params if p.name and p is not own]
+    # A recipe may be a stranger's: only the command line says whom to trust.
+    params = [p.name for p in ctx.command.params if p.name and p is not own]
+    known = [name for name in params if name != "trust_remote_code"]
     command = " ".join(ctx.command_path.split()[1:])
     former = {old: new for old, new in RENAMED.items() if new in known}
     options = load_recipe(value, command, known=known, former=former)

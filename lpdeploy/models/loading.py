@@ -1,5 +1,6 @@
 """Loading a checkpoint, from a folder or the hub, with a clear word where it cannot be."""
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256, load_json
+from lpdeploy.environment import is_remote_code_trusted
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
 from lpdeploy.models.quantized import (
@@ -18,6 +20,8 @@ from lpdeploy.models.quantized import (
     check_4bit_widths,
     list_misshapen,
 )
+
+logger = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,6 +137,8 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ArtifactError(
             f"The config of '{folder}' is not valid: {reason} Correct its config.json."
         ) from error
+    # A config may name an attention kernel on the hub, which is code that would be run.
+    config._attn_implementation = "sdpa"
     if config.num_attention_heads % config.num_key_value_heads:
         raise ArtifactError(
             f"The config of '{folder}' is not valid: {config.num_attention_heads} query heads do "
@@ -260,14 +266,27 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
     if not any((folder / name).is_file() for name in files):
         raise ArtifactError(f"'{folder}' has no tokenizer. Copy its tokenizer files beside it.")
     try:
-        # Without the config, a folder of per-layer widths makes transformers ask on the terminal
-        # whether to run the modelling file beside it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        # Neither asks on the terminal whether to run code: not that of a tokenizer, nor, with the
+        # config given, the modelling file beside a folder of per-layer widths.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=is_remote_code_trusted()
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ArtifactError(
+                f"The tokenizer of '{folder}' is code of its own, which could do anything that you "
+                "can. Read it, and if you trust it, allow it with `trust_remote_code=True`."
+            ) from None
         raise ArtifactError(
             f"The tokenizer of '{folder}' cannot be loaded: {reason}. Copy its files anew."
         ) from error
+    if "auto_map" in tokenizer.init_kwargs and not is_remote_code_trusted():
+        logger.warning(
+            "The tokenizer of '%s' names code of its own, which was not run. If texts are split in "
+            "another way than you know, see `trust_remote_code`.",
+            folder,
+        )
     if len(tokenizer) > config.vocab_size:
         raise ArtifactError(
             f"The tokenizer of '{folder}' has {len(tokenizer)} tokens, its model embeds only "
