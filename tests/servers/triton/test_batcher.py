@@ -67,8 +67,10 @@ def answer(model, prompt, count, stop=()):
 class Client:
     """Asks, and keeps what it is told."""
 
-    def __init__(self, batcher, prompt, count, **options):
+    def __init__(self, batcher, prompt, count, *, leaves_after=None, **options):
         self.tokens, self.reason = [], None
+        if leaves_after is not None:
+            options["is_cancelled"] = lambda: len(self.tokens) >= leaves_after
         self.ended = threading.Event()
         self.error = None
         self.each = queue.Queue()
@@ -136,11 +138,8 @@ def test_a_stop_token_ends_its_request_alone(batcher, model):
 
 def test_who_leaves_frees_the_row_and_disturbs_nobody(batcher, model):
     prompts = draw_prompts(4, seed=3)
-    gone = threading.Event()
-    leaver = Client(batcher, prompts[0], 50 - len(prompts[0]), is_cancelled=gone.is_set)
+    leaver = Client(batcher, prompts[0], 50 - len(prompts[0]), leaves_after=3)
     company = [Client(batcher, prompt, 25) for prompt in prompts[1:]]
-    leaver.each.get(timeout=30)
-    gone.set()
     heard = leaver.wait()
     assert leaver.reason == "cancelled"
     assert heard == answer(model, prompts[0], 50 - len(prompts[0]))[: len(heard)]
