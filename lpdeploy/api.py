@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpdeploy.artifacts import atomic_folder
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ParityError
+from lpdeploy.folders import atomic_folder
 from lpdeploy.run_folder import BASE, RunFolder
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ class Run(RunFolder):
             self, engine=engine, unmerged=unmerged, output=output, overwrite=overwrite, **options
         )
 
-    def verify(self, *, engine: str = "onnx", atol: float | None = None) -> "VerifyResult":
+    def verify(
+        self, *, engine: str = "onnx", atol: float | None = None, integrity: bool = False
+    ) -> "VerifyResult":
         """Compare the logits of all stages.
 
         Args as in ``lpdeploy.engines.verify.verify``.
@@ -155,7 +157,7 @@ class Run(RunFolder):
         """
         from lpdeploy.engines.verify import verify
 
-        result = verify(self, engine=engine, atol=atol)
+        result = verify(self, engine=engine, atol=atol, integrity=integrity)
         for pair in result.pairs:
             if not pair.ok:
                 raise ParityError(

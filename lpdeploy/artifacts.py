@@ -1,15 +1,12 @@
-"""Files and folders that stages hand over: written whole or not at all, hashed, and recorded.
+"""Files that stages hand over: written whole or not at all, hashed, and recorded.
 
-Standard library only. Every writer here makes a temporary sibling and renames it, so a run
-that is killed leaves no half-written artifact under its final name.
+Standard library only. Every writer makes a temporary sibling and renames it, so a run that is
+killed leaves no half-written file under its final name. ``folders.py`` does the same for folders.
 """
 
-import glob
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +19,11 @@ from lpdeploy.machine import list_versions, measure_peak_bytes, now
 from lpdeploy.records import read_record
 
 MANIFEST = "manifest.json"
-FOLDER_RECORD = ".lpdeploy.json"
-"""Lies in every folder that lpdeploy wrote. Only a folder that has it is ever replaced."""
-# Files that appear beside what was written without anybody losing anything when they go.
-_BY_THE_WAY = (MANIFEST, ".DS_Store")
+_RECORDS = ("lpdeploy.json", ".lpdeploy.json")  # which hold hashes themselves
 _BLOCK_BYTES = 1 << 22
+# File systems count time in steps; two writes within one of them cannot be told apart.
+_STEP_NS = 1_000_000_000
+_hashes: dict[tuple[int, ...], str] = {}
 _Record = TypeVar("_Record")
 
 
@@ -53,144 +50,6 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class FolderRecord:
-    """What a folder that lpdeploy wrote says of itself, in ``.lpdeploy.json``.
-
-    Attributes:
-        kind: ``adapter``, ``model``, ``export``, ``package`` or ``run``.
-        files: Relative names of the files that were written; empty for a run, which grows.
-    """
-
-    kind: str
-    files: tuple[str, ...] = ()
-
-    def save(self, folder: Path) -> None:
-        """Write the record into its folder."""
-        data = {"kind": self.kind, "files": list(self.files)}
-        (folder / FOLDER_RECORD).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def load_folder_record(folder: Path) -> FolderRecord | None:
-    """Read the record of a folder; None if it has none, or none that can be read."""
-    try:
-        data = json.loads((folder / FOLDER_RECORD).read_text(encoding="utf-8"))
-        return FolderRecord(str(data["kind"]), tuple(map(str, data["files"])))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def find_foreign_file(folder: Path) -> Path | None:
-    """Find a file in a folder that lpdeploy did not write; None if all of it is ours.
-
-    A folder below it that has a record of its own, such as an export in a model's folder, is
-    searched by that record.
-    """
-    record = load_folder_record(folder)
-    known = set(record.files) if record else set()
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            own = load_folder_record(path) is not None
-            found = find_foreign_file(path) if own else _find_unknown(path, folder, known)
-            if found is not None:
-                return found
-        elif path.name not in (*known, FOLDER_RECORD, *_BY_THE_WAY):
-            return path
-    return None
-
-
-def _find_unknown(below: Path, folder: Path, known: set[str]) -> Path | None:
-    if below.name == "__pycache__":
-        return None
-    files = sorted(path for path in below.rglob("*") if not path.is_dir())
-    return next((path for path in files if str(path.relative_to(folder)) not in known), None)
-
-
-@contextmanager
-def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to ``path`` on success, remove it on any failure.
-
-    Args:
-        path: The folder.
-        kind: What it is, for its record.
-        overwrite: Replace a folder of the same kind, if lpdeploy wrote all that is in it.
-
-    Raises:
-        ArtifactError: ``path`` exists and may not be replaced.
-    """
-    check_replaceable(path, kind=kind, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    temporary = temporary_path(path)
-    try:
-        temporary.mkdir()
-        yield temporary
-        files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
-        names = tuple(str(file.relative_to(temporary)) for file in files)
-        FolderRecord(kind, names).save(temporary)
-        _replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_replaceable(path: Path, *, kind: str, overwrite: bool) -> None:
-    """Refuse to replace what is not to be replaced, or what lpdeploy did not write.
-
-    Raises:
-        ArtifactError: That; it names the file that would be lost.
-    """
-    if not path.exists():
-        return
-    if not overwrite:
-        raise ArtifactError(
-            f"'{path}' already exists. Use `overwrite=True` to replace it, or another `output`."
-        )
-    if not path.is_dir():
-        raise ArtifactError(f"'{path}' is not a folder. Use another `output`.")
-    if not any(path.iterdir()):
-        return
-    record, foreign = load_folder_record(path), find_foreign_file(path)
-    if record is not None and record.kind != kind:
-        raise ArtifactError(
-            f"'{path}' holds another result of lpdeploy ({record.kind}), which is not replaced by "
-            f"this one ({kind}). Use another `output`."
-        )
-    if foreign is not None:
-        raise ArtifactError(
-            f"'{path}' holds '{foreign.relative_to(path)}', which lpdeploy did not write. "
-            "Nothing was replaced: move that file away, or use another `output`."
-        )
-
-
-def _replace_folder(temporary: Path, path: Path) -> None:
-    # A folder cannot be renamed over a full one: the old one steps aside first, and is still
-    # whole under its other name if the process dies between the two renames.
-    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(aside)
-    temporary.rename(path)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Delete temporary siblings of ``path`` that killed processes left behind."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-(\d+)")
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
-        found = name.fullmatch(leftover.name)
-        if found and not _is_alive(int(found[2])):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def save_json(path: Path, data: Any) -> None:
@@ -256,17 +115,24 @@ def compute_sha256(
     total = hashlib.sha256()
     names = {file for pattern in patterns for file in path.glob(pattern)}
     for file in sorted(names):
-        if file.name not in ("lpdeploy.json", FOLDER_RECORD):
+        if file.name not in _RECORDS:
             digest = known.get(file.name) or _hash_file(file)
             total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()
 
 
 def _hash_file(path: Path) -> str:
+    # Several records ask for the hash of one large file that was just written: it is read once.
+    about = path.stat()
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    if key in _hashes:
+        return _hashes[key]
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
+    if time.time_ns() - about.st_mtime_ns > _STEP_NS:
+        _hashes[key] = digest.hexdigest()
     return digest.hexdigest()
 
 

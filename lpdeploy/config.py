@@ -166,7 +166,7 @@ class PruneConfig:
     )
 
     load_in: str | None = _machine(
-        "Quantise the frozen base model while pruning. A 4-bit base is masked, not cut.",
+        "Quantize the frozen base model while pruning. A 4-bit base is masked, not cut.",
         default=None, choices=("8bit", "4bit"),
     )
     shard: bool = _machine(
@@ -363,7 +363,7 @@ def _list_base_conflicts(config: PruneConfig) -> Iterator[str]:
         )
     for refused, why in (
         (config.removal == "cut" and "removal='cut'", "divided weights cannot be cut"),
-        (config.load_in and f"load_in='{config.load_in}'", "quantised weights are not divided"),
+        (config.load_in and f"load_in='{config.load_in}'", "quantized weights are not divided"),
         (
             weight_gradients and f"criterion='{config.criterion}'",
             "the gradients would take as much memory as the weights",

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lpdeploy.artifacts import (
-    MANIFEST,
-    FolderRecord,
-    check_replaceable,
-    compute_sha256,
-    load_folder_record,
-    load_output_hash,
-    remove_leftovers,
-)
+from lpdeploy.artifacts import MANIFEST, compute_sha256, load_output_hash
 from lpdeploy.errors import ArtifactError, RunInUseError
+from lpdeploy.folders import FolderRecord, check_replaceable, load_folder_record, remove_leftovers
 from lpdeploy.plan import PruningPlan, load_plan
 
 RUN, BASE, ADAPTER, MODEL = "run", "base", "adapter", "model"
@@ -259,7 +252,7 @@ class RunFolder:
                 f"Go on with 'lpdeploy compact {self}'."
             )
         elif overwrite:
-            for folder, kind in self._list_parts().items():
+            for folder, kind in self.list_parts().items():
                 check_replaceable(folder, kind=kind, overwrite=True)
         elif present and not resume:
             ways = "" if self.is_complete else "`resume=True` to go on from its checkpoint, "
@@ -290,7 +283,7 @@ class RunFolder:
         Raises:
             ArtifactError: A folder of the run holds a file that lpdeploy did not write.
         """
-        parts = {path: kind for path, kind in self._list_parts().items() if path != base}
+        parts = {path: kind for path, kind in self.list_parts().items() if path != base}
         for folder, kind in parts.items():
             check_replaceable(folder, kind=kind, overwrite=True)
         for folder in parts:
@@ -300,7 +293,7 @@ class RunFolder:
         with contextlib.suppress(OSError):  # not there, or something else lies in it
             self.checkpoint.parent.rmdir()
 
-    def _list_parts(self) -> dict[Path, str]:
+    def list_parts(self) -> dict[Path, str]:
         """List the folders of the run that are there, and what they should be."""
         parts = {folder: kind for folder, kind in self._folders.items() if folder.exists()}
         for path in self.path.iterdir() if self.path.is_dir() else ():

@@ -4,18 +4,16 @@ import pytest
 
 from lpdeploy import artifacts
 from lpdeploy.artifacts import (
-    FOLDER_RECORD,
     atomic_file,
-    atomic_folder,
     check_unchanged,
     compute_sha256,
     load_json,
     load_stage,
     record_stage,
-    remove_leftovers,
     save_json,
 )
 from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import FOLDER_RECORD, atomic_folder, remove_leftovers
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

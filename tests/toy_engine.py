@@ -3,7 +3,6 @@
 A module, so that the processes that ``bench latency`` starts can import what the record names.
 """
 
-from lpdeploy.artifacts import atomic_folder
 from lpdeploy.engines.contract import Contract, load_contract, save_contract
 from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.exporting import (
@@ -14,6 +13,7 @@ from lpdeploy.engines.exporting import (
     resolve_max_seq_len,
 )
 from lpdeploy.engines.torch.runner import TorchRunner
+from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.run_folder import EXPORT

@@ -103,13 +103,13 @@ def render_servers() -> str:
     """List the servers, what each is given, and what its rules were checked against."""
     rows = []
     for server in SERVERS:
-        objections = "; ".join(summarise(rule) for rule in server.rules)
+        objections = "; ".join(summarize(rule) for rule in server.rules)
         checked = " ".join(part for part in (server.version, f"({server.checked})") if part)
         rows.append((server.name, server.how, objections, checked))
     return write_table(("server", "give it", "objects to", "checked"), rows)
 
 
-def summarise(function: Any) -> str:
+def summarize(function: Any) -> str:
     """Return the first line of a docstring, without its full stop."""
     return inspect.getdoc(function).split("\n")[0].removesuffix(".")
 

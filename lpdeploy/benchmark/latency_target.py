@@ -51,7 +51,7 @@ def choose_widths(
     output: Path | None = None,
     cache: bool = True,
     overwrite: bool = False,
-    on_tokenise: Progress | None = None,
+    on_tokenize: Progress | None = None,
 ) -> TargetRecord:
     """Choose heads and channels of the pruned model separately, by measured latency.
 
@@ -81,7 +81,7 @@ def choose_widths(
     ):
         bench = _Bench(source, options, target, device, Path(scratch), worker)
         bench.check_reachable()
-        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise)
+        dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
         logger.info("scoring the groups, to know which pair of heads and channels loses least")
         importance = score_groups(source, dataset, options)
         found = bench.search(importance)

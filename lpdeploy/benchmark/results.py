@@ -80,7 +80,7 @@ class PruningRow:
 
     Attributes:
         criterion: How groups are scored.
-        load_in: ``8bit`` for a quantised base.
+        load_in: ``8bit`` for a quantized base.
         offload_gradients: Whether the gradients of ``gradient`` lie in CPU memory.
         precision: What it computes in.
         step_ms: A step, scoring included.

@@ -32,7 +32,7 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
-    on_tokenise: Progress | None = None,
+    on_tokenize: Progress | None = None,
 ) -> tuple[PruneConfig, TargetRecord | None]:
     """Turn ``target_params``, ``target_memory`` or ``target_latency`` into ratios.
 
@@ -44,7 +44,7 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
         cache: Keep the tokens of ``data``, and use those of an earlier run.
         resume: Read from ``output`` what was chosen when the run began.
         overwrite: Whether a run in ``output`` may be replaced.
-        on_tokenise: Is told (examples tokenised, all examples).
+        on_tokenize: Is told (examples tokenized, all examples).
 
     Returns:
         The options with ratios in place of the budget, and the record for ``target.json``.
@@ -69,7 +69,7 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
             output=output,
             cache=cache,
             overwrite=overwrite,
-            on_tokenise=on_tokenise,
+            on_tokenize=on_tokenize,
         )
     chosen = " ".join(f"`{name}={ratio:g}`" for name, ratio in record.ratios.items())
     when = "as chosen when the run began" if resume else "chosen for the target"

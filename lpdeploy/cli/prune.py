@@ -76,7 +76,7 @@ def command(
 
     stop = threading.Event()
     with (
-        counting_progress("tokenise") as on_tokenise,
+        counting_progress("tokenize") as on_tokenize,
         training_progress() as on_step,
         ExitStack() as signals,
     ):
@@ -91,7 +91,7 @@ def command(
             "cache": cache,
             "resume": resume,
             "overwrite": overwrite,
-            "on_tokenise": on_tokenise,
+            "on_tokenize": on_tokenize,
         }
         config, target = resolve_budget(model, config, **given)
         result = prune(

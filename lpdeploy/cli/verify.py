@@ -17,8 +17,13 @@ from lpdeploy.errors import ParityError
     type=click.FloatRange(0),
     help="Absolute tolerance for every pair.  [default: depends on the precision]",
 )
+@click.option(
+    "--integrity", is_flag=True, help="Hash every file, even if its size and time are unchanged."
+)
 @shared_options()
-def command(*, model: Path, engine: str, atol: float | None, as_json: bool) -> None:
+def command(
+    *, model: Path, engine: str, atol: float | None, integrity: bool, as_json: bool
+) -> None:
     """Compare the logits of all stages of a RUN or MODEL.
 
     The stages of a RUN are the masked, cut, unmerged, merged and exported model; those of a MODEL
@@ -28,7 +33,7 @@ def command(*, model: Path, engine: str, atol: float | None, as_json: bool) -> N
     """
     from lpdeploy.engines.verify import verify
 
-    result = verify(model, engine=engine, atol=atol)
+    result = verify(model, engine=engine, atol=atol, integrity=integrity)
     lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "

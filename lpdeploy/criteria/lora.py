@@ -15,7 +15,7 @@ def score_weights(linear: ScoredLinear) -> ScoreRows:
         ValueError: A or B has no gradient.
 
     Source:
-        LoRAPrune, arXiv:2305.18403, Eqs. 9 and 10. The paper squares and sums without normalising
+        LoRAPrune, arXiv:2305.18403, Eqs. 9 and 10. The paper squares and sums without normalizing
         a layer, which is the default.
     """
     import torch

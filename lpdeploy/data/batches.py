@@ -93,7 +93,7 @@ def build_token_dataset(
     train_on_prompt: bool = False,
     on_progress: Progress | None = None,
 ) -> TokenDataset:
-    """Tokenise a corpus into rows to train on.
+    """Tokenize a corpus into rows to train on.
 
     Plain text is packed: documents, each with its bos and eos, are joined and cut into rows of
     exactly ``seq_len``; what is left over is dropped. An instruction pair is a row of its own:
@@ -105,7 +105,7 @@ def build_token_dataset(
             does by itself.
         seq_len: Tokens a row has at most; at least 2.
         train_on_prompt: Whether prompts have labels, too.
-        on_progress: Is told (examples tokenised, all examples).
+        on_progress: Is told (examples tokenized, all examples).
 
     Raises:
         ValueError: ``seq_len`` is below 2.

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: made once, checked and mapped into memory by later runs.
+"""Tokenized rows on disk: made once, checked and mapped into memory by later runs.
 
 One safetensors file a data set, under a name that is the hash of what determines its rows. It is
 renamed into place whole, so several processes may make the same one at once.
@@ -15,8 +15,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lpdeploy.artifacts import atomic_file, remove_leftovers
+from lpdeploy.artifacts import atomic_file
 from lpdeploy.data.batches import TokenDataset
+from lpdeploy.folders import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_or_build(
     Args:
         folder: Of the cache.
         identity: All that the rows depend on, as JSON: hashes of text and tokenizer, options.
-        build: Tokenises.
+        build: Tokenizes.
 
     Returns:
         Rows mapped into memory, checked against the hash that was kept with them; those of
@@ -57,9 +58,9 @@ def load_or_build(
         try:
             dataset = _load(path, text)
         except (*_UNREADABLE, ValueError, KeyError) as error:
-            logger.warning("'%s' is damaged or not of lpdeploy (%s): tokenising anew.", path, error)
+            logger.warning("'%s' is damaged or not of lpdeploy (%s): tokenizing anew.", path, error)
         else:
-            logger.info("Tokenised before: %s rows from '%s'.", len(dataset), path)
+            logger.info("Using the cached tokens of %s rows in '%s'.", len(dataset), path)
             return dataset
     dataset = build()
     try:

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import remove_leftovers, save_json
+from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.results import LatencyRow
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_relative
@@ -24,6 +24,7 @@ from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.results import Evaluation, Figures
+from lpdeploy.folders import remove_leftovers
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.run import prune

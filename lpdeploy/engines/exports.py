@@ -7,6 +7,7 @@ from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.exporting import compute_adapter_sha256
 from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import check_untouched
 from lpdeploy.models.place import ModelPlace
 
 
@@ -27,6 +28,8 @@ def find_export(place: ModelPlace, engine: str) -> Path | None:
             f"'{folder}' was exported from another model than '{place.folder}' is now. "
             f"Run '{_write_command(place, engine)} --overwrite' first."
         )
+    fix = f"Run '{_write_command(place, engine)} --overwrite', or restore the file."
+    check_untouched(folder, fix=fix)
     return folder
 
 

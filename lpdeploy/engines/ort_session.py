@@ -1,4 +1,4 @@
-"""ONNX Runtime: sessions, its providers, its tensors and its quantiser. Named nowhere else."""
+"""ONNX Runtime: sessions, its providers, its tensors and its quantizer. Named nowhere else."""
 
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def share_tensor(value: Any) -> Tensor:
 
 
 def build_empty_value(shape: list[int], dtype: str) -> Any:
-    """Return an ``OrtValue`` on the CPU, uninitialised."""
+    """Return an ``OrtValue`` on the CPU, uninitialized."""
     from onnxruntime import OrtValue
 
     return OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_TYPES[dtype])
@@ -124,7 +124,7 @@ def bind_tensor(binding: Any, name: str, tensor: Tensor, *, output: bool = False
 
 
 def quantize_blocks(weight: Tensor, *, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantise a projection for ``MatMulNBits``, symmetrically, with ONNX Runtime's own quantiser.
+    """Quantize a projection for ``MatMulNBits``, symmetrically, with ONNX Runtime's own quantizer.
 
     Args:
         weight: Shape (out, in), float32; ``block_size`` divides ``in``.

@@ -16,6 +16,7 @@ from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.runner import Runner, pad_left
 from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
 from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import check_untouched
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
 from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
@@ -89,7 +90,11 @@ class _Stage:
 
 
 def verify(
-    model: str | os.PathLike[str], *, engine: str = "onnx", atol: float | None = None
+    model: str | os.PathLike[str],
+    *,
+    engine: str = "onnx",
+    atol: float | None = None,
+    integrity: bool = False,
 ) -> VerifyResult:
     """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
 
@@ -102,11 +107,14 @@ def verify(
         model: A run or a model folder.
         engine: Compare the exports for this engine too; ``torch`` leaves exports out.
         atol: Tolerance for every pair instead of the one of its precision.
+        integrity: Hash every file of the run, also those whose size and time are as recorded.
 
     Raises:
-        ArtifactError: There is nothing to compare, or a stage cannot be loaded.
+        ArtifactError: There is nothing to compare, a stage cannot be loaded, or a file has changed.
     """
     place = locate_model(model)
+    for folder in place.list_parts() if integrity else ():
+        check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
     stages = _list_model(place, engine) if place.run is None else _list_run(place.run, engine)
     asked_for = engine if get_engine(engine).export else ONNX.name
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.

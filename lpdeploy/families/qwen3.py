@@ -1,4 +1,4 @@
-"""Qwen3: a LLaMA that normalises each query and key head before it is rotated.
+"""Qwen3: a LLaMA that normalizes each query and key head before it is rotated.
 
 One weight of the norm serves all heads, so removing heads leaves it as it is.
 """

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from lpdeploy.artifacts import (
-    atomic_folder,
-    check_replaceable,
     check_unchanged,
     compute_sha256,
     load_output_hash,
@@ -24,6 +22,7 @@ from lpdeploy.artifacts import (
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import list_group_specs
+from lpdeploy.folders import atomic_folder, check_replaceable
 from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
 from lpdeploy.models.checkpoint import (

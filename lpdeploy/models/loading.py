@@ -173,7 +173,7 @@ def load_model(
         folder: What ``resolve_model`` returned.
         dtype: ``auto`` (that of the checkpoint), ``fp32``, ``fp16`` or ``bf16``.
         device: ``cpu``, ``cuda``, ``cuda:1``.
-        load_in: ``8bit`` or ``4bit`` to quantise the projections of the layers as they are
+        load_in: ``8bit`` or ``4bit`` to quantize the projections of the layers as they are
             read, so that they are never all there in full; None to leave them.
 
     Returns:
@@ -220,7 +220,7 @@ def load_model(
         if torch.device(device).type == "cpu":
             check_4bit_widths(model)
         apply_training_layout(model)
-        return model.eval()  # on its device already: weights are quantised there
+        return model.eval()  # on its device already: weights are quantized there
     return model.to(device).eval()
 
 
@@ -240,13 +240,13 @@ def refuse_incomplete(folder: Path, wrong: Collection[str]) -> None:
 def _build_quantization(
     load_in: str | None, config: PretrainedConfig, *, dtype: str, device: str
 ) -> dict[str, Any]:
-    """Build the arguments of ``from_pretrained`` that quantise; none for a plain model."""
+    """Build the arguments of ``from_pretrained`` that quantize; none for a plain model."""
     if load_in is None:
         return {}
     computed = DTYPES.get(dtype, get_dtype(config))
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
-        # accelerate takes a quantised model only where the number of its device is told.
+        # accelerate takes a quantized model only where the number of its device is told.
         place = torch.device("cuda", torch.cuda.current_device())
     return {
         "quantization_config": build_quantization(load_in, dtype=computed),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import check_untouched
 from lpdeploy.models.loading import compute_model_sha256, resolve_model
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.run_folder import ADAPTER, RunFolder, name_export
@@ -52,6 +53,10 @@ class ModelPlace:
             return
         with self.run.hold(shared=shared):
             yield
+
+    def list_parts(self) -> list[Path]:
+        """List the folders of the run, the model's among them; of any other model, its folder."""
+        return list(self.run.list_parts()) if self.run else [self.folder]
 
     def get_export(self, engine: str) -> Path:
         """Return the folder in which an export of this model lies by default."""
@@ -104,6 +109,7 @@ def _find_compacted(run: RunFolder, *, unmerged: bool) -> Path:
     command = f"lpdeploy compact {run}" + (" --keep-adapter" if unmerged else "")
     if not folder.is_dir():
         raise ArtifactError(f"No {folder.name} in '{run}'. Run '{command}' first.")
+    check_untouched(folder, fix=f"Run '{command} --overwrite', or restore the file.")
     record = load_model_record(folder)
     if record is not None and record.plan_sha256 != compute_sha256(run.plan):
         raise ArtifactError(

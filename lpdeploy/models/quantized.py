@@ -1,4 +1,4 @@
-"""A base quantised by bitsandbytes while it is pruned: loading it, reading it, cutting it."""
+"""A base quantized by bitsandbytes while it is pruned: loading it, reading it, cutting it."""
 
 import copy
 import logging
@@ -74,12 +74,12 @@ def check_4bit_widths(model: nn.Module) -> None:
 
 
 def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:
-    """Build what transformers quantises the Linears by while it loads them, one at a time.
+    """Build what transformers quantizes the Linears by while it loads them, one at a time.
 
-    Only the projections of the layers are quantised; embeddings and ``lm_head`` stay as they are.
+    Only the projections of the layers are quantized; embeddings and ``lm_head`` stay as they are.
 
     Args:
-        load_in: ``8bit`` or ``4bit`` (nf4, with its scales quantised too).
+        load_in: ``8bit`` or ``4bit`` (nf4, with its scales quantized too).
         dtype: What 4-bit weights are turned into to compute with.
 
     Returns:
@@ -110,7 +110,7 @@ def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:
 
 
 def apply_training_layout(model: nn.Module) -> None:
-    """Keep the weights of a quantised model as they are read, trained over and cut here."""
+    """Keep the weights of a quantized model as they are read, trained over and cut here."""
     # On CPUs with AVX512-BF16, 4-bit layers repack their weights at the first forward in eval mode
     # into a form whose scales are rounded, that has no gradient and that rows cannot be read from.
     module: Any
@@ -147,10 +147,10 @@ def build_random_8bit(linear: Any, *, device: str) -> Any:
 
 
 def list_misshapen(model: nn.Module) -> list[str]:
-    """List the quantised weights of another shape than their Linear's.
+    """List the quantized weights of another shape than their Linear's.
 
     transformers compares the shapes of a checkpoint with the model's, but not of those it
-    quantises.
+    quantizes.
     """
     linears = [(n, m) for n, m in model.named_modules() if get_quantization(m)]
     return [
@@ -161,7 +161,7 @@ def list_misshapen(model: nn.Module) -> list[str]:
 
 
 def get_quantization(linear: Any) -> str | None:
-    """Return ``8bit`` or ``4bit`` for a base Linear whose weight is quantised, else None."""
+    """Return ``8bit`` or ``4bit`` for a base Linear whose weight is quantized, else None."""
     weight: Any = getattr(linear, "weight", None)
     # By name, so that a plain model never imports bitsandbytes.
     match type(weight).__name__:
@@ -180,7 +180,7 @@ def get_weight_shape(linear: Any) -> tuple[int, int]:
 
 
 def read_weight(linear: Any) -> Tensor:
-    """Read the weight of a base Linear, quantised or not.
+    """Read the weight of a base Linear, quantized or not.
 
     A 4-bit weight is not rounded to the dtype that it is computed in.
 
@@ -222,7 +222,7 @@ def cut_quantized(linear: Any, *, dim: int, index: Tensor) -> None:
     """Cut rows or columns out of an 8-bit weight; what stays keeps its codes and its scales.
 
     A row's scale is that of the whole row, so a weight that stays is the same number as before,
-    though a cut row quantised anew might be a little finer. Call it between a backward and the
+    though a cut row quantized anew might be a little finer. Call it between a backward and the
     next forward: bitsandbytes keeps the weight of a forward for its backward outside the graph.
 
     Args:

@@ -68,7 +68,7 @@ def list_values(result: CellResult) -> dict[str, float]:
     return values
 
 
-def summarise(values: Sequence[float]) -> Value:
+def summarize(values: Sequence[float]) -> Value:
     """Return mean and sample standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return Value(statistics.fmean(values), spread, len(values))
@@ -161,7 +161,7 @@ def _build_rows(
 
 def _summarise_columns(done: Sequence[Mapping[str, float]]) -> dict[str, Value]:
     names = dict.fromkeys(name for values in done for name in values)
-    return {name: summarise([v[name] for v in done if name in v]) for name in names}
+    return {name: summarize([v[name] for v in done if name in v]) for name in names}
 
 
 def _mark_best(rows: Sequence[ResultRow], columns: Sequence[Column]) -> None:
@@ -224,7 +224,7 @@ def _build_similarity_rows(
 def _compare(
     pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: float
 ) -> dict[str, Value]:
-    """Summarise over layers and seeds; a layer that loses no group at this ratio is left out."""
+    """Summarize over layers and seeds; a layer that loses no group at this ratio is left out."""
     compared = [
         similarity
         for first, second in pairs

@@ -120,7 +120,7 @@ def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
     if document.kind == "cost":
         notes[0] += " In brackets: against the first row."
     if any(c.name == "average" for c in document.columns):
-        notes[0] += " Accuracies in percent, normalised by length where the paper's average is."
+        notes[0] += " Accuracies in percent, normalized by length where the paper's average is."
     if has_paper:
         notes[0] += " The paper's figures are for LLaMA-7B."
     if document.missing:

@@ -228,7 +228,7 @@ TABLES: dict[str, Table] = {
             tuple(
                 Row(
                     form + ("-normalized" if normalize else ""),
-                    form + (", L2-normalised" if normalize else ""),
+                    form + (", L2-normalized" if normalize else ""),
                     {"criterion": "lora", "score_form": form, "normalize": normalize},
                 )
                 for form in ("squared", "absolute")

@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 18
 
 
 class Rows(Protocol):
-    """A weight of which rows can be read: a tensor, or a quantised or sharded weight.
+    """A weight of which rows can be read: a tensor, or a quantized or sharded weight.
 
     A sharded one has ``own_rows``, a range: only these can be read, and what is computed is the
     part of each sum that belongs to them.

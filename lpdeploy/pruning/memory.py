@@ -38,7 +38,7 @@ class MemoryPlan:
         adapters: LoRA: weights, gradients and AdamW's two moments, all float32.
         gradients: Of the base's weights, if the criterion needs them.
         activations: What autograd saves in a micro-batch, and the buffers of the loss.
-        scoring: Blocks of rows, the scores, and a quantised weight in float32.
+        scoring: Blocks of rows, the scores, and a quantized weight in float32.
         heap: On a CPU, what the C library's heap cannot use again between tensors.
     """
 
@@ -183,17 +183,17 @@ class _Layer:
 def _plan_weights(
     config: PretrainedConfig, layers: list[_Layer], options: PruneConfig, dtype: str, *, shards: int
 ) -> int:
-    """Count the base: embeddings, head and norms are never quantised."""
+    """Count the base: embeddings, head and norms are never quantized."""
     projections = sum(layer.num_weights for layer in layers)
     others = (count_parameters(config) - projections) * _ITEMSIZE[dtype]
     if options.load_in is None:
         size = _ITEMSIZE[dtype]
         gathered = 2 * max(layer.num_weights for layer in layers) if shards > 1 else 0
         return others + size * (-(-projections // shards) + gathered)
-    assert shards == 1, "quantised weights are not divided"
+    assert shards == 1, "quantized weights are not divided"
     scales = sum(rows for layer in layers for _, rows in layer.sizes) * _FLOAT
-    quantised = int(projections * _BYTES_A_WEIGHT[options.load_in])
-    return others + quantised + (scales if options.load_in == "8bit" else 0)
+    quantized = int(projections * _BYTES_A_WEIGHT[options.load_in])
+    return others + quantized + (scales if options.load_in == "8bit" else 0)
 
 
 def _plan_activations(
@@ -246,7 +246,7 @@ def _plan_gradients(
 def _plan_scoring(options: PruneConfig, layers: list[_Layer]) -> int:
     """Blocks of rows, LoRA's factors and gradients in float32 side by side, and the scores.
 
-    A quantised weight is turned into float32 as a whole, one at a time.
+    A quantized weight is turned into float32 as a whole, one at a time.
     """
     sizes = [size for layer in layers for size in layer.sizes]
     factors = max(i + o for i, o in sizes) * options.lora_rank

@@ -7,16 +7,10 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import (
-    Stage,
-    atomic_file,
-    atomic_folder,
-    compute_sha256,
-    format_json,
-    save_json,
-)
+from lpdeploy.artifacts import Stage, atomic_file, compute_sha256, format_json, save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import list_group_specs
+from lpdeploy.folders import atomic_folder
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.state import PruningState

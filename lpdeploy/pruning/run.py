@@ -93,7 +93,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     resume: bool = False,
     overwrite: bool = False,
     stop: threading.Event | None = None,
-    on_tokenise: Progress | None = None,
+    on_tokenize: Progress | None = None,
     on_start: Callable[[], None] = lambda: None,
     on_step: Callable[[StepInfo], None] = lambda _: None,
 ) -> PruneResult:
@@ -113,7 +113,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         overwrite: Replace a run that is already there.
         stop: Set it, from another thread or a signal handler, to end the run after the current
             step, with a checkpoint. The library itself handles no signals.
-        on_tokenise: Is told (examples tokenised, all examples).
+        on_tokenize: Is told (examples tokenized, all examples).
         on_start: Called by every rank before the first step, once nothing stands against the run.
         on_step: Called after every optimizer step.
 
@@ -137,7 +137,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         recording = record_stage(run.path, "prune", recorded)
         with recording if ranks.is_first else nullcontext(Stage()) as stage:
             stage.planned = memory.to_json()
-            dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenise)
+            dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
             stage.inputs = {
                 "base": compute_model_sha256(source.folder),
                 "data": dataset.compute_sha256(),

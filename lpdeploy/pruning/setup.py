@@ -74,7 +74,7 @@ def load_source(model: str, options: PruneConfig) -> Source:
     """Find a base model and check that it can be pruned as asked.
 
     Raises:
-        LpdeployError: It is none of the supported, quantised or pruned already, or the options
+        LpdeployError: It is none of the supported, quantized or pruned already, or the options
             do not fit it.
     """
     folder = resolve_model(model)
@@ -85,7 +85,7 @@ def load_source(model: str, options: PruneConfig) -> Source:
         )
     if getattr(config, "quantization_config", None):
         raise ArtifactError(
-            f"'{model}' is quantised already, and what is merged in the end needs weights in full "
+            f"'{model}' is quantized already, and what is merged in the end needs weights in full "
             "precision. Prune the model it was made from, with `load_in='8bit'` to save memory."
         )
     if options.seq_len > config.max_position_embeddings:
@@ -106,14 +106,14 @@ def load_dataset(
     cache: bool = True,
     on_progress: Progress | None = None,
 ) -> TokenDataset:
-    """Tokenise what the base is pruned with, or find it as it was tokenised before.
+    """Tokenize what the base is pruned with, or find it as it was tokenized before.
 
     Args:
         source: The base.
         data: File, folder or hub name.
         options: How to prune.
         cache: Whether to look for the tokens of an earlier run, and to keep them for later ones.
-        on_progress: Is told (examples tokenised, all examples).
+        on_progress: Is told (examples tokenized, all examples).
 
     Raises:
         LpdeployError: The data cannot be read, or gives no row.
@@ -212,7 +212,7 @@ def _load_base(
 ) -> Any:
     if options.shard:
         return load_sharded_model(source.folder, dtype=dtype, device=device)
-    # A quantised base is made where it stays; any other is cut first, then moved.
+    # A quantized base is made where it stays; any other is cut first, then moved.
     place = str(device) if options.load_in else "cpu"
     return load(source.folder, dtype=dtype, device=place, load_in=options.load_in)
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.engines import ORT
-from lpdeploy.engines.contract import Contract
+from lpdeploy.engines.contract import Contract, load_contract
 from lpdeploy.engines.export import export_folder
 from lpdeploy.engines.exporting import resolve_max_seq_len
+from lpdeploy.engines.exports import find_export
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
-from lpdeploy.servers.sources import find_whole_export, take_export
+from lpdeploy.servers.sources import take_export
 from lpdeploy.servers.tokenizers import list_notes
 from lpdeploy.servers.verdicts import Packed
 
@@ -54,7 +55,7 @@ def package_genai(
     config = load_config(model)
     tokenizer = load_tokenizer(model, config)
     length = resolve_max_seq_len(max_seq_len, config)
-    found = find_whole_export(place, ORT.name)
+    found = find_export(place, ORT.name)
     quantized = precision in ("int8", "int4")
     wanted = {
         "precision": precision,
@@ -62,8 +63,8 @@ def package_genai(
         "max_seq_len": length,
         "activations": activations or ("fp32" if quantized else precision),
     }
-    if found and _describe_export(found[1]) == wanted:
-        take_export(found[0], folder)
+    if found and _describe_export(load_contract(found, ORT)) == wanted:
+        take_export(found, folder)
     else:
         found = None
         given = {"activations": activations, "block_size": block_size}
@@ -74,7 +75,7 @@ def package_genai(
     (folder / _SCRIPT).write_text(render(f"{_SCRIPT}.j2", **values), encoding="utf-8")
     command = shlex.join(["python", str(output / _SCRIPT), "once upon a time"])
     save_readme(folder, "genai", command=command, notes=notes, **values)
-    reused = str(found[0]) if found else None
+    reused = str(found) if found else None
     details = {"precision": precision, "max_seq_len": length, "reused": reused}
     return Packed(command=command, notes=notes, details=details)
 

@@ -4,12 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-from lpdeploy.artifacts import FOLDER_RECORD, compute_sha256, load_json
-from lpdeploy.engines import get_engine
-from lpdeploy.engines.contract import Contract, load_contract
-from lpdeploy.engines.exports import find_export
+from lpdeploy.artifacts import load_json
 from lpdeploy.errors import LpdeployError
-from lpdeploy.models.place import ModelPlace
+from lpdeploy.folders import FOLDER_RECORD
 
 _GRAPHS = (".onnx", ".data", ".engine")
 
@@ -25,26 +22,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another disk, a file system without links, or a file of another user
         shutil.copyfile(source, target)
-
-
-def find_whole_export(place: ModelPlace, engine: str) -> tuple[Path, Contract] | None:
-    """Find what ``lpdeploy export`` made of a model, if every file of it is as it was written.
-
-    Returns:
-        The folder and its contract; None if there is none, or a file of it has changed.
-
-    Raises:
-        ArtifactError: It was made of another model.
-    """
-    folder = find_export(place, engine)
-    if folder is None:
-        return None
-    contract = load_contract(folder, get_engine(engine))
-    for name, recorded in contract.files.items():
-        path = folder / name
-        if not path.is_file() or compute_sha256(path) != recorded.sha256:
-            return None
-    return folder, contract
 
 
 def take_export(source: Path, folder: Path) -> None:

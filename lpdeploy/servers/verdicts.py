@@ -229,14 +229,14 @@ def need_trt_for_other_heads(config: PretrainedConfig, _: int) -> Finding | None
 
 
 def fit_gguf_blocks(config: PretrainedConfig, _: int) -> Finding | None:
-    """Rows of no multiple of 256, which it then quantises in other types, or not at all."""
+    """Rows of no multiple of 256, which it then quantizes in other types, or not at all."""
     head_dim = get_head_dim(config)
     rows = {config.hidden_size}
     rows |= {size for w in list_widths(config) for size in (w.channels, w.heads * head_dim)}
     if odd := [row for row in sorted(rows) if row % _GGUF_BLOCK]:
         return Finding(
             "condition",
-            f"Quantised types want rows of a multiple of {_GGUF_BLOCK}, and {odd[0]} is none: such "
+            f"Quantized types want rows of a multiple of {_GGUF_BLOCK}, and {odd[0]} is none: such "
             "tensors stay in f16.",
         )
     if odd := [row for row in sorted(rows) if row % _GGUF_K_BLOCK]:

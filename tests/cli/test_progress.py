@@ -40,17 +40,17 @@ def test_there_is_no_bar_without_a_terminal(monkeypatch, capsys):
 
 
 def test_one_bar_follows_another(terminal, capsys):
-    with counting_progress("tokenise") as on_tokenise, training_progress() as on_step:
-        on_tokenise(1000, 2000)
-        on_tokenise(2000, 2000)
+    with counting_progress("tokenize") as on_tokenize, training_progress() as on_step:
+        on_tokenize(1000, 2000)
+        on_tokenize(2000, 2000)
         on_step(INFO)
     shown = capsys.readouterr().err
-    assert "tokenise" in shown
+    assert "tokenize" in shown
     assert "2000/2000" in shown
     assert shown.index("2000/2000") < shown.index("3/10")
 
 
 def test_a_bar_that_is_never_told_anything_does_not_show(terminal, capsys):
-    with counting_progress("tokenise"), training_progress():
+    with counting_progress("tokenize"), training_progress():
         pass
     assert capsys.readouterr().err == ""

@@ -53,7 +53,7 @@ def test_what_was_kept_comes_back(tmp_path, told):
     again = load_or_build(tmp_path, IDENTITY, build=refuse)
     assert_same(again, make_dataset())
     assert again.compute_sha256() == make_dataset().compute_sha256()
-    assert told == [f"Tokenised before: 50 rows from '{get_file(tmp_path)}'."]
+    assert told == [f"Using the cached tokens of 50 rows in '{get_file(tmp_path)}'."]
 
 
 def test_rows_of_a_tokenizer_come_back(tmp_path, tokenizer):
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_made_anew_with_a_word(tmp_path, told, damage):
     assert_same(dataset, make_dataset())
     (sentence,) = told
     assert sentence.startswith(f"'{get_file(tmp_path)}' is damaged or not of lpdeploy (")
-    assert sentence.endswith("): tokenising anew.")
+    assert sentence.endswith("): tokenizing anew.")
     assert_same(load_or_build(tmp_path, IDENTITY, build=refuse), make_dataset())
 
 

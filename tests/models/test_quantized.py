@@ -1,4 +1,4 @@
-"""A quantised base: its rows, its cuts, and what is refused. Expected: codes times scales."""
+"""A quantized base: its rows, its cuts, and what is refused. Expected: codes times scales."""
 
 import copy
 import importlib.util
@@ -56,7 +56,7 @@ def make_int8(weight, *, bias=None):
     linear.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return linear.to("cpu")  # quantises
+    return linear.to("cpu")  # quantizes
 
 
 def make_nf4(weight, *, double=True, dtype=torch.float32, storage=torch.uint8):
@@ -119,7 +119,7 @@ def test_a_plain_weight_is_read_as_it_is(dtype):
     ],
     ids=["8bit", "nf4-double", "nf4", "nf4-bf16-storage"],
 )
-def test_a_quantised_weight_is_read_in_float32(make, shape):
+def test_a_quantized_weight_is_read_in_float32(make, shape):
     linear = make(make_weight(*shape))
     assert get_weight_shape(linear) == shape
     read = read_weight(linear)
@@ -241,7 +241,7 @@ def load_quantized(base, load_in, *, dtype="fp32"):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize(("load_in", "name"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
-def test_only_the_projections_are_quantised(bases, load_in, name):
+def test_only_the_projections_are_quantized(bases, load_in, name):
     for family in ("llama-64-bias", "llama-64"):
         model = load_model(bases(family), dtype="fp32", load_in=load_in)
         for path, module in model.named_modules():
@@ -254,7 +254,7 @@ def test_only_the_projections_are_quantised(bases, load_in, name):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
-def test_what_is_loaded_is_what_bitsandbytes_quantises(bases, load_in):
+def test_what_is_loaded_is_what_bitsandbytes_quantizes(bases, load_in):
     plain = load_model(bases("llama-64"))
     model = load_model(bases("llama-64"), dtype="fp32", load_in=load_in)
     for path in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"):
@@ -338,7 +338,7 @@ def test_a_4bit_model_is_masked_and_only_its_adapter_cut(bases):
 
 
 @needs_bitsandbytes
-def test_a_damaged_base_is_refused_quantised_as_it_is_plain(bases, tmp_path):
+def test_a_damaged_base_is_refused_quantized_as_it_is_plain(bases, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file

@@ -6,7 +6,7 @@ import pytest
 
 from lpdeploy.machine import Machine
 from lpdeploy.paper.cells import EvalSettings, Source, Study, list_cells, select
-from lpdeploy.paper.document import build_document, list_values, summarise
+from lpdeploy.paper.document import build_document, list_values, summarize
 from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import CellResult, Value
@@ -127,8 +127,8 @@ def test_values_take_the_accuracy_of_the_papers_average():
 
 
 def test_the_spread_of_one_value_is_none():
-    assert summarise([2.0]) == Value(2.0, None, 1)
-    assert summarise([1.0, 2.0, 6.0]).spread == pytest.approx(7**0.5)
+    assert summarize([2.0]) == Value(2.0, None, 1)
+    assert summarize([1.0, 2.0, 6.0]).spread == pytest.approx(7**0.5)
 
 
 def test_the_log_leaves_out_calibration_first_step_and_unscored_steps(tmp_path):

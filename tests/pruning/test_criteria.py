@@ -60,7 +60,7 @@ def test_matches_the_loops_over_whole_specs(name, model, absolute, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWING if name != "gate"])
-def test_normalising_divides_each_linear_by_its_norm(name, tmp_path):
+def test_normalizing_divides_each_linear_by_its_norm(name, tmp_path):
     wrapped, causal_lm, specs = make(tmp_path)
     batch = make_rows()
     scorer = Scorer(CRITERIA[name], causal_lm, specs, form=ScoreForm(normalize=True))

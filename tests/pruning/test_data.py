@@ -35,16 +35,16 @@ def read_result(folder):
     return [(folder / name).read_bytes() for name in names]
 
 
-def test_a_second_run_tokenises_nothing(base, data, tmp_path, told):
+def test_a_second_run_tokenizes_nothing(base, data, tmp_path, told):
     first, second = [], []
     run(base, tmp_path / "one", data, options=FEW,
-        on_tokenise=lambda *now: first.append(now))  # fmt: skip
+        on_tokenize=lambda *now: first.append(now))  # fmt: skip
     assert first == [(40, 40)]
-    assert not any("Tokenised before" in line for line in told)
+    assert not any("Using the cached tokens" in line for line in told)
     run(base, tmp_path / "two", data, options=FEW,
-        on_tokenise=lambda *now: second.append(now))  # fmt: skip
+        on_tokenize=lambda *now: second.append(now))  # fmt: skip
     assert second == []
-    assert sum("Tokenised before" in line for line in told) == 1
+    assert sum("Using the cached tokens" in line for line in told) == 1
     run(base, tmp_path / "three", data, options=FEW, cache=False)
     assert read_result(tmp_path / "one") == read_result(tmp_path / "two")
     assert read_result(tmp_path / "one") == read_result(tmp_path / "three")

@@ -59,7 +59,7 @@ def invoke(*words):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
-def test_scores_are_those_of_the_dequantised_weights(base, load_in):
+def test_scores_are_those_of_the_dequantized_weights(base, load_in):
     model = load_model(base, dtype="fp32", load_in=load_in)
     wrapped = attach_lora(model, rank=4, alpha=8, dropout=0.0, seed=1).train()
     fill_lora(model)
@@ -108,7 +108,7 @@ def test_a_run_is_stock_and_compacts_to_full_precision(base, data, tmp_path, opt
     stored = load_file(base / "model.safetensors")
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert "quantization_config" not in config
-    # W + scaling B A of the stored weights, not of the quantised ones, whose error is over 1e-3.
+    # W + scaling B A of the stored weights, not of the quantized ones, whose error is over 1e-3.
     name, kept = "model.layers.0.mlp.up_proj", plan.kept["layers.0.channels"]
     lora = [adapter[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "BA"]
     expected = stored[f"{name}.weight"][kept] + 2 * lora[0] @ lora[1]
@@ -156,7 +156,7 @@ def fresh_accelerate():
 
 @needs_bitsandbytes
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_gradient_checkpointing_and_bf16_train_over_a_quantised_base(base, data, tmp_path):
+def test_gradient_checkpointing_and_bf16_train_over_a_quantized_base(base, data, tmp_path):
     for options in (WAYS[0], WAYS[2]):
         extra = {"gradient_checkpointing": True, "dtype": "bf16", "steps": 3, "prune_every": 1}
         result = run(base, tmp_path / options["load_in"], data, options={**options, **extra})
@@ -206,10 +206,10 @@ def test_without_bitsandbytes_nothing_is_started(base, data, tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_quantised_checkpoint_is_refused(base, data, tmp_path):
+def test_a_quantized_checkpoint_is_refused(base, data, tmp_path):
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match="is quantised already, .* Prune the model it was made"):
+    with pytest.raises(ArtifactError, match="is quantized already, .* Prune the model it was made"):
         run(base, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()

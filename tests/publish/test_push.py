@@ -13,6 +13,7 @@ import yaml
 from lpdeploy.artifacts import compute_sha256, load_json, save_json
 from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.folders import FOLDER_RECORD
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
 from lpdeploy.pruning.target import SizeFound, TargetRecord
@@ -137,6 +138,7 @@ def forget_hashes(run):
     save_json(run / "manifest.json", manifest)
     record = load_json(run / "model" / "lpdeploy.json", fix="")
     save_json(run / "model" / "lpdeploy.json", {**record, "plan_sha256": sha256})
+    (run / "model" / FOLDER_RECORD).unlink()
 
 
 def test_a_base_of_the_hub_keeps_its_name(run, hub):

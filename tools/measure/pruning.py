@@ -25,7 +25,7 @@ from tools.measure.common import build_parser, report, save_measurement
 REMOVALS = ("cut", "mask")
 
 
-def summarise(prepared: Prepared, costs: Sequence[StepCost], loss: float | None) -> dict[str, Any]:
+def summarize(prepared: Prepared, costs: Sequence[StepCost], loss: float | None) -> dict[str, Any]:
     """Add up a run, and compare its steps after the last event with those before the first."""
     steps = [cost for cost in costs if cost.ratio < costs[-1].ratio or not cost.cutting]
     before = [cost.seconds for cost in steps if cost.ratio == 0]
@@ -85,7 +85,7 @@ def main() -> None:
         losses = [worker.call("evaluate") if valid else None for worker in workers]
         described = [worker.described for worker in workers]
     runs = {
-        removal: summarise(*one)
+        removal: summarize(*one)
         for removal, *one in zip(REMOVALS, described, costs, losses, strict=True)
     }
     cut, mask = (runs[name] for name in REMOVALS)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import atomic_folder
 from lpdeploy.engines.contract import Contract, TensorSpec, save_contract
 from lpdeploy.engines.exporting import (
     carry_settings,
@@ -30,6 +29,7 @@ from lpdeploy.engines.torch.runner import load_model_with_adapter
 from lpdeploy.environment import set_variable
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
+from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import list_widths

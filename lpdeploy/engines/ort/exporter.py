@@ -6,7 +6,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from lpdeploy.artifacts import atomic_folder
 from lpdeploy.engines.contract import Contract, PackingRecord, TensorSpec, save_contract
 from lpdeploy.engines.exporting import (
     carry_settings,
@@ -21,6 +20,7 @@ from lpdeploy.engines.ort.genai import save_genai_files
 from lpdeploy.engines.ort.graph import OPSET, build_decoder
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
+from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import load_config
 from lpdeploy.run_folder import EXPORT

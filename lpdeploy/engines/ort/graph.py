@@ -194,7 +194,7 @@ class _Decoder:
         return query, self._add_head_norm(key, f"{module}.k_norm.weight"), value
 
     def _add_head_norm(self, states: ir.Value, name: str) -> ir.Value:
-        """Normalise each head by itself, where the model has such a norm."""
+        """Normalize each head by itself, where the model has such a norm."""
         if name not in self.weights:
             return states
         split = self._add_int64([0, 0, -1, self.head_dim])

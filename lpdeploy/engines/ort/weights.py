@@ -19,7 +19,7 @@ from lpdeploy.models.loading import list_weight_files
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Weight-only quantisation: a scale for each block of a row, symmetric.
+    """Weight-only quantization: a scale for each block of a row, symmetric.
 
     Attributes:
         bits: 4 or 8.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import atomic_folder
 from lpdeploy.engines.contract import (
     CONCAT,
     IN_PLACE,
@@ -27,6 +26,7 @@ from lpdeploy.engines.onnx.traced import SCATTER_OPSET
 from lpdeploy.engines.trt import ENGINE
 from lpdeploy.engines.trt.library import Library, load_library
 from lpdeploy.errors import LpdeployError
+from lpdeploy.folders import atomic_folder
 from lpdeploy.run_folder import EXPORT
 
 _GRAPH = "model.onnx"

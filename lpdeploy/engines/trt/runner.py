@@ -25,7 +25,7 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 
 
 class Stream:
-    """A CUDA stream of the engine's own: on the default one TensorRT synchronises every call."""
+    """A CUDA stream of the engine's own: on the default one TensorRT synchronizes every call."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.engines import ENGINES
-from lpdeploy.engines.contract import IN_PLACE, Contract, TensorSpec
+from lpdeploy.engines.contract import IN_PLACE, Contract, TensorSpec, load_contract
 from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.export import export_folder
+from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.trt.library import EXTRAS
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
-from lpdeploy.servers.sources import find_whole_export, take_export
+from lpdeploy.servers.sources import take_export
 from lpdeploy.servers.verdicts import Packed
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -129,11 +130,11 @@ def _place_export(
     place: ModelPlace, target: Path, *, engine: Engine, wanted: Mapping[str, Any]
 ) -> tuple[Contract, bool]:
     """Put an export at ``target``; return its contract, and whether it was made now."""
-    found = find_whole_export(place, engine.name)
-    if found is not None and all(getattr(found[1], name) == wanted[name] for name in wanted):
-        source, contract = found
+    found = find_export(place, engine.name)
+    contract = load_contract(found, engine) if found else None
+    if found and contract and all(getattr(contract, name) == wanted[name] for name in wanted):
         target.mkdir()
-        take_export(source, target)
+        take_export(found, target)
         return contract, False
     return export_folder(engine.name, place.folder, target, **wanted), True
 

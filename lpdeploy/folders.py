@@ -1,0 +1,228 @@
+"""Folders that stages write: whole or not at all, and with a record of every file in them.
+
+Standard library only. A folder is replaced only if all of it is in its record, and read only if its
+files are still those that were written.
+"""
+
+import glob
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lpdeploy.artifacts import MANIFEST, compute_sha256, temporary_path
+from lpdeploy.errors import ArtifactError
+
+FOLDER_RECORD = ".lpdeploy.json"
+"""Lies in every folder that lpdeploy wrote. Only a folder that has it is ever replaced."""
+# Files that appear beside what was written without anybody losing anything when they go.
+_BY_THE_WAY = (MANIFEST, ".DS_Store")
+_EDITED = ("README.md", "genai_config.json")  # which people edit
+_STEP_NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """A file as it was written.
+
+    Attributes:
+        size: In bytes.
+        mtime_ns: When it was last written, in nanoseconds.
+        sha256: Of its contents.
+    """
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FolderRecord:
+    """What a folder that lpdeploy wrote says of itself, in ``.lpdeploy.json``.
+
+    Attributes:
+        kind: ``adapter``, ``model``, ``export``, ``package`` or ``run``.
+        files: Relative names of the files that were written, and what they were; empty for a run,
+            which grows. None for a file of which an earlier version kept the name only.
+        written_ns: When the record was written, in nanoseconds.
+    """
+
+    kind: str
+    files: Mapping[str, FileStamp | None] = field(default_factory=dict)
+    written_ns: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the record into its folder."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        (folder / FOLDER_RECORD).write_text(text, encoding="utf-8")
+
+
+def load_folder_record(folder: Path) -> FolderRecord | None:
+    """Read the record of a folder; None if it has none, or none that can be read."""
+    try:
+        data = json.loads((folder / FOLDER_RECORD).read_text(encoding="utf-8"))
+        files = data["files"]
+        if isinstance(files, list):
+            return FolderRecord(str(data["kind"]), {str(name): None for name in files})
+        stamps = {name: FileStamp(**stamp) if stamp else None for name, stamp in files.items()}
+        return FolderRecord(str(data["kind"]), stamps, int(data["written_ns"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def check_untouched(folder: Path, *, fix: str, always_hash: bool = False) -> None:
+    """Refuse a folder of ours of which a file is not what was written.
+
+    A file of the same size and time is taken for the same; otherwise its hash decides, so that a
+    copied folder is good. What people edit, such as README.md, is left out.
+
+    Args:
+        folder: One without a record is not ours, and may hold anything.
+        fix: Sentence that says how to get it back.
+        always_hash: Hash every file.
+
+    Raises:
+        ArtifactError: A file is missing or has changed; names it.
+    """
+    record = load_folder_record(folder)
+    if record is None:
+        return
+    for name, stamp in record.files.items():
+        path = folder / name
+        if stamp is None or path.name in _EDITED:
+            continue
+        if not path.is_file():
+            raise ArtifactError(f"'{path}' is missing. {fix}")
+        if not always_hash and _looks_untouched(path, stamp, record.written_ns):
+            continue
+        if compute_sha256(path) != stamp.sha256:
+            raise ArtifactError(f"'{path}' has changed since it was written. {fix}")
+
+
+def _looks_untouched(path: Path, stamp: FileStamp, written_ns: int) -> bool:
+    about = path.stat()
+    # File systems count time in steps: what was written just before the record may have been
+    # written again just after it, in the same step.
+    settled = stamp.mtime_ns < written_ns - _STEP_NS
+    return settled and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns)
+
+
+def find_foreign_file(folder: Path) -> Path | None:
+    """Find a file in a folder that lpdeploy did not write; None if all of it is ours.
+
+    A folder below it that has a record of its own, such as an export in a model's folder, is
+    searched by that record.
+    """
+    record = load_folder_record(folder)
+    known = set(record.files) if record else set()
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            own = load_folder_record(path) is not None
+            found = find_foreign_file(path) if own else _find_unknown(path, folder, known)
+            if found is not None:
+                return found
+        elif path.name not in (*known, FOLDER_RECORD, *_BY_THE_WAY):
+            return path
+    return None
+
+
+def _find_unknown(below: Path, folder: Path, known: set[str]) -> Path | None:
+    if below.name == "__pycache__":
+        return None
+    files = sorted(path for path in below.rglob("*") if not path.is_dir())
+    return next((path for path in files if str(path.relative_to(folder)) not in known), None)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to ``path`` on success, remove it on any failure.
+
+    Args:
+        path: The folder.
+        kind: What it is, for its record.
+        overwrite: Replace a folder of the same kind, if lpdeploy wrote all that is in it.
+
+    Raises:
+        ArtifactError: ``path`` exists and may not be replaced.
+    """
+    check_replaceable(path, kind=kind, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary = temporary_path(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
+        stamps = {str(file.relative_to(temporary)): _stamp(file) for file in files}
+        FolderRecord(kind, stamps, time.time_ns()).save(temporary)
+        _replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stamp(file: Path) -> FileStamp:
+    about = file.stat()
+    return FileStamp(about.st_size, about.st_mtime_ns, compute_sha256(file))
+
+
+def check_replaceable(path: Path, *, kind: str, overwrite: bool) -> None:
+    """Refuse to replace what is not to be replaced, or what lpdeploy did not write.
+
+    Raises:
+        ArtifactError: That; it names the file that would be lost.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ArtifactError(
+            f"'{path}' already exists. Use `overwrite=True` to replace it, or another `output`."
+        )
+    if not path.is_dir():
+        raise ArtifactError(f"'{path}' is not a folder. Use another `output`.")
+    if not any(path.iterdir()):
+        return
+    record, foreign = load_folder_record(path), find_foreign_file(path)
+    if record is not None and record.kind != kind:
+        raise ArtifactError(
+            f"'{path}' holds another result of lpdeploy ({record.kind}), which is not replaced by "
+            f"this one ({kind}). Use another `output`."
+        )
+    if foreign is not None:
+        raise ArtifactError(
+            f"'{path}' holds '{foreign.relative_to(path)}', which lpdeploy did not write. "
+            "Nothing was replaced: move that file away, or use another `output`."
+        )
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    # A folder cannot be renamed over a full one: the old one steps aside first, and is still
+    # whole under its other name if the process dies between the two renames.
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        path.rename(aside)
+    temporary.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete temporary siblings of ``path`` that killed processes left behind."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-(\d+)")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        found = name.fullmatch(leftover.name)
+        if found and not _is_alive(int(found[2])):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

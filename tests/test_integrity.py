@@ -1,0 +1,178 @@
+"""What a command reads is what another one wrote: a file that was changed in between is refused."""
+
+import os
+import shutil
+import time
+from contextlib import contextmanager
+
+import pytest
+from click.testing import CliRunner
+
+from lpdeploy.cli.main import main
+from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import FOLDER_RECORD, atomic_folder, check_untouched, load_folder_record
+from tests.helpers import make_text, make_tiny_model
+
+SMALL = [
+    "--steps", "2", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
+    "--prune-every", "1", "--round-to", "4", "--calibration-samples", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def change(path, *, keep_time=False):
+    """Change one byte of a file; its size, and maybe its time, stay the same."""
+    about, data = path.stat(), path.read_bytes()
+    if path.suffix == ".json":
+        path.write_bytes(data.replace(b" ", b"\t", 1))  # still the same JSON
+    else:
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    if keep_time:
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+@contextmanager
+def changed(path):
+    before, about = path.read_bytes(), path.stat()
+    change(path)
+    yield
+    path.write_bytes(before)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    make_tiny_model(root / "base", head_dim=16, intermediate_size=64, num_hidden_layers=1)
+    data, run = make_text(root / "text.txt"), root / "run"
+    for words in (
+        ("prune", root / "base", "--data", data, "--output", run, *SMALL),
+        ("compact", run),
+        ("compact", run, "--keep-adapter"),
+        ("export", run, "--engine", "ort"),
+        ("export", run, "--engine", "ort", "--unmerged"),
+    ):
+        result = invoke(*words)
+        assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")  # with the times of the files
+    return tmp_path / "copy"
+
+
+EVAL = ("eval", "{run}", "--perplexity", "{text}", "--seq-len", "16")
+BENCH = ("bench", "latency", "{run}", "--tokens", "4", "--repeats", "1")
+MODEL = {
+    "export": ("export", "{run}", "--engine", "onnx"),
+    "verify": ("verify", "{run}", "--engine", "torch"),
+    "eval": EVAL,
+    "bench": (*BENCH, "--merged"),
+    "package": ("package", "{run}", "--target", "vllm", "--output", "{out}"),
+    "push": ("push", "{run}", "--repo", "owner/name"),
+    "report": ("report", "{run}"),
+}
+EXPORT = {
+    "verify": ("verify", "{run}", "--engine", "ort"),
+    "eval": (*EVAL, "--engine", "ort"),
+    "bench": (*BENCH, "--engine", "ort", "--merged"),
+    "package genai": ("package", "{run}", "--target", "genai", "--output", "{out}"),
+    "package triton": ("package", "{run}", "--target", "triton", "--output", "{out}"),
+    "push": ("push", "{run}", "--repo", "owner/name"),
+}
+UNMERGED = {
+    "export": ("export", "{run}", "--engine", "onnx", "--unmerged"),
+    "verify": ("verify", "{run}", "--engine", "torch"),
+    "bench": (*BENCH, "--unmerged"),
+}
+CASES = [
+    *((f"run/model/{file}", name, words) for name, words in MODEL.items()
+      for file in ("model.safetensors", "config.json", "tokenizer.json")),
+    *((f"run/ort/{file}", name, words) for name, words in EXPORT.items()
+      for file in ("model.onnx", "model.onnx.data", "io.json")),
+    *((f"run/unmerged/{file}", name, words) for name, words in UNMERGED.items()
+      for file in ("model.safetensors", "adapter/adapter_model.safetensors",
+                   "adapter/adapter_config.json")),
+]  # fmt: skip
+
+
+def test_no_reader_takes_a_file_that_was_changed(root):
+    places = {"run": root / "run", "text": root / "text.txt", "out": root / "out"}
+    for file, name, words in CASES:
+        with changed(root / file):
+            result = invoke(*(word.format(**places) for word in words))
+        assert result.exit_code == 1, (file, name, result.output)
+        assert not (root / "out").exists(), (file, name)
+        sentence = " ".join(result.stderr.split())
+        assert f"'{root / file}' has changed since it was written." in sentence, (name, sentence)
+
+
+def test_no_reader_takes_a_base_that_was_changed(made, root):
+    run = root / "run"
+    for words in (
+        ("compact", run, "--overwrite"),
+        ("verify", run, "--engine", "torch"),
+        ("eval", run, "--perplexity", root / "text.txt", "--seq-len", 16, "--with-base"),
+        ("bench", "latency", run, "--tokens", 4, "--repeats", 1),
+    ):
+        with changed(made / "base" / "model.safetensors"):  # which the plan of the copy names
+            result = invoke(*words)
+        assert result.exit_code == 1, result.output
+        assert "is not the one that was pruned" in " ".join(result.stderr.split())
+
+
+def test_a_change_that_keeps_size_and_time_is_found_by_its_hash(root):
+    verify = ("verify", root / "run", "--engine", "torch")
+    path = root / "run" / "model" / "tokenizer.json"
+    record = load_folder_record(path.parent)
+    old = record.written_ns - 10**10
+    for name in record.files:  # as if all had been written long before the record
+        os.utime(path.parent / name, ns=(old, old))
+    text = (path.parent / FOLDER_RECORD).read_text()
+    for stamp in record.files.values():
+        text = text.replace(str(stamp.mtime_ns), str(old))
+    (path.parent / FOLDER_RECORD).write_text(text)
+    change(path, keep_time=True)
+    assert invoke(*verify).exit_code == 0  # what it costs to be quick
+    result = invoke(*verify, "--integrity")
+    assert result.exit_code == 1
+    assert f"'{path}' has changed since it was written" in " ".join(result.stderr.split())
+
+
+def test_a_copied_run_is_as_good(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
+    run = tmp_path / "copy" / "run"
+    assert invoke("verify", run, "--engine", "torch", "--integrity").exit_code == 0
+
+
+def test_what_people_edit_may_change(root):
+    (root / "run" / "model" / "README.md").write_text("mine")
+    (root / "run" / "ort" / "genai_config.json").write_text("{}")
+    assert invoke("verify", root / "run", "--engine", "ort").exit_code == 0
+
+
+def test_only_what_changed_is_hashed(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "model", kind="model") as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(name)
+            old = time.time_ns() - 10**10
+            os.utime(folder / name, ns=(old, old))
+    hashed = []
+    monkeypatch.setattr("lpdeploy.folders.compute_sha256", lambda path: hashed.append(path.name))
+    check_untouched(tmp_path / "model", fix="")
+    assert hashed == []
+    os.utime(tmp_path / "model" / "b")
+    with pytest.raises(ArtifactError, match="b' has changed since it was written"):
+        check_untouched(tmp_path / "model", fix="")
+    assert hashed == ["b"]
+
+
+def test_a_record_of_an_earlier_version_names_files_only(tmp_path):
+    (tmp_path / FOLDER_RECORD).write_text('{"kind": "model", "files": ["a"]}')
+    assert load_folder_record(tmp_path).files == {"a": None}
+    check_untouched(tmp_path, fix="")
