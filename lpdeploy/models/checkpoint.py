@@ -2,24 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import LoraWeights
-from lpdeploy.models.loading import list_weight_files
 from lpdeploy.models.tensor_files import (
     TensorInfo,
     iterate_blocks,
     load_layout,
     write_tensors,
 )
-from lpdeploy.plan import PruningPlan, Slice
+from lpdeploy.models.weight_files import index_weights, list_weight_files
+from lpdeploy.plan import GroupSpec, PruningPlan, Slice
 
 CARRIED_FILES = (
     "added_tokens.json",
@@ -42,6 +43,24 @@ def carry_files(source: Path, output: Path) -> None:
 
 
 Layout = dict[str, TensorInfo]
+
+
+def check_weights(base: Path, config: PretrainedConfig, specs: Iterable[GroupSpec]) -> None:
+    """Check that a base can be compacted: that each weight of its groups is there, once, by name.
+
+    Only the headers of its files are read.
+
+    Raises:
+        ArtifactError: A weight is missing, held by two files or of a type that is not read, or a
+            file is damaged.
+    """
+    stored = index_weights(base, config)
+    missing = {f"{piece.module}.weight" for spec in specs for piece in spec.slices} - stored.keys()
+    if missing:
+        raise ArtifactError(
+            f"'{base}' lacks {len(missing)} weights by the names of its class, first "
+            f"{min(missing)}. Load it with transformers, and save it again with save_pretrained."
+        )
 
 
 def compute_pruned_layout(base: Path, plan: PruningPlan, lora: Mapping[str, LoraWeights]) -> Layout:

@@ -27,23 +27,19 @@ from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
 from lpdeploy.models.checkpoint import (
     carry_files,
+    check_weights,
     compute_pruned_layout,
     save_shards,
     stream_pruned_blocks,
 )
-from lpdeploy.models.loading import (
-    compute_model_sha256,
-    list_weight_files,
-    load_config,
-    load_tokenizer,
-    resolve_model,
-)
+from lpdeploy.models.loading import compute_model_sha256, load_config, load_tokenizer, resolve_model
 from lpdeploy.models.record import ModelRecord
 from lpdeploy.models.shapes import (
     build_pruned_config,
     compute_widths,
     count_parameters,
 )
+from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.plan import PruningPlan
 from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output
 
@@ -263,7 +259,9 @@ def _check_base(base: Path, plan: PruningPlan, *, known: Mapping[str, str] | Non
 
 
 def _check_groups(base: Path, plan: PruningPlan) -> None:
-    if list_group_specs(load_config(base)) != plan.specs:
+    config = load_config(base)
+    check_weights(base, config, plan.specs)
+    if list_group_specs(config) != plan.specs:
         raise ArtifactError(
             f"plan.json lists other groups than '{plan.base_model}' has. Prune again."
         )

@@ -20,6 +20,7 @@ from lpdeploy.models.quantized import (
     check_4bit_widths,
     list_misshapen,
 )
+from lpdeploy.models.weight_files import is_tied, list_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -92,23 +93,6 @@ def _refuse_without_safetensors(model: str, folder: Path) -> None:
     )
 
 
-def list_weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint, in the order of their names.
-
-    Where both a whole file and an index are there, the whole file counts, as in transformers.
-
-    Raises:
-        ArtifactError: Its index cannot be read.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    weight_map = load_json(index, fix="Copy the checkpoint anew.").get("weight_map", {})
-    return sorted({folder / name for name in weight_map.values()})
-
-
 def load_config(folder: Path) -> PretrainedConfig:
     """Load the config of a supported model, stock or of per-layer widths.
 
@@ -137,6 +121,8 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ArtifactError(
             f"The config of '{folder}' is not valid: {reason} Correct its config.json."
         ) from error
+    if config.tie_word_embeddings and not is_tied(folder):
+        config.tie_word_embeddings = False
     # A config may name an attention kernel on the hub, which is code that would be run.
     config._attn_implementation = "sdpa"
     if config.num_attention_heads % config.num_key_value_heads:

@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from lpdeploy.errors import ArtifactError
-from lpdeploy.models.loading import (
-    DTYPES,
-    get_model_classes,
-    list_weight_files,
-    load_config,
-    refuse_incomplete,
-)
+from lpdeploy.models.loading import DTYPES, get_model_classes, load_config, refuse_incomplete
 from lpdeploy.models.quantized import read_weight
+from lpdeploy.models.weight_files import index_weights
 
 
 def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any:
@@ -63,24 +58,19 @@ def load_sharded_model(folder: Path, *, dtype: str, device: torch.device) -> Any
     model.tie_weights()
     # Its table is in no file; it is computed on the CPU, as for a model that is not sharded.
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
-    _fill(model, folder)
+    _fill(model, folder, config)
     return model.eval()
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, folder: Path) -> None:
+def _fill(model: nn.Module, folder: Path, config: PretrainedConfig) -> None:
     wanted = dict(model.named_parameters())  # a head tied to the embeddings is not named again
     wrong = set(wanted)
-    for file in list_weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in wanted.keys() & set(tensors.keys()):
-                    if _fill_rows(wanted[name], tensors.get_slice(name)):
-                        wrong.discard(name)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"The weights of '{folder}' cannot be loaded: {error}. Copy the checkpoint anew."
-            ) from error
+    for name, stored in index_weights(folder, config).items():
+        if name in wanted:
+            with safe_open(stored.file, framework="pt") as tensors:
+                if _fill_rows(wanted[name], tensors.get_slice(stored.name)):
+                    wrong.discard(name)
     refuse_incomplete(folder, wrong)
 
 

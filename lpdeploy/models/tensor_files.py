@@ -132,7 +132,7 @@ def iterate_blocks(
 
 
 def _describe_unreadable(file: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"'{file}' cannot be read: {error}. Copy the model anew.")
+    return ArtifactError(f"'{file}' cannot be read: {error}. Copy the checkpoint anew.")
 
 
 def _read_into(stream: Any, block: Tensor) -> None:

@@ -24,6 +24,7 @@ from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.adapters import attach_lora
+from lpdeploy.models.checkpoint import check_weights
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
     DTYPES,
@@ -93,9 +94,10 @@ def load_source(model: str, options: PruneConfig) -> Source:
             f"`seq_len` {options.seq_len} is longer than the {config.max_position_embeddings} "
             f"positions of '{model}'. Use `seq_len` {config.max_position_embeddings} or less."
         )
-    prunable = list_prunable(config, options.widths)
+    prunable, specs = list_prunable(config, options.widths), list_group_specs(config)
+    check_weights(folder, config, specs)
     tokenizer = load_tokenizer(folder, config)
-    return Source(model, folder, config, tokenizer, list_group_specs(config), prunable)
+    return Source(model, folder, config, tokenizer, specs, prunable)
 
 
 def load_dataset(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -15,12 +14,11 @@ from lpdeploy.families import GgufArchitecture, get_family
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.loading import (
     get_model_classes,
-    list_weight_files,
     load_config,
     load_tokenizer,
     refuse_incomplete,
 )
-from lpdeploy.models.tensor_files import load_layout
+from lpdeploy.models.weight_files import index_weights
 from lpdeploy.servers.gguf_vocab import Vocabulary, build_vocabulary
 
 # Precision -> name of the type of matrices in gguf. Vectors stay in F32, as its readers expect.
@@ -140,11 +138,7 @@ def _list_names(
         wanted = {k: tuple(v.shape) for k, v in model_class(config).named_parameters()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)  # readers take the embedding where it is missing
-    stored = {
-        name: info.shape
-        for file in list_weight_files(model)
-        for name, info in load_layout(file).items()
-    }
+    stored = {name: own.info.shape for name, own in index_weights(model, config).items()}
     wrong = {name for name, shape in wanted.items() if stored.get(name) != shape}
     refuse_incomplete(model, wrong)
     architecture = gguf.MODEL_ARCH[get_architecture(config).name]
@@ -217,11 +211,10 @@ def _iterate_weights(
     model: Path, names: dict[str, tuple[str, tuple[int, ...]]], config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights in the order of ``names``, one in memory at a time."""
-    files = [safe_open(file, framework="pt") for file in list_weight_files(model)]
-    homes = {name: file for file in files for name in file.offset_keys()}
+    stored = index_weights(model, config)
     interleaved = get_architecture(config).interleaved
     for name in names:
-        tensor = homes[name].get_tensor(name)
+        tensor = stored[name].load()
         if interleaved and ("q_proj" in name or "k_proj" in name):
             tensor = interleave_rotary_rows(tensor, head_dim=get_head_dim(config))
         yield name, tensor

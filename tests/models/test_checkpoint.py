@@ -155,7 +155,7 @@ def test_a_truncated_file_is_refused(tmp_path, size):
     plan = make_plan(base, keep_all(base))
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the model anew"):
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the checkpoint anew"):
         stream(base, plan, {})
 
 
@@ -163,7 +163,7 @@ def test_a_shard_that_is_not_there_is_refused(bases, tmp_path):
     load_model(bases("llama-mha")).save_pretrained(tmp_path, max_shard_size="20KB")
     plan = make_plan(tmp_path, keep_all(tmp_path))
     min(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the model anew"):
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the checkpoint anew"):
         stream(tmp_path, plan, {})
 
 

@@ -121,7 +121,7 @@ def test_a_truncated_base_is_refused(base, run):
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     rehash(run, base)
-    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the model anew"):
+    with pytest.raises(ArtifactError, match=r"cannot be read: .* Copy the checkpoint anew"):
         compact(run)
     assert_nothing_left(run)
 
@@ -131,7 +131,7 @@ def test_a_base_without_one_of_its_weights_is_refused(base, run):
     del tensors["model.layers.0.mlp.down_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     rehash(run, base)
-    with pytest.raises(ArtifactError, match=r"lacks 1 weights of its plan, .*down_proj.* Give"):
+    with pytest.raises(ArtifactError, match="lacks 1 weights .*down_proj"):
         compact(run)
     assert_nothing_left(run)
 

@@ -12,7 +12,6 @@ from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import (
     compute_model_sha256,
     get_model_classes,
-    list_weight_files,
     load_config,
     load_model,
     load_tokenizer,
@@ -20,6 +19,7 @@ from lpdeploy.models.loading import (
     resolve_dtype,
     resolve_model,
 )
+from lpdeploy.models.weight_files import list_weight_files
 from tests.models.families import FAMILIES, compute_logits, edit_json, make_base
 
 WEIGHTS = "model.safetensors"

@@ -210,7 +210,7 @@ class _Decoder:
         return self._add_linear(self._op("Mul", activated, up), f"{prefix}.mlp.down_proj")
 
     def _add_head(self, hidden: ir.Value) -> None:
-        tied = "lm_head.weight" not in self.weights
+        tied = self.config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         if tied and self.quantization is None:
             table = self._add_weight(name)  # the embedding's own table, read across

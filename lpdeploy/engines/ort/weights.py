@@ -8,13 +8,13 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lpdeploy.engines.ort_session import quantize_blocks
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.adapters import load_adapter
-from lpdeploy.models.loading import list_weight_files
+from lpdeploy.models.loading import load_config
+from lpdeploy.models.weight_files import index_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Weights:
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, adapter: Path | None = None) -> None:
-        self._files = _index_tensors(folder)
+        self._stored = index_weights(folder, load_config(folder))
         self._dtype = dtype
         self._lora = load_adapter(adapter) if adapter else {}
         # The packed weight and its scales come of one computation and are written one after the
@@ -60,7 +60,7 @@ class Weights:
         self._quantize = functools.lru_cache(maxsize=1)(self._quantize_once)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def has_lora(self, module: str) -> bool:
         """Tell whether a projection has LoRA beside it."""
@@ -76,9 +76,9 @@ class Weights:
             ArtifactError: The checkpoint has no such tensor.
         """
         for name in names:
-            if name not in self._files:
+            if name not in self._stored:
                 raise ArtifactError(f"The checkpoint has no {name}. Give a complete checkpoint.")
-        shapes = [self._files[name][1] for name in names]
+        shapes = [self._stored[name].info.shape for name in names]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def build_constant(self, *names: str, transpose: bool = False) -> ir.LazyTensor:
@@ -141,26 +141,9 @@ class Weights:
         )
 
     def _load(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Tensor:
-        parts = []
-        for name in names:
-            with safe_open(self._files[name][0], framework="pt") as tensors:
-                parts.append(tensors.get_tensor(name).to(dtype or self._dtype))
+        parts = [self._stored[name].load().to(dtype or self._dtype) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _quantize_once(self, names: tuple[str, ...], form: BlockFormat) -> tuple[Tensor, Tensor]:
         weight = self._load(names, torch.float32)  # from what is stored, rounded once only
         return quantize_blocks(weight, bits=form.bits, block_size=form.block_size)
-
-
-def _index_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    index = {}
-    for file in list_weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    index[name] = (file, tuple(tensors.get_slice(name).get_shape()))
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"'{file}' cannot be read: {error}. Copy the checkpoint anew."
-            ) from error
-    return index

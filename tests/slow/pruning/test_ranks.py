@@ -152,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_divided_is_refused(root):
         for name in ("lacking", "misshapen"):
             assert "lacks 1 weights of its architecture" in refused[name]
             assert "first model.layers.1.mlp.up_proj.weight." in refused[name]
-        assert "damaged' cannot be loaded" in refused["damaged"]
+        assert "damaged/model.safetensors' cannot be read" in refused["damaged"]
         assert refused["damaged"].endswith("Copy the checkpoint anew.")
 
 
