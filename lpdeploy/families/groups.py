@@ -97,6 +97,11 @@ def has_bias(config: PretrainedConfig, module: str) -> bool:
     return bool(getattr(config, stated, False))
 
 
+def uses_silu(config: PretrainedConfig) -> bool:
+    """Tell whether the FFN's activation is SiLU, as in every released model of these families."""
+    return config.hidden_act in ("silu", "swish")
+
+
 def expand_index(kept: Tensor, block: int) -> Tensor:
     """Turn kept groups into kept rows or columns: (G,) -> (G * block,)."""
     offsets = torch.arange(block, device=kept.device)

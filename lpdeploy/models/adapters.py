@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import LINEARS, expand_index
+from lpdeploy.models.finite import check_finite
 from lpdeploy.plan import PruningPlan
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
+# Fields of an adapter's config that make it more, or other, than ``scaling B A`` of one rank.
+_OTHER_KINDS = (
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "bias", "rank_pattern"),
+    *("alpha_pattern", "modules_to_save", "fan_in_fan_out", "layer_replication"),
+    "target_parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,34 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
         raise ArtifactError(
             f"'{folder}' is no readable LoRA adapter: {reason}. Prune again."
         ) from error
+    _check_kind(folder, config)
     scaling = config.lora_alpha / config.r
     names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name=name)
+        if (rank := tensor.shape[0 if ".lora_A." in name else 1]) != config.r:
+            raise ArtifactError(
+                f"'{folder}' is of rank {config.r} by its config, and {name} of rank {rank}. "
+                "Prune again."
+            )
     return {
         name.removeprefix(_PREFIX): LoraWeights(
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scaling
         )
         for name in names
     }
+
+
+def _check_kind(folder: Path, config: Any) -> None:
+    """Refuse an adapter that is more, or other, than ``scaling B A`` of one rank."""
+    if not isinstance(config.r, int) or config.r < 1:
+        raise ArtifactError(f"'{folder}' has rank {config.r!r}; it must be 1 or more. Prune again.")
+    for name in _OTHER_KINDS:
+        if getattr(config, name, None) not in (None, False, "none", {}, []):
+            raise ArtifactError(
+                f"'{folder}' has {name}={getattr(config, name)!r}, and only plain LoRA is merged. "
+                "Prune again."
+            )
 
 
 def check_adapter(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import LoraWeights
+from lpdeploy.models.finite import check_finite, round_weight
 from lpdeploy.models.tensor_files import (
     TensorInfo,
     iterate_blocks,
@@ -22,6 +23,7 @@ from lpdeploy.models.tensor_files import (
 from lpdeploy.models.weight_files import index_weights, list_weight_files
 from lpdeploy.plan import GroupSpec, PruningPlan, Slice
 
+_OVERFLOW = "Save the base model in bfloat16, and prune that."
 CARRIED_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -113,7 +115,8 @@ def stream_pruned_blocks(
         overwritten by the third ones after them.
 
     Raises:
-        ArtifactError: A file is missing or damaged.
+        ArtifactError: A file is missing or damaged, or a weight holds NaN or infinity.
+        LpdeployError: A merged weight is too large for the base's precision.
     """
     cuts = _index_cuts(plan)
     for file in list_weight_files(base):
@@ -121,9 +124,10 @@ def stream_pruned_blocks(
             if _is_table(name):
                 continue
             module, _, leaf = name.rpartition(".")
+            check_finite(block, name=name)
             start, rows = _cut_rows(block, first, cuts.get(module), leaf=leaf)
             if leaf == "weight" and module in lora:
-                rows = _merge(rows, lora[module], start=start)
+                rows = _merge(rows, lora[module], start=start, name=name)
             if rows.numel():
                 yield name, rows
 
@@ -179,10 +183,10 @@ def _check_fit(info: TensorInfo, lora: LoraWeights, *, name: str) -> None:
         )
 
 
-def _merge(rows: Tensor, lora: LoraWeights, *, start: int) -> Tensor:
+def _merge(rows: Tensor, lora: LoraWeights, *, start: int, name: str) -> Tensor:
     factor = lora.lora_b[start : start + len(rows)].float()
     merged = torch.addmm(rows.float(), factor, lora.lora_a.float(), alpha=lora.scaling)
-    return merged.to(rows.dtype)
+    return round_weight(merged, rows.dtype, name=f"The merged {name}", fix=_OVERFLOW)
 
 
 def save_shards(

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256, load_json
 from lpdeploy.environment import is_remote_code_trusted
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
+from lpdeploy.models.finite import round_weight
 from lpdeploy.models.quantized import (
     apply_training_layout,
     build_quantization,
     check_4bit_widths,
     list_misshapen,
+    list_scales,
 )
-from lpdeploy.models.weight_files import is_tied, list_weight_files
+from lpdeploy.models.weight_files import index_weights, is_tied, list_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +169,10 @@ def load_model(
         A transformers causal LM in eval mode.
 
     Raises:
-        ArtifactError: A weight is missing, of another shape, or its file is damaged.
-        LpdeployError: A 4-bit model has widths that a CPU computes wrong.
+        ArtifactError: A weight is missing, of another shape, or holds NaN or infinity, or its file
+            is damaged.
+        LpdeployError: A weight is too large for ``dtype``, or a 4-bit model has widths that a CPU
+            computes wrong.
         MissingDependencyError: ``load_in`` is given and bitsandbytes is not installed.
         ValueError: ``dtype`` or ``load_in`` is none of those.
     """
@@ -202,12 +207,29 @@ def load_model(
         *(list_misshapen(model) if load_in else ()),
     }
     refuse_incomplete(folder, wrong)
+    _refuse_infinite(folder, config, model)
     if load_in is not None:
         if torch.device(device).type == "cpu":
             check_4bit_widths(model)
         apply_training_layout(model)
         return model.eval()  # on its device already: weights are quantized there
     return model.to(device).eval()
+
+
+def _refuse_infinite(folder: Path, config: PretrainedConfig, model: nn.Module) -> None:
+    """Refuse weights that are no numbers, or became none in the precision that they were loaded in.
+
+    Raises:
+        ArtifactError: A weight of the checkpoint holds NaN or infinity.
+        LpdeployError: It is too large for the precision.
+    """
+    parameters = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+    for name, numbers in (*parameters, *list_scales(model)):
+        if not numbers.isfinite().all():
+            stored = index_weights(folder, config)[name].load()
+            fix = "Use `precision='bf16'` or `precision='fp32'`."
+            round_weight(stored, numbers.dtype, name=name, fix=fix)
+            raise ArtifactError(f"{name} cannot be quantized. Load it without `load_in`.")
 
 
 def refuse_incomplete(folder: Path, wrong: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -158,6 +159,19 @@ def list_misshapen(model: nn.Module) -> list[str]:
         for name, linear in linears
         if get_weight_shape(linear) != (linear.out_features, linear.in_features)
     ]
+
+
+def list_scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """List the scales of the quantized weights: where one is no number, neither is its weight."""
+    module: Any
+    for name, module in model.named_modules():
+        match get_quantization(module):
+            case "8bit":
+                yield f"{name}.weight", _get_row_scales(module)
+            case "4bit":
+                state = module.weight.quant_state
+                scales = (state.state2.absmax, state.offset) if state.nested else (state.absmax,)
+                yield from ((f"{name}.weight", own) for own in scales)
 
 
 def get_quantization(linear: Any) -> str | None:

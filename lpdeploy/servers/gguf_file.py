@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lpdeploy.errors import LpdeployError, MissingDependencyError
 from lpdeploy.families import GgufArchitecture, get_family
 from lpdeploy.families.groups import get_head_dim
+from lpdeploy.models.finite import check_finite, round_weight
 from lpdeploy.models.loading import (
     get_model_classes,
     load_config,
@@ -237,10 +238,8 @@ def interleave_rotary_rows(tensor: Tensor, *, head_dim: int) -> Tensor:
 def _encode(gguf: Any, tensor: Tensor, kind: str, *, name: str) -> Any:
     """Turn a weight into the bytes of its type, as an array."""
     if kind == "Q8_0":
+        check_finite(tensor, name=name)
         return gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
-    encoded = tensor.to(_DTYPES[kind]).contiguous()
-    if kind == "F16" and not encoded.isfinite().all() and tensor.isfinite().all():
-        raise LpdeployError(
-            f"{name} holds numbers too large for fp16. Use `precision=bf16` or `precision=fp32`."
-        )
+    fix = "Use `precision=bf16` or `precision=fp32`."
+    encoded = round_weight(tensor, _DTYPES[kind], name=name, fix=fix).contiguous()
     return encoded.view(torch.uint8).numpy() if kind == "BF16" else encoded.numpy()

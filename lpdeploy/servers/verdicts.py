@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, is_per_layer
-from lpdeploy.families.groups import get_head_dim, has_bias
+from lpdeploy.families.groups import get_head_dim, has_bias, uses_silu
 from lpdeploy.models.shapes import list_widths
 
 _ANSWERS = ("yes", "condition", "no")
@@ -219,13 +219,22 @@ def need_heads_of_16(config: PretrainedConfig, _: int) -> Finding | None:
 
 
 def need_trt_for_other_heads(config: PretrainedConfig, _: int) -> Finding | None:
-    """Heads of no multiple of 16 numbers, which leave --engine trt alone."""
+    """Heads of no multiple of 16 numbers, or no SiLU, which leave --engine trt alone."""
+    if not uses_silu(config):
+        return Finding("condition", f"`engine=ort` has no '{config.hidden_act}': use `engine=trt`.")
     if need_heads_of_16(config, 1) is None:
         return None
     return Finding(
         "condition", f"Its heads have {get_head_dim(config)} numbers, no multiple of "
         f"{_ORT_HEAD_MULTIPLE}, which `engine=ort` needs: use `engine=trt`.",
     )  # fmt: skip
+
+
+def need_silu(config: PretrainedConfig, _: int) -> Finding | None:
+    """An activation of the FFN other than SiLU."""
+    if uses_silu(config):
+        return None
+    return Finding("no", f"It computes the FFN with SiLU only, and not with '{config.hidden_act}'.")
 
 
 def fit_gguf_blocks(config: PretrainedConfig, _: int) -> Finding | None:
@@ -272,13 +281,13 @@ SERVERS: tuple[Server, ...] = (
     Server(
         "vllm", "0.32.0", f"{_JOB} on a CPU, several ranks read",
         f"{_FOLDER}: 'vllm serve FOLDER'. 'lpdeploy package --target vllm' adds the right options.",
-        (refuse_per_layer, divide_over_ranks),
+        (refuse_per_layer, divide_over_ranks, need_silu),
         "vllm", "lpdeploy.servers.vllm:package_vllm",
     ),
     Server(
         "sglang", "0.5.23", "read",
         f"{_FOLDER}: 'python -m sglang.launch_server --model-path FOLDER'.",
-        (refuse_per_layer, divide_over_ranks),
+        (refuse_per_layer, divide_over_ranks, need_silu),
     ),
     Server(
         "tensorrt", "rtx 1.7.1", "tests/engines/trt/test_exporter.py",
@@ -296,13 +305,14 @@ SERVERS: tuple[Server, ...] = (
     ),
     Server(
         "onnxruntime-genai", "0.18.0", f"{_TEST}, tokens in tests/servers/test_genai.py",
-        "'lpdeploy package --target genai'.", (need_same_heads, need_heads_of_16, run_on_one_gpu),
+        "'lpdeploy package --target genai'.",
+        (need_same_heads, need_heads_of_16, need_silu, run_on_one_gpu),
         "genai", "lpdeploy.servers.genai:package_genai",
     ),
     Server(
         "llama.cpp", "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
         "'lpdeploy package --target llamacpp'.",
-        (refuse_per_layer, need_gguf_architecture, fit_gguf_blocks),
+        (refuse_per_layer, need_gguf_architecture, need_silu, fit_gguf_blocks),
         "llamacpp", "lpdeploy.servers.llamacpp:package_llamacpp",
     ),
 )  # fmt: skip

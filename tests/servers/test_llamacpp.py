@@ -312,7 +312,7 @@ def test_weights_too_large_for_half_precision(tmp_path):
     tensors["lm_head.weight"][3, 5] = 1e6
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        LpdeployError, match=r"lm_head.weight holds numbers too large .* `precision"
+        LpdeployError, match=r"lm_head.weight holds 1e.06, and fp16 ends at 65504.* `precision"
     ):
         package_for_llamacpp(model, tmp_path / "out", precision="fp16")
     del tensors["lm_head.weight"]

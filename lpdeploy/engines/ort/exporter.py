@@ -80,7 +80,7 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
         graph = build_decoder(
             config, weights, dtype=dtype, max_seq_len=max_seq_len, quantization=quantization
         )
-        ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
+        _save_graph(graph, folder / "model.onnx")
         carry_settings(model_folder, folder)
         contract = Contract(
             engine=ENGINE.name,
@@ -121,6 +121,23 @@ def _resolve_blocks(precision: str, block_size: int) -> BlockFormat | None:
             f"Use {', '.join(map(str, BLOCK_SIZES))}."
         )
     return BlockFormat(_BITS[precision], block_size)
+
+
+def _save_graph(graph: ir.Model, path: Path) -> None:
+    """Write a graph, whose weights are read meanwhile.
+
+    Raises:
+        LpdeployError: A weight cannot be read, or not in the precision of the graph.
+    """
+    try:
+        ir.save(graph, path, external_data=f"{path.name}.data")
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, LpdeployError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _describe_value(value: ir.Value) -> TensorSpec:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
-from lpdeploy.families.groups import build_rotary_embedding, get_head_dim
+from lpdeploy.families.groups import build_rotary_embedding, get_head_dim, uses_silu
 from lpdeploy.models.shapes import LayerWidths, list_widths
 
 OPSET = 23
@@ -76,6 +76,11 @@ def build_decoder(
         raise LpdeployError(
             f"ONNX Runtime's attention wants heads of a multiple of 16, this model's have "
             f"{get_head_dim(config)}. Use `engine='onnx'`."
+        )
+    if not uses_silu(config):
+        raise LpdeployError(
+            f"Engine ort computes the FFN with SiLU, and this model uses '{config.hidden_act}'. "
+            "Use `engine='onnx'`."
         )
     return _Decoder(config, weights, dtype, quantization).build(max_seq_len)
 

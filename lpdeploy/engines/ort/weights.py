@@ -13,8 +13,12 @@ from torch import Tensor
 from lpdeploy.engines.ort_session import quantize_blocks
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.adapters import load_adapter
+from lpdeploy.models.finite import round_weight
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.weight_files import index_weights
+
+_OVERFLOW_SCALES = "Use `activations='bf16'` or `activations='fp32'`."
+_OVERFLOW = "Use `precision='bf16'` or `precision='fp32'`."
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ class Weights:
             f"{name}.scales",
             (rows, blocks),
             self._dtype,
-            lambda: self._quantize(names, form)[1].to(self._dtype),
+            lambda: round_weight(
+                self._quantize(names, form)[1], self._dtype, name=name, fix=_OVERFLOW_SCALES
+            ),
         )
         return packed, scales
 
@@ -141,7 +147,11 @@ class Weights:
         )
 
     def _load(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> Tensor:
-        parts = [self._stored[name].load().to(dtype or self._dtype) for name in names]
+        dtype = dtype or self._dtype
+        parts = [
+            round_weight(self._stored[name].load(), dtype, name=name, fix=_OVERFLOW)
+            for name in names
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _quantize_once(self, names: tuple[str, ...], form: BlockFormat) -> tuple[Tensor, Tensor]:
