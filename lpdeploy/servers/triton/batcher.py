@@ -1,5 +1,6 @@
 """Continuous decoding: requests that join and leave one running batch."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
@@ -11,6 +12,8 @@ from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import LpdeployError
 from lpdeploy.servers.triton.rows import Size, build_rows
 from lpdeploy.servers.triton.sampling import Sampler, Sampling
+
+logger = logging.getLogger(__name__)
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 """Why a request ended: a stop token or its listener said so, its tokens are used up, or nobody
@@ -53,7 +56,7 @@ class Request:
 
 @dataclass(eq=False)
 class _Running:
-    """A request that has a row."""
+    """A request that has a row, or waits for one."""
 
     request: Request
     sampler: Sampler
@@ -65,7 +68,8 @@ class Batcher:
 
     Before each step, requests that wait take the rows that are free: their prompts run together,
     and from then on they decode with those that were there before. A request that has ended
-    leaves its row at once.
+    leaves its row at once. Whatever goes wrong with one request, in its sampling or with those who
+    listen to it, ends that request alone.
 
     Args:
         runner: The engine; nobody else may use it.
@@ -77,7 +81,7 @@ class Batcher:
         self._runner = runner
         self._rows = build_rows(runner, max_batch)
         self._max_waiting = max_waiting
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -88,23 +92,36 @@ class Batcher:
         """Let a request wait for a row.
 
         Raises:
-            ValueError: Its prompt is empty, or it needs more positions than the engine has.
+            ValueError: Its prompt is empty or has a token that the model does not know, or it needs
+                more positions than the engine has.
             BusyError: Too many wait already, or the batcher is closed.
         """
         self._check(request)
+        waiting = _Running(request, Sampler(request.sampling))
         with self._changed:
-            if self._closed:
-                raise BusyError("The server is shutting down. Ask again once it is back.")
-            if len(self._waiting) >= self._max_waiting:
-                raise BusyError(
-                    f"{self._max_waiting} requests wait already. Ask again in a moment."
-                )
-            self._waiting.append(request)
+            self.check_room()
+            self._waiting.append(waiting)
             self._changed.notify()
+
+    def check_room(self) -> None:
+        """Check that one more request may wait.
+
+        Raises:
+            BusyError: Too many wait already, or the batcher is closed.
+        """
+        if self._closed:
+            raise BusyError("The server is shutting down. Ask again once it is back.")
+        if len(self._waiting) >= self._max_waiting:
+            raise BusyError(f"{self._max_waiting} requests wait already. Ask again in a moment.")
 
     def _check(self, request: Request) -> None:
         if not request.prompt:
             raise ValueError("the prompt has no tokens; give at least one")
+        if not all(0 <= token < self._runner.vocab_size for token in request.prompt):
+            raise ValueError(
+                f"the prompt has a token that the model does not embed; it knows 0 to "
+                f"{self._runner.vocab_size - 1}"
+            )
         if request.max_new_tokens < 1:
             raise ValueError(f"max_tokens is {request.max_new_tokens}; it must be at least 1")
         needed = sum(request.size)
@@ -141,8 +158,7 @@ class Batcher:
     def _turn(self) -> None:
         """Let the cancelled go, the waiting join, and all take a token."""
         for row in reversed(range(len(self._running))):
-            if self._running[row].request.is_cancelled():
-                self._tell(self._running[row].request, None, CANCELLED)
+            if self._is_cancelled(self._running[row].request):
                 self._leave(row)
         self._admit()
         if self._running:
@@ -151,16 +167,36 @@ class Batcher:
     def _admit(self) -> None:
         while joined := self._pick():
             first = len(self._running)
-            self._running += [_Running(request, Sampler(request.sampling)) for request in joined]
-            self._take(first, self._rows.start([request.prompt for request in joined]))
+            try:
+                logits = self._rows.start([each.request.prompt for each in joined])
+            except Exception as error:  # noqa: BLE001 - those that run already are not concerned
+                for each in joined:
+                    _report(each.request, error)
+                continue
+            self._running += joined
+            self._take(first, logits)
 
-    def _pick(self) -> list[Request]:
+    def _pick(self) -> list[_Running]:
         with self._changed:
-            for request in [each for each in self._waiting if each.is_cancelled()]:
-                self._waiting.remove(request)
-                self._tell(request, None, CANCELLED)
-            count = self._rows.count_startable([request.size for request in self._waiting])
+            here = list(self._waiting)
+        # Listeners are asked without the lock: one may hold it up, or submit another request.
+        gone = [each for each in here if self._is_cancelled(each.request)]
+        with self._changed:
+            for each in gone:
+                self._waiting.remove(each)
+            count = self._rows.count_startable([each.request.size for each in self._waiting])
             return [self._waiting.popleft() for _ in range(count)]
+
+    def _is_cancelled(self, request: Request) -> bool:
+        """Tell whether nobody waits for a request any more; its listener is told that it ended."""
+        try:
+            gone = request.is_cancelled()
+        except Exception as error:  # noqa: BLE001 - one listener's fault is not the others'
+            _report(request, error)
+            return True
+        if gone:
+            self._tell(request, None, CANCELLED)
+        return gone
 
     def _take(self, first: int, logits: Tensor) -> None:
         """Give each row from ``first`` on its next token: logits of shape (n, vocab)."""
@@ -169,7 +205,12 @@ class Batcher:
         for index in reversed(range(len(best))):
             row = first + index
             running = self._running[row]
-            token = running.sampler.choose(logits[index], best[index])
+            try:
+                token = running.sampler.choose(logits[index], best[index])
+            except Exception as error:  # noqa: BLE001 - of this row's numbers alone
+                _report(running.request, error)
+                self._leave(row)
+                continue
             running.tokens.append(token)
             reason = self._find_reason(running)
             if self._tell(running.request, token, reason) or reason:
@@ -180,7 +221,7 @@ class Batcher:
         try:
             return request.on_token(token, reason)
         except Exception as error:  # noqa: BLE001 - one listener's fault is not the others'
-            request.on_error(error)
+            _report(request, error)
             return True
 
     def _find_reason(self, running: _Running) -> str | None:
@@ -197,4 +238,12 @@ class Batcher:
         failed, self._running = self._running, []
         self._rows.clear()
         for running in failed:
-            running.request.on_error(error)
+            _report(running.request, error)
+
+
+def _report(request: Request, error: Exception) -> None:
+    """Tell the listener of a request that it failed; one that cannot hear it is only logged."""
+    try:
+        request.on_error(error)
+    except Exception:
+        logger.exception("A request failed, and so did the one who was told.")

@@ -142,8 +142,10 @@ class StandingRows:
     def start(self, prompts: Sequence[list[int]]) -> Tensor:
         """Run prompts as a new batch: logits of their last tokens, (n, vocab)."""
         tokens, self._mask = pad_left(list(prompts))
-        self._order = list(range(len(prompts)))
-        return self._run(tokens)
+        order = list(range(len(prompts)))
+        logits = self._run(tokens, order)
+        self._order = order  # nobody runs here where the engine has failed
+        return logits
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Run one more token of every running row: logits, (rows, vocab)."""
@@ -151,14 +153,14 @@ class StandingRows:
         ids = torch.zeros(len(self._mask), 1, dtype=torch.int64)
         ids[self._order, 0] = torch.tensor(tokens)
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        return self._run(ids)
+        return self._run(ids, self._order)
 
-    def _run(self, tokens: Tensor) -> Tensor:
+    def _run(self, tokens: Tensor, order: Sequence[int]) -> Tensor:
         output = self._runner.forward(
             tokens, attention_mask=self._mask, past=self._past, last_only=True
         )
         self._past = output.past
-        return output.logits[self._order, -1]
+        return output.logits[order, -1]
 
     def leave(self, row: int) -> None:
         """Give a row up. The last running row takes its number."""

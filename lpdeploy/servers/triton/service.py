@@ -15,6 +15,8 @@ from lpdeploy.servers.triton.sampling import Sampling
 from lpdeploy.servers.triton.text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 128
+_BYTES_A_TOKEN = 32  # more than a prompt of any language takes; long runs of spaces may
+_MAX_STOPS, _MAX_STOP = 16, 256
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class TextService:
             ValueError: The question cannot be answered; the sentence says why.
             BusyError: Too many requests wait.
         """
+        self._batcher.check_room()
+        self._check(question)  # before any work is done for it
         prompt: list[int] = self._tokenizer(question.text).input_ids
         stream = TextStream(self._tokenizer, prompt, question.stop)
 
@@ -125,6 +129,21 @@ class TextService:
                 sampling=question.sampling,
             )
         )
+
+    def _check(self, question: Question) -> None:
+        limit = _BYTES_A_TOKEN * self._max_positions
+        if (size := len(question.text.encode(errors="replace"))) > limit:
+            raise ValueError(
+                f"the prompt has {size} bytes, more than {self._max_positions} positions can hold; "
+                f"send at most {limit}"
+            )
+        if len(question.stop) > _MAX_STOPS or any(len(text) > _MAX_STOP for text in question.stop):
+            raise ValueError(
+                f"there may be at most {_MAX_STOPS} stop strings, of {_MAX_STOP} characters each"
+            )
+        asked = question.max_tokens
+        if asked is not None and not 1 <= asked <= self._max_positions:
+            raise ValueError(f"max_tokens is {asked}; it must be 1 to {self._max_positions}")
 
     def _resolve_max_tokens(self, asked: int | None, prompt: int) -> int:
         if asked is not None:

@@ -15,7 +15,7 @@ from lpdeploy.engines.torch.runner import TorchRunner
 from lpdeploy.models.loading import load_model
 from lpdeploy.servers.triton.batcher import Batcher, BusyError, Request
 from lpdeploy.servers.triton.rows import JoiningRows, Size, StandingRows
-from lpdeploy.servers.triton.sampling import Sampling
+from lpdeploy.servers.triton.sampling import Sampler, Sampling
 from tests.helpers import make_tiny_model
 
 POSITIONS = 60
@@ -176,6 +176,98 @@ def test_a_listener_that_fails_ends_its_own_request(batcher, model):
     batcher.submit(request)
     assert Client(batcher, [8, 9], 10).wait() == answer(model, [8, 9], 10)
     assert failed.wait(30)
+
+
+class Faults:
+    """What a request may bring that fails by itself."""
+
+    def fail(self, *_):
+        raise OSError("gone")
+
+    @property
+    def requests(self):
+        quiet = {"on_token": lambda *_: False, "on_error": lambda _: None}
+        return {
+            "a listener": {**quiet, "on_token": self.fail},
+            "a listener that cannot hear of it": {"on_token": self.fail, "on_error": self.fail},
+            "who asks whether it is left": {**quiet, "is_cancelled": self.fail},
+            "that, and cannot hear of it": {
+                "on_token": self.fail, "on_error": self.fail, "is_cancelled": self.fail,
+            },
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", Faults().requests)
+def test_a_request_that_fails_ends_alone(batcher, model, name):
+    company = [Client(batcher, prompt, 25) for prompt in ([8, 9], [7])]
+    for _ in range(3):
+        batcher.submit(Request([5, 6], 20, **Faults().requests[name]))
+    assert company[0].wait() == answer(model, [8, 9], 25)
+    assert company[1].wait() == answer(model, [7], 25)
+    assert Client(batcher, [4, 4], 10).wait() == answer(model, [4, 4], 10)
+
+
+def test_numbers_that_cannot_be_sampled_end_one_request(batcher, model, monkeypatch):
+    choose = Sampler.choose
+
+    def fail(self, logits, best):
+        if not self._greedy:
+            raise RuntimeError("probability tensor contains nan")
+        return choose(self, logits, best)
+
+    monkeypatch.setattr(Sampler, "choose", fail)
+    company = Client(batcher, [8, 9], 25)
+    failed = Client(batcher, [5], 20, sampling=Sampling(1.0))
+    assert company.wait() == answer(model, [8, 9], 25)
+    assert failed.ended.wait(30)
+    assert "nan" in str(failed.error)
+
+
+def test_prompts_that_the_engine_cannot_run_leave_the_others(folder, model):
+    runner = load_ort_runner(folder / "ort")
+    forward = runner.forward
+
+    def fail(tokens, **options):
+        if tokens.shape[1] == 7:
+            raise RuntimeError("out of memory")
+        return forward(tokens, **options)
+
+    runner.forward = fail
+    batcher = Batcher(runner, max_batch=3)
+    company = Client(batcher, [8, 9], 25)
+    company.each.get(timeout=30)
+    failed = Client(batcher, [5] * 7, 20)
+    assert failed.ended.wait(30)
+    assert str(failed.error) == "out of memory"
+    assert company.wait() == answer(model, [8, 9], 25)
+    assert Client(batcher, [4, 4], 10).wait() == answer(model, [4, 4], 10)
+    batcher.close()
+
+
+@pytest.mark.parametrize("token", [-1, 10**4, 10**9])
+def test_a_token_that_is_none_is_refused(batcher, token):
+    with pytest.raises(ValueError, match="a token that the model does not embed"):
+        Client(batcher, [5, token], 4)
+
+
+SAMPLINGS = [
+    {"top_k": 1.5}, {"top_k": -1}, {"top_k": True}, {"temperature": 1e-300},
+    {"temperature": 1e300}, {"temperature": float("nan")}, {"temperature": float("inf")},
+    {"temperature": -1}, {"top_p": 0}, {"top_p": float("nan")}, {"top_p": 2}, {"seed": 1.5},
+    {"seed": -1}, {"seed": 2**63},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", SAMPLINGS, ids=str)
+def test_what_a_sampler_cannot_take_is_refused(values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))} is .*; it must be"):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_the_ends_of_the_temperatures_can_be_sampled(temperature):
+    logits = torch.tensor([3e4, -3e4, 0.0, 3e4])
+    assert 0 <= Sampler(Sampling(temperature, top_k=2, top_p=0.5)).choose(logits, 0) < 4
 
 
 def test_an_engine_that_fails_ends_what_runs_and_goes_on(folder, model):

@@ -87,3 +87,64 @@ def test_nothing_of_a_stop_string_ever_shows(tokenizer):
         continued = tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])) :]
         assert stopped == (stop in continued)
         assert "".join(pieces) == continued.split(stop)[0]
+
+
+def list_bytes(tokenizer, data):
+    """The tokens of single bytes, whatever they are together."""
+    if tokenizer.convert_tokens_to_ids("<0x41>") is not None:
+        return tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in data])
+    letters = list(map_bytes())
+    return tokenizer.convert_tokens_to_ids([letters[byte] for byte in data])
+
+
+def map_bytes():
+    """GPT-2's letter for each byte (its released encoder): printable ones stand for themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+BROKEN = {
+    "a byte after an emoji": "😀".encode() + b"\xff" + b"a",
+    "half an emoji": "😀".encode()[:2] + b"a",
+    "half an emoji at the end": b"a" + "😀".encode()[:3],
+    "half, then whole": "😀".encode()[:3] + "😀".encode() + b"b",
+    "continuation bytes": b"\x80\x80a\x80",
+    "the replacement itself": "a\ufffdb".encode(),
+    "nothing but": b"\xff" * 5,
+}
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
+def test_bytes_that_are_no_character_end_nothing(tokenizer, data):
+    start = tokenizer("the end").input_ids
+    tokens = list_bytes(tokenizer, data)
+    pieces, _ = spread(tokenizer, start, [*tokens, *tokenizer("then").input_ids])
+    text = "".join(pieces)
+    assert text.endswith("then")
+    if tokenizer.convert_tokens_to_ids("<0x41>") is None:
+        assert text == tokenizer.decode([*start, *tokens, *tokenizer("then").input_ids])[7:]
+    elif data.startswith("😀".encode()):  # byte fallback gives up a whole run, but for what is out
+        assert "😀" in text
+
+
+def test_any_tokens_are_streamed_as_they_are_decoded(tokenizer):
+    """Of bytes exactly; with byte fallback, wherever no byte is broken."""
+    rng, checked = random.Random(1), 0
+    exact = tokenizer.convert_tokens_to_ids("<0x41>") is None
+    for _ in range(300):
+        ids = [rng.randrange(1, tokenizer.vocab_size) for _ in range(rng.randrange(2, 40))]
+        cut = rng.randrange(1, len(ids))
+        start, whole = tokenizer.decode(ids[:cut]), tokenizer.decode(ids)
+        pieces, _ = spread(tokenizer, ids[:cut], ids[cut:])
+        if whole.startswith(start) and (exact or "\ufffd" not in whole):
+            assert start + "".join(pieces) == whole
+            checked += 1
+    assert checked > 3
+
+
+def test_a_prompt_that_ends_in_a_replacement_is_not_repeated(tokenizer):
+    prompt = list_bytes(tokenizer, "the \ufffd".encode())
+    pieces, _ = spread(tokenizer, prompt, tokenizer("then").input_ids)
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces).endswith("then")
