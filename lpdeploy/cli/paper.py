@@ -146,7 +146,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     from lpdeploy.paper.stage import build_evaluation, build_study, run_paper
 
     evaluation = build_evaluation(
-        perplexity, seq_len=eval_seq_len, tasks=tasks, task_data=task_data
+        perplexity, seq_len=eval_seq_len, tasks=split_names(tasks), task_data=task_data
     )
     if evaluation and spec.kind == "similarity":
         log(f"{spec.heading} compares only masks; --perplexity and --tasks are ignored.")

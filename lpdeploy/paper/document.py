@@ -14,8 +14,6 @@ from lpdeploy.paper.similarity import compute_mask_similarity
 from lpdeploy.paper.tables import Table
 
 _KINDS = {"heads": "attention (heads)", "channels": "FFN (channels)"}
-
-
 _COST_COLUMNS = (
     Column("s/iter", "s", "lower"),
     Column("scoring", "ms", "lower"),
@@ -39,13 +37,12 @@ def list_columns(table: Table, study: Study) -> list[Column]:
     evaluation = study.evaluation
     columns += [Column(source.name, "perplexity", "lower") for source in evaluation.perplexity]
     if evaluation.tasks:
-        names = [name.strip() for name in evaluation.tasks.split(",")]
-        columns += [Column(name, "share", "higher") for name in [*names, "average"]]
+        columns += [Column(name, "share", "higher") for name in (*evaluation.tasks, "average")]
     return columns
 
 
 def list_values(result: CellResult) -> dict[str, float]:
-    """Return everything that a finished cell measured, by column."""
+    """List everything that a finished cell measured, by column."""
     values: dict[str, float] = {}
     if result.prune:
         values["removed"] = result.prune["achieved"]["parameters"]
@@ -68,12 +65,6 @@ def list_values(result: CellResult) -> dict[str, float]:
     return values
 
 
-def summarise(values: Sequence[float]) -> Value:
-    """Return mean and sample standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return Value(statistics.fmean(values), spread, len(values))
-
-
 def build_document(
     selection: Selection,
     study: Study,
@@ -84,16 +75,16 @@ def build_document(
     folder: Path,
     failed: Mapping[str, str],
 ) -> TableResult:
-    """Put the cells that are done into a table.
+    """Put the finished cells into a table.
 
     Args:
         selection: Which part of which table.
         study: What the cells share.
-        cells: All that the table has.
-        results: Key -> result, of those that are done.
-        command: That makes this table.
+        cells: All cells of the table.
+        results: Key -> result of each finished cell.
+        command: The command that makes this table.
         folder: The output folder, for the scores of Figure 4.
-        failed: Key -> error.
+        failed: Key -> error of each failed cell.
     """
     table = selection.table
     if table.kind == "similarity":
@@ -106,15 +97,8 @@ def build_document(
     if table.kind == "cost":
         _relate(rows, selection.rows[0].name)
     used = [result.machine for result in results.values()]
-    machines = {str((machine.cpu, machine.gpu, machine.versions)) for machine in used}
-    latest = max(results.values(), key=lambda result: result.date, default=None)
     return TableResult(
         table=table.name,
-        heading=table.heading,
-        title=table.title,
-        about=table.about,
-        kind=table.kind,
-        axis=table.axis,
         model=study.model.name,
         data=study.data.name,
         command=command,
@@ -128,8 +112,8 @@ def build_document(
             for cell in cells
             if cell.key in failed
         ),
-        machines=len(machines),
-        machine=latest.machine if latest else None,
+        machines=len({str((machine.cpu, machine.gpu, machine.versions)) for machine in used}),
+        machine=max(used, key=lambda machine: machine.date, default=None),
     )
 
 
@@ -151,7 +135,7 @@ def _build_rows(
                     place=row.place,
                     panel=row.panel,
                     seeds=len(done),
-                    values=_summarise_columns(done),
+                    values=summarise(done),
                     paper=dict(selection.table.get_paper(ratio, row.name)),
                     cells=tuple(cell.key for cell in own),
                 )
@@ -159,32 +143,39 @@ def _build_rows(
     return rows
 
 
-def _summarise_columns(done: Sequence[Mapping[str, float]]) -> dict[str, Value]:
-    names = dict.fromkeys(name for values in done for name in values)
-    return {name: summarise([v[name] for v in done if name in v]) for name in names}
+def summarise(done: Sequence[Mapping[str, float]]) -> dict[str, Value]:
+    """Return mean and sample standard deviation of each column, over cells or layers."""
+    columns: dict[str, list[float]] = {}
+    for name, value in (item for values in done for item in values.items()):
+        columns.setdefault(name, []).append(value)
+    return {
+        name: Value(
+            mean=statistics.fmean(values),
+            spread=statistics.stdev(values) if len(values) > 1 else None,
+            n=len(values),
+        )
+        for name, values in columns.items()
+    }
 
 
 def _mark_best(rows: Sequence[ResultRow], columns: Sequence[Column]) -> None:
-    """Mark the best mean of each column among the rows of a ratio, where several can be compared.
-
-    Rows of another panel vary something else and are compared among themselves.
-    """
+    """Mark the best mean of each column among the rows of one ratio and panel."""
     groups: dict[tuple[float, str], list[ResultRow]] = {}
     for row in rows:
         groups.setdefault((row.ratio, row.panel), []).append(row)
     for family in groups.values():
-        for name, better in ((column.name, column.better) for column in columns):
-            found = [row for row in family if name in row.values]
-            if better and len(found) > 1:
-                choose = min if better == "lower" else max
-                best = choose(row.values[name].mean for row in found)
-                for row in found:
-                    value = row.values[name]
-                    row.values[name] = replace(value, best=value.mean == best)
+        for column in columns:
+            found = [row.values for row in family if column.name in row.values]
+            if column.better and len(found) > 1:
+                choose = min if column.better == "lower" else max
+                best = choose(values[column.name].mean for values in found)
+                for values in found:
+                    value = values[column.name]
+                    values[column.name] = replace(value, best=value.mean == best)
 
 
 def _relate(rows: Sequence[ResultRow], first: str) -> None:
-    """Add to each value what it is of the first row's at the same ratio."""
+    """Divide each value by that of the first row at the same ratio."""
     for row in rows:
         base = next(r for r in rows if r.name == first and r.ratio == row.ratio)
         for name, value in row.values.items():
@@ -226,13 +217,12 @@ def _compare(
 ) -> dict[str, Value]:
     """Summarise over layers and seeds; a layer that loses no group at this ratio is left out."""
     compared = [
-        similarity
+        compute_mask_similarity(first[name], second[name], ratio=ratio)
         for first, second in pairs
         for name in first
         if name.endswith(kind)
-        and (similarity := compute_mask_similarity(first[name], second[name], ratio=ratio))
     ]
-    return _summarise_columns(
+    return summarise(
         [
             {
                 "agreement": similarity.agreement,
@@ -241,5 +231,6 @@ def _compare(
                 "random Jaccard": similarity.random_jaccard,
             }
             for similarity in compared
+            if similarity is not None
         ]
     )

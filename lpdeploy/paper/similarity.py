@@ -16,14 +16,12 @@ class MaskSimilarity:
     """Two masks of one layer, compared.
 
     Attributes:
-        removed: Groups that each of them removes.
         agreement: Share of the groups that both keep or both remove.
-        jaccard: Groups that both remove, over groups that either removes.
-        random_agreement: Expected agreement of two random masks that remove as many.
-        random_jaccard: Their expected Jaccard index.
+        jaccard: Number of groups that both remove, divided by the number that either removes.
+        random_agreement: Expected agreement of two random masks that remove as many groups.
+        random_jaccard: Expected Jaccard index of two such masks.
     """
 
-    removed: int
     agreement: float
     jaccard: float
     random_agreement: float
@@ -38,18 +36,17 @@ def compute_mask_similarity(
     Args:
         first: Importance by one criterion, shape (G,).
         second: Importance by the other, shape (G,). Only the order within each counts.
-        ratio: Share of the groups that goes, to the nearest whole group; one stays at least.
+        ratio: Share of groups to remove, to the nearest whole group; at least one stays.
 
     Returns:
-        The comparison, or None where the ratio removes no group, so that there are no masks.
+        The comparison, or None if the ratio removes no group.
 
     Raises:
         ValueError: The shapes differ.
 
     Source:
         LoRAPrune, arXiv:2305.18403, section 4.3 and Figure 4, which shows the agreement. The
-        Jaccard index is ours: at a low ratio most groups are kept by any two masks, so that the
-        agreement of random ones is high, too.
+        Jaccard index is ours: at a low ratio even two random masks agree on most groups.
     """
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(
@@ -63,7 +60,6 @@ def compute_mask_similarity(
         return None
     both = int((~masks[0] & ~masks[1]).sum())
     return MaskSimilarity(
-        removed=removed,
         agreement=int((masks[0] == masks[1]).sum()) / groups,
         jaccard=both / (2 * removed - both),
         random_agreement=compute_random_agreement(groups, removed),

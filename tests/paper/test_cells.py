@@ -10,7 +10,7 @@ import pytest
 from lpdeploy.config import PruneConfig, rename_fields
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.cells import (
-    Evaluation,
+    EvalPlan,
     Selection,
     Source,
     Study,
@@ -34,7 +34,7 @@ def make_study(*, model="m", data="d", words=(), evaluation=None, **options):
         data=Source("here/data.txt", "data.txt", data),
         prune_words=words,
         prune_options={k: v for k, v in values.items() if k not in ("ratio", "seed")},
-        evaluation=evaluation or Evaluation((TEXT,), 128),
+        evaluation=evaluation or EvalPlan((TEXT,), 128),
     )
 
 
@@ -49,7 +49,7 @@ def test_the_key_reads_and_is_stable():
     # Neither the name of a row, nor where data lies, nor how an option was typed, changes a run.
     assert key() == key(Row("other", "other", {"criterion": "lora", "schedule": "joint"}))
     assert key() == key(words=("--lr", "0.0001"))
-    moved = Evaluation((dataclasses.replace(TEXT, given="there/valid.txt"),), 128)
+    moved = EvalPlan((dataclasses.replace(TEXT, given="there/valid.txt"),), 128)
     assert key() == key(evaluation=moved)
 
 
@@ -59,9 +59,9 @@ def test_the_key_reads_and_is_stable():
         {"model": "n"}, {"data": "e"}, {"ratio": 0.4}, {"seed": 1}, {"lr": 2e-4}, {"steps": 7},
         {"row": Row("r", "r", {"criterion": "gradient"})},
         {"row": Row("r", "r", {"load_in": "8bit"})},
-        {"evaluation": Evaluation((TEXT,), 256)},
-        {"evaluation": Evaluation((dataclasses.replace(TEXT, identity="x"),), 128)},
-        {"evaluation": Evaluation((TEXT,), 128, tasks="piqa")},
+        {"evaluation": EvalPlan((TEXT,), 256)},
+        {"evaluation": EvalPlan((dataclasses.replace(TEXT, identity="x"),), 128)},
+        {"evaluation": EvalPlan((TEXT,), 128, tasks=("piqa",))},
     ],
 )  # fmt: skip
 def test_another_run_has_another_key(change):
@@ -85,10 +85,10 @@ def test_committed_cells_are_found_again():
     assert len(COMMITTED) > 100
     for path in COMMITTED:
         cell = json.loads(path.read_text(encoding="utf-8"))
-        evaluation = Evaluation()
+        evaluation = EvalPlan()
         if cell["evaluation"]["perplexity"]:
             texts = cell["evaluation"]["perplexity"].items()
-            evaluation = Evaluation(
+            evaluation = EvalPlan(
                 tuple(Source(name, name, identity) for name, identity in texts),
                 cell["evaluation"]["seq_len"],
             )

@@ -30,7 +30,6 @@ def test_it_is_what_loops_count(groups, ratio, removed):
     found = compute_mask_similarity(first, second, ratio=ratio)
     agreement, jaccard = compare_by_loops(first.tolist(), second.tolist(), removed)
     assert 0 < jaccard < 1  # else the case would show nothing
-    assert found.removed == removed
     assert found.agreement == agreement
     assert found.jaccard == jaccard
 
