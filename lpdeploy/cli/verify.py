@@ -10,7 +10,7 @@ from lpdeploy.errors import ParityError
 
 
 @click.command("verify")
-@click.argument("target", type=RUN, metavar="RUN|MODEL")
+@click.argument("model", type=RUN, metavar="RUN|MODEL")
 @click.option("--engine", type=ENGINE, default="onnx", help="Compare the export of this engine.")
 @click.option(
     "--atol",
@@ -18,7 +18,7 @@ from lpdeploy.errors import ParityError
     help="Absolute tolerance for every pair.  [default: depends on the precision]",
 )
 @shared_options()
-def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> None:
+def command(*, model: Path, engine: str, atol: float | None, as_json: bool) -> None:
     """Compare the logits of all stages of a RUN or MODEL.
 
     The stages of a RUN are the masked, cut, unmerged, merged and exported model; those of a MODEL
@@ -28,19 +28,18 @@ def command(*, target: Path, engine: str, atol: float | None, as_json: bool) -> 
     """
     from lpdeploy.engines.verify import verify
 
-    result = verify(target, engine=engine, atol=atol)
+    result = verify(model, engine=engine, atol=atol)
     lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "
-        f"{p.top1_agreement:10.1%} "
-        f"{'ok' if p.ok else 'DIFFERENT'}"
+        f"{p.top1_agreement:10.1%} {'ok' if p.ok else 'DIFFERENT'}"
         for p in result.pairs
     ]
     print_result(result.to_json(), "\n".join(lines), as_json=as_json)
     asked = ENGINES[engine]
     for other in list_exporting():
-        if asked.export and other is not asked and (target / other.name).is_dir():
-            log(f"'{target / other.name}' was not compared. Use --engine {other.name} for that.")
+        if asked.export and other is not asked and (model / other.name).is_dir():
+            log(f"'{model / other.name}' was not compared. Use --engine {other.name} for that.")
     wrong = [pair for pair in result.pairs if not pair.ok]
     if wrong:
         worst = wrong[0]

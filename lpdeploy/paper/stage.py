@@ -55,7 +55,7 @@ def build_study(
 
 
 def build_evaluation(
-    perplexity: Sequence[str], *, seq_len: int, tasks: Sequence[str], task_data: str | None
+    perplexity: Sequence[str], *, seq_len: int, tasks: Sequence[str], task_data: Path | None
 ) -> EvalPlan:
     """Identify the texts and tasks that cells are measured on.
 
@@ -67,7 +67,7 @@ def build_evaluation(
     for name in names:
         if names.count(name) > 1:
             raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
-    folder = identify_source(task_data) if task_data else None
+    folder = identify_source(str(task_data)) if task_data else None
     return EvalPlan(texts, seq_len, tuple(tasks), folder)
 
 
