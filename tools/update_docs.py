@@ -1,8 +1,8 @@
 """Write the generated parts of the documents: commands, the Python API, and tables from JSON.
 
 `python tools/update_docs.py` writes them. With `--check` it changes nothing, and fails if a
-document is out of date. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`, and
-one that is computed between `<!-- servers -->` or `<!-- travel -->` and `<!-- end -->`.
+document is out of date. A measured table stands between `<!-- table: KIND FILE -->` and
+`<!-- end -->`, a computed one between `<!-- servers -->` or `<!-- travel -->` and `<!-- end -->`.
 """
 
 import inspect
@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 from api_docs import render_api
@@ -61,7 +60,7 @@ def render_cli() -> str:
 def walk_commands(
     group: click.Group, context: click.Context, prefix: str = "lpdeploy"
 ) -> Iterator[tuple[str, click.Command]]:
-    """Yield (full name, command) of all leaves, in their order."""
+    """Yield (full name, command) of all commands that are not groups, in their order."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if isinstance(command, click.Group):
@@ -85,7 +84,7 @@ LARGE = {
 
 
 def render_travel() -> str:
-    """Show how much eight ranks send each other, counted from the shapes of large models."""
+    """Show how much eight ranks send to each other, computed from the shapes of large models."""
     rows = []
     for name, shape in LARGE.items():
         plain, sharded = (
@@ -103,19 +102,15 @@ def render_servers() -> str:
     """List the servers, what each is given, and what its rules were checked against."""
     rows = []
     for server in SERVERS:
-        objections = "; ".join(summarise(rule) for rule in server.rules)
+        documented = (inspect.getdoc(rule) or "" for rule in server.rules)
+        objections = "; ".join(text.split("\n")[0].removesuffix(".") for text in documented)
         checked = " ".join(part for part in (server.version, f"({server.checked})") if part)
         rows.append((server.name, server.how, objections, checked))
     return write_table(("server", "give it", "objects to", "checked"), rows)
 
 
-def summarise(function: Any) -> str:
-    """Return the first line of a docstring, without its full stop."""
-    return inspect.getdoc(function).split("\n")[0].removesuffix(".")
-
-
 def fill_tables(text: str) -> str:
-    """Replace what stands between the markers of a document."""
+    """Replace the text between the markers of a document."""
     computed = {"servers": render_servers, "travel": render_travel}
 
     def fill(match: re.Match[str]) -> str:

@@ -1,13 +1,11 @@
-"""Write small stories in which later sentences must agree with earlier ones.
+"""Generate small stories in which later sentences must agree with earlier ones.
 
-A story has an opening, a plot and a closing, and between them one or two threads that are
-opened early and tied up late. Names, pronouns, colours, things, places and numbers come back
-several sentences after they were introduced, so a model has to look back to predict them
-(attention heads), and has to know which sound a goat makes or what a smith sells (FFN channels).
-All text is lower case, so that a vocabulary of 512 tokens suffices.
+A story has an opening, a plot and a closing, and one or two threads that open before the plot and
+end later. Names, pronouns, colours, things, places and numbers return several sentences after they
+first appear. To predict them, a model has to look back (attention heads), and has to know which
+sound a goat makes or what a smith sells (FFN channels). All text is lower case, so that a
+vocabulary of 512 tokens is enough.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
@@ -46,7 +44,7 @@ def generate_story(rng: Random) -> str:
         rng: Source of every choice; the same state gives the same story.
 
     Returns:
-        One line of lower-case ASCII text of about 540 to 940 characters, no newline.
+        One line of about 540 to 940 lower-case ASCII characters, without a newline.
     """
     plot = rng.choice(PLOTS)
     slots = _draw_slots(rng)
@@ -57,7 +55,7 @@ def generate_story(rng: Random) -> str:
 
 
 def _weave(rng: Random, plot: Sequence[Beat]) -> list[Beat]:
-    """Open one or two threads before the plot and tie them up in its second half or after it."""
+    """Open one or two threads before the plot, and end them in its second half or after it."""
     beats = list(plot)
     threads = rng.sample(THREADS, rng.choice((1, 1, 1, 1, 2)))
     for _, end in threads:
