@@ -93,32 +93,11 @@ task_data_option = click.option(
 
 
 def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
-    """Add --json and --debug to a command, and --recipe unless it has no options to keep."""
+    """Add --json and --debug to a command, and --recipe unless it has no other options."""
 
     def decorate(function: _Function) -> _Function:
-        function = click.option(
-            "--debug",
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_set_debug,
-            help="Show the full traceback if the command fails.",
-        )(function)
-        if recipe:
-            function = click.option(
-                "--recipe",
-                type=click.Path(path_type=Path, dir_okay=False, exists=True),
-                expose_value=False,
-                is_eager=True,
-                callback=_apply_recipe,
-                help="Read options from this YAML file. Options on the command line override it.",
-            )(function)
-        return click.option(
-            "--json",
-            "as_json",
-            is_flag=True,
-            help="Print the result as one JSON document on the last line of stdout.",
-        )(function)
+        function = _debug_option(function)
+        return _json_option(_recipe_option(function) if recipe else function)
 
     return decorate
 
@@ -137,6 +116,30 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
     former = {old: new for old, new in RENAMED.items() if new in known}
     options = load_recipe(value, command, known=known, former=former)
     ctx.default_map = {**(ctx.default_map or {}), **options}
+
+
+_json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result as one JSON document on the last line of stdout.",
+)
+_recipe_option = click.option(
+    "--recipe",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    expose_value=False,
+    is_eager=True,
+    callback=_apply_recipe,
+    help="Read options from this YAML file. Options on the command line override it.",
+)
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_set_debug,
+    help="Show the full traceback if the command fails.",
+)
 
 
 def is_first_rank() -> bool:

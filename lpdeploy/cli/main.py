@@ -15,27 +15,14 @@ from lpdeploy.errors import LpdeployError, OtherRankError, RankLostError, Recipe
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
-    "check",
-    "prune",
-    "compact",
-    "export",
-    "package",
-    "verify",
-    "bench",
-    "eval",
-    "paper",
-    "report",
-    "push",
-    "doctor",
-    "demo",
+    *("check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper"),
+    *("report", "push", "doctor", "demo"),
 )
-
-
 _FIRST_RANK_SECONDS = 5.0
 
 
 class _LazyGroup(click.Group):
-    """Imports a command's module when the command is asked for."""
+    """Imports the module of a command when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -46,7 +33,7 @@ class _LazyGroup(click.Group):
         return importlib.import_module(f"lpdeploy.cli.{cmd_name}").command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
+        """Run a command, and turn the errors of users into one line and exit code 1 or 2."""
         quieten_libraries()
         _end_as_interrupted()
         try:
@@ -69,10 +56,10 @@ class _LazyGroup(click.Group):
 
 
 def _let_first_rank_speak() -> None:
-    """Wait on the other ranks of a run, where the first one may be failing in the same way.
+    """Wait on ranks other than the first, which may be failing in the same way.
 
-    It says what is wrong and ends, and the launcher then ends the others, in silence. One that is
-    still there after a while has failed alone, and speaks.
+    The first rank prints the error, and the launcher then ends the others silently. A rank that is
+    still running after a while has failed alone, and prints its own error.
     """
     if not is_first_rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -80,7 +67,7 @@ def _let_first_rank_speak() -> None:
 
 
 def _end_as_interrupted() -> None:
-    # SIGTERM ends a command as Ctrl-C does: with its processes stopped and its scratch removed.
+    # SIGTERM ends a command as Ctrl-C does: its processes stop, and its scratch files are removed.
     if threading.current_thread() is not threading.main_thread():
         return
     if is_first_rank():

@@ -281,10 +281,19 @@ _READERS: dict[str, Callable[[Path], Iterable[Example]]] = {
 
 def _load_hub(source: str, split: str) -> Iterator[Example]:
     hub, wanted = _find_hub(source, split)
-    rows = _iterate_hub(hub, wanted, source=source)
-    if hub.separator is not None:
-        return iter([Example("", hub.separator.join(row.text for row in rows))])
-    return rows
+    rows = itertools.islice(_open_hub(hub, wanted, source=source), hub.max_rows.get(wanted))
+    found = (
+        parse_row(
+            {"text": row.get(hub.column)} if hub.column in row else row,
+            f"'{source}', row {number},",
+        )
+        for number, row in enumerate(rows, start=1)
+    )
+    with _explained(source):
+        if hub.separator is None:
+            yield from found
+        else:
+            yield Example("", hub.separator.join(row.text for row in found))
 
 
 def _find_hub(source: str, split: str) -> tuple[HubSource, str]:
@@ -302,14 +311,6 @@ def _find_hub(source: str, split: str) -> tuple[HubSource, str]:
             "that was not trained on."
         )
     return hub, wanted
-
-
-def _iterate_hub(hub: HubSource, split: str, *, source: str) -> Iterator[Example]:
-    rows = _open_hub(hub, split, source=source)
-    with _explained(source):
-        for number, row in enumerate(itertools.islice(rows, hub.max_rows.get(split)), start=1):
-            renamed = {"text": row.get(hub.column)} if hub.column in row else row
-            yield parse_row(renamed, f"'{source}', row {number},")
 
 
 def _open_hub(hub: HubSource, split: str, *, source: str) -> Any:

@@ -82,6 +82,13 @@ class EvalPlan:
             "task_data": self.task_data.identity if self.task_data else None,
         }
 
+    def list_words(self, *, seq_len: str) -> list[str]:
+        """Return the options of a command whose option for the segments is ``seq_len``."""
+        words = [word for source in self.perplexity for word in ("--perplexity", source.given)]
+        words += [seq_len, str(self.seq_len)] if self.perplexity else []
+        words += ["--tasks", ",".join(self.tasks)] if self.tasks else []
+        return words + (["--task-data", self.task_data.given] if self.task_data else [])
+
 
 @dataclass(frozen=True)
 class Study:
@@ -234,15 +241,7 @@ def list_prune_words(cell: Cell, study: Study, *, run: Path) -> list[str]:
 
 def list_eval_words(cell: Cell, study: Study, *, model: str) -> list[str]:
     """Return the words of a cell's ``eval`` command."""
-    evaluation = cell.evaluation
-    words = ["eval", model]
-    if evaluation.perplexity:
-        words += [w for s in evaluation.perplexity for w in ("--perplexity", s.given)]
-        words += ["--seq-len", str(evaluation.seq_len)]
-    if evaluation.tasks:
-        words += ["--tasks", ",".join(evaluation.tasks)]
-    if evaluation.task_data:
-        words += ["--task-data", evaluation.task_data.given]
+    words = ["eval", model, *cell.evaluation.list_words(seq_len="--seq-len")]
     if (device := study.prune_options.get("device", "auto")) != "auto":
         words += ["--device", device]
     return words

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.evaluation.results import PAPER_METRICS
 from lpdeploy.paper.cells import Cell, Selection, Study
@@ -77,14 +76,8 @@ def build_document(
 ) -> TableResult:
     """Put the finished cells into a table.
 
-    Args:
-        selection: Which part of which table.
-        study: What the cells share.
-        cells: All cells of the table.
-        results: Key -> result of each finished cell.
-        command: The command that makes this table.
-        folder: The output folder, for the scores of Figure 4.
-        failed: Key -> error of each failed cell.
+    ``results`` and ``failed`` have the key of a finished or failed cell -> its result or error.
+    Figure 4 reads its scores from ``folder``, the output folder.
     """
     table = selection.table
     if table.kind == "similarity":
@@ -198,39 +191,27 @@ def _build_similarity_rows(
         if len(own) == 2:
             paths = [folder / CELLS / f"{cell.key}.importance.safetensors" for cell in own]
             pairs.append([load_file(path) for path in paths])
+
+    def compare(kind: str, ratio: float) -> dict[str, Value]:
+        """Summarise over layers and seeds; a layer that loses no group is left out."""
+        return summarise(
+            [
+                compute_mask_similarity(first[name], second[name], ratio=ratio)
+                for first, second in pairs
+                for name in first
+                if name.endswith(kind)
+            ]
+        )
+
     return [
         ResultRow(
             name=kind,
             label=label,
             ratio=ratio,
             seeds=len(pairs),
-            values=_compare(pairs, kind, ratio),
+            values=compare(kind, ratio),
             paper={},
         )
         for ratio in selection.ratios
         for kind, label in _KINDS.items()
     ]
-
-
-def _compare(
-    pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: float
-) -> dict[str, Value]:
-    """Summarise over layers and seeds; a layer that loses no group at this ratio is left out."""
-    compared = [
-        compute_mask_similarity(first[name], second[name], ratio=ratio)
-        for first, second in pairs
-        for name in first
-        if name.endswith(kind)
-    ]
-    return summarise(
-        [
-            {
-                "agreement": similarity.agreement,
-                "random agreement": similarity.random_agreement,
-                "Jaccard": similarity.jaccard,
-                "random Jaccard": similarity.random_jaccard,
-            }
-            for similarity in compared
-            if similarity is not None
-        ]
-    )

@@ -113,13 +113,7 @@ class Commands:
 
 
 def load_cell(folder: Path, cell: Cell, *, undisturbed: bool = False) -> CellResult | None:
-    """Return the result of a cell, or None if it is not done.
-
-    Args:
-        folder: The output folder.
-        cell: The cell.
-        undisturbed: Accept only a result whose times can be trusted.
-    """
+    """Return the result of a cell; None if it is missing, or is not as ``undisturbed`` as asked."""
     path = folder / CELLS / f"{cell.key}.json"
     if not path.is_file():
         return None
@@ -138,13 +132,7 @@ def run_cells(
 ) -> Iterator[tuple[Cell, CommandError | None]]:
     """Run cells in their order, and yield each one that ends with its error, if it failed.
 
-    Args:
-        cells: The cells to run.
-        study: What they share.
-        folder: The output folder.
-        jobs: Number of cells that run at the same time.
-        commands: Runs their commands.
-        fresh: Restart an interrupted cell, so that its times are those of a whole run.
+    With ``fresh``, an interrupted cell restarts, so that its times are those of a whole run.
 
     Raises:
         LpdeployError: Two consecutive cells of different rows failed with the same error.
@@ -199,16 +187,8 @@ def run_cell(
 ) -> None:
     """Prune, compact and evaluate; write ``cells/KEY.json``, and delete the weights.
 
-    An interrupted cell resumes from the checkpoint of its prune, or after the prune. A failed cell
-    leaves nothing.
-
-    Args:
-        cell: The cell.
-        study: What all cells share.
-        folder: The output folder.
-        commands: Runs its commands.
-        alone: Whether nothing runs beside it, so that its times can be trusted.
-        fresh: Restart an interrupted cell.
+    An interrupted cell resumes from the checkpoint of its prune, or after the prune, unless it
+    must be ``fresh``. A failed cell leaves nothing. Times can be trusted if it runs ``alone``.
 
     Raises:
         CommandError: A command failed.

@@ -177,11 +177,8 @@ def describe_command(selection: Selection, study: Study) -> str:
     """Write the command that makes a table, with each path cut to its last part."""
     evaluation, table = study.evaluation, selection.table
     words = ["paper", table.name, study.model.name, "--data", study.data.name, "--output", "DIR"]
-    if evaluation and table.kind != "similarity":
-        words += [w for text in evaluation.perplexity for w in ("--perplexity", text.name)]
-        words += ["--eval-seq-len", str(evaluation.seq_len)] if evaluation.perplexity else []
-        words += ["--tasks", ",".join(evaluation.tasks)] if evaluation.tasks else []
-        words += ["--task-data", evaluation.task_data.name] if evaluation.task_data else []
+    if table.kind != "similarity":
+        words += show_words(evaluation.list_words(seq_len="--eval-seq-len"))
     words += ["--seeds", str(selection.seeds)]
     words += ["--ratios", ",".join(f"{ratio:g}" for ratio in selection.ratios)]
     if selection.rows != table.rows:
