@@ -24,7 +24,7 @@ _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
 
 
 class _EngineAtPrecision(NameChoice):
-    """An engine, or an engine and a precision as in ort:int4."""
+    """An engine, which a precision may follow after a colon."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check the engine; the library checks the precision."""
@@ -75,18 +75,16 @@ def command() -> None:
     "--output", type=FOLDER, help="Write bench.json to this folder.  [default: the first RUN]"
 )
 @shared_options()
-def latency(  # noqa: PLR0913 - one parameter an option
+def latency(
     *,
     models: tuple[str, ...],
-    engines: tuple[str, ...],
     form: str,
     tokens: int,
     decode: int,
     batch: tuple[int, ...],
     repeats: int,
-    device: str,
-    output: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare the latency of dense and pruned models (the paper's Table 3).
 
@@ -105,12 +103,10 @@ def latency(  # noqa: PLR0913 - one parameter an option
     with counting_progress("bench") as on_progress:
         result, folder = bench_latency(
             models,
-            engines=engines,
             forms=_FORMS[form],
             workloads=[Workload(tokens, decode, rows, repeats) for rows in batch],
-            device=device,
-            output=output,
             on_progress=on_progress,
+            **options,
         )
     log(f"Wrote {folder / 'bench.json'}, .md, .svg")
     print_result(result.to_json(), format_latency(result), as_json=as_json)

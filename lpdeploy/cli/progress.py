@@ -11,22 +11,16 @@ from lpdeploy.machine import format_bytes
 @contextmanager
 def _open_progress(*columns: str) -> Iterator[Any]:
     """Yield a bar that is not shown before it is started, and is hidden at the end."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *[TextColumn(column) for column in columns],
-        TimeRemainingColumn(),
+    progress = bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        *[bars.TextColumn(column) for column in columns],
+        bars.TimeRemainingColumn(),
         console=console,
         disable=not (console.is_terminal and is_first_rank()),
     )
