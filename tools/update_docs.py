@@ -42,8 +42,9 @@ Exit codes: 0 means done; 1 means that the command failed or was interrupted, or
 a difference; 2 means that an option or a value is wrong. With 1 and 2 a sentence on stderr says
 what to do.
 """
-_MEASURED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_COMPUTED = re.compile(r"(<!-- (servers|travel) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (?:table: (\w+) (\S+)|(servers|travel)) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def render_cli() -> str:
@@ -114,11 +115,13 @@ def fill_tables(text: str) -> str:
     computed = {"servers": render_servers, "travel": render_travel}
 
     def fill(match: re.Match[str]) -> str:
-        data = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
-        return f"{match[1]}{RENDERERS[match[2]](data)}\n{match[4]}"
+        start, kind, file, name, end = match.groups()
+        if kind is None:
+            return f"{start}{computed[name]()}\n{end}"
+        data = json.loads((ROOT / file).read_text(encoding="utf-8"))
+        return f"{start}{RENDERERS[kind](data)}\n{end}"
 
-    text = _MEASURED.sub(fill, text)
-    return _COMPUTED.sub(lambda match: f"{match[1]}{computed[match[2]]()}\n{match[3]}", text)
+    return _TABLE.sub(fill, text)
 
 
 def main() -> None:

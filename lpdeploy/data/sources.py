@@ -269,12 +269,8 @@ def _read_parquet(path: Path) -> Iterator[Example]:
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Example]]] = {
-    ".txt": _read_documents,
-    ".text": _read_documents,
-    ".raw": _read_documents,
-    ".tokens": _read_documents,
-    ".jsonl": _read_json,
-    ".json": _read_json,
+    **dict.fromkeys((".txt", ".text", ".raw", ".tokens"), _read_documents),
+    **dict.fromkeys((".jsonl", ".json"), _read_json),
     ".parquet": _read_parquet,
 }
 
