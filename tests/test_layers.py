@@ -42,7 +42,7 @@ ALLOWED = {
     "publish": CORE | {"engines"},
     "api": CORE
     | {"engines", "evaluation", "servers", "benchmark", "config", "pruning", "report", "publish"},
-    "demo": CORE | {"engines", "evaluation", "benchmark", "config", "pruning", "report"},
+    "demo": CORE | {"api", "engines", "evaluation", "benchmark", "config", "report"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",
          "tensorrt", "tensorrt_rtx", "numpy", "matplotlib", "rich", "lm_eval"}  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from lpdeploy.benchmark.results import LatencyResult, PruningResult
 from lpdeploy.paper.results import CellResult, TableResult
+from lpdeploy.paper.tables import TABLES
 from lpdeploy.records import read_record
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,10 @@ def test_measurements_are_written_as_they_were_read(kind):
     assert own
     for data in own:
         data.pop("interrupted", None)  # an earlier version left it in some cells
-        assert json.loads(json.dumps(read_record(kind, data).to_json())) == data
+        written = json.loads(json.dumps(read_record(kind, data).to_json()))
+        if kind is TableResult:  # it describes itself in today's words
+            data |= {name: getattr(TABLES[data["table"]], name) for name in ("title", "about")}
+        assert written == data
 
 
 @dataclass(frozen=True)

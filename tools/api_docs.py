@@ -1,4 +1,4 @@
-"""The reference of the Python API, docs/api.md, made from docstrings."""
+"""The reference of the Python API, docs/api.md, from docstrings."""
 
 import dataclasses
 import inspect
@@ -38,7 +38,7 @@ def _render(name: str, thing: Any) -> Iterator[str]:
         for member, function in vars(thing).items():
             if inspect.isfunction(function) and not member.startswith("_"):
                 yield f"### {name}.{member}\n"
-                signature = _write_signature(f"{member}", function)
+                signature = _write_signature(member, function)
                 yield f"```\n{signature}\n\n{inspect.getdoc(function)}\n```\n"
 
 
@@ -46,25 +46,19 @@ def _write_signature(name: str, thing: Any) -> str:
     if thing is lpdeploy.PruneConfig:
         return f"{name}(*, ...)"
     signature = inspect.signature(thing)
-    parameters = [p for p in signature.parameters.values() if p.name != "self"]
-    text = ", ".join(_write_parameters(parameters))
-    return f"{name}({text})"
+    shown = [_simplify(p) for p in signature.parameters.values() if p.name != "self"]
+    return f"{name}{signature.replace(parameters=shown, return_annotation=signature.empty)}"
 
 
-def _write_parameters(parameters: list[inspect.Parameter]) -> Iterator[str]:
-    starred = False
-    for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
-            starred = True
-            yield "*"
-        prefix = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
-        default = parameter.default
-        shown = (
-            ""
-            if default is parameter.empty
-            else f"={'...' if callable(default) else repr(default)}"
-        )
-        yield f"{prefix}{parameter.name}{shown}"
+def _simplify(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Drop the type of a parameter, and write a function as ``...``."""
+    default = _Dots() if inspect.isfunction(parameter.default) else parameter.default
+    return parameter.replace(annotation=parameter.empty, default=default)
+
+
+class _Dots:
+    def __repr__(self) -> str:
+        return "..."
 
 
 def _render_fields(config: Any) -> Iterator[str]:

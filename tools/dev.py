@@ -37,11 +37,6 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
         sys.exit(done.returncode)
 
 
-def read_stamp() -> str:
-    """Return the stamp of the existing environment, or an empty string."""
-    return STAMP.read_text(encoding="utf-8") if STAMP.is_file() else ""
-
-
 def compute_stamp() -> str:
     """Hash the files that determine the environment."""
     files = [ROOT / "pyproject.toml", CONSTRAINTS]
@@ -50,7 +45,7 @@ def compute_stamp() -> str:
 
 def setup() -> None:
     """Make `.venv` and install lpdeploy in it, unless it is up to date."""
-    if read_stamp() == compute_stamp():
+    if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == compute_stamp():
         return
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
         venv.create(VENV, with_pip=True)
@@ -67,12 +62,9 @@ def setup() -> None:
 def demo(arguments: list[str]) -> None:
     """Run `lpdeploy demo`."""
     setup()
-    output = (
-        []
-        if any(a.startswith("--output") for a in arguments)
-        else ["--output", "demo-run", "--overwrite"]
-    )
-    run(BIN / "lpdeploy", "demo", *output, *arguments)
+    if not any(word.startswith("--output") for word in arguments):
+        arguments = ["--output", "demo-run", "--overwrite", *arguments]
+    run(BIN / "lpdeploy", "demo", *arguments)
 
 
 def test(arguments: list[str]) -> None:
@@ -91,8 +83,8 @@ def test(arguments: list[str]) -> None:
     else:
         run(BIN / "python", "tools/update_docs.py", "--check")
         run(BIN / "python", "tools/servers/triton_server.py", "setup")  # a slow test starts it
-    # One thread for each worker: more would compete for the cores. A file stays with one worker,
-    # so that its fixtures, many of them exports, are made once.
+    # One thread per worker, since more would compete for the cores. The tests of a file stay with
+    # one worker, so that its fixtures, many of them exports, are made once.
     workers = ["-n", str(max(1, min(8, os.cpu_count() or 1))), "--dist", "loadfile"]
     run(BIN / "python", "-m", "pytest", *workers, *arguments, env={"OMP_NUM_THREADS": "1"})
 

@@ -1,4 +1,4 @@
-"""Write the tables of the documents from the JSON that the tools and `lpdeploy` measured."""
+"""Write the tables of the documents from the JSON that tools and `lpdeploy` measured."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from lpdeploy.records import read_record
 _PARTS = ("training", "scoring", "cutting")
 
 
-def write_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Write a Markdown table."""
-    lines = [header, *rows]
-    written = [f"| {' | '.join(map(str, cells))} |" for cells in lines]
-    return "\n".join([written[0], "|---" * len(header) + "|", *written[1:]])
+def write_table(header: Sequence[str], rows: Iterable[Sequence[object]], *notes: str) -> str:
+    """Write a Markdown table, and below it a paragraph of notes, one per line."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows))
+    below = ["", *notes] if notes else []
+    return "\n".join([first, "|---" * len(header) + "|", *others, *below])
 
 
 def describe(data: dict[str, Any], library: str = "onnxruntime") -> str:
-    """Say on what machine, with which versions and when something was measured."""
+    """Describe the machine, the versions, the date and the command of a measurement."""
     machine = data["machine"]
     versions = ", ".join(
         f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", library)
@@ -33,12 +33,12 @@ def describe(data: dict[str, Any], library: str = "onnxruntime") -> str:
 
 
 def find_command(data: dict[str, Any]) -> str:
-    """Return the recorded command; older files hold it beside the machine."""
+    """Return the recorded command, which older files have outside of the machine."""
     return data.get("command") or data["machine"]["command"]
 
 
 def strip_heading(text: str) -> str:
-    """Drop the heading of a table that a command of lpdeploy writes."""
+    """Remove the heading from a table that lpdeploy wrote."""
     return text.split("\n", 2)[2].rstrip()
 
 
@@ -58,16 +58,16 @@ def render_memory(data: dict[str, Any]) -> str:
         )
         for row in data["rows"]
     ]
-    table = write_table(("model", "options", "planned, MB", "measured, MB", "error"), rows)
+    header = ("model", "options", "planned, MB", "measured, MB", "error")
     about = (
-        "Defaults: criterion lora, two micro-batches of 1 x 512 tokens a step, LoRA of rank 8 with "
-        "dropout, fp32. Measured is the peak of the process, including its libraries."
+        "Defaults: criterion lora, two micro-batches of 1 x 512 tokens per step, LoRA of rank 8 "
+        "with dropout, fp32. Measured is the peak of the process, including its libraries."
     )
-    return "\n".join([table, "", about, describe(data, "peft")])
+    return write_table(header, rows, about, describe(data, "peft"))
 
 
 def render_run(data: dict[str, Any]) -> str:
-    """Compare a whole run that cuts with the same run that masks."""
+    """Compare a whole run that cuts with one that masks."""
     header = (
         *("removal", "total, s", *_PARTS, "step before, s", "after, s", "after / before"),
         *("last losses", "held-out perplexity"),
@@ -84,10 +84,10 @@ def render_run(data: dict[str, Any]) -> str:
     about = (
         f"{data['model']}, {options['steps']} steps of {options['batch_size']} x "
         f"{options['seq_len']} tokens. Cutting took {data['cut_over_mask']:.2f} of the time of "
-        f"masking over the whole run, and {data['late_cut_over_mask']:.2f} of it in the steps of "
-        "the last quarter, compared pair by pair."
+        f"masking over the whole run, and {data['late_cut_over_mask']:.2f} in the last quarter of "
+        "the steps, compared pair by pair."
     )
-    return "\n".join([write_table(header, rows), "", about, describe(data, "peft")])
+    return write_table(header, rows, about, describe(data, "peft"))
 
 
 def render_scaling(data: dict[str, Any]) -> str:
@@ -116,14 +116,14 @@ def render_scaling(data: dict[str, Any]) -> str:
     about = (
         f"Computed, not measured: `{find_command(data)}`. Batch of {setting['batch_size']} x "
         f"{setting['seq_len']} tokens, LoRA of rank {setting['lora_rank']}, {setting['steps']} "
-        f"steps. Memory is that of each GPU. Hours assume {rate['value'] / 1e12:.0f} TFLOP/s a GPU "
-        f"({rate['source']}) and leave out the network."
+        f"steps. Memory is per GPU. Hours assume {rate['value'] / 1e12:.0f} TFLOP/s per GPU "
+        f"({rate['source']}), without the time of the network."
     )
-    return "\n".join([write_table(header, rows), "", about])
+    return write_table(header, rows, about)
 
 
 def render_latency(data: dict[str, Any]) -> str:
-    """Show the paper's Table 3 as measured here."""
+    """Show the paper's Table 3, measured here."""
 
     def show(row: dict[str, Any]) -> str:
         return f"{row['median_ms']:.2f} ({row['p10_ms']:.2f} to {row['p90_ms']:.2f})"
@@ -141,11 +141,11 @@ def render_latency(data: dict[str, Any]) -> str:
         f"Prefill of {measured[0]['tokens']} tokens, batch {measured[0]['batch']}, median of "
         f"{measured[0]['repeats']} interleaved trials (p10 to p90)."
     )
-    return "\n".join([write_table(header, rows), "", about, describe(data)])
+    return write_table(header, rows, about, describe(data))
 
 
 def render_messages(data: dict[str, Any]) -> str:
-    """Compare the bytes of a step's messages with those counted from shapes."""
+    """Compare the bytes that a step sends with those counted from shapes."""
     header = ("criterion", "summed, counted from shapes", "summed", "gathered, counted", "gathered")
     rows = [
         (
@@ -157,12 +157,12 @@ def render_messages(data: dict[str, Any]) -> str:
         )
         for name, row in data["messages"].items()
     ]
-    about = "In bytes. The rest of what is summed is the ranks' agreement on how to go on."
-    return "\n".join([write_table(header, rows), "", about, describe(data)])
+    about = "In bytes. The other summed bytes are those with which the ranks agree on how to go on."
+    return write_table(header, rows, about, describe(data))
 
 
 def render_load(data: dict[str, Any]) -> str:
-    """Show the memory of a rank that loads its share of a base."""
+    """Show the memory of a rank that loads its share of a base model."""
     names = {
         "the whole base": "weight_bytes",
         "the share of this rank": "own_bytes",
@@ -170,11 +170,11 @@ def render_load(data: dict[str, Any]) -> str:
         "peak while loading": "peak_bytes",
     }
     rows = [(name, f"{data['load'][key] / 1e6:.0f}") for name, key in names.items()]
-    return "\n".join([write_table(("", "MB"), rows), "", describe(data)])
+    return write_table(("", "MB"), rows, describe(data))
 
 
 def render_triton(data: dict[str, Any]) -> str:
-    """Show what Triton gives to many clients, beside the runner alone."""
+    """Compare Triton, serving many clients, with the runner alone."""
     options, rounds, cuts = data["options"], data["rounds"], (50, 95, 99)
     alone, served = (sorted(each[name] for each in rounds) for name in ("alone", "served"))
     rows = [
@@ -189,20 +189,19 @@ def render_triton(data: dict[str, Any]) -> str:
         f"same runner in one process with the same batch {alone[0]:.0f} to {alone[-1]:.0f}. Their "
         f"ratio by round: {ratios}; median {data['relative']:.2f}."
     )
-    table = write_table(("", *(f"p{cut}" for cut in cuts)), rows)
-    return "\n".join([table, "", about, f"Triton {data['triton']}, {describe(data)}"])
+    header = ("", *(f"p{cut}" for cut in cuts))
+    return write_table(header, rows, about, f"Triton {data['triton']}, {describe(data)}")
 
 
 def render_served(data: dict[str, Any]) -> str:
-    """Show what the optional tests found with real servers."""
+    """Show the results of the optional tests with real servers."""
     rows = [
         (row["server"], row["version"], row["shape"], row["result"], row["date"][:10])
         for row in data["rows"]
     ]
     commands = ", ".join(f"`{name}`" for name in sorted({row["command"] for row in data["rows"]}))
     machine = f"{data['machine']['cpu']}, {data['machine']['cores']} cores: {commands}"
-    table = write_table(("server", "version", "shape", "gives", "date"), rows)
-    return "\n".join([table, "", machine])
+    return write_table(("server", "version", "shape", "gives", "date"), rows, machine)
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -1,8 +1,8 @@
 """Write the generated parts of the documents: commands, the Python API, and tables from JSON.
 
 `python tools/update_docs.py` writes them. With `--check` it changes nothing, and fails if a
-document is out of date. A table stands between `<!-- table: KIND FILE -->` and `<!-- end -->`, and
-one that is computed between `<!-- servers -->` or `<!-- travel -->` and `<!-- end -->`.
+document is out of date. A measured table stands between `<!-- table: KIND FILE -->` and
+`<!-- end -->`, a computed one between `<!-- servers -->` or `<!-- travel -->` and `<!-- end -->`.
 """
 
 import inspect
@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 from api_docs import render_api
@@ -43,8 +42,9 @@ Exit codes: 0 means done; 1 means that the command failed or was interrupted, or
 a difference; 2 means that an option or a value is wrong. With 1 and 2 a sentence on stderr says
 what to do.
 """
-_MEASURED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_COMPUTED = re.compile(r"(<!-- (servers|travel) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (?:table: (\w+) (\S+)|(servers|travel)) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def render_cli() -> str:
@@ -61,7 +61,7 @@ def render_cli() -> str:
 def walk_commands(
     group: click.Group, context: click.Context, prefix: str = "lpdeploy"
 ) -> Iterator[tuple[str, click.Command]]:
-    """Yield (full name, command) of all leaves, in their order."""
+    """Yield (full name, command) of all commands that are not groups, in their order."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if isinstance(command, click.Group):
@@ -85,7 +85,7 @@ LARGE = {
 
 
 def render_travel() -> str:
-    """Show how much eight ranks send each other, counted from the shapes of large models."""
+    """Show how much eight ranks send to each other, computed from the shapes of large models."""
     rows = []
     for name, shape in LARGE.items():
         plain, sharded = (
@@ -103,27 +103,25 @@ def render_servers() -> str:
     """List the servers, what each is given, and what its rules were checked against."""
     rows = []
     for server in SERVERS:
-        objections = "; ".join(summarize(rule) for rule in server.rules)
+        documented = (inspect.getdoc(rule) or "" for rule in server.rules)
+        objections = "; ".join(text.split("\n")[0].removesuffix(".") for text in documented)
         checked = " ".join(part for part in (server.version, f"({server.checked})") if part)
         rows.append((server.name, server.how, objections, checked))
     return write_table(("server", "give it", "objects to", "checked"), rows)
 
 
-def summarize(function: Any) -> str:
-    """Return the first line of a docstring, without its full stop."""
-    return inspect.getdoc(function).split("\n")[0].removesuffix(".")
-
-
 def fill_tables(text: str) -> str:
-    """Replace what stands between the markers of a document."""
+    """Replace the text between the markers of a document."""
     computed = {"servers": render_servers, "travel": render_travel}
 
     def fill(match: re.Match[str]) -> str:
-        data = json.loads((ROOT / match[3]).read_text(encoding="utf-8"))
-        return f"{match[1]}{RENDERERS[match[2]](data)}\n{match[4]}"
+        start, kind, file, name, end = match.groups()
+        if kind is None:
+            return f"{start}{computed[name]()}\n{end}"
+        data = json.loads((ROOT / file).read_text(encoding="utf-8"))
+        return f"{start}{RENDERERS[kind](data)}\n{end}"
 
-    text = _MEASURED.sub(fill, text)
-    return _COMPUTED.sub(lambda match: f"{match[1]}{computed[match[2]]()}\n{match[3]}", text)
+    return _TABLE.sub(fill, text)
 
 
 def main() -> None:

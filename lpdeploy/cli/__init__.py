@@ -1,1 +1,1 @@
-"""The command line: one module a command, each of them a thin shell over one function."""
+"""The command line: one module per command, each a thin shell over one function."""

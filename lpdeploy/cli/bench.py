@@ -8,20 +8,29 @@ import click
 
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
-    DEVICE_HELP,
+    COUNT,
     ENGINE,
     FOLDER,
+    ListOf,
+    NameChoice,
     log,
     print_result,
     shared_options,
-    split_names,
 )
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.run_folder import RunFolder
 
-_COUNT = click.IntRange(min=1)
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
+
+
+class _EngineAtPrecision(NameChoice):
+    """An engine, which a precision may follow after a colon."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the engine; the library checks the precision."""
+        super().convert(value.partition(":")[0], param, ctx)
+        return value
 
 
 @click.group("bench", context_settings=CONTEXT_SETTINGS)
@@ -33,6 +42,8 @@ def command() -> None:
 @click.argument("models", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option(
     "--engine",
+    "engines",
+    type=ListOf(_EngineAtPrecision(lambda: ENGINE.choices)),
     default="torch,onnx",
     help=f"Time these engines, separated by commas: {', '.join(ENGINE.choices)}. Add a precision "
     "after a colon, as in ort:int4.",
@@ -44,7 +55,7 @@ def command() -> None:
 @click.option(
     "--both", "form", flag_value="both", default="both", help="Time merged and unmerged models."
 )
-@click.option("--tokens", type=_COUNT, default=2048, help="Number of prompt tokens.")
+@click.option("--tokens", type=COUNT, default=2048, help="Number of prompt tokens.")
 @click.option(
     "--decode",
     type=click.IntRange(min=0),
@@ -52,30 +63,29 @@ def command() -> None:
     help="Number of tokens to decode after the prompt.",
 )
 @click.option(
-    "--batch", default="1", help="Number of prompts per batch. Separate several sizes by commas."
+    "--batch",
+    type=ListOf(COUNT),
+    default="1",
+    help="Number of prompts per batch. Separate several sizes by commas.",
 )
 @click.option(
-    "--repeats", type=_COUNT, default=100, help="Number of timed repetitions of each variant."
+    "--repeats", type=COUNT, default=100, help="Number of timed repetitions of each variant."
 )
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help=DEVICE_HELP
-)
+@config_options("device")
 @click.option(
     "--output", type=FOLDER, help="Write bench.json to this folder.  [default: the first RUN]"
 )
 @shared_options()
-def latency(  # noqa: PLR0913 - one parameter an option
+def latency(
     *,
     models: tuple[str, ...],
-    engine: str,
     form: str,
     tokens: int,
     decode: int,
-    batch: str,
+    batch: tuple[int, ...],
     repeats: int,
-    device: str,
-    output: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare the latency of dense and pruned models (the paper's Table 3).
 
@@ -83,8 +93,8 @@ def latency(  # noqa: PLR0913 - one parameter an option
     all variants are interleaved, and each engine runs in its own process. Percentages are relative
     to the merged dense model on the same engine.
     """
-    # Set before torch is imported: OpenMP threads that spin while they wait take a core from the
-    # engine that is timed next. In training, waking the threads would cost more than it saves.
+    # Set before torch is imported: waiting OpenMP threads that spin take a core from the engine
+    # that is timed next. In training, it costs more to wake the threads than this saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lpdeploy.benchmark.stage import bench_latency
     from lpdeploy.benchmark.table import format_latency
@@ -94,12 +104,10 @@ def latency(  # noqa: PLR0913 - one parameter an option
     with counting_progress("bench") as on_progress:
         result, folder = bench_latency(
             models,
-            engines=_parse_engines(engine),
             forms=_FORMS[form],
-            workloads=[Workload(tokens, decode, rows, repeats) for rows in _parse_batches(batch)],
-            device=device,
-            output=output,
+            workloads=[Workload(tokens, decode, rows, repeats) for rows in batch],
             on_progress=on_progress,
+            **options,
         )
     log(f"Wrote {RunFolder(folder).benchmark}, .md, .svg")
     print_result(result.to_json(), format_latency(result), as_json=as_json)
@@ -109,13 +117,15 @@ def latency(  # noqa: PLR0913 - one parameter an option
 @click.argument("model")
 @click.option(
     "--criterion",
+    "criteria",
+    type=ListOf(NameChoice(lambda: CRITERIA)),
     default="lora,gradient,magnitude",
     help=f"Compare these criteria, separated by commas: {', '.join(CRITERIA)}.",
 )
 @click.option(
     "--load-in", type=click.Choice(["8bit"]), help="Also measure lora with 8-bit weights."
 )
-@click.option("--steps", type=_COUNT, default=10, help="Number of steps to measure before pruning.")
+@click.option("--steps", type=COUNT, default=10, help="Number of steps to measure before pruning.")
 @config_options(
     *("ratio", "batch_size", "micro_batch_size", "seq_len", "lora_rank", "lora_dropout"),
     *("gradient_checkpointing", "dtype", "device"),
@@ -138,7 +148,7 @@ def latency(  # noqa: PLR0913 - one parameter an option
 def pruning(
     *,
     model: str,
-    criterion: str,
+    criteria: tuple[str, ...],
     load_in: str | None,
     steps: int,
     data: str | None,
@@ -154,7 +164,6 @@ def pruning(
     offloaded to the CPU.
     """
     config = build_config(values)
-    criteria = _parse_criteria(criterion)
     from lpdeploy.benchmark.pruning import PruningWorkload
     from lpdeploy.benchmark.pruning_stage import bench_pruning
     from lpdeploy.benchmark.pruning_table import format_pruning
@@ -172,33 +181,3 @@ def pruning(
         )
     log(f"Wrote {output / 'bench-pruning.json'}, .md, .svg")
     print_result(result.to_json(), format_pruning(result), as_json=as_json)
-
-
-def _parse_criteria(text: str) -> tuple[str, ...]:
-    criteria = split_names(text)
-    if not criteria or set(criteria) - set(CRITERIA):
-        raise click.UsageError(
-            f"--criterion {text!r}: choose from {', '.join(CRITERIA)}, separated by commas."
-        )
-    return criteria
-
-
-def _parse_engines(text: str) -> tuple[str, ...]:
-    engines = split_names(text)
-    unknown = [name for name in engines if name.partition(":")[0] not in ENGINE.choices]
-    if unknown or not engines:
-        known = ", ".join(ENGINE.choices)
-        raise click.UsageError(
-            f"--engine {text!r}: choose from {known}, separated by commas. A precision may "
-            "follow after a colon, as in torch,ort,ort:int4."
-        )
-    return engines
-
-
-def _parse_batches(text: str) -> tuple[int, ...]:
-    sizes = split_names(text)
-    if not sizes or not all(size.isdigit() and int(size) for size in sizes):
-        raise click.UsageError(
-            f"--batch {text!r}: give one or more positive integers, such as 1,8."
-        )
-    return tuple(int(size) for size in sizes)

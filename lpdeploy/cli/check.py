@@ -5,24 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import print_result, shared_options, write_flags
+from lpdeploy.cli.common import COUNT, print_result, shared_options, write_flags
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.machine import format_bytes
 
 if TYPE_CHECKING:
     from lpdeploy.servers.check import Alignment, CheckResult
 
-_COUNT = click.IntRange(min=1)
-
 
 @click.command("check", cls=GroupedCommand)
 @click.argument("model", metavar="MODEL|RUN")
 @config_options("ratio", "head_ratio", "channel_ratio", "round_to", "round_heads_to")
 @click.option(
-    "--tensor-parallel", type=_COUNT, default=1, help="Number of GPUs that share the heads."
+    "--tensor-parallel", type=COUNT, default=1, help="Number of GPUs that share the heads."
 )
 @click.option(
-    "--tokens", type=_COUNT, default=2048, help="Number of prompt tokens in the cost estimate."
+    "--tokens", type=COUNT, default=2048, help="Number of prompt tokens in the cost estimate."
 )
 @shared_options()
 def command(*, model: str, tensor_parallel: int, tokens: int, as_json: bool, **values: Any) -> None:

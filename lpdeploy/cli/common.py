@@ -1,4 +1,4 @@
-"""What all commands share: --json, --recipe, --debug, and the printing of results."""
+"""What commands share: types, options such as --json and --recipe, and the printing of results."""
 
 import json
 import logging
@@ -18,20 +18,19 @@ from lpdeploy.recipe import load_recipe
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
-DEVICE_HELP = "Device to run on. auto is cuda if torch finds a GPU, else cpu."
-# A field of the library in one of its sentences, with a value or without.
+# A field in a sentence of the library, with or without a value.
 _FIELD = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]+))?`")
 _ARGUMENTS = ("model", "run")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
+COUNT = click.IntRange(min=1)
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 class NameChoice(click.Choice[str]):
-    """A choice of names that is read late, so that names added at run time are known."""
+    """A choice of names that are read when they are needed, so that a table of them may grow."""
 
     def __init__(self, read: Callable[[], Iterable[str]]) -> None:
         super().__init__(())
@@ -39,12 +38,31 @@ class NameChoice(click.Choice[str]):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The names that are valid now."""
+        """The names that are allowed now."""
         return tuple(self._read())
 
     @choices.setter
     def choices(self, _: object) -> None:
         """Ignore the value: the names come from ``read``."""
+
+
+class ListOf(click.ParamType):
+    """One or more values, separated by commas on the command line; a recipe may have a list."""
+
+    name = "list"
+
+    def __init__(self, kind: click.ParamType = click.STRING) -> None:
+        self._kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Return the values, each converted by the type of the list."""
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        given = [text for text in (str(part).strip() for part in parts) if text]
+        if not given:
+            self.fail(f"{value!r} is empty. Give values, separated by commas", param, ctx)
+        return tuple(self._kind.convert(text, param, ctx) for text in given)
 
 
 def _list_targets() -> list[str]:
@@ -61,42 +79,27 @@ PRECISION = NameChoice(
     lambda: dict.fromkeys(name for engine in list_exporting() for name in engine.precisions)
 )
 
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+perplexity_option = click.option(
+    "--perplexity",
+    multiple=True,
+    metavar="SOURCE",
+    help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
+)
+task_data_option = click.option(
+    "--task-data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Read the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
+)
+
 
 def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:
-    """Add --json and --debug to a command, and --recipe unless it has no options to keep."""
+    """Add the options of all commands; --recipe only if it has other options to read."""
 
     def decorate(function: _Function) -> _Function:
-        function = click.option(
-            "--debug",
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_set_debug,
-            help="Show the full traceback if the command fails.",
-        )(function)
-        if recipe:
-            function = click.option(
-                "--recipe",
-                type=click.Path(path_type=Path, dir_okay=False, exists=True),
-                expose_value=False,
-                is_eager=True,
-                callback=_apply_recipe,
-                help="Read options from this YAML file. Options on the command line override it.",
-            )(function)
-        function = click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_trust_remote_code,
-            help="Run Python code that comes with the tokenizer. It can do whatever you can.",
-        )(function)
-        return click.option(
-            "--json",
-            "as_json",
-            is_flag=True,
-            help="Print the result as one JSON document on the last line of stdout.",
-        )(function)
+        function = _debug_option(function)
+        function = _trust_option(_recipe_option(function) if recipe else function)
+        return _json_option(function)
 
     return decorate
 
@@ -124,19 +127,45 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
     ctx.default_map = {**(ctx.default_map or {}), **options}
 
 
-def split_names(value: Any) -> tuple[str, ...]:
-    """Split an option's value at commas; a recipe may give a list."""
-    parts = value if isinstance(value, list | tuple) else str(value or "").split(",")
-    return tuple(str(part).strip() for part in parts if str(part).strip())
+_json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result as one JSON document on the last line of stdout.",
+)
+_recipe_option = click.option(
+    "--recipe",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    expose_value=False,
+    is_eager=True,
+    callback=_apply_recipe,
+    help="Read options from this YAML file. Options on the command line override it.",
+)
+_trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_trust_remote_code,
+    help="Run Python code that comes with the tokenizer. It can do whatever you can.",
+)
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_set_debug,
+    help="Show the full traceback if the command fails.",
+)
 
 
 def is_first_rank() -> bool:
-    """Return whether this is the process that prints: the only one, or rank 0 of a launcher."""
+    """Return whether this process prints: it is the only one, or rank 0 of a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print a result to stdout: as text, then, with --json, as JSON on the last line."""
+    """Print a result to stdout as text, and with --json also as JSON on the last line."""
     if not is_first_rank():
         return
     click.echo(text)
@@ -151,7 +180,7 @@ def log(message: str) -> None:
 
 
 class _TerminalHandler(logging.Handler):
-    """Passes what the library logs on to the terminal, in the words of the command line."""
+    """Prints what the library logs, with its fields written as options."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one message."""
@@ -173,10 +202,10 @@ def show_log() -> Iterator[None]:
 
 
 def write_flags(sentence: str) -> str:
-    """Turn the fields that the library speaks of into options of the command line.
+    """Turn the fields in a sentence of the library into options of the command line.
 
-    The library writes `` `micro_batch_size` `` or `` `removal='mask'` ``; here they become
-    ``--micro-batch-size`` and ``--removal mask``. A flag that is on becomes the option alone.
+    `` `micro_batch_size` `` becomes ``--micro-batch-size``, `` `removal='mask'` `` becomes
+    ``--removal mask``, and `` `shard=True` `` becomes ``--shard``.
     """
     return _FIELD.sub(_write_flag, sentence)
 

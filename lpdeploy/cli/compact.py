@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, RUN, print_result, shared_options
+from lpdeploy.cli.common import (
+    COUNT,
+    FOLDER,
+    RUN,
+    overwrite_option,
+    print_result,
+    shared_options,
+)
 from lpdeploy.machine import format_bytes
 
 
@@ -23,22 +30,11 @@ from lpdeploy.machine import format_bytes
     "--keep-adapter]",
 )
 @click.option(
-    "--max-shard-mb",
-    type=click.IntRange(min=1),
-    default=1000,
-    help="Largest size of a weight file, in MB.",
+    "--max-shard-mb", type=COUNT, default=1000, help="Largest size of a weight file, in MB."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+@overwrite_option
 @shared_options()
-def command(
-    *,
-    run: Path,
-    keep_adapter: bool,
-    output: Path | None,
-    max_shard_mb: int,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(*, run: Path, max_shard_mb: int, as_json: bool, **options: Any) -> None:
     """Write RUN's pruned model as a dense checkpoint, with LoRA merged.
 
     Removed heads and channels are cut out of the base model. If all layers have the same widths,
@@ -46,13 +42,7 @@ def command(
     """
     from lpdeploy.models.compact import compact
 
-    result = compact(
-        run,
-        output=output,
-        keep_adapter=keep_adapter,
-        max_shard_bytes=max_shard_mb * 1_000_000,
-        overwrite=overwrite,
-    )
+    result = compact(run, max_shard_bytes=max_shard_mb * 1_000_000, **options)
     print_result(result.to_json(), _describe(result), as_json=as_json)
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import FOLDER, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, overwrite_option, print_result, shared_options
 
 
 @click.command("demo")
 @click.option(
     "--output", type=FOLDER, default=Path("lpdeploy-demo"), help="Write everything to this folder."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+@overwrite_option
 @shared_options()
 def command(*, output: Path, overwrite: bool, as_json: bool) -> None:
     """Run the whole workflow on a small built-in model.

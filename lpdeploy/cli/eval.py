@@ -6,41 +6,23 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import (
-    DEVICE_HELP,
+    COUNT,
     ENGINE,
+    ListOf,
+    perplexity_option,
     print_result,
     shared_options,
-    split_names,
+    task_data_option,
     write_flags,
 )
+from lpdeploy.cli.options import config_options
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 
 
-class _Names(click.ParamType):
-    """Names separated by commas, or a list in a recipe."""
-
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        names = split_names(value)
-        if not names:
-            self.fail(
-                f"{value!r} names no task. Give one or more, such as piqa,arc_easy", param, ctx
-            )
-        return names
-
-
 @click.command("eval")
 @click.argument("model", metavar="RUN|MODEL")
-@click.option(
-    "--perplexity",
-    multiple=True,
-    metavar="SOURCE",
-    help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
-)
+@perplexity_option
 @click.option(
     "--seq-len",
     type=click.IntRange(min=2),
@@ -49,35 +31,27 @@ class _Names(click.ParamType):
 )
 @click.option(
     "--tasks",
-    type=_Names(),
+    type=ListOf(),
     metavar="NAMES",
     help="Run these lm-eval tasks, separated by commas, such as piqa,arc_easy,mmlu.",
 )
-@click.option(
-    "--task-data",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Read the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
-)
+@task_data_option
 @click.option(
     "--num-fewshot",
     type=click.IntRange(min=0),
     help="Number of examples before each question.  [default: 5 for mmlu, else the task's own "
     "number or 0]",
 )
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Use at most this many documents per task."
-)
+@click.option("--limit", type=COUNT, help="Use at most this many documents per task.")
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=EvalOptions.batch_size,
     help="Number of perplexity segments or task answers per forward pass.",
 )
 @click.option("--engine", type=ENGINE, default="torch", help="Engine that runs the model.")
 @click.option("--with-base", is_flag=True, help="Also measure the unpruned base of a RUN.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help=DEVICE_HELP
-)
+@config_options("device")
 @shared_options()
 def command(
     *, model: str, engine: str, with_base: bool, device: str, as_json: bool, **values: Any
@@ -107,10 +81,8 @@ def command(
 
 
 def _describe(result: Evaluation) -> str:
-    lines = _list_lines(result.model, result.figures)
-    if result.base is not None:
-        lines += _list_lines("unpruned base", result.base)
-    return "\n".join(lines)
+    base = [] if result.base is None else _list_lines("unpruned base", result.base)
+    return "\n".join([*_list_lines(result.model, result.figures), *base])
 
 
 def _list_lines(name: str, figures: Figures) -> list[str]:
@@ -119,8 +91,10 @@ def _list_lines(name: str, figures: Figures) -> list[str]:
         f"{text.bits_per_byte:.3f} bits per byte, {text.tokens:,} tokens"
         for source, text in figures.perplexity.items()
     ]
-    for task, metrics in figures.tasks.items():
-        lines.append(f"{name} on {task}: {_list_metrics(metrics)}, n {metrics['n']:,}")
+    lines += [
+        f"{name} on {task}: {_list_metrics(metrics)}, n {metrics['n']:,}"
+        for task, metrics in figures.tasks.items()
+    ]
     if figures.average is not None:
         over = ", ".join(figures.average_over)
         lines.append(f"{name}, average of {over}: {figures.average:.4f}")

@@ -1,13 +1,15 @@
 """`lpdeploy export`: write a model for an inference engine."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
 from lpdeploy.cli.common import (
+    COUNT,
     EXPORTED,
     FOLDER,
     PRECISION,
+    overwrite_option,
     print_result,
     shared_options,
     write_flags,
@@ -54,9 +56,7 @@ def _describe_precisions() -> str:
     help="Write the export to this folder.  [default: RUN/ENGINE, RUN/ENGINE-unmerged or "
     "MODEL/ENGINE]",
 )
-@click.option(
-    "--max-batch", type=click.IntRange(min=1), help="Largest batch to serve.  [default: 8]"
-)
+@click.option("--max-batch", type=COUNT, help="Largest batch to serve.  [default: 8]")
 @click.option(
     "--max-seq-len",
     type=click.IntRange(min=2),
@@ -68,39 +68,13 @@ def _describe_precisions() -> str:
 @click.option(
     "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps the adapter separate."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+@overwrite_option
 @shared_options()
-def command(  # noqa: PLR0913 - one parameter an option
-    *,
-    model: str,
-    engine: str,
-    precision: str,
-    activations: str | None,
-    block_size: int | None,
-    output: Path | None,
-    max_batch: int | None,
-    max_seq_len: int | None,
-    opset: int | None,
-    unmerged: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(*, model: str, as_json: bool, **options: Any) -> None:
     """Export a run or a model for an engine."""
     from lpdeploy.engines.export import export
 
-    result = export(
-        model,
-        engine=engine,
-        output=output,
-        unmerged=unmerged,
-        precision=precision,
-        activations=activations,
-        block_size=block_size,
-        opset=opset,
-        max_batch=max_batch,
-        max_seq_len=max_seq_len,
-        overwrite=overwrite,
-    )
+    result = export(model, **options)
     contract = result.contract
     text = (
         f"{result.output}: {contract.engine} {contract.precision}, opset {contract.opset}, "

@@ -13,24 +13,13 @@ from lpdeploy.errors import LpdeployError, OtherRankError, RankLostError, Recipe
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
-    "check",
-    "prune",
-    "compact",
-    "export",
-    "package",
-    "verify",
-    "bench",
-    "eval",
-    "paper",
-    "report",
-    "push",
-    "doctor",
-    "demo",
+    *("check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper"),
+    *("report", "push", "doctor", "demo"),
 )
 
 
 class _LazyGroup(click.Group):
-    """Imports a command's module when the command is asked for."""
+    """Imports the module of a command when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -41,7 +30,7 @@ class _LazyGroup(click.Group):
         return importlib.import_module(f"lpdeploy.cli.{cmd_name}").command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; turn what a user can cause into one line and exit code 1 or 2."""
+        """Run a command, and turn the errors of users into one line and exit code 1 or 2."""
         quieten_libraries()
         interrupt_on_sigterm()
         try:

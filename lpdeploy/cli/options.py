@@ -79,7 +79,7 @@ class GroupedOption(click.Option):
         self._former = former
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Accept the former name too, and remember that it was used."""
+        """Accept the former name as well, and remember that it was used."""
         super().add_to_parser(parser, ctx)
         if self._former:
             action, const = ("store_const", True) if self.is_flag else ("store", None)

@@ -6,17 +6,17 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import (
+    COUNT,
     FOLDER,
     PRECISION,
     SERVED,
     TARGET,
+    overwrite_option,
     print_result,
     shared_options,
     write_flags,
 )
 from lpdeploy.machine import format_bytes
-
-_COUNT = click.IntRange(min=1)
 
 
 @click.command("package")
@@ -35,9 +35,7 @@ _COUNT = click.IntRange(min=1)
     help="Name of the model in triton's repository.  [default: the last part of --output]",
 )
 @click.option(
-    "--max-batch",
-    type=_COUNT,
-    help="Number of requests that triton decodes at once.  [default: 8]",
+    "--max-batch", type=COUNT, help="Number of requests that triton decodes at once.  [default: 8]"
 )
 @click.option(
     "--gpu",
@@ -51,14 +49,14 @@ _COUNT = click.IntRange(min=1)
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Precision of activations with int8 and int4 weights, for genai.",
 )
-@click.option("--block-size", type=_COUNT, help="Number of weights that share a scale, for genai.")
+@click.option("--block-size", type=COUNT, help="Number of weights that share a scale, for genai.")
 @click.option(
     "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt plus answer, in tokens."
 )
 @click.option(
-    "--tensor-parallel", type=_COUNT, help="Number of GPUs that share the heads, for vllm."
+    "--tensor-parallel", type=COUNT, help="Number of GPUs that share the heads, for vllm."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+@overwrite_option
 @shared_options()
 def command(*, model: str, target: str, output: Path, as_json: bool, **options: Any) -> None:
     """Write a ready-to-serve folder for an inference server.

@@ -11,11 +11,14 @@ import click
 from lpdeploy.cli import prune
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
+    COUNT,
     FOLDER,
+    ListOf,
     log,
+    perplexity_option,
     print_result,
     shared_options,
-    split_names,
+    task_data_option,
 )
 from lpdeploy.cli.options import build_config
 from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
@@ -24,10 +27,8 @@ from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.tables import TABLES, Table
 
 # The options of prune that this command sets itself.
-_GIVEN = (
-    *("data", "output", "resume", "overwrite", "as_json", "seed"),
-    *(*RATIOS, *BUDGETS, *LATENCY),
-)
+_GIVEN = {"data", "output", "resume", "overwrite", "as_json", "seed"}
+_GIVEN |= {*RATIOS, *BUDGETS, *LATENCY}
 
 
 class _Command(click.Command):
@@ -45,15 +46,6 @@ class _Command(click.Command):
             ) from error
 
 
-def _parse_list(_ctx: click.Context, _own: click.Parameter, value: Any) -> tuple[str, ...]:
-    return split_names(value)
-
-
-def _parse_ratios(ctx: click.Context, own: click.Parameter, value: Any) -> tuple[float, ...]:
-    share: click.ParamType = click.FloatRange(0, 1, min_open=True, max_open=True)
-    return tuple(share.convert(part, own, ctx) for part in split_names(value))
-
-
 @click.command("paper", cls=_Command)
 @click.argument("table", type=click.Choice(list(TABLES)), metavar="TABLE")
 @click.argument("model")
@@ -66,42 +58,34 @@ def _parse_ratios(ctx: click.Context, own: click.Parameter, value: Any) -> tuple
     metavar="DIR",
     help="Write the table and its cells to this folder. Tables in one folder share their cells.",
 )
+@perplexity_option
 @click.option(
-    "--perplexity",
-    multiple=True,
-    metavar="SOURCE",
-    help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
+    "--tasks",
+    type=ListOf(),
+    metavar="NAMES",
+    help="Run these lm-eval tasks, separated by commas, on each cell.",
 )
-@click.option(
-    "--tasks", metavar="NAMES", help="Run these lm-eval tasks, separated by commas, on each cell."
-)
-@click.option(
-    "--task-data",
-    type=click.Path(file_okay=False, exists=True),
-    help="Read the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
-)
+@task_data_option
 @click.option(
     "--eval-seq-len",
     type=click.IntRange(min=2),
     default=2048,
     help="Number of tokens per perplexity segment.",
 )
-@click.option(
-    "--seeds", type=click.IntRange(min=1), default=3, help="Number of seeds per row: 0, 1, ..."
-)
+@click.option("--seeds", type=COUNT, default=3, help="Number of seeds per row: 0, 1, ...")
 @click.option(
     "--ratios",
-    callback=_parse_ratios,
+    type=ListOf(click.FloatRange(0, 1, min_open=True, max_open=True)),
     help="Run these ratios, separated by commas, such as 0.2,0.5.  [default: those of the paper]",
 )
 @click.option(
     "--rows",
-    callback=_parse_list,
+    type=ListOf(),
     help="Run only these rows of the table, separated by commas.  [default: all]",
 )
 @click.option(
     "--jobs",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1,
     help="Number of cells that run at the same time. Tables 4 and 6 measure time and need 1.",
 )
@@ -117,12 +101,12 @@ def command(  # noqa: PLR0913 - one parameter an option
     data: str,
     output: Path,
     perplexity: tuple[str, ...],
-    tasks: str | None,
-    task_data: str | None,
+    tasks: tuple[str, ...] | None,
+    task_data: Path | None,
     eval_seq_len: int,
     seeds: int,
-    ratios: tuple[float, ...],
-    rows: tuple[str, ...],
+    ratios: tuple[float, ...] | None,
+    rows: tuple[str, ...] | None,
     jobs: int,
     render_only: bool,
     as_json: bool,
@@ -146,12 +130,12 @@ def command(  # noqa: PLR0913 - one parameter an option
     from lpdeploy.paper.stage import build_evaluation, build_study, run_paper
 
     evaluation = build_evaluation(
-        perplexity, seq_len=eval_seq_len, tasks=tasks, task_data=task_data
+        perplexity, seq_len=eval_seq_len, tasks=tasks or (), task_data=task_data
     )
     if evaluation and spec.kind == "similarity":
         log(f"{spec.heading} compares only masks; --perplexity and --tasks are ignored.")
     document = run_paper(
-        select(spec, rows=rows, ratios=ratios, seeds=seeds),
+        select(spec, rows=rows or (), ratios=ratios or (), seeds=seeds),
         build_study(
             model,
             data=data,
@@ -170,7 +154,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 def _read_prune_options(
     table: Table, model: str, data: str, words: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Parse the options with prune's own parser before anything runs; refuse what cells set."""
+    """Parse the options with prune's own parser, and refuse those that cells set."""
     group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
     given = [model, "--data", data, "--output", "RUN"]
     try:
@@ -187,7 +171,7 @@ def _read_prune_options(
 
 
 def _refuse_own(table: Table, options: Mapping[str, Any], typed: Iterable[str]) -> None:
-    for name in sorted({*_GIVEN, *table.own_options} & set(typed)):
+    for name in sorted((_GIVEN | table.own_options) & set(typed)):
         raise click.UsageError(
             f"--{name.removeprefix('as_').replace('_', '-')} is set by the cells of "
             f"{table.heading}. Remove it from the options of prune."

@@ -8,72 +8,60 @@ from lpdeploy.cli.common import is_first_rank
 from lpdeploy.machine import format_bytes
 
 
-def _build_progress(*columns: str) -> Any:
+@contextmanager
+def _open_progress(*columns: str) -> Iterator[Any]:
+    """Yield a bar that is not shown before it is started, and is hidden at the end."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *[TextColumn(column) for column in columns],
-        TimeRemainingColumn(),
+    progress = bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        *[bars.TextColumn(column) for column in columns],
+        bars.TimeRemainingColumn(),
         console=console,
         disable=not (console.is_terminal and is_first_rank()),
     )
+    try:
+        yield progress
+    finally:
+        progress.stop()
 
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[Any], None]]:
     """Yield a callback for ``StepInfo`` that shows loss, ratio, tokens/s and memory."""
-    progress = _build_progress(
+    columns = (
         "loss {task.fields[loss]:.3f}",
         "removed {task.fields[ratio]:.1%}",
         "{task.fields[tokens_per_s]:,.0f} tokens/s",
         "{task.fields[memory]}",
     )
-    task = progress.add_task(
-        "prune", total=None, loss=float("nan"), ratio=0.0, tokens_per_s=0.0, memory=""
-    )
+    fields = {"loss": float("nan"), "ratio": 0.0, "tokens_per_s": 0.0, "memory": ""}
+    with _open_progress(*columns) as progress:
+        task = progress.add_task("prune", total=None, **fields)
 
-    def show(info: Any) -> None:
-        progress.update(
-            task,
-            total=info.steps,
-            completed=info.step,
-            loss=info.loss,
-            ratio=info.ratio,
-            tokens_per_s=info.tokens_per_s,
-            memory=format_bytes(info.peak_bytes),
-        )
-        progress.start()  # not earlier, because another bar may still be shown
+        def show(info: Any) -> None:
+            own = {name: getattr(info, name) for name in ("loss", "ratio", "tokens_per_s")}
+            memory = format_bytes(info.peak_bytes)
+            progress.update(task, total=info.steps, completed=info.step, memory=memory, **own)
+            progress.start()  # not earlier, because another bar may still be shown
 
-    try:
         yield show
-    finally:
-        progress.stop()
 
 
 @contextmanager
 def counting_progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback ``(done, total)``; the bar is shown from the first call to the last."""
-    progress = _build_progress()
-    task = progress.add_task(description, total=None)
+    with _open_progress() as progress:
+        task = progress.add_task(description, total=None)
 
-    def show(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total)
-        progress.start()
-        if done >= total:
-            progress.stop()
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            progress.start()
+            if done >= total:
+                progress.stop()
 
-    try:
         yield show
-    finally:
-        progress.stop()

@@ -37,8 +37,7 @@ def command(
     lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "
-        f"{p.top1_agreement:10.1%} "
-        f"{'ok' if p.ok else 'DIFFERENT'}"
+        f"{p.top1_agreement:10.1%} {'ok' if p.ok else 'DIFFERENT'}"
         for p in result.pairs
     ]
     print_result(result.to_json(), "\n".join(lines), as_json=as_json)

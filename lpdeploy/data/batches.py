@@ -9,27 +9,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.data.sources import Corpus, Example
 from lpdeploy.errors import DataError
 
 IGNORED = -100
+"""Label of a token that is not trained on."""
 _EXAMPLES_A_CALL = 1000
 
 Progress = Callable[[int, int], None]
-"""Is told how many are done, and of how many."""
+"""Called with the number that is done and the number of all."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """Rows of tokens in one flat array: 4 bytes a token, and no Python object a row.
+    """Rows of tokens in one flat array: 4 bytes per token, and no Python objects.
 
     Attributes:
-        tokens: All rows one after another, shape (N,).
+        tokens: The tokens of all rows, shape (N,).
         offsets: Row i is ``tokens[offsets[i]:offsets[i + 1]]``, shape (rows + 1,).
-        prompt_lengths: Leading tokens of each row that are not trained on, shape (rows,).
-        num_dropped: Examples that gave no row because their prompts alone fill ``seq_len``.
+        prompt_lengths: Number of leading tokens of each row that are not trained on, shape (rows,).
+        num_dropped: Number of examples without a row, because their prompts fill ``seq_len``.
     """
 
     tokens: NDArray[np.int32]
@@ -43,15 +45,12 @@ class TokenDataset:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, shape (rows,)."""
+        """Number of tokens of each row, shape (rows,)."""
         return np.diff(self.offsets)
 
-    def compute_sha256(self) -> str:
-        """Hash what a model would be trained on; once, however often it is asked for."""
-        return self._sha256
-
     @cached_property
-    def _sha256(self) -> str:
+    def sha256(self) -> str:
+        """Hash of everything that a model is trained on."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.offsets, self.prompt_lengths):
             digest.update(np.ascontiguousarray(array).data)
@@ -72,17 +71,19 @@ class TokenDataset:
         """
         if not indices:
             raise ValueError("indices must name at least one row")
-        rows = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
-        shape = (len(rows), max(len(row) for row in rows))
-        input_ids = torch.zeros(shape, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
-        for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
-            ids, prompt = torch.from_numpy(row.astype(np.int64)), int(self.prompt_lengths[index])
-            input_ids[place, : len(row)] = ids
-            attention_mask[place, : len(row)] = 1
-            labels[place, prompt : len(row)] = ids[prompt:]
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        rows, labels = [], []
+        for index in indices:
+            tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+            rows.append(torch.from_numpy(tokens.astype(np.int64)))
+            labels.append(rows[-1].clone())
+            labels[-1][: self.prompt_lengths[index]] = IGNORED
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(row) for row in rows], batch_first=True
+            ),
+        }
 
 
 def build_token_dataset(
@@ -96,16 +97,15 @@ def build_token_dataset(
     """Tokenize a corpus into rows to train on.
 
     Plain text is packed: documents, each with its bos and eos, are joined and cut into rows of
-    exactly ``seq_len``; what is left over is dropped. An instruction pair is a row of its own:
-    bos, prompt, response, eos, truncated at ``seq_len``.
+    exactly ``seq_len``. The rest is dropped. Each instruction pair is one row: bos, prompt,
+    response, eos, truncated at ``seq_len``.
 
     Args:
         corpus: Plain text or instruction pairs.
-        tokenizer: A transformers tokenizer. bos and eos are added where it has them, whatever it
-            does by itself.
-        seq_len: Tokens a row has at most; at least 2.
-        train_on_prompt: Whether prompts have labels, too.
-        on_progress: Is told (examples tokenized, all examples).
+        tokenizer: A transformers tokenizer. Its bos and eos, if it has them, are always added.
+        seq_len: Largest number of tokens per row; at least 2.
+        train_on_prompt: Whether prompts have labels as well.
+        on_progress: Called with (examples tokenized, all examples).
 
     Raises:
         ValueError: ``seq_len`` is below 2.
@@ -138,11 +138,7 @@ def build_token_dataset(
 def build_token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, on_progress: Progress | None = None
 ) -> NDArray[np.int32]:
-    """Join all documents of a corpus, each as bos, tokens, eos; of a pair, prompt and response.
-
-    Returns:
-        Shape (N,).
-    """
+    """Join all documents, or prompts with responses, each as bos, tokens, eos; shape (N,)."""
     bos, eos = _get_ends(tokenizer)
     pieces: list[NDArray[np.int32]] = []
     for examples in _iterate_chunks(corpus.examples, on_progress):
@@ -154,14 +150,14 @@ def build_token_stream(
 def list_batch(num_rows: int, *, step: int, batch_size: int, seed: int) -> list[int]:
     """List the rows of one optimizer step.
 
-    Rows come in a new random order each epoch, and a batch may reach into the next epoch, so that
-    every batch is full. Nothing but the arguments decides, so a resumed run sees the same data.
+    Each epoch has a new random order, and a batch may extend into the next epoch, so that every
+    batch is full. The result depends only on the arguments, so a resumed run sees the same data.
 
     Args:
-        num_rows: Rows of the data set; may be fewer than ``batch_size``.
+        num_rows: Number of rows in the data set; may be less than ``batch_size``.
         step: Optimizer step, counted from 0.
-        batch_size: Rows a step takes.
-        seed: Not negative.
+        batch_size: Number of rows per step.
+        seed: Seed of the order; at least 0.
 
     Raises:
         ValueError: ``num_rows`` or ``batch_size`` is below 1, or ``step`` or ``seed`` below 0.
@@ -179,33 +175,31 @@ def list_batch(num_rows: int, *, step: int, batch_size: int, seed: int) -> list[
 def split_batch(
     rows: Sequence[int], lengths: NDArray[np.int64], *, micro_batch_size: int
 ) -> list[list[int]]:
-    """Deal the rows of a step into micro-batches of rows of like length, the longest first.
+    """Split the rows of a step into micro-batches of similar lengths, the longest rows first.
 
-    A micro-batch is padded to its longest row, so this saves what random order would pad. The
-    gradient of the step is a sum over its rows, whatever micro-batch they are in. Rows of one
-    length stay in their order.
+    This saves padding, since a micro-batch is padded to its longest row. The gradient of the step
+    is a sum over its rows and does not depend on the split. Rows of equal length keep their order.
 
     Args:
-        rows: Of one optimizer step.
-        lengths: Tokens of every row of the data set, shape (all rows,).
-        micro_batch_size: Rows of a micro-batch; the last, shortest one may have fewer.
+        rows: Rows of one optimizer step.
+        lengths: Number of tokens of every row of the data set, shape (all rows,).
+        micro_batch_size: Number of rows per micro-batch; the last one may have fewer.
     """
-    order = np.argsort(-lengths[np.asarray(rows)], kind="stable")
-    ordered = [rows[place] for place in order]
+    ordered = sorted(rows, key=lengths.__getitem__, reverse=True)
     return [ordered[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
 
 
 def estimate_padding(
     lengths: NDArray[np.int64], *, batch_size: int, micro_batch_size: int, steps: int, seed: int
 ) -> float:
-    """Return the share of padding among the tokens that a run computes with.
+    """Estimate the share of padding among the tokens that a run computes with.
 
     Args:
-        lengths: Tokens of every row of the data set, shape (rows,).
-        batch_size: Rows of a step.
-        micro_batch_size: Rows of a micro-batch.
-        steps: Of the run; the first hundred are taken for all.
-        seed: Of the order of the rows.
+        lengths: Number of tokens of every row of the data set, shape (rows,).
+        batch_size: Number of rows per step.
+        micro_batch_size: Number of rows per micro-batch.
+        steps: Number of steps of the run; only the first hundred are counted.
+        seed: Seed of the order of the rows.
     """
     if (lengths == lengths[0]).all():
         return 0.0
@@ -218,8 +212,7 @@ def estimate_padding(
     return 1 - used / computed if computed else 0.0
 
 
-# Two: a batch that crosses into the next epoch needs both, and shuffling millions of rows anew
-# each step would cost as much as a small model's step.
+# Shuffling millions of rows costs as much as a step of a small model. A batch may need two epochs.
 @lru_cache(maxsize=2)
 def _permute(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
@@ -255,18 +248,17 @@ def _build_pairs(
         )
     return TokenDataset(
         tokens=np.concatenate(pieces),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
         prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
         num_dropped=len(corpus.examples) - len(lengths),
     )
 
 
 def _count_common(prompt: NDArray[np.int32], pair: NDArray[np.int32]) -> int:
-    # The pair is encoded as one text, since some tokenizers put a space before whatever they are
-    # given. A token that spans the border then differs from the prompt's own and is trained on.
+    # The pair is encoded as one text, since some tokenizers put a space before each text. A token
+    # that spans the border then differs from the prompt's own and is trained on.
     length = min(len(prompt), len(pair))
-    different = np.flatnonzero(prompt[:length] != pair[:length])
-    return int(different[0]) if len(different) else length
+    return int(np.logical_and.accumulate(prompt[:length] == pair[:length]).sum())
 
 
 def _iterate_chunks(
@@ -285,7 +277,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[NDArra
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # else it warns of texts above the model's length, which are cut later
+        verbose=False,  # no warning for texts above the model's length, which are cut later
     )
     return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 

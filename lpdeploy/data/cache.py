@@ -1,7 +1,7 @@
-"""Tokenized rows on disk: made once, checked and mapped into memory by later runs.
+"""Tokenized rows on disk: made once, then checked and mapped into memory by later runs.
 
-One safetensors file a data set, under a name that is the hash of what determines its rows. It is
-renamed into place whole, so several processes may make the same one at once.
+Each data set is one safetensors file, named by the hash of what determines its rows. The file is
+written whole and then renamed, so several processes may make it at the same time.
 """
 
 import hashlib
@@ -22,35 +22,32 @@ from lpdeploy.folders import remove_leftovers
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "LPDEPLOY_CACHE"
-# To be raised where the same text and tokenizer give other rows than before.
+# Increase this when the same text and tokenizer give other rows than before.
 _ROWS_VERSION = 1
-_UNREADABLE = (OSError, SafetensorError, RuntimeError)  # the last is how torch maps a file
+_UNREADABLE = (OSError, SafetensorError, RuntimeError)  # the last if torch cannot map the file
 _ARRAYS = ("tokens", "offsets", "prompt_lengths")
 
 
 def find_cache() -> Path:
-    """Return the folder for what is made once: ``$LPDEPLOY_CACHE``, or beside the hub's own."""
+    """Return the folder of the cache: ``$LPDEPLOY_CACHE``, or one beside the hub's cache."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(os.environ.get(CACHE_VARIABLE) or Path(HF_HOME) / "lpdeploy").expanduser()
 
 
 def load_or_build(
-    folder: Path,
-    identity: Mapping[str, Any],
-    *,
-    build: Callable[[], TokenDataset],
+    folder: Path, identity: Mapping[str, Any], *, build: Callable[[], TokenDataset]
 ) -> TokenDataset:
-    """Return the rows that ``identity`` determines, from the cache or else made and kept there.
+    """Load rows from the cache, or make them and keep them there.
 
     Args:
-        folder: Of the cache.
+        folder: Folder of the cache.
         identity: All that the rows depend on, as JSON: hashes of text and tokenizer, options.
-        build: Tokenizes.
+        build: Makes the rows.
 
     Returns:
-        Rows mapped into memory, checked against the hash that was kept with them; those of
-        ``build`` where they cannot be kept.
+        Rows mapped into memory, after a check against their stored hash. If they cannot be
+        stored, the rows of ``build``.
     """
     text = json.dumps({"rows_version": _ROWS_VERSION, **identity}, sort_keys=True)
     path = folder / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
@@ -75,7 +72,7 @@ def _save(path: Path, dataset: TokenDataset, identity: str) -> None:
     arrays = {name: getattr(dataset, name) for name in _ARRAYS}
     metadata = {
         "identity": identity,
-        "sha256": dataset.compute_sha256(),
+        "sha256": dataset.sha256,
         "num_dropped": str(dataset.num_dropped),
     }
     remove_leftovers(path)
@@ -87,13 +84,13 @@ def _load(path: Path, identity: str) -> TokenDataset:
     dataset, metadata = _map(path)
     if metadata["identity"] != identity:
         raise ValueError("it was made of something else")
-    if dataset.compute_sha256() != metadata["sha256"]:
+    if dataset.sha256 != metadata["sha256"]:
         raise ValueError("its rows differ from their hash")
     return dataset
 
 
 def _map(path: Path) -> tuple[TokenDataset, Mapping[str, str]]:
-    # Through torch, whose tensors are views of the mapped file; numpy's reader copies.
+    # As torch tensors, which are views of the mapped file; safetensors' numpy arrays are copies.
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name).numpy() for name in _ARRAYS}

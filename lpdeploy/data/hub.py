@@ -10,13 +10,12 @@ class HubSource:
     """How a data set of the hub is read.
 
     Attributes:
-        repository: ``owner/name``; parquet or JSON files, since datasets runs no scripts.
+        repository: ``owner/name``, with parquet or JSON files, since datasets runs no scripts.
         options: Further arguments of ``datasets.load_dataset``.
-        column: The column of plain text; where it is None, the row tells (see ``parse_row``).
-        separator: Joins all rows into one document; None where a row is a document.
-        test_split: What the split ``test`` is called there; None where there is nothing to
-            evaluate on.
-        max_rows: Rows to read of a split that is too large to read whole.
+        column: The column of plain text; None to look at the names of the columns.
+        separator: Joins all rows into one document; None if each row is a document.
+        test_split: Name of the split to evaluate on; None if there is none.
+        max_rows: Largest number of rows to read, for splits that are too large.
     """
 
     repository: str
@@ -27,10 +26,10 @@ class HubSource:
     max_rows: Mapping[str, int] = field(default_factory=dict)
 
 
-# WikiText-2 and PTB are joined as GPTQ and SparseGPT join them, whom the paper follows (Section
-# 4.1). PTB is a script data set, which datasets 4 and later refuse: its parquet copy lies on the
-# hub's own conversion branch. C4 is hundreds of GB: only the first shard is read, as they do, and
-# of it the paper's 20k documents to train on and their 1,100 to evaluate on.
+# WikiText-2 and PTB are joined as in GPTQ and SparseGPT, which the paper follows (Section 4.1). PTB
+# is a script data set, which datasets 4 and later refuse; the hub's conversion branch has a parquet
+# copy. C4 is hundreds of GB, so only the first shard is read, as they do: the paper's 20k documents
+# to train on, and their 1,100 to evaluate on.
 HUB_SOURCES: dict[str, HubSource] = {
     "wikitext2": HubSource(
         "Salesforce/wikitext",

@@ -1,9 +1,10 @@
-"""Text and instruction pairs, read from a local file or folder or from the Hugging Face hub."""
+"""Text and instruction pairs: from a local file or folder, the Hugging Face hub, or memory."""
 
 import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FIELDS = ("text", "instruction", "input", "response", "output")
 
-# The headings are those that most instruction-tuned checkpoints and chat front ends know.
+# Most instruction-tuned checkpoints and chat front ends know these headings.
 _PROMPT = "A task is given below. Answer it.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 _PROMPT_WITH_INPUT = (
     "A task is given below, with the input that it is about. Answer it.\n\n"
@@ -41,11 +42,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What one source holds; either all plain text or all instruction pairs.
+    """The examples of one source: either all plain text or all instruction pairs.
 
     Attributes:
-        source: The name or path it was loaded from.
-        examples: None of them is empty.
+        source: Name or path of the source.
+        examples: The examples, without empty ones.
     """
 
     source: str
@@ -57,58 +58,67 @@ class Corpus:
         return any(example.prompt for example in self.examples)
 
 
-def load_corpus(source: str, *, split: str = "train") -> Corpus:
+def load_corpus(source: Any, *, split: str = "train") -> Corpus:
     """Read all documents or instruction pairs of a source.
 
     Args:
         source: A local file (``.txt`` or other plain text with documents separated by a line
             ``<|endoftext|>``, ``.jsonl``, ``.json``, ``.parquet``), a folder of such files, a
             short name of ``HUB_SOURCES``, or a hub name ``owner/name``. Names may end in
-            ``:split``, which wins over ``split``. What exists locally wins over the hub.
+            ``:split``, which wins over ``split``. A local source wins over the hub. Or rows in
+            memory, such as a ``datasets.Dataset``, each a mapping as for ``parse_row``.
         split: ``train``, ``test`` (for a short name: the split to evaluate on), or another split
-            of the hub's data set. A local source has no splits and is read whole.
-
-    Returns:
-        The corpus, without empty documents and empty responses.
+            of the hub's data set. Local sources and rows have no splits and are read whole.
 
     Raises:
         DataError: The source is unknown, unreadable or out of reach, a row lacks its fields, plain
-            text and instruction pairs are mixed, or nothing is left.
+            text and instruction pairs are mixed, or all examples are empty.
     """
-    path = Path(source)
-    found = _load_local(path) if path.exists() else _load_hub(source, split)
-    return build_corpus(source, found)
-
-
-def build_corpus(source: str, found: Iterable[Example]) -> Corpus:
-    """Keep what is not empty.
-
-    Raises:
-        DataError: Nothing is left, or plain text and instruction pairs are mixed.
-    """
-    corpus = Corpus(source, [example for example in found if example.text.strip()])
+    name = name_source(source)
+    found: Iterable[Example]
+    if not _has_name(source):
+        rows = enumerate(source)
+        found = (parse_row(dict(row), f"row {number} of {name}") for number, row in rows)
+    elif Path(name).exists():
+        found = _load_local(Path(name))
+    else:
+        found = _load_hub(name, split)
+    corpus = Corpus(name, [example for example in found if example.text.strip()])
     if not corpus.examples:
         raise DataError(
-            f"'{source}' holds no text: it has no rows, or all are empty. Give another source."
+            f"'{name}' holds no text: it has no rows, or all are empty. Give another source."
         )
     if corpus.is_instruction and not all(example.prompt for example in corpus.examples):
         raise DataError(
-            f"'{source}' mixes plain text and instruction pairs. Put them in two sources."
+            f"'{name}' mixes plain text and instruction pairs. Put them in two sources."
         )
     return corpus
 
 
-def compute_source_sha256(source: str, *, split: str = "train") -> str | None:
+def _has_name(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike)
+
+
+def name_source(source: Any) -> str:
+    """Return the path or name of a source, or the fingerprint of rows in memory."""
+    if _has_name(source):
+        return os.fspath(source)
+    return f"dataset {_get_fingerprint(source) or 'in memory'}"
+
+
+def compute_source_hash(source: Any, *, split: str = "train") -> str | None:
     """Hash what ``load_corpus`` would read, without parsing it.
 
     Returns:
-        Of a local source, the hash of its files; of one of the hub, of datasets' fingerprint,
-        which changes with its revision, configuration and split. None where the hub's data is
-        streamed, since nothing is known of it before.
+        For a local source, the hash of its files. For the hub, a hash of datasets' fingerprint,
+        which changes with the revision, configuration and split. For a ``datasets.Dataset``, its
+        fingerprint. None for a stream of the hub and for other rows, which are not known yet.
 
     Raises:
         DataError: The source is unknown, unreadable or out of reach.
     """
+    if not _has_name(source):
+        return _get_fingerprint(source)
     path = Path(source)
     digest = hashlib.sha256()
     if path.exists():
@@ -120,27 +130,32 @@ def compute_source_sha256(source: str, *, split: str = "train") -> str | None:
                 raise _describe_unreadable(file, error) from error
             digest.update(f"{file.suffix.lower()} {own}\n".encode())
         return digest.hexdigest()
-    hub, wanted = _find_hub(source, split)
-    # A property of its own does not exist; without this one the rows are made anew each time.
-    fingerprint = getattr(_open_hub(hub, wanted, source=source), "_fingerprint", None)
+    name = os.fspath(source)
+    hub, wanted = _find_hub(name, split)
+    fingerprint = _get_fingerprint(_open_hub(hub, wanted, source=name))
     if fingerprint is None:
         return None
     digest.update(f"{hub} {fingerprint}".encode())
     return digest.hexdigest()
 
 
+def _get_fingerprint(rows: Any) -> str | None:
+    # datasets has no public name for it. It changes with every transform of the rows.
+    return getattr(rows, "_fingerprint", None)
+
+
 def parse_row(row: Any, where: str) -> Example:
     """Turn one row into an example.
 
-    Instruction pairs are looked for first: some data sets carry a formatted ``text`` beside them.
+    A row with an instruction pair and a ``text`` is a pair: some data sets also format it as text.
 
     Args:
         row: ``instruction``, optionally ``input``, and ``response`` or ``output``; or ``text``.
-            A null is an empty text.
+            None counts as an empty text.
         where: File and line, for the error.
 
     Raises:
-        DataError: The row is no object, lacks these fields, or has other things than text in them.
+        DataError: The row is no object, lacks these fields, or has values that are not text.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is a {type(row).__name__}. Give an object with named fields.")
@@ -159,9 +174,7 @@ def parse_row(row: Any, where: str) -> Example:
 
 
 def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if value is None:
-        return ""
+    value = "" if row.get(name) is None else row[name]
     if not isinstance(value, str):
         raise DataError(f"{where}: '{name}' is a {type(value).__name__}. Make it a string.")
     return value
@@ -199,7 +212,7 @@ def _describe_unreadable(path: Path, error: OSError) -> DataError:
 
 def _read_documents(path: Path) -> Iterator[Example]:
     for document in _SEPARATOR_LINE.split(_read_text(path)):
-        # The newlines beside a separator, and the one that ends a file, belong to no document.
+        # The newlines around a separator and at the end of the file belong to no document.
         yield Example("", document.removeprefix("\n").removesuffix("\n"))
 
 
@@ -209,7 +222,7 @@ def _read_json(path: Path) -> Iterator[Example]:
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each row of a file of JSON lines, or of one JSON list, and where it stands.
+    """Yield each row of a file of JSON lines, or of one JSON list, with its place in the file.
 
     Raises:
         DataError: The file cannot be read, or a line of it is not valid JSON.
@@ -219,7 +232,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(_parse_json(text, path), start=1):
             yield f"'{path}', row {number},", row
         return
-    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
+    # Not splitlines(), which also splits at U+2028 and others that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"'{path}', line {number},", _parse_json(line, path, line=number)
@@ -242,8 +255,8 @@ def _read_parquet(path: Path) -> Iterator[Example]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            # Only what is used: other columns may be large. All of them where none is known, so
-            # that the error can name them.
+            # Only the columns that are used, since others may be large; all of them if none is
+            # known, so that the error can name them.
             columns = [name for name in file.schema_arrow.names if name in _FIELDS]
             for batch in file.iter_batches(batch_size=1000, columns=columns or None):
                 for row in batch.to_pylist():
@@ -256,26 +269,31 @@ def _read_parquet(path: Path) -> Iterator[Example]:
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Example]]] = {
-    ".txt": _read_documents,
-    ".text": _read_documents,
-    ".raw": _read_documents,
-    ".tokens": _read_documents,
-    ".jsonl": _read_json,
-    ".json": _read_json,
+    **dict.fromkeys((".txt", ".text", ".raw", ".tokens"), _read_documents),
+    **dict.fromkeys((".jsonl", ".json"), _read_json),
     ".parquet": _read_parquet,
 }
 
 
 def _load_hub(source: str, split: str) -> Iterator[Example]:
     hub, wanted = _find_hub(source, split)
-    rows = _iterate_hub(hub, wanted, source=source)
-    if hub.separator is not None:
-        return iter([Example("", hub.separator.join(row.text for row in rows))])
-    return rows
+    rows = itertools.islice(_open_hub(hub, wanted, source=source), hub.max_rows.get(wanted))
+    found = (
+        parse_row(
+            {"text": row.get(hub.column)} if hub.column in row else row,
+            f"'{source}', row {number},",
+        )
+        for number, row in enumerate(rows, start=1)
+    )
+    with _explained(source):
+        if hub.separator is None:
+            yield from found
+        else:
+            yield Example("", hub.separator.join(row.text for row in found))
 
 
 def _find_hub(source: str, split: str) -> tuple[HubSource, str]:
-    """Return how a name of the hub is read, and the split that is wanted of it."""
+    """Return how to read a data set of the hub, and which split of it."""
     name, _, given = source.partition(":")
     hub = HUB_SOURCES.get(name)
     if hub is None:
@@ -291,14 +309,6 @@ def _find_hub(source: str, split: str) -> tuple[HubSource, str]:
     return hub, wanted
 
 
-def _iterate_hub(hub: HubSource, split: str, *, source: str) -> Iterator[Example]:
-    rows = _open_hub(hub, split, source=source)
-    with _explained(source):
-        for number, row in enumerate(itertools.islice(rows, hub.max_rows.get(split)), start=1):
-            renamed = {"text": row.get(hub.column)} if hub.column in row else row
-            yield parse_row(renamed, f"'{source}', row {number},")
-
-
 def _open_hub(hub: HubSource, split: str, *, source: str) -> Any:
     import datasets
 
@@ -308,7 +318,7 @@ def _open_hub(hub: HubSource, split: str, *, source: str) -> Any:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turn what the hub's libraries raise into one sentence."""
+    """Turn the errors of the hub's libraries into one sentence."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever the hub uses
 

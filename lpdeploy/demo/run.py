@@ -1,4 +1,4 @@
-"""The demo: the whole line on the model that the package carries, in one folder."""
+"""The demo: the whole workflow on the model that comes with the package, in one folder."""
 
 import logging
 import time
@@ -9,27 +9,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from lpdeploy.api import Run, prune
 from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.results import LatencyRow
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_relative
 from lpdeploy.benchmark.worker import Workload
 from lpdeploy.config import PruneConfig
-from lpdeploy.engines.export import export
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.torch.runner import load_torch_runner
-from lpdeploy.engines.verify import verify
 from lpdeploy.environment import quieten_libraries
-from lpdeploy.errors import ArtifactError, ParityError
-from lpdeploy.evaluation.evaluate import evaluate
-from lpdeploy.evaluation.options import EvalOptions
+from lpdeploy.errors import ArtifactError
 from lpdeploy.evaluation.results import Evaluation, Figures
 from lpdeploy.folders import remove_leftovers
-from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.pruning.run import prune
-from lpdeploy.report.page import Sample, save_report
-from lpdeploy.run_folder import RunFolder
+from lpdeploy.report.page import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +55,7 @@ class DemoResult:
 
     @property
     def summary(self) -> str:
-        """The result in a few lines."""
+        """The result, in a few lines."""
         perplexity = "{dense:.2f} dense, {pruned:.2f} pruned".format(**self.perplexity)
         rows = [
             f"{row.engine:6} {row.ratio:4.0%} {'merged' if row.merged else 'unmerged':9}"
@@ -73,24 +67,19 @@ class DemoResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object, with the summary."""
-        rows = [asdict(row) for row in self.rows]
-        return {**asdict(self), "page": str(self.page), "rows": rows, "summary": self.summary}
+        return {**asdict(self), "page": str(self.page), "summary": self.summary}
 
 
 def run_demo(
-    output: Path,
-    *,
-    overwrite: bool = False,
-    steps: int = 80,
-    repeats: int = 20,
+    output: Path, *, overwrite: bool = False, steps: int = 80, repeats: int = 20
 ) -> DemoResult:
-    """Prune by 20 and 50 %, compact, export, verify, evaluate, time, write, and report.
+    """Prune by 20 and 50 %, compact, export, verify, evaluate, measure latency, and report.
 
     Args:
         output: Folder for everything; ``index.html`` in it is the page.
-        overwrite: Replace what is there.
-        steps: Optimizer steps of each pruning run.
-        repeats: Trials of each variant of the benchmark.
+        overwrite: Replace an earlier demo.
+        steps: Number of optimizer steps of each pruning run.
+        repeats: Number of trials of each variant of the benchmark.
 
     Raises:
         ArtifactError: ``output`` exists and ``overwrite`` is false.
@@ -98,19 +87,20 @@ def run_demo(
     """
     _claim(output, overwrite=overwrite)
     start = time.perf_counter()
-    assets, base = _ASSETS, _BASE
     runs = _list_runs(output)
     for ratio, run in runs.items():
         logger.info("prune %.0f%%, fine-tune, compact", 100 * ratio)
-        _build(base, assets / "train.txt", run, ratio=ratio, steps=steps)
+        _build(run, ratio=ratio, steps=steps)
     logger.info("export to ONNX")
     _export_all(list(runs.values()))
     half = runs[RATIOS[-1]]
     logger.info("verify every stage")
-    _check(half)
+    half.verify()
     logger.info("evaluate")
-    options = EvalOptions(perplexity=(str(assets / "valid.txt"),), seq_len=_EVAL_SEQ_LEN)
-    measured = evaluate(str(half), options, with_base=True, device="cpu")
+    valid = _ASSETS / "valid.txt"
+    measured = half.evaluate(
+        perplexity=[str(valid)], seq_len=_EVAL_SEQ_LEN, with_base=True, device="cpu"
+    )
     logger.info("time dense and pruned, merged and unmerged")
     bench, _ = bench_latency(
         [str(run) for run in runs.values()],
@@ -118,17 +108,17 @@ def run_demo(
         device="cpu",
         output=half.path,
     )
-    logger.info("write a few lines")
-    opening = _read_opening(assets / "valid.txt")
-    models = {"dense": base, f"{RATIOS[-1]:.0%} pruned": half.model}
+    logger.info("generate a few lines")
+    opening = _read_opening(valid)
+    models = {"dense": _BASE, f"{RATIOS[-1]:.0%} pruned": half.model}
     save_json(half.samples, [asdict(_write_lines(opening, *item)) for item in models.items()])
-    page = save_report(half, output=output / "index.html")
+    page = half.report(output=output / "index.html")
     seconds = round(time.perf_counter() - start, 1)
     return DemoResult(page, seconds, _list_perplexities(measured), bench.rows)
 
 
-def _list_runs(output: Path) -> dict[float, RunFolder]:
-    return {ratio: RunFolder(output / f"pruned-{ratio * 100:.0f}") for ratio in RATIOS}
+def _list_runs(output: Path) -> dict[float, Run]:
+    return {ratio: Run(output / f"pruned-{ratio * 100:.0f}") for ratio in RATIOS}
 
 
 def _claim(output: Path, *, overwrite: bool) -> None:
@@ -147,8 +137,8 @@ def _claim(output: Path, *, overwrite: bool) -> None:
     remove_leftovers(output / "index.html")
 
 
-def _build(base: Path, data: Path, run: RunFolder, *, ratio: float, steps: int) -> None:
-    options = PruneConfig(
+def _build(run: Run, *, ratio: float, steps: int) -> None:
+    config = PruneConfig(
         ratio=ratio,
         steps=steps,
         batch_size=8,
@@ -159,32 +149,26 @@ def _build(base: Path, data: Path, run: RunFolder, *, ratio: float, steps: int) 
         prune_cooldown=0.4,
         device="cpu",
     )
-    prune(str(base), run.path, data=str(data), options=options)
+    prune(_BASE, _ASSETS / "train.txt", run, config=config)
     for keep_adapter in (False, True):
-        compact(run, keep_adapter=keep_adapter)
+        run.compact(keep_adapter=keep_adapter)
 
 
-def _export_all(runs: list[RunFolder]) -> None:
-    # Tracing a graph is Python on one core, so a process a run; fresh ones, since a fork of a
-    # process that has run torch's threads may hang.
+def _export_all(runs: list[Run]) -> None:
+    # Tracing a graph is Python on one core, so each run has its own process. They are spawned,
+    # since a fork of a process that has run torch's threads may hang.
     with ProcessPoolExecutor(len(runs), mp_context=get_context("spawn")) as pool:
         list(pool.map(_export_run, runs))
 
 
-def _export_run(run: RunFolder) -> None:
+def _export_run(run: Run) -> None:
     quieten_libraries()  # as the command line does
     for unmerged in (False, True):
-        export(str(run), unmerged=unmerged)
-
-
-def _check(run: RunFolder) -> None:
-    wrong = [pair for pair in verify(run).pairs if not pair.ok]
-    if wrong:
-        raise ParityError(f"{wrong[0].a} and {wrong[0].b} differ by {wrong[0].max_abs_diff:.1e}.")
+        run.export(unmerged=unmerged)
 
 
 def _read_opening(path: Path) -> str:
-    """Return the first sentences of a held-out story, for both models to go on from."""
+    """Return the first sentences of a held-out story, for both models to continue."""
     return ".".join(path.read_text(encoding="utf-8").split(".")[:3]) + "."
 
 

@@ -74,7 +74,7 @@ def compute_perplexity(
             on_progress(done, len(segments))
     tokens = segments.shape[0] * (segments.shape[1] - 1)
     num_bytes = sum(len((row.prompt + row.text).encode()) for row in corpus.examples)
-    return _summarise(runner, total / tokens, tokens=tokens, ratio=len(stream) / num_bytes)
+    return _summarize(runner, total / tokens, tokens=tokens, ratio=len(stream) / num_bytes)
 
 
 def _cut_segments(stream: Tensor, seq_len: int, *, source: str) -> Tensor:
@@ -110,7 +110,7 @@ def _sum_losses(runner: Runner, input_ids: Tensor) -> float:
         )
 
 
-def _summarise(runner: Runner, mean: float, *, tokens: int, ratio: float) -> Perplexity:
+def _summarize(runner: Runner, mean: float, *, tokens: int, ratio: float) -> Perplexity:
     try:
         perplexity = math.exp(mean)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""What a cell of a table is: which commands make it, and the key it is found again by."""
+"""What a cell of a table is: the commands that make it, and the key that identifies it."""
 
 import hashlib
 import json
@@ -13,13 +13,11 @@ from lpdeploy.config import RENAMED
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.tables import Row, Table
 
-# Each cell has its own values of these, whichever table it is of.
-SET_BY_EVERY_CELL = ("ratio", "seed")
-# Options of prune that change nothing of a result.
+# Options of prune that do not change a result.
 _WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory")
 # Keys are made of the names that options had when the first cells were run.
 _FORMER_NAMES = {name: former for former, name in RENAMED.items()}
-# One run scores all groups; at which ratio it then prunes does not matter.
+# One run scores all groups. The ratio that it then prunes to does not matter.
 _SIMILARITY_RATIO = 0.5
 
 
@@ -28,8 +26,8 @@ class Source:
     """Data or a model that a command reads.
 
     Attributes:
-        given: What the user gave: a path or a hub name.
-        name: What is shown: the last part of a path, or the hub name.
+        given: Path or hub name, as the user gave it.
+        name: Name that is shown: the last part of a path, or the hub name.
         identity: SHA-256 of a file or folder, or the hub name.
     """
 
@@ -39,7 +37,7 @@ class Source:
 
 
 def identify_source(given: str) -> Source:
-    """Hash a local file or folder, so that a cell is not mistaken for one of other data."""
+    """Hash a local file or folder, so that cells of different data have different keys."""
     path = Path(given)
     if path.is_file():
         return Source(given, path.name, compute_sha256(path))
@@ -52,37 +50,44 @@ def identify_source(given: str) -> Source:
 
 
 def name_path(path: Path) -> str:
-    """Return the last part of a path, also of ``.``."""
+    """Return the last part of a path, or the folder's name for ``.``."""
     return path.name or path.resolve().name
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What each pruned model is measured on; nothing where both are empty.
+    """What each pruned model is measured on; nothing if there are neither texts nor tasks.
 
     Attributes:
         perplexity: Texts.
-        seq_len: Tokens a segment of them.
-        tasks: Names with commas between them, or None.
-        task_data: Their folder, or None for the hub.
+        seq_len: Number of tokens per segment of a text.
+        tasks: Names of tasks.
+        task_data: Folder with the data of the tasks; None for the hub.
     """
 
     perplexity: tuple[Source, ...] = ()
     seq_len: int = 2048
-    tasks: str | None = None
+    tasks: tuple[str, ...] = ()
     task_data: Source | None = None
 
     def __bool__(self) -> bool:
         return bool(self.perplexity or self.tasks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what determines its result, without paths."""
+        """Return what determines the result, without paths."""
         return {
             "perplexity": {s.name: s.identity for s in self.perplexity},
             "seq_len": self.seq_len if self.perplexity else None,
-            "tasks": self.tasks,
+            "tasks": ",".join(self.tasks) or None,
             "task_data": self.task_data.identity if self.task_data else None,
         }
+
+    def list_words(self, *, seq_len: str) -> list[str]:
+        """Return the options of a command whose option for the segments is ``seq_len``."""
+        words = [word for source in self.perplexity for word in ("--perplexity", source.given)]
+        words += [seq_len, str(self.seq_len)] if self.perplexity else []
+        words += ["--tasks", ",".join(self.tasks)] if self.tasks else []
+        return words + (["--task-data", self.task_data.given] if self.task_data else [])
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,10 @@ class Study:
     """What all cells share.
 
     Attributes:
-        model: The model that is pruned.
-        data: What it is pruned and fine-tuned with.
+        model: The model to prune.
+        data: Data to prune and fine-tune with.
         prune_words: Options of ``prune`` as the user typed them.
-        prune_options: The same, read, with a recipe and the defaults: option -> value.
+        prune_options: Option -> value: these words, a recipe and the defaults, parsed.
         evaluation: What is measured.
     """
 
@@ -109,13 +114,13 @@ class Cell:
     """One run of one row.
 
     Attributes:
-        row: Its row.
+        row: The row.
         ratio: Share of groups to remove; 0 for the unpruned model.
-        seed: None for the unpruned model, which has none.
-        own: Options of ``prune`` that it sets.
-        options: All of its options of ``prune``; empty for the unpruned model.
+        seed: None for the unpruned model.
+        own: Options of ``prune`` that the cell sets.
+        options: All options of ``prune``; empty for the unpruned model.
         evaluation: What is measured.
-        key: Readable, with a hash of everything that determines the result.
+        key: Readable words, and a hash of everything that determines the result.
     """
 
     row: Row
@@ -129,13 +134,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a table is asked for.
+    """The part of a table to run.
 
     Attributes:
         table: The table.
         rows: Rows of it.
         ratios: Shares of groups to remove.
-        seeds: How many; 0, 1, ...
+        seeds: Number of seeds: 0, 1, ...
     """
 
     table: Table
@@ -150,7 +155,7 @@ def select(
     """Choose rows and ratios of a table; all rows and the paper's ratios by default.
 
     Raises:
-        LpdeployError: It has no such row, or nothing is left to show.
+        LpdeployError: There is no such row, or nothing is left to compare.
     """
     known = {row.name: row for row in table.rows}
     for name in rows:
@@ -165,10 +170,10 @@ def select(
 
 
 def list_cells(selection: Selection, study: Study) -> list[Cell]:
-    """List the cells in the order in which they run: all rows of seed 0 first, the rows in turn.
+    """List the cells in the order in which they run: seed 0 of all rows first.
 
     Raises:
-        LpdeployError: A row multiplies the steps, and the options of ``prune`` give none.
+        LpdeployError: A row scales the steps, but the options of ``prune`` have none.
     """
     table = selection.table
     dense = [_build_dense(row, study) for row in selection.rows if row.dense]
@@ -196,17 +201,15 @@ def build_cell(row: Row, study: Study, *, ratio: float, seed: int, measured: boo
     options = {**study.prune_options, **own}
     schedule = options.get("schedule", "joint")
     parts = [options.get("criterion", "lora"), *([] if schedule == "joint" else [schedule])]
+    parts += [f"{ratio:g}", f"seed{seed}"]
     evaluation = study.evaluation if measured else EvalSettings()
-    key = _compute_key(
-        [*parts, f"{ratio:g}", f"seed{seed}"], study, options=options, evaluation=evaluation
-    )
+    key = _compute_key(parts, study, options=options, evaluation=evaluation)
     return Cell(row, ratio, seed, own, options, evaluation, key)
 
 
 def _build_dense(row: Row, study: Study) -> Cell:
-    # What the unpruned model scores depends on no option of prune but the device.
-    device = study.prune_options.get("device", "auto")
-    options = {"device": device}
+    # Of the options of prune, only the device matters to the unpruned model.
+    options = {"device": study.prune_options.get("device", "auto")}
     key = _compute_key(["dense"], study, options=options, evaluation=study.evaluation)
     return Cell(row, 0.0, None, {}, {}, study.evaluation, key)
 
@@ -217,8 +220,8 @@ def _compute_key(
     identity = {
         "model": study.model.identity,
         "data": study.data.identity if len(options) > 1 else None,
-        # An option that is None or False was not given: a later version that knows one more option
-        # finds the cells of this one.
+        # An option that is None or False was not given. Leaving it out lets a later version, which
+        # may have more options, find the cells of this one.
         "options": {
             _FORMER_NAMES.get(name, name): value
             for name, value in options.items()
@@ -238,24 +241,17 @@ def list_prune_words(cell: Cell, study: Study, *, run: Path) -> list[str]:
 
 def list_eval_words(cell: Cell, study: Study, *, model: str) -> list[str]:
     """Return the words of a cell's ``eval`` command."""
-    evaluation = cell.evaluation
-    words = ["eval", model]
-    if evaluation.perplexity:
-        words += [w for s in evaluation.perplexity for w in ("--perplexity", s.given)]
-        words += ["--seq-len", str(evaluation.seq_len)]
-    if evaluation.tasks:
-        words += ["--tasks", evaluation.tasks]
-    if evaluation.task_data:
-        words += ["--task-data", evaluation.task_data.given]
-    device = study.prune_options.get("device", "auto")
-    return [*words, *([] if device == "auto" else ["--device", device])]
+    words = ["eval", model, *cell.evaluation.list_words(seq_len="--seq-len")]
+    if (device := study.prune_options.get("device", "auto")) != "auto":
+        words += ["--device", device]
+    return words
 
 
 def _list_options(options: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):  # a flag, off where it is not given
+        if isinstance(value, bool):  # a flag, which is off unless it is given
             words += [flag] if value else []
         else:
             words += [flag, str(value)]
@@ -263,7 +259,7 @@ def _list_options(options: Mapping[str, Any]) -> list[str]:
 
 
 def show_command(words: Iterable[str]) -> str:
-    """Write a command for readers, each path cut to its last part."""
+    """Write a command for readers, with each path cut to its last part."""
     return shlex.join(["lpdeploy", *show_words(words)])
 
 

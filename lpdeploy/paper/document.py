@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.evaluation.results import PAPER_METRICS
 from lpdeploy.paper.cells import Cell, Selection, Study
@@ -14,8 +13,6 @@ from lpdeploy.paper.similarity import compute_mask_similarity
 from lpdeploy.paper.tables import Table
 
 _KINDS = {"heads": "attention (heads)", "channels": "FFN (channels)"}
-
-
 _COST_COLUMNS = (
     Column("s/iter", "s", "lower"),
     Column("scoring", "ms", "lower"),
@@ -39,13 +36,12 @@ def list_columns(table: Table, study: Study) -> list[Column]:
     evaluation = study.evaluation
     columns += [Column(source.name, "perplexity", "lower") for source in evaluation.perplexity]
     if evaluation.tasks:
-        names = [name.strip() for name in evaluation.tasks.split(",")]
-        columns += [Column(name, "share", "higher") for name in [*names, "average"]]
+        columns += [Column(name, "share", "higher") for name in (*evaluation.tasks, "average")]
     return columns
 
 
 def list_values(result: CellResult) -> dict[str, float]:
-    """Return everything that a finished cell measured, by column."""
+    """List everything that a finished cell measured, by column."""
     values: dict[str, float] = {}
     if result.prune:
         values["removed"] = result.prune["achieved"]["parameters"]
@@ -68,12 +64,6 @@ def list_values(result: CellResult) -> dict[str, float]:
     return values
 
 
-def summarize(values: Sequence[float]) -> Value:
-    """Return mean and sample standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return Value(statistics.fmean(values), spread, len(values))
-
-
 def build_document(
     selection: Selection,
     study: Study,
@@ -84,16 +74,10 @@ def build_document(
     folder: Path,
     failed: Mapping[str, str],
 ) -> TableResult:
-    """Put the cells that are done into a table.
+    """Put the finished cells into a table.
 
-    Args:
-        selection: Which part of which table.
-        study: What the cells share.
-        cells: All that the table has.
-        results: Key -> result, of those that are done.
-        command: That makes this table.
-        folder: The output folder, for the scores of Figure 4.
-        failed: Key -> error.
+    ``results`` and ``failed`` have the key of a finished or failed cell -> its result or error.
+    Figure 4 reads its scores from ``folder``, the output folder.
     """
     table = selection.table
     if table.kind == "similarity":
@@ -106,15 +90,8 @@ def build_document(
     if table.kind == "cost":
         _relate(rows, selection.rows[0].name)
     used = [result.machine for result in results.values()]
-    machines = {str((machine.cpu, machine.gpu, machine.versions)) for machine in used}
-    latest = max(results.values(), key=lambda result: result.date, default=None)
     return TableResult(
         table=table.name,
-        heading=table.heading,
-        title=table.title,
-        about=table.about,
-        kind=table.kind,
-        axis=table.axis,
         model=study.model.name,
         data=study.data.name,
         command=command,
@@ -128,8 +105,8 @@ def build_document(
             for cell in cells
             if cell.key in failed
         ),
-        machines=len(machines),
-        machine=latest.machine if latest else None,
+        machines=len({str((machine.cpu, machine.gpu, machine.versions)) for machine in used}),
+        machine=max(used, key=lambda machine: machine.date, default=None),
     )
 
 
@@ -151,7 +128,7 @@ def _build_rows(
                     place=row.place,
                     panel=row.panel,
                     seeds=len(done),
-                    values=_summarise_columns(done),
+                    values=summarize(done),
                     paper=dict(selection.table.get_paper(ratio, row.name)),
                     cells=tuple(cell.key for cell in own),
                 )
@@ -159,32 +136,39 @@ def _build_rows(
     return rows
 
 
-def _summarise_columns(done: Sequence[Mapping[str, float]]) -> dict[str, Value]:
-    names = dict.fromkeys(name for values in done for name in values)
-    return {name: summarize([v[name] for v in done if name in v]) for name in names}
+def summarize(done: Sequence[Mapping[str, float]]) -> dict[str, Value]:
+    """Return mean and sample standard deviation of each column, over cells or layers."""
+    columns: dict[str, list[float]] = {}
+    for name, value in (item for values in done for item in values.items()):
+        columns.setdefault(name, []).append(value)
+    return {
+        name: Value(
+            mean=statistics.fmean(values),
+            spread=statistics.stdev(values) if len(values) > 1 else None,
+            n=len(values),
+        )
+        for name, values in columns.items()
+    }
 
 
 def _mark_best(rows: Sequence[ResultRow], columns: Sequence[Column]) -> None:
-    """Mark the best mean of each column among the rows of a ratio, where several can be compared.
-
-    Rows of another panel vary something else and are compared among themselves.
-    """
+    """Mark the best mean of each column among the rows of one ratio and panel."""
     groups: dict[tuple[float, str], list[ResultRow]] = {}
     for row in rows:
         groups.setdefault((row.ratio, row.panel), []).append(row)
     for family in groups.values():
-        for name, better in ((column.name, column.better) for column in columns):
-            found = [row for row in family if name in row.values]
-            if better and len(found) > 1:
-                choose = min if better == "lower" else max
-                best = choose(row.values[name].mean for row in found)
-                for row in found:
-                    value = row.values[name]
-                    row.values[name] = replace(value, best=value.mean == best)
+        for column in columns:
+            found = [row.values for row in family if column.name in row.values]
+            if column.better and len(found) > 1:
+                choose = min if column.better == "lower" else max
+                best = choose(values[column.name].mean for values in found)
+                for values in found:
+                    value = values[column.name]
+                    values[column.name] = replace(value, best=value.mean == best)
 
 
 def _relate(rows: Sequence[ResultRow], first: str) -> None:
-    """Add to each value what it is of the first row's at the same ratio."""
+    """Divide each value by that of the first row at the same ratio."""
     for row in rows:
         base = next(r for r in rows if r.name == first and r.ratio == row.ratio)
         for name, value in row.values.items():
@@ -207,39 +191,27 @@ def _build_similarity_rows(
         if len(own) == 2:
             paths = [folder / CELLS / f"{cell.key}.importance.safetensors" for cell in own]
             pairs.append([load_file(path) for path in paths])
+
+    def compare(kind: str, ratio: float) -> dict[str, Value]:
+        """Summarize over layers and seeds; a layer that loses no group is left out."""
+        return summarize(
+            [
+                compute_mask_similarity(first[name], second[name], ratio=ratio)
+                for first, second in pairs
+                for name in first
+                if name.endswith(kind)
+            ]
+        )
+
     return [
         ResultRow(
             name=kind,
             label=label,
             ratio=ratio,
             seeds=len(pairs),
-            values=_compare(pairs, kind, ratio),
+            values=compare(kind, ratio),
             paper={},
         )
         for ratio in selection.ratios
         for kind, label in _KINDS.items()
     ]
-
-
-def _compare(
-    pairs: Sequence[Sequence[Mapping[str, Any]]], kind: str, ratio: float
-) -> dict[str, Value]:
-    """Summarize over layers and seeds; a layer that loses no group at this ratio is left out."""
-    compared = [
-        similarity
-        for first, second in pairs
-        for name in first
-        if name.endswith(kind)
-        and (similarity := compute_mask_similarity(first[name], second[name], ratio=ratio))
-    ]
-    return _summarise_columns(
-        [
-            {
-                "agreement": similarity.agreement,
-                "random agreement": similarity.random_agreement,
-                "Jaccard": similarity.jaccard,
-                "random Jaccard": similarity.random_jaccard,
-            }
-            for similarity in compared
-        ]
-    )

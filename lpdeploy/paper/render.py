@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lpdeploy.machine import Machine
-from lpdeploy.paper.results import Column, ResultRow, TableResult, Value
+from lpdeploy.paper.results import SCALES, SYMBOLS, ResultRow, TableResult, Value
 
 _ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 _PAPER_UNITS = {
@@ -16,31 +16,24 @@ _PAPER_UNITS = {
 
 
 def render_markdown(document: TableResult) -> str:
-    """Write a table for people: mean and spread, the best in bold, the paper's figures beside.
-
-    Args:
-        document: The table.
-
-    Returns:
-        Markdown.
-    """
-    columns = document.columns
+    """Write a table as Markdown: mean and spread, the best in bold, and the paper's figures."""
+    spec, has_masks = document.spec, document.spec.kind == "similarity"
     paper = _list_paper_columns(document)
     header = [
         "pruned",
         _name_rows(document),
-        *(f"{_cut(c.name)}{_show_unit(c.unit)}{_ARROWS[c.better]}" for c in columns),
-        *([] if document.kind == "similarity" else ["parameters"]),
+        *(f"{_escape(c.name)}{_show_unit(c.unit)}{_ARROWS[c.better]}" for c in document.columns),
+        *([] if has_masks else ["parameters"]),
         "seeds",
         *(f"paper: {name}{_show_unit(_PAPER_UNITS.get(name, 'share'))}" for name in paper),
     ]
     lines = [header, ["---"] * len(header)]
-    lines += [_render_row(row, columns, paper, kind=document.kind) for row in document.rows]
+    lines += [_render_row(row, document, paper) for row in document.rows]
     return "\n".join(
         [
-            f"# {document.heading}: {document.title}",
+            f"# {spec.heading}: {spec.title}",
             "",
-            document.about,
+            spec.about,
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
@@ -50,30 +43,28 @@ def render_markdown(document: TableResult) -> str:
 
 
 def _name_rows(document: TableResult) -> str:
-    if document.kind == "similarity":
+    if document.spec.kind == "similarity":
         return "groups"
     return "method" if all(row.place is None for row in document.rows) else "setting"
 
 
 def _list_paper_columns(document: TableResult) -> list[str]:
-    """List the paper's columns: its own texts and costs, and the tasks that were asked for."""
+    """List the paper's columns: its texts and costs, and the tasks that were measured here."""
     asked = {column.name for column in document.columns} | {"average"}
     found = dict.fromkeys(name for row in document.rows for name in row.paper)
     return [name for name in found if name in _PAPER_UNITS or name in asked]
 
 
-def _render_row(
-    row: ResultRow, columns: Sequence[Column], paper: Sequence[str], *, kind: str
-) -> list[str]:
-    own = [_show_value(row.values.get(c.name), c.unit) for c in columns]
-    if kind != "similarity":
+def _render_row(row: ResultRow, document: TableResult, paper: Sequence[str]) -> list[str]:
+    own = [_show_value(row.values.get(c.name), c.unit) for c in document.columns]
+    if document.spec.kind != "similarity":
         removed = row.values.get("removed")
         own.append(f"-{removed.mean:.1%}" if removed else "")
     printed = [
         _show_number(row.paper[name], _PAPER_UNITS.get(name, "share")) if name in row.paper else ""
         for name in paper
     ]
-    return [f"{row.ratio:.0%}", _cut(row.label), *own, str(row.seeds), *printed]
+    return [f"{row.ratio:.0%}", _escape(row.label), *own, str(row.seeds), *printed]
 
 
 def _show_value(value: Value | None, unit: str) -> str:
@@ -90,37 +81,30 @@ def _show_value(value: Value | None, unit: str) -> str:
 
 
 def _show_number(number: float, unit: str) -> str:
-    match unit:
-        case "perplexity":
-            return f"{number:.2f}"
-        case "share":
-            return f"{100 * number:.2f}"
-        case "bytes":
-            return f"{number / 1e9:.2f}"
-        case "s" | "ms":
-            return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
-    return f"{number:.3f}"
+    if unit in ("s", "ms"):
+        return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    return f"{SCALES.get(unit, 1) * number:.{2 if unit else 3}f}"
 
 
 def _show_unit(unit: str) -> str:
-    return {"share": ", %", "bytes": ", GB", "s": ", s", "ms": ", ms"}.get(unit, "")
+    return f", {SYMBOLS[unit]}" if unit in SYMBOLS else ""
 
 
-def _cut(text: str) -> str:
-    """Keep a name from ending a column."""
+def _escape(text: str) -> str:
+    """Write a name so that it does not end its column."""
     return text.replace("|", "\\|")
 
 
 def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
-    over = "layers and seeds" if document.kind == "similarity" else "seeds"
+    over = "layers and seeds" if document.spec.kind == "similarity" else "seeds"
     spread = f"Mean ± sample standard deviation over {over}."
     notes = [f"Model {document.model}, data {document.data}. {spread}"]
     if any(c.better for c in document.columns):
-        notes[0] += " The best of each ratio is bold."
-    if document.kind == "cost":
-        notes[0] += " In brackets: against the first row."
+        notes[0] += " The best value of each ratio is bold."
+    if document.spec.kind == "cost":
+        notes[0] += " In brackets: change from the first row."
     if any(c.name == "average" for c in document.columns):
-        notes[0] += " Accuracies in percent, normalized by length where the paper's average is."
+        notes[0] += " Accuracies are normalized by length for the tasks for which the paper's are."
     if has_paper:
         notes[0] += " The paper's figures are for LLaMA-7B."
     if document.missing:
@@ -137,7 +121,7 @@ def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
 
 
 def describe_machine_line(machine: Machine) -> str:
-    """Say on what, with what and when the last cell was made."""
+    """Name the machine, the versions and the date of the last cell."""
     versions = ", ".join(
         f"{name} {machine.versions[name]}"
         for name in ("lpdeploy", "torch", "transformers")

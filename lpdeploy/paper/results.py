@@ -4,6 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lpdeploy.machine import Machine
+from lpdeploy.paper.tables import TABLES, Table
+
+SYMBOLS = {"share": "%", "bytes": "GB", "s": "s", "ms": "ms"}
+"""Unit of a column -> what a reader sees; a perplexity has no unit."""
+SCALES = {"share": 100, "bytes": 1e-9}
+"""Unit of a column -> the factor from a value to what a reader sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +24,14 @@ class CellResult:
         seed: None for the unpruned model.
         options: Options of ``prune``.
         evaluation: What it was measured on.
-        machine: What it ran on.
-        date: When it finished.
+        machine: What it ran on, and when it finished.
         commands: The commands, each path cut to its last part.
         undisturbed: Whether its times can be trusted: nothing ran beside it, and it was not
             interrupted.
         prune: JSON of ``lpdeploy prune``; None for the unpruned model.
-        training: Medians over the steps, see ``summarise_log``, likewise.
-        compact: JSON of ``lpdeploy compact``; None where it did not run.
-        eval: JSON of ``lpdeploy eval``; None where it did not run.
+        training: Medians over the steps, see ``summarize_log``; None for the unpruned model.
+        compact: JSON of ``lpdeploy compact``; None if it did not run.
+        eval: JSON of ``lpdeploy eval``; None if it did not run.
     """
 
     key: str
@@ -37,7 +42,6 @@ class CellResult:
     options: dict[str, Any]
     evaluation: dict[str, Any]
     machine: Machine
-    date: str
     commands: tuple[str, ...]
     undisturbed: bool
     prune: dict[str, Any] | None = None
@@ -46,8 +50,8 @@ class CellResult:
     eval: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the cell's file holds; without commands that did not run."""
-        data = asdict(self) | {"commands": list(self.commands), "machine": self.machine.to_json()}
+        """Return what the cell's file holds; commands that did not run are left out."""
+        data = asdict(self) | {"machine": self.machine.to_json(), "date": self.machine.date}
         optional = ("prune", "training", "compact", "eval")
         return {k: v for k, v in data.items() if v is not None or k not in optional}
 
@@ -58,8 +62,8 @@ class Column:
 
     Attributes:
         name: Its key in a row's values.
-        unit: ``perplexity``, ``share`` (shown in percent), ``s``, ``ms``, ``bytes`` or empty.
-        better: ``lower``, ``higher``, or empty where neither is.
+        unit: ``perplexity``, ``share``, ``s``, ``ms``, ``bytes`` or empty.
+        better: ``lower``, ``higher``, or empty if neither is.
     """
 
     name: str
@@ -73,10 +77,10 @@ class Value:
 
     Attributes:
         mean: The mean.
-        spread: Sample standard deviation; None of a single value.
+        spread: Sample standard deviation; None for a single value.
         n: Number of values.
-        best: Whether it is the best of its column; None where nothing can be compared.
-        relative: ``mean`` over that of the first row; None in tables that do not show it.
+        best: Whether it is the best of its column; None if there is nothing to compare it with.
+        relative: ``mean`` divided by that of the first row; None in tables that do not show it.
     """
 
     mean: float
@@ -86,9 +90,8 @@ class Value:
     relative: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object; without ``best`` and ``relative`` where they are None."""
-        data = asdict(self)
-        return {k: v for k, v in data.items() if v is not None or k == "spread"}
+        """Return a JSON object; ``best`` and ``relative`` are left out if they are None."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k == "spread"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +99,15 @@ class ResultRow:
     """A row at one ratio.
 
     Attributes:
-        name: Name of the row, or of the kind of groups whose masks are compared.
+        name: Name of the row, or the kind of groups whose masks are compared.
         label: What a reader sees.
         ratio: Share of groups removed.
-        seeds: How many seeds are in it.
+        seeds: Number of seeds that were measured.
         values: What was measured, by column.
         paper: The paper's own figures.
-        place: Where it stands on the axis of a plot over rows.
-        panel: Which plot it belongs to, where a figure has several.
-        cells: Keys of its cells; empty for masks that are compared.
+        place: Position on the axis of a plot over rows.
+        panel: Plot that the row belongs to, if a figure has several.
+        cells: Keys of its cells; empty if masks are compared.
     """
 
     name: str
@@ -119,8 +122,7 @@ class ResultRow:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; rows of masks have no ``place``, ``panel`` and ``cells``."""
-        values = {name: value.to_json() for name, value in self.values.items()}
-        data = asdict(self) | {"values": values, "cells": list(self.cells)}
+        data = asdict(self) | {"values": {k: v.to_json() for k, v in self.values.items()}}
         unused = () if self.cells else ("place", "panel", "cells")
         return {k: v for k, v in data.items() if k not in unused}
 
@@ -144,29 +146,24 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class TableResult:
-    """A table of the paper as it was measured so far: ``table-7.json``.
+    """A table of the paper, as far as it has been measured: ``table-7.json``.
 
     Attributes:
-        table: Name of the table; see ``Table`` for heading, title, about, kind and axis.
+        table: Name of the table.
         model: Name of the model.
         data: Name of the data.
         command: The command that makes the table.
-        seeds: Seeds of each row.
+        seeds: Number of seeds per row.
         columns: What is measured of each row.
         rows: The rows, in their order.
-        cells: How many cells the table has.
-        missing: How many of them are not there yet.
+        cells: Number of cells in the table.
+        missing: Number of cells that have not been measured yet.
         failed: Cells that failed in the last run.
-        machines: How many machines or sets of versions the cells come from.
-        machine: What the latest cell ran on; None without any.
+        machines: Number of different machines and sets of versions that the cells come from.
+        machine: What the latest cell ran on; None if there is no cell.
     """
 
     table: str
-    heading: str
-    title: str
-    about: str
-    kind: str
-    axis: str
     model: str
     data: str
     command: str
@@ -179,12 +176,18 @@ class TableResult:
     machines: int
     machine: Machine | None
 
+    @property
+    def spec(self) -> Table:
+        """The table that was measured."""
+        return TABLES[self.table]
+
     def to_json(self) -> dict[str, Any]:
-        """Return what the table's file holds."""
+        """Return what the table's file holds, with the heading and description of the table."""
+        names = ("heading", "title", "about", "kind", "axis")
         return {
+            "table": self.table,
+            **{name: getattr(self.spec, name) for name in names},
             **asdict(self),
-            "columns": [asdict(column) for column in self.columns],
             "rows": [row.to_json() for row in self.rows],
-            "failed": [asdict(failure) for failure in self.failed],
             "machine": self.machine.to_json() if self.machine else None,
         }

@@ -1,8 +1,8 @@
-"""Running cells: each command a process of its own, each result a file that is never made twice.
+"""Run cells: each command is a separate process, and each result is a file that is kept.
 
-A cell that fails leaves the others to run: the next cell follows, and it is tried again when the
-table is run again. Two of different rows in a row that fail with the same sentence stop the table,
-since then something is wrong that all cells share.
+A cell that fails does not stop the others, and is tried again with the next run of the table. If
+two consecutive cells of different rows fail with the same error, the table stops: all cells are
+likely to share the cause.
 """
 
 import functools
@@ -23,13 +23,7 @@ from typing import Any
 from lpdeploy.artifacts import load_json, load_record, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
 from lpdeploy.machine import describe_machine
-from lpdeploy.paper.cells import (
-    Cell,
-    Study,
-    list_eval_words,
-    list_prune_words,
-    show_command,
-)
+from lpdeploy.paper.cells import Cell, Study, list_eval_words, list_prune_words, show_command
 from lpdeploy.paper.results import CellResult
 from lpdeploy.run_folder import RunFolder
 
@@ -39,10 +33,10 @@ _TAIL_BYTES = 1 << 14
 
 
 class CommandError(LpdeployError):
-    """A command of a cell that did not end well.
+    """A command of a cell that failed or was stopped.
 
     Attributes:
-        killed: It was stopped from outside, so its checkpoint can be gone on from.
+        killed: Whether it was stopped from outside, so that the cell can resume.
     """
 
     def __init__(self, message: str, *, killed: bool) -> None:
@@ -52,10 +46,10 @@ class CommandError(LpdeployError):
 
 @dataclass
 class Commands:
-    """Runs lpdeploy commands as processes, and can stop those that run.
+    """Runs lpdeploy commands as processes, and can stop them.
 
     Attributes:
-        show: Pass their stderr, progress bars and all, on to ours.
+        show: Whether to copy their stderr, with its progress bars, to ours.
     """
 
     show: bool = False
@@ -66,11 +60,11 @@ class Commands:
         """Run one command and return the JSON on the last line of its stdout.
 
         Raises:
-            CommandError: It failed or was stopped; the message is its last line on stderr.
+            CommandError: It failed or was stopped. The message is its last line on stderr.
         """
         if self._stopped:
             raise CommandError("stopped", killed=True)
-        # rich draws no bars into a pipe unless it is told that a terminal is behind it.
+        # rich draws no bars into a pipe unless it is told that they end up on a terminal.
         environment = {**os.environ, **({"FORCE_COLOR": "1"} if self.show else {})}
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(  # noqa: S603 - our own command
@@ -86,7 +80,7 @@ class Commands:
             except BaseException:
                 process.terminate()
                 process.wait()
-                if self.show:  # a bar that is cut short leaves the cursor hidden
+                if self.show:  # an interrupted progress bar leaves the cursor hidden
                     sys.stderr.write("\x1b[?25h")
                 raise
             finally:
@@ -98,7 +92,7 @@ class Commands:
             return json.loads(output.read().decode().splitlines()[-1])
 
     def _read_stderr(self, process: subprocess.Popen[bytes]) -> str:
-        """Read to the end; return the last line that says something."""
+        """Read to the end, and return the last line that is not empty."""
         tail = b""
         assert process.stderr is not None
         with process.stderr as stream:
@@ -119,14 +113,7 @@ class Commands:
 
 
 def load_cell(folder: Path, cell: Cell, *, undisturbed: bool = False) -> CellResult | None:
-    """Return a cell that is done, else None.
-
-    Args:
-        folder: The output folder.
-        cell: Which.
-        undisturbed: Only where nothing ran beside it and it was not interrupted, so that its
-            times can be trusted.
-    """
+    """Return the result of a cell; None if it is missing, or is not as ``undisturbed`` as asked."""
     path = folder / CELLS / f"{cell.key}.json"
     if not path.is_file():
         return None
@@ -142,48 +129,32 @@ def run_cells(
     jobs: int = 1,
     commands: Commands,
     fresh: bool = False,
-    on_cell: Callable[[Cell, CommandError | None], None] = lambda *_: None,
-) -> dict[str, str]:
-    """Run cells in their order, ``jobs`` of them side by side.
+) -> Iterator[tuple[Cell, CommandError | None]]:
+    """Run cells in their order, and yield each one that ends with its error, if it failed.
 
-    Args:
-        cells: Those to run.
-        study: What they share.
-        folder: The output folder.
-        jobs: Cells at a time.
-        commands: What runs their commands.
-        fresh: Begin a cell that was killed anew, so that its times are of one piece.
-        on_cell: Is told of each cell that ends, in their order, and why where it failed.
-
-    Returns:
-        Keys of the cells that failed, with their last line on stderr.
+    With ``fresh``, an interrupted cell restarts, so that its times are those of a whole run.
 
     Raises:
-        LpdeployError: Two cells of different rows in a row failed with the same sentence.
+        LpdeployError: Two consecutive cells of different rows failed with the same error.
     """
     run = functools.partial(
         run_cell, study=study, folder=folder, commands=commands, alone=jobs == 1, fresh=fresh
     )
-    failed: dict[str, str] = {}
     previous: tuple[str, str] | None = None
     for cell, error in _run_in_order(cells, run, jobs=jobs, commands=commands):
-        on_cell(cell, error)
-        if error is not None:
-            failed[cell.key] = str(error)
-            if previous and previous[0] == str(error) and previous[1] != cell.row.name:
-                raise LpdeployError(
-                    f"Two cells in a row failed with the same error: {error} Correct that and "
-                    "run the same command again; finished cells are kept."
-                )
-        previous = None if error is None else (str(error), cell.row.name)
-    return failed
+        yield cell, error
+        if previous and error and previous[0] == str(error) and previous[1] != cell.row.name:
+            raise LpdeployError(
+                f"Two cells in a row failed with the same error: {error} Correct that and run the "
+                "same command again; finished cells are kept."
+            )
+        previous = (str(error), cell.row.name) if error else None
 
 
 def _run_in_order(
     cells: Sequence[Cell], run: Callable[[Cell], None], *, jobs: int, commands: Commands
 ) -> Iterator[tuple[Cell, CommandError | None]]:
-    """Yield each cell that has ended, with its error."""
-    if jobs == 1:  # nothing of ours may run beside a cell whose time counts
+    if jobs == 1:  # no thread: writing the table must not disturb the times of the next cell
         for cell in cells:
             yield cell, _catch(run, cell)
         return
@@ -192,7 +163,7 @@ def _run_in_order(
             futures = [pool.submit(_catch, run, cell) for cell in cells]
             for cell, future in zip(cells, futures, strict=True):
                 yield cell, future.result()
-        finally:  # also where the caller stops listening
+        finally:  # also if the caller stops early
             commands.stop()
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -214,18 +185,10 @@ def run_cell(
     alone: bool = True,
     fresh: bool = False,
 ) -> None:
-    """Prune, compact and evaluate, and write ``cells/KEY.json``; the weights are deleted after.
+    """Prune, compact and evaluate; write ``cells/KEY.json``, and delete the weights.
 
-    A cell that was killed goes on where it stopped: from the checkpoint of its prune, or after
-    the prune. One that failed leaves nothing.
-
-    Args:
-        cell: Which.
-        study: What all cells share.
-        folder: The output folder.
-        commands: What runs its commands.
-        alone: Nothing runs beside it, so that its times can be trusted.
-        fresh: Begin anew also where it was killed.
+    An interrupted cell resumes from the checkpoint of its prune, or after the prune, unless it
+    must be ``fresh``. A failed cell leaves nothing. Times can be trusted if it runs ``alone``.
 
     Raises:
         CommandError: A command failed.
@@ -235,8 +198,9 @@ def run_cell(
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     try:
-        result = _run_dense(cell, study, commands) if cell.row.dense else {}
-        if not cell.row.dense:
+        if cell.row.dense:
+            result = _run_dense(cell, study, commands)
+        else:
             result = _run_pruned(cell, study, work, commands)
         if not cell.evaluation:  # its scores are the result
             shutil.copyfile(
@@ -248,14 +212,7 @@ def run_cell(
             shutil.rmtree(work)
         raise
     undisturbed = not result.pop("interrupted", False) and alone
-    record = _build_result(cell, study, undisturbed=undisturbed, **result)
-    save_json(folder / CELLS / f"{cell.key}.json", record.to_json())
-    shutil.rmtree(work)
-
-
-def _build_result(cell: Cell, study: Study, *, undisturbed: bool, **parts: Any) -> CellResult:
-    machine = replace(describe_machine(), command="")
-    return CellResult(
+    record = CellResult(
         key=cell.key,
         model={"name": study.model.name, "sha256": study.model.identity},
         data={"name": study.data.name, "identity": study.data.identity},
@@ -263,11 +220,12 @@ def _build_result(cell: Cell, study: Study, *, undisturbed: bool, **parts: Any) 
         seed=cell.seed,
         options=dict(cell.options),
         evaluation=cell.evaluation.to_json(),
-        machine=machine,
-        date=machine.date,
+        machine=replace(describe_machine(), command=""),
         undisturbed=undisturbed,
-        **parts,
+        **result,
     )
+    save_json(folder / CELLS / f"{cell.key}.json", record.to_json())
+    shutil.rmtree(work)
 
 
 def _run_dense(cell: Cell, study: Study, commands: Commands) -> dict[str, Any]:
@@ -286,7 +244,7 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
         save_json(done, {"prune": pruned, "interrupted": resume})
     result: dict[str, Any] = load_json(done, fix="Delete it.")
     result["commands"] = [show_command(prune_words)]
-    result["training"] = summarise_log(run.log)
+    result["training"] = summarize_log(run.log)
     if cell.evaluation:
         compact_words = ["compact", str(run)]
         compacted = commands.call([*compact_words, "--overwrite"])
@@ -298,19 +256,19 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
 
 
 def _name_sources(measured: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
-    """Call texts by the name that is shown instead of by their path."""
+    """Replace the paths of texts by the names that are shown."""
     names = {source.given: source.name for source in cell.evaluation.perplexity}
     kept = {k: v for k, v in measured.items() if k not in ("model", "perplexity")}
     texts = measured.get("perplexity", {})
     return {"perplexity": {names[given]: value for given, value in texts.items()}} | kept
 
 
-def summarise_log(path: Path) -> dict[str, float]:
-    """Return medians over the scored steps of a run but the first, which also warms up.
+def summarize_log(path: Path) -> dict[str, float]:
+    """Compute medians over the scored steps of a run, without the first, which warms up.
 
     Returns:
-        ``steps``, and where such steps are there ``step_seconds``, ``scoring_seconds`` and
-        ``scoring_share``. Steps before groups go and after are in one median.
+        ``steps``, and, if there are scored steps, ``step_seconds``, ``scoring_seconds`` and
+        ``scoring_share``. Steps before and after the removal of groups share one median.
     """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     scored = [line for line in lines if line["step"] > 1 and line["scoring_seconds"] > 0]
@@ -325,11 +283,7 @@ def summarise_log(path: Path) -> dict[str, float]:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder that holds something else.
-
-    Raises:
-        ArtifactError: It is not empty and has no ``cells``.
-    """
+    """Raise an ArtifactError for a folder that is not empty and has no ``cells``."""
     if folder.is_dir() and not (folder / CELLS).is_dir():
         present = sorted(path.name for path in folder.iterdir())
         if present:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,45 +10,26 @@ from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.selection import select_per_layer
 
 
-@dataclass(frozen=True)
-class MaskSimilarity:
-    """Two masks of one layer, compared.
-
-    Attributes:
-        removed: Groups that each of them removes.
-        agreement: Share of the groups that both keep or both remove.
-        jaccard: Groups that both remove, over groups that either removes.
-        random_agreement: Expected agreement of two random masks that remove as many.
-        random_jaccard: Their expected Jaccard index.
-    """
-
-    removed: int
-    agreement: float
-    jaccard: float
-    random_agreement: float
-    random_jaccard: float
-
-
-def compute_mask_similarity(
-    first: Tensor, second: Tensor, *, ratio: float
-) -> MaskSimilarity | None:
+def compute_mask_similarity(first: Tensor, second: Tensor, *, ratio: float) -> dict[str, float]:
     """Compare the masks that two scores of the same groups give at one ratio.
 
     Args:
         first: Importance by one criterion, shape (G,).
         second: Importance by the other, shape (G,). Only the order within each counts.
-        ratio: Share of the groups that goes, to the nearest whole group; one stays at least.
+        ratio: Share of groups to remove, to the nearest whole group; at least one stays.
 
     Returns:
-        The comparison, or None where the ratio removes no group, so that there are no masks.
+        By column: ``agreement``, the share of groups that both masks keep or both remove;
+        ``Jaccard``, the number of groups that both remove divided by the number that either
+        removes; and the values expected of two random masks that remove as many groups. Empty
+        if the ratio removes no group.
 
     Raises:
         ValueError: The shapes differ.
 
     Source:
         LoRAPrune, arXiv:2305.18403, section 4.3 and Figure 4, which shows the agreement. The
-        Jaccard index is ours: at a low ratio most groups are kept by any two masks, so that the
-        agreement of random ones is high, too.
+        Jaccard index is ours: at a low ratio even two random masks agree on most groups.
     """
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(
@@ -60,15 +40,14 @@ def compute_mask_similarity(
     masks = [_build_mask(scores, ratio) for scores in (first, second)]
     removed = groups - int(masks[0].sum())
     if removed == 0:
-        return None
+        return {}
     both = int((~masks[0] & ~masks[1]).sum())
-    return MaskSimilarity(
-        removed=removed,
-        agreement=int((masks[0] == masks[1]).sum()) / groups,
-        jaccard=both / (2 * removed - both),
-        random_agreement=compute_random_agreement(groups, removed),
-        random_jaccard=compute_random_jaccard(groups, removed),
-    )
+    return {
+        "agreement": int((masks[0] == masks[1]).sum()) / groups,
+        "random agreement": compute_random_agreement(groups, removed),
+        "Jaccard": both / (2 * removed - both),
+        "random Jaccard": compute_random_jaccard(groups, removed),
+    }
 
 
 def _build_mask(scores: Tensor, ratio: float) -> Tensor:

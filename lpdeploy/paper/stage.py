@@ -1,10 +1,8 @@
 """A table of the paper on one's own model: run what is missing, write JSON, Markdown and a plot."""
 
-import fcntl
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.run import CELLS, CommandError, Commands, check_output, load_cell, run_cells
+from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def build_study(
     prune_options: Mapping[str, Any],
     evaluation: EvalSettings,
 ) -> Study:
-    """Hash model and data, so that cells are found again for the same ones only.
+    """Hash model and data, so that cells are only reused for the same ones.
 
     Raises:
         ArtifactError: The model cannot be loaded.
@@ -56,7 +55,7 @@ def build_study(
 
 
 def build_evaluation(
-    perplexity: Sequence[str], *, seq_len: int, tasks: str | None, task_data: str | None
+    perplexity: Sequence[str], *, seq_len: int, tasks: Sequence[str], task_data: Path | None
 ) -> EvalSettings:
     """Identify the texts and tasks that cells are measured on.
 
@@ -68,8 +67,8 @@ def build_evaluation(
     for name in names:
         if names.count(name) > 1:
             raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
-    folder = identify_source(task_data) if task_data else None
-    return EvalSettings(texts, seq_len, tasks, folder)
+    folder = identify_source(str(task_data)) if task_data else None
+    return EvalSettings(texts, seq_len, tuple(tasks), folder)
 
 
 def run_paper(
@@ -81,16 +80,16 @@ def run_paper(
     render_only: bool = False,
     show_progress: bool = False,
 ) -> TableResult:
-    """Run the cells of a table that are not there yet, and write it after each of them.
+    """Run the missing cells of a table, and write the table after each of them.
 
     Args:
         selection: Which part of which table.
         study: Model, data and options.
-        output: Folder of ``cells/`` and of ``table-7.json``, ``.md`` and ``.svg``. Tables that
-            are written to one folder share their cells.
-        jobs: Cells at a time.
+        output: Folder of ``cells/`` and of ``table-7.json``, ``.md`` and ``.svg``. Tables in one
+            folder share their cells.
+        jobs: Number of cells that run at the same time.
         render_only: Run nothing.
-        show_progress: Let the progress bars of the commands through.
+        show_progress: Show the progress bars of the commands.
 
     Raises:
         LpdeployError: There is nothing to show, something cannot be used, or all cells fail.
@@ -114,20 +113,15 @@ def run_paper(
         if document.missing == document.cells:
             raise ArtifactError(f"'{output}' holds no cell of this table. Leave --render-only out.")
         return document
-    with _lock(output):
+    with RunFolder(output).hold():
         todo = _list_missing(cells, output, cost=cost)
         failed: dict[str, str] = {}
-
-        def on_cell(cell: Cell, error: CommandError | None) -> None:
+        commands = Commands(show=show_progress)
+        for cell, error in run_cells(todo, study, output, jobs=jobs, fresh=cost, commands=commands):
             if error is not None:
                 failed[cell.key] = str(error)
             logger.info(_describe_end(cell, error, output))
             write(failed)
-
-        run_cells(
-            todo, study, output, jobs=jobs, fresh=cost, commands=Commands(show=show_progress),
-            on_cell=on_cell,
-        )  # fmt: skip
         return write(failed)
 
 
@@ -139,25 +133,25 @@ def _check_asked(selection: Selection, study: Study, *, jobs: int) -> None:
         )
     if table.kind == "cost" and jobs > 1:
         raise LpdeployError(
-            f"--jobs {jobs}: {table.heading} measures time and memory, which cells that run side "
-            "by side disturb. Leave --jobs out."
+            f"--jobs {jobs}: {table.heading} measures time and memory, which other cells disturb. "
+            "Leave --jobs out."
         )
 
 
 def _list_missing(cells: Sequence[Cell], output: Path, *, cost: bool) -> list[Cell]:
-    """List what must run, each key once: two rows may be the same run."""
+    """List the cells to run, each key once, since two rows may be the same run."""
     (output / CELLS).mkdir(parents=True, exist_ok=True)
     missing = {c.key: c for c in cells if load_cell(output, c, undisturbed=cost) is None}
     keys = {cell.key for cell in cells}
     done = len(keys) - len(missing)
-    logger.info("%s of %s cells are there, %s to run", done, len(keys), len(missing))
+    logger.info("%s of %s cells are done, %s to run", done, len(keys), len(missing))
     return list(missing.values())
 
 
 def _describe_end(cell: Cell, error: CommandError | None, output: Path) -> str:
     name = cell.row.label
     if cell.seed is not None:
-        # Figure 4 has one run for all ratios.
+        # In Figure 4, one run serves all ratios.
         name += f", {cell.ratio:.0%}" if cell.options.get("schedule") != "one-shot" else ""
         name += f", seed {cell.seed}"
     if error is not None:
@@ -167,20 +161,6 @@ def _describe_end(cell: Cell, error: CommandError | None, output: Path) -> str:
     shown = [f"{s.name} {values[s.name]:.2f}" for s in cell.evaluation.perplexity]
     shown += [f"average {values['average']:.2%}"] if "average" in values else []
     return f"{name}: {', '.join(shown) or 'done'}"
-
-
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """Let one process at a time run cells in a folder; the system unlocks it when that ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(
-                f"Another 'lpdeploy paper' runs in '{output}'. Wait, or use another --output."
-            ) from None
-        yield
 
 
 def _save(stem: Path, document: TableResult) -> TableResult:
@@ -194,14 +174,11 @@ def _save(stem: Path, document: TableResult) -> TableResult:
 
 
 def describe_command(selection: Selection, study: Study) -> str:
-    """Write the command that makes a table, each path cut to its last part."""
+    """Write the command that makes a table, with each path cut to its last part."""
     evaluation, table = study.evaluation, selection.table
     words = ["paper", table.name, study.model.name, "--data", study.data.name, "--output", "DIR"]
-    if evaluation and table.kind != "similarity":
-        words += [w for text in evaluation.perplexity for w in ("--perplexity", text.name)]
-        words += ["--eval-seq-len", str(evaluation.seq_len)] if evaluation.perplexity else []
-        words += ["--tasks", evaluation.tasks] if evaluation.tasks else []
-        words += ["--task-data", evaluation.task_data.name] if evaluation.task_data else []
+    if table.kind != "similarity":
+        words += show_words(evaluation.list_words(seq_len="--eval-seq-len"))
     words += ["--seeds", str(selection.seeds)]
     words += ["--ratios", ",".join(f"{ratio:g}" for ratio in selection.ratios)]
     if selection.rows != table.rows:

@@ -15,11 +15,11 @@ class Row:
     Attributes:
         name: What ``--rows`` takes.
         label: What a reader sees.
-        options: Options of ``prune`` that this row sets, beside the ratio and the seed.
-        step_factor: The steps are this times what the user gives; None leaves them alone.
-        dense: The unpruned model; nothing is pruned.
-        place: Where it stands on the axis of a plot over rows.
-        panel: Which plot it belongs to, where a figure has several.
+        options: Options of ``prune`` that this row sets, besides the ratio and the seed.
+        step_factor: Multiplies the steps that the user gives; None leaves them unchanged.
+        dense: Whether the row is the unpruned model.
+        place: Position on the axis of a plot over rows.
+        panel: Plot that the row belongs to, if a figure has several.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Table:
     Attributes:
         name: ``2`` or ``figure-4``.
         title: One line.
-        about: What the paper measured, and what is different here.
-        rows: In the order in which they run and are shown.
+        about: What the paper measured, and what differs here.
+        rows: The rows, in the order in which they run and are shown.
         ratios: Default shares of groups to remove.
         kind: ``quality`` (perplexity, tasks), ``cost`` (time and memory, relative to the first
             row) or ``similarity`` (masks of two rows).
-        axis: What ``place`` of a row is, for plots over rows.
+        axis: Meaning of a row's ``place``, for plots over rows.
     """
 
     name: str
@@ -69,36 +69,30 @@ class Table:
         """Options of ``prune`` that some row sets."""
         return {name for row in self.rows for name in row.options}
 
-    @property
-    def scales_steps(self) -> bool:
-        """Whether a row multiplies the user's steps."""
-        return any(row.step_factor is not None for row in self.rows)
-
     def get_paper(self, ratio: float, row: str) -> Mapping[str, float]:
-        """Return the paper's own figures of a cell, empty where it has none."""
+        """Return the paper's own figures of a cell; empty if it has none."""
         return FIGURES.get(self.name, {}).get(ratio, {}).get(row, {})
 
 
 SIMILARITY_SAMPLES = 128
-"""Rows that both masks of Figure 4 are scored on."""
+"""Number of sequences that the groups are scored on for both masks of Figure 4."""
 
-_DENSE = Row("dense", "unpruned", dense=True)
+_8BIT = {"criterion": "lora", "load_in": "8bit"}
 _LORA = Row("lora", "LoRAPrune (lora)", {"criterion": "lora"})
-_LORA_8BIT = Row("lora-8bit", "LoRAPrune-8bit (lora)", {"criterion": "lora", "load_in": "8bit"})
 _CRITERIA = (
-    _DENSE,
+    Row("dense", "unpruned", dense=True),
     Row("magnitude", "Magnitude", {"criterion": "magnitude"}),
     Row("wanda", "WANDA", {"criterion": "wanda"}),
     Row("gradient", "LLM-Pruner (gradient)", {"criterion": "gradient"}),
-    _LORA_8BIT,
+    Row("lora-8bit", "LoRAPrune-8bit (lora)", _8BIT),
     _LORA,
     Row("gate", "gate (not in the paper)", {"criterion": "gate"}),
     Row("random", "random (not in the paper)", {"criterion": "random"}),
 )
 _COST = (
-    "Each run is a process of its own, one at a time, the rows in turn; what else the machine does "
-    "is in the times. s/iter and scoring are medians over the scored steps but the first, of runs "
-    "whose model shrinks as they go; total time is that of prune."
+    "The runs are separate processes, one at a time, and the rows take turns. Other work on the "
+    "machine adds to the times. s/iter and scoring are medians over all scored steps except the "
+    "first, and the model shrinks during a run. Total time is that of prune."
 )
 _JOINT = {"schedule": "joint"}
 _EARLY = {"ramp": "early", **_JOINT}
@@ -120,16 +114,12 @@ TABLES: dict[str, Table] = {
         Table(
             "4",
             "What each pruning criterion costs",
-            f"The paper prunes LLaMA-7B at a batch of 128, one sequence a forward pass. {_COST}",
+            f"The paper prunes LLaMA-7B with batches of 128, one sequence per pass. {_COST}",
             (
                 Row("gradient", "Vanilla (gradient)", {"criterion": "gradient"}),
                 Row("magnitude", "Magnitude", {"criterion": "magnitude"}),
                 Row("lora", "LoRA-guided (lora)", {"criterion": "lora"}),
-                Row(
-                    "lora-8bit",
-                    "LoRA-guided (8-bit)",
-                    {"criterion": "lora", "load_in": "8bit"},
-                ),
+                Row("lora-8bit", "LoRA-guided (8-bit)", _8BIT),
             ),
             (0.5,),
             kind="cost",
@@ -143,7 +133,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "6",
-            "LoRA's gradients against the true ones kept in CPU memory",
+            "LoRA's gradients against the true gradients, kept in CPU memory",
             f"The paper prunes LLaMA-7B. {_COST}",
             (
                 Row("gradient", "LLM-Pruner (gradient)", {"criterion": "gradient"}),
@@ -160,7 +150,7 @@ TABLES: dict[str, Table] = {
         Table(
             "7",
             "Joint or separate pruning and fine-tuning",
-            "The paper prunes LLaMA-7B while it fine-tunes on 20k samples of C4, or once before.",
+            "The paper prunes LLaMA-7B during fine-tuning on 20k samples of C4, or once before it.",
             (
                 Row("joint", "Joint", {"schedule": "joint"}),
                 Row("separate", "Separate", {"schedule": "separate"}),
@@ -180,11 +170,12 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "figure-4",
-            "Masks from LoRA's gradients against masks from the true ones",
-            f"One-shot scores of {SIMILARITY_SAMPLES} rows by both criteria; the same share of "
-            "each layer goes. Agreement is the share of groups that both masks keep or both "
-            "remove (the paper's similarity); Jaccard is what both remove over what either "
-            "removes; random is what two random masks would give.",
+            "Masks from LoRA's gradients against masks from the true gradients",
+            f"Both criteria score the groups once, on {SIMILARITY_SAMPLES} sequences, and remove "
+            "the same share of each layer. Agreement (the paper's similarity) is the share of "
+            "groups that both masks keep or both remove. Jaccard is the number of groups that both "
+            "remove, divided by the number that either removes. Random is the value expected of "
+            "two random masks.",
             (
                 Row("lora", "lora", {"criterion": "lora", **_ONE_SHOT}),
                 Row("gradient", "gradient", {"criterion": "gradient", **_ONE_SHOT}),
@@ -195,7 +186,7 @@ TABLES: dict[str, Table] = {
         Table(
             "figure-6",
             "Moving average, and fine-tuning steps",
-            "The paper varies lambda of Eq. 11 and the iterations, on 20k samples of C4.",
+            "The paper varies lambda of Eq. 11 and the number of iterations, on 20k samples of C4.",
             (
                 *(
                     Row(
@@ -222,9 +213,9 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "forms",
-            "How the numbers of weights become one of a group",
-            "Not in the paper, which squares and sums; the authors' experiments sum absolute "
-            "values, divided by their L2 norm in each linear layer.",
+            "How the scores of weights are combined into the score of a group",
+            "Not in the paper, which sums squares. The authors' experiments sum absolute values, "
+            "divided by their L2 norm in each linear layer.",
             tuple(
                 Row(
                     form + ("-normalized" if normalize else ""),
@@ -238,9 +229,10 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "ramps",
-            "When groups go, and when the learning rate falls",
-            "Not in the paper, which leaves the schedule open. Two rows take from the early ramp "
-            "what it does beside pruning early; the last gives separate pruning its learning rate.",
+            "When groups are removed, and when the learning rate falls",
+            "Not in the paper, which leaves the schedule open. Two rows use the early ramp without "
+            "its calibration or without its held learning rate. The last row gives separate "
+            "pruning the learning rate of the early ramp.",
             (
                 *(Row(ramp, f"joint, {ramp}", {"ramp": ramp, **_JOINT}) for ramp in RAMPS),
                 Row("early-no-hold", "joint, early, rate not held", {**_EARLY, "lr_hold": 0.0}),

@@ -20,7 +20,7 @@ from lpdeploy.artifacts import (
 )
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
-from lpdeploy.data.live import name_source
+from lpdeploy.data.sources import name_source
 from lpdeploy.errors import (
     LpdeployError,
     NonFiniteError,
@@ -140,7 +140,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
             stage.inputs = {
                 "base": compute_model_sha256(source.folder),
-                "data": dataset.compute_sha256(),
+                "data": dataset.sha256,
             }
             checkpoint = _load_checkpoint(run, record, options, stage) if resume else None
             training = build_training(source, dataset, options, checkpoint, ranks)

@@ -19,7 +19,7 @@ from lpdeploy.data.batches import (
     estimate_padding,
 )
 from lpdeploy.data.cache import find_cache, load_or_build
-from lpdeploy.data.live import identify_source, load_any
+from lpdeploy.data.sources import compute_source_hash, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import list_group_specs
@@ -125,14 +125,14 @@ def load_dataset(
 
     def build() -> TokenDataset:
         return build_token_dataset(
-            load_any(data),
+            load_corpus(data),
             tokenizer,
             seq_len=options.seq_len,
             train_on_prompt=options.train_on_prompt,
             on_progress=on_progress,
         )
 
-    text = identify_source(data) if cache else None
+    text = compute_source_hash(data) if cache else None
     if text is None:
         return build()
     identity = {

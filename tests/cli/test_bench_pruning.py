@@ -57,8 +57,11 @@ def test_options_reach_the_workload_and_json_ends_stdout(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--criterion", "loa"], "--criterion 'loa': choose from lora, gate, gradient"),
-        (["--criterion", ","], "--criterion ',': choose from lora"),
+        (["--criterion", "loa"], "'--criterion': 'loa' is not one of 'lora', 'gate', "),
+        (
+            ["--criterion", ","],
+            "Invalid value for '--criterion': ',' is empty. Give values",
+        ),
         (["--batch-size", "4", "--micro-batch-size", "3"], "--micro-batch-size 3 does not divide"),
         (["--ratio", "1"], "Invalid value for '--ratio'"),
     ],

@@ -282,11 +282,10 @@ def test_being_terminated_is_being_interrupted():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--engine", "ort,tensorflow"], "choose from torch, onnx, ort, trt, separated by commas"),
-        (
-            ["--batch", "1,none"],
-            "--batch '1,none': give one or more positive integers",
-        ),
+        (["--engine", "ort,tensorflow"], "'tensorflow' is not one of 'torch', 'onnx', 'ort',"),
+        (["--engine", "tf:int4"], "'tf' is not one of 'torch', 'onnx', 'ort', 'trt'"),
+        (["--batch", "1,none"], "Invalid value for '--batch': 'none' is not a valid integer"),
+        (["--batch", ","], "',' is empty. Give values, separated by commas"),
     ],
 )
 def test_bench_refuses_what_it_does_not_know(tmp_path, words, sentence):

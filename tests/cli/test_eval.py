@@ -89,8 +89,8 @@ def test_a_recipe_may_list_the_tasks(model, folder, tmp_path):
     ("words", "sentence"),
     [
         ([], "Nothing to measure. Give --perplexity, --tasks, or both."),
-        (["--tasks", ""], "'' names no task. Give one or more, such as piqa,arc_easy"),
-        (["--tasks", " , "], "names no task"),
+        (["--tasks", ""], "'' is empty. Give values, separated by commas"),
+        (["--tasks", " , "], "' , ' is empty"),
         (["--perplexity", "x", "--limit", "3"], "--limit needs --tasks. Give --tasks too"),
         (["--tasks", "piqa", "--limit", "0"], "0 is not in the range x>=1"),
         (["--tasks", "piqa", "--batch-size", "0"], "0 is not in the range x>=1"),

@@ -52,7 +52,7 @@ def test_what_was_kept_comes_back(tmp_path, told):
     assert told == []
     again = load_or_build(tmp_path, IDENTITY, build=refuse)
     assert_same(again, make_dataset())
-    assert again.compute_sha256() == make_dataset().compute_sha256()
+    assert again.sha256 == make_dataset().sha256
     assert told == [f"Using the cached tokens of 50 rows in '{get_file(tmp_path)}'."]
 
 
@@ -181,9 +181,9 @@ def test_the_cache_is_where_users_keep_theirs(monkeypatch, tmp_path):
 
 def test_the_hash_of_rows_is_computed_once(monkeypatch):
     dataset = make_dataset()
-    first = dataset.compute_sha256()
+    first = dataset.sha256
     monkeypatch.setattr("hashlib.sha256", refuse)
-    assert dataset.compute_sha256() == first
+    assert dataset.sha256 == first
 
 
 def test_kept_files_say_what_they_are(tmp_path):
@@ -191,4 +191,4 @@ def test_kept_files_say_what_they_are(tmp_path):
     with safe_open(get_file(tmp_path), framework="np") as file:
         metadata = file.metadata()
     assert json.loads(metadata["identity"]) == IDENTITY | {"rows_version": 1}
-    assert metadata["sha256"] == make_dataset().compute_sha256()
+    assert metadata["sha256"] == make_dataset().sha256

@@ -16,7 +16,7 @@ from lpdeploy.data.sources import (
     HUB_SOURCES,
     Corpus,
     Example,
-    compute_source_sha256,
+    compute_source_hash,
     load_corpus,
     parse_row,
 )
@@ -430,25 +430,25 @@ class TestHub:
 class TestSourceHash:
     def test_content_and_suffix_decide(self, tmp_path):
         one = write(tmp_path / "a.txt", "one")
-        first = compute_source_sha256(one)
-        assert first == compute_source_sha256(write(tmp_path / "b.txt", "one"))
+        first = compute_source_hash(one)
+        assert first == compute_source_hash(write(tmp_path / "b.txt", "one"))
         others = [
-            compute_source_sha256(write(tmp_path / "b.txt", "two")),
-            compute_source_sha256(write(tmp_path / "a.raw", "one")),
+            compute_source_hash(write(tmp_path / "b.txt", "two")),
+            compute_source_hash(write(tmp_path / "a.raw", "one")),
         ]
         os.utime(one, (1, 1))
-        assert first == compute_source_sha256(one)
+        assert first == compute_source_hash(one)
         write(tmp_path / "folder" / "a.txt", "one")
-        assert compute_source_sha256(str(tmp_path / "folder")) == first
+        assert compute_source_hash(str(tmp_path / "folder")) == first
         write(tmp_path / "folder" / "notes.md", "not data")
-        assert compute_source_sha256(str(tmp_path / "folder")) == first
+        assert compute_source_hash(str(tmp_path / "folder")) == first
         write(tmp_path / "folder" / "b.txt", "one")
-        others.append(compute_source_sha256(str(tmp_path / "folder")))
+        others.append(compute_source_hash(str(tmp_path / "folder")))
         assert len({first, *others}) == 4
 
     def test_nothing_is_parsed(self, tmp_path):
         path = write(tmp_path / "a.jsonl", "{")
-        assert len(compute_source_sha256(path)) == 64
+        assert len(compute_source_hash(path)) == 64
         with pytest.raises(DataError, match="is not valid JSON"):
             load_corpus(path)
 
@@ -457,7 +457,7 @@ class TestSourceHash:
         write(tmp_path / "a.csv", "text")
         (tmp_path / "empty").mkdir()
         sentences = []
-        for function in (load_corpus, compute_source_sha256):
+        for function in (load_corpus, compute_source_hash):
             with pytest.raises(DataError) as error:
                 function(str(tmp_path / name))
             sentences.append(str(error.value))
@@ -465,29 +465,29 @@ class TestSourceHash:
 
     def test_a_folder_is_no_file(self, tmp_path):
         (tmp_path / "data" / "a.txt").mkdir(parents=True)
-        for function in (load_corpus, compute_source_sha256):
+        for function in (load_corpus, compute_source_hash):
             with pytest.raises(DataError, match=r"a\.txt' cannot be read .* Check the file\."):
                 function(str(tmp_path / "data"))
 
     def test_of_the_hub_split_and_data_decide(self, hub):
         hub.put("owner/name/train.parquet", [{"text": "a"}])
         hub.put("owner/name/test.parquet", [{"text": "b"}])
-        first = compute_source_sha256("owner/name")
-        assert first == compute_source_sha256("owner/name")
-        assert first == compute_source_sha256("owner/name:train", split="test")
-        assert first != compute_source_sha256("owner/name:test")
+        first = compute_source_hash("owner/name")
+        assert first == compute_source_hash("owner/name")
+        assert first == compute_source_hash("owner/name:train", split="test")
+        assert first != compute_source_hash("owner/name:test")
         hub.put("owner/name/train.parquet", [{"text": "c"}, {"text": "d"}])
-        assert first != compute_source_sha256("owner/name")
+        assert first != compute_source_hash("owner/name")
 
     def test_what_is_streamed_is_not_known(self, hub):
         hub.put("allenai/c4/en/c4-train.00000-of-01024.json.gz", [{"text": "a"}])
         hub.put("allenai/c4/en/c4-validation.00000-of-00008.json.gz", [{"text": "b"}])
-        assert compute_source_sha256("c4") is None
+        assert compute_source_hash("c4") is None
 
     def test_a_hub_out_of_reach(self, hub):
         hub.error = ConnectionError("no")
         with pytest.raises(DataError, match="out of reach for 'owner/name'"):
-            compute_source_sha256("owner/name")
+            compute_source_hash("owner/name")
 
 
 @real

@@ -1,6 +1,7 @@
 """verify must pass what is equal and must fail what is not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.engines.export import export
 from lpdeploy.engines.verify import build_inputs, verify
 from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import FOLDER_RECORD, atomic_folder
 from lpdeploy.models.compact import compact
 from lpdeploy.pruning.run import prune
 from tests.helpers import make_text, make_tiny_model
@@ -83,20 +85,25 @@ def nudge_one_weight(tensors):
     tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] += 0.05
 
 
-def poison(tensors):
-    tensors["model.norm.weight"][0] = float("nan")
+def overflow(tensors):
+    tensors["model.norm.weight"][:] = 3e38  # which every logit then exceeds: infinity, or NaN
 
 
-@pytest.mark.parametrize("change", [swap_two_channels, nudge_one_weight, poison])
+@pytest.mark.parametrize("change", [swap_two_channels, nudge_one_weight, overflow])
 def test_a_damaged_stage_is_found(run, change, tmp_path):
-    path = run / "model" / "model.safetensors"
-    before = path.read_bytes()
+    whole = tmp_path / "whole"
+    shutil.copytree(run / "model", whole)
     try:
-        damage(run / "model", change)
+        # As if compact itself had written wrong weights, so that the hashes are right.
+        with atomic_folder(run / "model", kind="model", overwrite=True) as new:
+            shutil.copytree(whole, new, dirs_exist_ok=True)
+            (new / FOLDER_RECORD).unlink()
+            damage(new, change)
         wrong = [pair for pair in verify(run, engine="torch").pairs if not pair.ok]
         assert names(wrong) == [("unmerged/torch", "compact/torch")]
     finally:
-        path.write_bytes(before)
+        shutil.rmtree(run / "model")
+        whole.rename(run / "model")
 
 
 def test_the_tolerance_can_be_given(run):

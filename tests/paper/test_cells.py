@@ -61,7 +61,7 @@ def test_the_key_reads_and_is_stable():
         {"row": Row("r", "r", {"load_in": "8bit"})},
         {"evaluation": EvalSettings((TEXT,), 256)},
         {"evaluation": EvalSettings((dataclasses.replace(TEXT, identity="x"),), 128)},
-        {"evaluation": EvalSettings((TEXT,), 128, tasks="piqa")},
+        {"evaluation": EvalSettings((TEXT,), 128, tasks=("piqa",))},
     ],
 )  # fmt: skip
 def test_another_run_has_another_key(change):

@@ -1,6 +1,7 @@
 """What a reader sees, against figures worked out by hand."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from lpdeploy.paper.document import build_document, list_values, summarize
 from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import CellResult, Value
-from lpdeploy.paper.run import summarise_log
+from lpdeploy.paper.run import summarize_log
 from lpdeploy.paper.tables import TABLES
 
 MACHINE = Machine(
@@ -22,14 +23,14 @@ STUDY = Study(
     data=Source("d.txt", "d.txt", "2"),
     prune_words=(),
     prune_options={"steps": 8, "criterion": "lora"},
-    evaluation=EvalSettings((Source("v|1.txt", "v|1.txt", "3"),), 128, "piqa,hellaswag"),
+    evaluation=EvalSettings((Source("v|1.txt", "v|1.txt", "3"),), 128, ("piqa", "hellaswag")),
 )
 
 
 def make_result(perplexity, *, average=0.5, seconds=1.0, peak=2e9):
     return CellResult(
         key="k", model={}, data={}, ratio=0.5, seed=0, options={}, evaluation={}, commands=(),
-        undisturbed=True, machine=MACHINE, date=MACHINE.date,
+        undisturbed=True, machine=MACHINE,
         prune={"achieved": {"parameters": 0.4}, "peak_bytes": peak, "seconds": 60.0},
         training={"step_seconds": seconds, "scoring_seconds": 0.1, "scoring_share": 0.1},
         eval={
@@ -127,8 +128,8 @@ def test_values_take_the_accuracy_of_the_papers_average():
 
 
 def test_the_spread_of_one_value_is_none():
-    assert summarize([2.0]) == Value(2.0, None, 1)
-    assert summarize([1.0, 2.0, 6.0]).spread == pytest.approx(7**0.5)
+    assert summarize([{"a": 2.0}]) == {"a": Value(2.0, None, 1)}
+    assert summarize([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}])["a"].spread == pytest.approx(7**0.5)
 
 
 def test_the_log_leaves_out_calibration_first_step_and_unscored_steps(tmp_path):
@@ -140,7 +141,7 @@ def test_the_log_leaves_out_calibration_first_step_and_unscored_steps(tmp_path):
             for step, seconds, scoring in steps
         )
     )
-    assert summarise_log(path) == {
+    assert summarize_log(path) == {
         "steps": 5, "step_seconds": 4, "scoring_seconds": 1, "scoring_share": 0.25,
     }  # fmt: skip
 
@@ -159,6 +160,18 @@ def test_every_kind_of_plot_names_what_it_shows(table, row):
         "8": "steps between pruning events",
     }
     assert label.get(table, "lambda of the moving average") in svg
+
+
+def test_tasks_outside_of_the_average_are_drawn():
+    result = make_result(9.0)
+    result.eval.update(perplexity={}, tasks={"mmlu": {"acc": 0.25}}, average=None)
+    study = replace(STUDY, evaluation=EvalSettings(tasks=("mmlu",)))
+    selection = select(TABLES["7"], ratios=[0.5], seeds=1)
+    cells = list_cells(selection, study)
+    document = build_document(
+        selection, study, cells, {cells[0].key: result}, command="", folder=None, failed={}
+    )
+    assert "mmlu, %" in draw_document(document)
 
 
 def test_nothing_measured_is_no_plot():

@@ -23,7 +23,7 @@ def study(base, texts):
         data=str(data),
         prune_words=PRUNE,
         prune_options={"steps": 4},
-        evaluation=build_evaluation([str(valid)], seq_len=32, tasks=None, task_data=None),
+        evaluation=build_evaluation([str(valid)], seq_len=32, tasks=(), task_data=None),
     )
 
 

@@ -239,5 +239,5 @@ def test_one_process_at_a_time_runs_cells(paper, recorder, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         result = paper("7", "--seeds", "1")
     assert result.exit_code == 1
-    assert "Another 'lpdeploy paper' runs in" in result.stderr
+    assert "is in use by another lpdeploy process" in result.stderr
     assert recorder.commands == []

@@ -2,16 +2,13 @@
 
     python -m tools.demo_model.make
 
-It needs no network. Everything it writes comes from the story grammar beside it and from one seed.
+It needs no network. Everything that it writes comes from the story grammar and one seed.
 """
-
-from __future__ import annotations
 
 import math
 import string
 import time
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -25,6 +22,9 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lpdeploy.evaluation.evaluate import evaluate
+from lpdeploy.evaluation.options import EvalOptions
+from lpdeploy.evaluation.results import Perplexity
 from tools.demo_model.story_grammar import generate_story
 from tools.measure.common import describe_command
 
@@ -41,8 +41,8 @@ TRAIN_CHARS, VALID_CHARS, TOKENIZER_CHARS = 600_000, 50_000, 2_000_000
 README = """\
 # The embedded demo
 
-A small LLaMA model, its tokenizer and its text. All of it was made by `tools/demo_model/` from the
-story grammar there; no text, weights or code of others went in. Licence: Apache-2.0.
+A small LLaMA model, its tokenizer and its text. `tools/demo_model/` made all of it from the story
+grammar there, without text, weights or code of others. Licence: Apache-2.0.
 
 | file | what it is |
 |---|---|
@@ -58,22 +58,11 @@ story grammar there; no text, weights or code of others went in. Licence: Apache
 | made | {date}, torch {torch}, transformers {transformers}, {threads} CPU threads |
 | command | `{command}` |
 
-Perplexity: each document is put between `<s>` and `</s>`, all are joined and cut in segments of
-{segment} tokens (the shorter rest is dropped), and in each segment every token but the first is
-predicted. It is low because a grammar leaves little to guess. So short a training teaches the model
-the sentences, but not yet to look back: a name or a colour that returns in a story is still a
-guess. The text is lower case, and the tokenizer turns a prompt into lower case.
+The perplexity is that of `lpdeploy eval --seq-len {segment}`. It is low because a grammar leaves
+little to guess. The training is short: the model knows the sentences, but does not look back, so
+it still guesses a name or a colour that returns in a story. The text is lower case, and the
+tokenizer turns a prompt into lower case.
 """
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the held-out stories say about the model."""
-
-    perplexity: float
-    """exp of the mean negative log-likelihood in nats per predicted token."""
-    tokens: int
-    """How many tokens were predicted."""
 
 
 @click.command()
@@ -88,25 +77,25 @@ class Evaluation:
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(output: Path, steps: int, seed: int) -> None:
     """Write the demo assets: texts, tokenizer, trained model and README."""
-    # Two threads: the time in the README was measured so, and more gain little at this size.
-    torch.set_num_threads(2)
+    torch.set_num_threads(2)  # as for the time in the README; more gain little at this size
+    folder = output / "story-llama-1M"
     train, valid = _write_texts(output, seed=seed)
     tokenizer = build_tokenizer(Random(f"{seed}/tokenizer"))
-    tokenizer.save_pretrained(output / "story-llama-1M")
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     model = build_model()
     start = time.perf_counter()
     batches = iter_batches(tokenizer, Random(f"{seed}/stream"), held_out=frozenset(valid))
     train_model(model, batches, steps=steps)
     seconds = time.perf_counter() - start
-    evaluation = compute_perplexity(model, tokenizer, valid)
-    click.echo(f"held-out perplexity {evaluation.perplexity:.3f}", err=True)
-    model.save_pretrained(output / "story-llama-1M")
+    model.save_pretrained(folder)
     # The weights are written for their owner alone; a packaged file must be readable by all.
-    (output / "story-llama-1M" / "model.safetensors").chmod(0o644)
+    (folder / "model.safetensors").chmod(0o644)
+    measured = compute_perplexity(folder, output / "valid.txt")
+    click.echo(f"held-out perplexity {measured.perplexity:.3f}", err=True)
     _write_readme(
         output / "README.md",
-        evaluation,
+        measured,
         train_stories=len(train),
         valid_stories=len(valid),
         parameters=model.num_parameters(),
@@ -131,13 +120,13 @@ def take_chars(stories: Iterator[str], chars: int) -> list[str]:
 
 
 def build_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on freshly generated stories.
+    """Train a byte-level BPE tokenizer on newly generated stories.
 
-    Bytes of lower-case printable ASCII and the newline have a token each; others become
-    `<unk>`. All 256 bytes would take over a third of the vocabulary for text that has none.
+    Lower-case printable ASCII and the newline have one token per byte; other bytes become `<unk>`.
+    Tokens for all 256 would spend over a third of the vocabulary on bytes that the stories lack.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
-    # Stories are lower case; so a prompt that is not still reads as one of them.
+    # Stories are lower case, so a prompt with capitals must become so as well.
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -174,10 +163,8 @@ def build_model() -> LlamaForCausalLM:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=8,
-        num_key_value_heads=8,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -191,27 +178,18 @@ def build_model() -> LlamaForCausalLM:
     return model
 
 
-def iter_segments(
-    tokenizer: PreTrainedTokenizerFast, stories: Iterator[str], *, skip: Container[str] = ()
-) -> Iterator[Tensor]:
-    """Join stories as `<s> story </s>` and cut the stream in full segments, shape (SEGMENT,)."""
-    stream: list[int] = []
-    for story in stories:
-        if story in skip:
-            continue
-        stream += [*tokenizer(story)["input_ids"], EOS_ID]
-        while len(stream) >= SEGMENT:
-            yield torch.tensor(stream[:SEGMENT])
-            del stream[:SEGMENT]
-
-
 def iter_batches(
     tokenizer: PreTrainedTokenizerFast, rng: Random, *, held_out: Container[str]
 ) -> Iterator[Tensor]:
-    """Yield batches of new text without end, shape (BATCH_SIZE, SEGMENT), int64."""
-    segments = iter_segments(tokenizer, iter_stories(rng), skip=held_out)
-    while True:
-        yield torch.stack(list(islice(segments, BATCH_SIZE)))
+    """Yield batches of joined stories, `<s> story </s>`, shape (BATCH_SIZE, SEGMENT), int64."""
+    stream: list[int] = []
+    size = BATCH_SIZE * SEGMENT
+    for story in iter_stories(rng):
+        if story not in held_out:
+            stream += [*tokenizer(story)["input_ids"], EOS_ID]
+        if len(stream) >= size:
+            yield torch.tensor(stream[:size]).view(BATCH_SIZE, SEGMENT)
+            del stream[:size]
 
 
 def compute_learning_rate(step: int, steps: int) -> float:
@@ -250,16 +228,10 @@ def _build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
 
 
-@torch.inference_mode()
-def compute_perplexity(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: list[str]
-) -> Evaluation:
-    """Measure perplexity on joined stories, cut in full segments."""
-    segments = list(iter_segments(tokenizer, iter(stories)))
-    # Every segment predicts as many tokens, so the mean over segments is the mean over tokens.
-    losses = [model(input_ids=s[None], labels=s[None]).loss.double() for s in segments]
-    mean = torch.stack(losses).mean().item()
-    return Evaluation(perplexity=math.exp(mean), tokens=len(segments) * (SEGMENT - 1))
+def compute_perplexity(folder: Path, text: Path) -> Perplexity:
+    """Measure the saved model on the held-out stories."""
+    options = EvalOptions(perplexity=(str(text),), seq_len=SEGMENT)
+    return evaluate(folder, options, device="cpu").figures.perplexity[str(text)]
 
 
 def _write_texts(output: Path, *, seed: int) -> tuple[list[str], list[str]]:
@@ -275,11 +247,11 @@ def _write_texts(output: Path, *, seed: int) -> tuple[list[str], list[str]]:
     return train, valid
 
 
-def _write_readme(path: Path, evaluation: Evaluation, **figures: float) -> None:
-    """Write the README with what this run measured."""
+def _write_readme(path: Path, measured: Perplexity, **figures: float) -> None:
+    """Write the README with the figures of this run."""
     text = README.format(
-        perplexity=evaluation.perplexity,
-        tokens=evaluation.tokens,
+        perplexity=measured.perplexity,
+        tokens=measured.tokens,
         date=datetime.now(tz=UTC).date().isoformat(),
         torch=torch.__version__,
         transformers=transformers.__version__,

@@ -1,13 +1,10 @@
-"""Hold the words, facts and sentence templates of the demo stories.
+"""The words, facts and sentence templates of the demo stories, in lower-case ASCII.
 
-`story_grammar.py` puts them together. A template names its slots in braces; what may stand
-there is drawn by `_draw_slots` of that module. All text is lower case ASCII.
+`story_grammar.py` combines them. A template has slots in braces, which `_draw_slots` fills there.
 """
 
-from __future__ import annotations
-
 Beat = tuple[str, ...]
-"""The ways to tell one step of a story; one of them is drawn."""
+"""The ways to tell one step of a story, of which one is drawn."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -16,7 +13,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _beats(text: str) -> tuple[Beat, ...]:
-    """Split templates into beats: a beat a paragraph, a way to tell it a line."""
+    """Split templates into beats: each paragraph is a beat, and each line a way to tell it."""
     return tuple(tuple(beat.split("\n")) for beat in text.strip().split("\n\n"))
 
 
@@ -32,18 +29,11 @@ DAYS = _words("monday tuesday friday saturday sunday")
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
 ELDERS = _words("grandmother mother aunt grandfather father uncle")
 SPOTS = (
-    "under the bed",
-    "behind the door",
-    "in the stove",
-    "beside the well",
-    "under the stairs",
-    "behind the curtain",
-    "on the cupboard",
-    "in the hollow tree",
-    "under a flat stone",
+    *("under the bed", "behind the door", "in the stove", "beside the well", "under the stairs"),
+    *("behind the curtain", "on the cupboard", "in the hollow tree", "under a flat stone"),
     "in a pile of leaves",
 )
-# What a pet is, what it does when it is glad, what it eats, where it sleeps.
+# A pet, the sound it makes, what it eats, and where it sleeps.
 PETS = (
     ("cat", "meowed", "a little fish", "in a basket"),
     ("dog", "barked", "a big bone", "in the kennel"),
@@ -54,7 +44,7 @@ PETS = (
     ("donkey", "brayed", "two carrots", "in the barn"),
     ("pig", "grunted", "a sweet apple", "in the straw"),
 )
-# A thing and what one likes to do with it.
+# A thing, and what people like to do with it.
 THINGS = (
     ("kite", "fly it over the hill"),
     ("ball", "throw it high"),
@@ -75,7 +65,7 @@ THINGS = (
     ("basket", "fill it with roses"),
     ("brush", "paint with it"),
 )
-# A place and what one notices there.
+# A place, and what happens there.
 PLACES = (
     ("mill", "the great wheel turned"),
     ("market", "people sang"),
@@ -90,7 +80,7 @@ PLACES = (
     ("farm", "the cows came home"),
     ("beach", "gulls cried above the sand"),
 )
-# A trade, the tool of the trade, and what one fetches there.
+# A trade, its tool, and what people fetch there.
 JOBS = (
     ("baker", "a rolling pin", "a loaf of rye"),
     ("smith", "a heavy hammer", "a box of nails"),
@@ -101,7 +91,7 @@ JOBS = (
     ("painter", "a ladder", "a pot of paint"),
     ("potter", "a lump of clay", "a round jug"),
 )
-# How the weather is, and how that ends.
+# The weather, and how it ends.
 WEATHERS = (
     ("it was raining", "the rain stopped"),
     ("it was snowing", "the snow began to melt"),
@@ -141,7 +131,7 @@ and {petname} lay down {bed}, as every {pet} does.
 "good night, {petname}," said {hero}, and the {pet} {sound}.
 {petname} {sound} at the door, as a good {pet} does.
 """)
-# Each thread is opened before the plot and tied up in it or after it.
+# Each thread opens before the plot, and ends in it or after it.
 THREADS = tuple(
     _beats(text)
     for text in (

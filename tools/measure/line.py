@@ -45,7 +45,7 @@ def measure_run(options: argparse.Namespace, ratio: float, run: Path) -> dict[st
         "achieved": pruned["achieved"],
         "seconds": pruned["seconds"],
         "peak_bytes": pruned["peak_bytes"],
-        "training": summarise_log(run / "log.jsonl"),
+        "training": summarize_log(run / "log.jsonl"),
         "compact": {key: compacted[key] for key in ("architecture", "parameters", "bytes")},
         "perplexity": next(iter(evaluated["perplexity"].values())),
         "base_perplexity": next(iter(evaluated["base"]["perplexity"].values())),
@@ -65,7 +65,7 @@ def list_training(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def summarise_log(path: Path) -> dict[str, float]:
+def summarize_log(path: Path) -> dict[str, float]:
     """Return the share of time spent scoring, and the time of a step before and after pruning."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line for line in lines if line["step"]]  # 0 is the calibration

@@ -180,7 +180,7 @@ def test_a_stop_string_and_a_seed(server, answer):
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"text_input": "the dog " * 400}, "it must be 1 to 512; shorten the prompt"),
+        ({"text_input": "the dog " * 400}, "the model is served with 512; shorten the prompt"),
         ({"text_input": "the dog", "max_tokens": 600}, "it must be 1 to 512"),
         ({"text_input": "the dog", "max_tokens": 0}, "max_tokens is 0"),
         ({"text_input": "the dog", "temperature": -1}, "temperature is -1.0; it must be 0"),
