@@ -5,18 +5,17 @@ killed leaves no half-written file under its final name. ``folders.py`` does the
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.machine import list_versions, measure_peak_bytes, now
-from lpdeploy.records import read_record
+from lpdeploy.records import format_json, load_record
 
 MANIFEST = "manifest.json"
 _RECORDS = ("lpdeploy.json", ".lpdeploy.json")  # which hold hashes themselves
@@ -24,7 +23,6 @@ _BLOCK_BYTES = 1 << 22
 # File systems count time in steps; two writes within one of them cannot be told apart.
 _STEP_NS = 1_000_000_000
 _hashes: dict[tuple[int, ...], str] = {}
-_Record = TypeVar("_Record")
 
 
 def temporary_path(path: Path) -> Path:
@@ -56,42 +54,6 @@ def save_json(path: Path, data: Any) -> None:
     """Write ``data`` as indented JSON, whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(format_json(data), encoding="utf-8")
-
-
-def format_json(data: Any) -> str:
-    """Write ``data`` as the text of a JSON file."""
-    return json.dumps(data, indent=2) + "\n"
-
-
-def load_json(path: Path, *, fix: str) -> Any:
-    """Read JSON.
-
-    Args:
-        path: The file.
-        fix: Sentence that tells the user what to do where the file is missing or broken.
-
-    Raises:
-        ArtifactError: It is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"No {path.name} in '{path.parent}'. {fix}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
-        raise ArtifactError(f"'{path}' is not valid JSON ({error}). {fix}") from error
-
-
-def load_record(kind: type[_Record], path: Path, *, fix: str) -> _Record:
-    """Read a JSON file into a dataclass; see ``read_record``.
-
-    Raises:
-        ArtifactError: The file is missing, no JSON, or holds something else.
-    """
-    data = load_json(path, fix=fix)
-    try:
-        return read_record(kind, data)
-    except ValueError as error:
-        raise ArtifactError(f"'{path}' cannot be used: {error}. {fix}") from error
 
 
 def compute_sha256(
@@ -205,9 +167,10 @@ def record_stage(folder: Path, name: str, options: Mapping[str, Any]) -> Iterato
         versions=list_versions(),
         finished=now(),
     )
-    path = folder / MANIFEST
-    stages = load_json(path, fix="Delete it.")["stages"] if path.is_file() else {}
-    save_json(path, {"stages": stages | {name: record.to_json()}})
+    stages = load_stages(folder) | {name: record}
+    save_json(
+        folder / MANIFEST, {"stages": {key: stage.to_json() for key, stage in stages.items()}}
+    )
 
 
 def load_stages(folder: Path) -> dict[str, StageRecord]:
@@ -219,12 +182,12 @@ def load_stages(folder: Path) -> dict[str, StageRecord]:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    return load_record(_Manifest, path, fix="Run the stage again.").stages
+    return load_record(_Manifest, path, fix="Delete it, and run the stages again.").stages
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    stages: dict[str, StageRecord] = field(default_factory=dict)
+    stages: dict[str, StageRecord]
 
 
 def load_stage(folder: Path, name: str) -> StageRecord | None:

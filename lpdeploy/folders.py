@@ -5,7 +5,6 @@ files are still those that were written.
 """
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -14,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lpdeploy.artifacts import MANIFEST, compute_sha256, temporary_path
 from lpdeploy.errors import ArtifactError
+from lpdeploy.records import format_json, load_record, read_record
 
 FOLDER_RECORD = ".lpdeploy.json"
 """Lies in every folder that lpdeploy wrote. Only a folder that has it is ever replaced."""
@@ -58,20 +59,21 @@ class FolderRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record into its folder."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        (folder / FOLDER_RECORD).write_text(text, encoding="utf-8")
+        (folder / FOLDER_RECORD).write_text(format_json(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "FolderRecord":
+        """Read a record back; an earlier version wrote a list of names as ``files``."""
+        if isinstance(data.get("files"), list):
+            data = {**data, "files": dict.fromkeys(map(str, data["files"]))}
+        return read_record(cls, data)
 
 
 def load_folder_record(folder: Path) -> FolderRecord | None:
     """Read the record of a folder; None if it has none, or none that can be read."""
     try:
-        data = json.loads((folder / FOLDER_RECORD).read_text(encoding="utf-8"))
-        files = data["files"]
-        if isinstance(files, list):
-            return FolderRecord(str(data["kind"]), {str(name): None for name in files})
-        stamps = {name: FileStamp(**stamp) if stamp else None for name, stamp in files.items()}
-        return FolderRecord(str(data["kind"]), stamps, int(data["written_ns"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return load_record(FolderRecord, folder / FOLDER_RECORD, fix="")
+    except ArtifactError:
         return None
 
 

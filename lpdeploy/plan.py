@@ -3,7 +3,6 @@
 It loads no heavy library, so that a plan can be read without torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError
+from lpdeploy.records import load_record
 
 SCHEMA_VERSION = 1
 SCHEDULES = {
@@ -109,40 +109,15 @@ class PruningPlan:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        names = {spec.name for spec in self.specs}
+        if unknown := self.kept.keys() - names:
+            raise ValueError(f"kept names '{min(unknown)}', which is no group of specs")
         for spec in self.specs:
             check_kept(spec, self.kept.get(spec.name, []))
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict; ``from_json`` reads it back."""
+        """Return a JSON-able dict; ``load_plan`` reads it back."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], *, where: str = "The plan") -> "PruningPlan":
-        """Read a plan back.
-
-        Raises:
-            ArtifactError: Another schema version, a missing key, or impossible indices.
-        """
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{where} has schema version {version!r}; this lpdeploy reads {SCHEMA_VERSION}. "
-                "Use the lpdeploy that wrote it, or prune again."
-            )
-        try:
-            specs = tuple(
-                GroupSpec(
-                    name=spec["name"],
-                    num_groups=spec["num_groups"],
-                    slices=tuple(Slice(**item) for item in spec["slices"]),
-                )
-                for spec in data["specs"]
-            )
-            return cls(**{**data, "specs": specs})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{where} is not a plan that lpdeploy wrote ({error}). Prune again."
-            ) from error
 
 
 def check_kept(spec: GroupSpec, kept: list[int]) -> None:
@@ -170,16 +145,21 @@ def load_plan(path: Path) -> PruningPlan:
             f"No {path.name} in '{path.parent}'. "
             f"Run 'lpdeploy prune MODEL --data SOURCE --output {path.parent}' first."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"'{path}' is not valid JSON ({error}). Prune again.") from error
-    return PruningPlan.from_json(data, where=str(path))
+    fix = "Use the lpdeploy that wrote it, or prune again."
+    return load_record(PruningPlan, path, fix=fix, schema_version=SCHEMA_VERSION)
 
 
 def describe_method(recorded: Mapping[str, Any]) -> str:
-    """Say how groups were chosen, and when, from the options that a run's manifest recorded."""
-    name = recorded["criterion"]
+    """Say how groups were chosen, and when, from the options that a run's manifest recorded.
+
+    Raises:
+        ArtifactError: The manifest does not have them.
+    """
+    name, schedule = recorded.get("criterion"), recorded.get("schedule")
+    if not isinstance(name, str) or schedule not in list(SCHEDULES):
+        raise ArtifactError(
+            "The run's manifest.json does not say how groups were chosen. Prune again."
+        )
     # A criterion from outside the package may not be known to the process that writes a card.
     words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
-    return f"chosen by {words}, {SCHEDULES[recorded['schedule']]}"
+    return f"chosen by {words}, {SCHEDULES[schedule]}"

@@ -7,7 +7,6 @@ from lpdeploy.artifacts import (
     atomic_file,
     check_unchanged,
     compute_sha256,
-    load_json,
     load_stage,
     record_stage,
     save_json,
@@ -118,14 +117,6 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_stay(tmp_path):
     alive.mkdir()
     remove_leftovers(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == [alive.name]
-
-
-def test_missing_and_broken_json_tell_the_fix(tmp_path):
-    with pytest.raises(ArtifactError, match="No a.json in .* Make it."):
-        load_json(tmp_path / "a.json", fix="Make it.")
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ArtifactError, match="not valid JSON .* Make it."):
-        load_json(tmp_path / "a.json", fix="Make it.")
 
 
 def test_a_hash_sees_names_and_contents(tmp_path):

@@ -19,10 +19,14 @@ def make_plan(kept=(0, 2)):
     )
 
 
-def test_round_trip_through_json():
+def save(path, data):
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_round_trip_through_json(tmp_path):
     plan = make_plan()
-    again = PruningPlan.from_json(json.loads(json.dumps(plan.to_json())))
-    assert again == plan
+    assert load_plan(save(tmp_path / "plan.json", plan.to_json())) == plan
 
 
 def test_a_spec_knows_its_kind_and_layer():
@@ -40,17 +44,25 @@ def test_an_empty_layer_is_refused():
         check_kept(SPEC, [])
 
 
-def test_another_schema_version_is_refused():
+def test_another_schema_version_is_refused(tmp_path):
     data = {**make_plan().to_json(), "schema_version": 99}
     with pytest.raises(ArtifactError, match="schema version 99; this lpdeploy reads 1"):
-        PruningPlan.from_json(data)
+        load_plan(save(tmp_path / "plan.json", data))
 
 
-def test_a_plan_without_a_field_is_refused():
+def test_a_plan_without_a_field_is_refused(tmp_path):
     data = make_plan().to_json()
     del data["specs"]
-    with pytest.raises(ArtifactError, match="not a plan that lpdeploy wrote"):
-        PruningPlan.from_json(data)
+    with pytest.raises(ArtifactError, match="specs is missing. Use the lpdeploy"):
+        load_plan(save(tmp_path / "plan.json", data))
+
+
+@pytest.mark.parametrize(
+    "kept", [None, [], "x", {"layers.3.heads": [0.5]}, {"layers.9.heads": [0]}]
+)
+def test_a_plan_that_keeps_no_groups_is_refused(kept, tmp_path):
+    with pytest.raises(ArtifactError, match="plan.json' cannot be used: "):
+        load_plan(save(tmp_path / "plan.json", make_plan().to_json() | {"kept": kept}))
 
 
 def test_a_missing_plan_names_the_command(tmp_path):

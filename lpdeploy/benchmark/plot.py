@@ -73,20 +73,21 @@ def _draw_engine(panel: Any, rows: Sequence[LatencyRow]) -> None:
     panel.margins(y=0.2)
 
 
-def draw_training(log: Sequence[Mapping[str, Any]]) -> str:
+def draw_training(steps: Sequence[int], *, losses: Sequence[float], ratios: Sequence[float]) -> str:
     """Draw loss, and the share of groups removed, over the steps of a run.
 
     Args:
-        log: Lines of ``log.jsonl``.
+        steps: Numbers of the steps.
+        losses: Loss of each step, in nats per token.
+        ratios: Share of groups that are gone after each step.
 
     Returns:
         SVG.
     """
     figure, (loss, ratio) = make_panels(2)
-    steps = [line["step"] for line in log]
-    loss.plot(steps, [line["loss"] for line in log], color=_MERGED, linewidth=1.2)
+    loss.plot(steps, losses, color=_MERGED, linewidth=1.2)
     loss.set_title("loss, nats a token", loc="left", color=INK)
-    ratio.step(steps, [100 * line["ratio"] for line in log], where="post", color=_UNMERGED)
+    ratio.step(steps, [100 * share for share in ratios], where="post", color=_UNMERGED)
     ratio.set_title("groups removed, %", loc="left", color=INK)
     for panel in (loss, ratio):
         panel.set_xlabel("step")

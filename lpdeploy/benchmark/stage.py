@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lpdeploy.artifacts import atomic_file, load_json, save_json
+from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.results import LatencyResult
@@ -16,6 +16,7 @@ from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
 from lpdeploy.engines import get_engine
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.loading import resolve_device
+from lpdeploy.records import load_json
 from lpdeploy.run_folder import RunFolder, check_output
 
 

@@ -1,6 +1,5 @@
 """What commands share: types, options such as --json and --recipe, and the printing of results."""
 
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.environment import trust_remote_code
 from lpdeploy.recipe import load_recipe
+from lpdeploy.records import format_json
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
@@ -170,7 +170,7 @@ def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
         return
     click.echo(text)
     if as_json:
-        click.echo(json.dumps(data))
+        click.echo(format_json(data, indent=None), nl=False)
 
 
 def log(message: str) -> None:

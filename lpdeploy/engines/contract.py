@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lpdeploy.artifacts import load_json, save_json
+from lpdeploy.artifacts import save_json
 from lpdeploy.engines.engine import Engine
 from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.records import read_record
+from lpdeploy.records import load_json, read_record
 
 SCHEMA_VERSION = 1
 CONCAT: Literal["concat"] = "concat"

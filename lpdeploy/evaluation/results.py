@@ -1,12 +1,11 @@
 """What an evaluation measured, as ``eval.json`` holds it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import load_json
-from lpdeploy.errors import ArtifactError
-from lpdeploy.records import read_record
+from lpdeploy.records import load_record, read_record
 
 PAPER_METRICS = {
     "boolq": "acc",
@@ -114,15 +113,13 @@ class Evaluation:
         return data
 
     @classmethod
-    def from_json(cls, data: Any, *, where: str = "") -> "Evaluation":
+    def from_json(cls, data: Mapping[str, Any]) -> "Evaluation":
         """Read it back.
 
         Raises:
             ValueError: A key is missing, or a value has the wrong type.
         """
-        figures = read_record(Figures, data, where=where)
-        others = tuple(cls.from_json(other, where="others") for other in data.get("others", ()))
-        return read_record(cls, data, where=where, known={"figures": figures, "others": others})
+        return read_record(cls, data, known={"figures": read_record(Figures, data)})
 
     def merge(self, old: "Evaluation") -> "Evaluation":
         """Keep what an earlier evaluation of the same model says besides.
@@ -165,7 +162,4 @@ def load_evaluation(path: Path, *, fix: str) -> Evaluation | None:
     """
     if not path.is_file():
         return None
-    try:
-        return Evaluation.from_json(load_json(path, fix=fix))
-    except ValueError as error:
-        raise ArtifactError(f"'{path}' cannot be used: {error}. {fix}") from error
+    return load_record(Evaluation, path, fix=fix)

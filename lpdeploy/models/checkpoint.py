@@ -1,6 +1,5 @@
 """Writing a pruned checkpoint by streaming the base: cut, merge, next block of rows."""
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import LoraWeights
@@ -214,7 +214,7 @@ def save_shards(
     if len(shards) > 1:
         total = sum(info.num_bytes for info in layout.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        save_json(folder / "model.safetensors.index.json", index)
     return hashes
 
 

@@ -1,7 +1,6 @@
 """The compact stage: from base, plan and adapter to a dense checkpoint that others load."""
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from lpdeploy.artifacts import (
     load_output_hash,
     load_stage,
     record_stage,
+    save_json,
 )
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families import get_family, is_per_layer
@@ -41,6 +41,7 @@ from lpdeploy.models.shapes import (
 )
 from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.plan import PruningPlan
+from lpdeploy.records import load_record
 from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output
 
 
@@ -277,9 +278,9 @@ def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:
 def _copy_adapter(run: RunFolder, folder: Path, *, base: Path) -> None:
     shutil.copytree(run.adapter, folder / ADAPTER)
     path = folder / ADAPTER / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = load_record(dict[str, Any], path, fix="Prune again.")
     config["base_model_name_or_path"] = str(base)  # its shapes are those of the pruned base
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_json(path, config)
 
 
 def _measure_weights(folder: Path) -> int:

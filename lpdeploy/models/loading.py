@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import compute_sha256, load_json
+from lpdeploy.artifacts import compute_sha256
 from lpdeploy.environment import is_remote_code_trusted
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
@@ -24,6 +24,7 @@ from lpdeploy.models.quantized import (
     list_scales,
 )
 from lpdeploy.models.weight_files import index_weights, is_tied, list_weight_files
+from lpdeploy.records import load_record
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise _describe_no_config(str(folder))
-    raw = load_json(folder / "config.json", fix="Copy the checkpoint anew.")
-    if not isinstance(raw, dict):
-        raise ArtifactError(f"'{folder / 'config.json'}' is no config. Copy the checkpoint anew.")
+    raw = load_record(dict[str, Any], folder / "config.json", fix="Copy the checkpoint anew.")
     model_type = str(raw.get("model_type"))
     try:
         get_family(model_type)

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from lpdeploy.artifacts import load_json, save_json
-from lpdeploy.errors import ArtifactError
+from lpdeploy.artifacts import save_json
+from lpdeploy.records import load_record
 
 FILE = "lpdeploy.json"
+SCHEMA_VERSION = 1
 _FIX = "Run 'lpdeploy compact' again with `overwrite=True`."
 
 
@@ -47,30 +48,11 @@ class ModelRecord:
     kv_heads: list[int]
     channels: list[int]
     sha256: str
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict; ``from_json`` reads it back."""
+        """Return a JSON-able dict; ``load_model_record`` reads it back."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any, *, where: str = FILE) -> Self:
-        """Read a record back.
-
-        Raises:
-            ArtifactError: It is of another version, or not such a record.
-        """
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != 1:
-            raise ArtifactError(
-                f"'{where}' has schema version {version!r}; this lpdeploy reads 1. {_FIX}"
-            )
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise ArtifactError(
-                f"'{where}' is not a record of a model ({error}). {_FIX}"
-            ) from error
 
     def save(self, folder: Path) -> None:
         """Write the record beside the model's weights."""
@@ -84,8 +66,6 @@ def load_model_record(folder: Path) -> ModelRecord | None:
         ArtifactError: The record cannot be read.
     """
     path = folder / FILE
-    return (
-        ModelRecord.from_json(load_json(path, fix=_FIX), where=str(path))
-        if path.is_file()
-        else None
-    )
+    if not path.is_file():
+        return None
+    return load_record(ModelRecord, path, fix=_FIX, schema_version=SCHEMA_VERSION)

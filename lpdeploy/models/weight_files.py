@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.tensor_files import TensorInfo, load_layout
+from lpdeploy.records import load_record
 
 _INDEX = "model.safetensors.index.json"
 _FIX = "Copy the checkpoint anew."
@@ -53,17 +53,21 @@ def list_weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    data = load_json(index, fix=_FIX)
-    names = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise ArtifactError(f"'{index}' has no weight_map from weights to files. {_FIX}")
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name:
+    files = sorted(set(load_record(_Index, index, fix=_FIX).weight_map.values()))
+    if not files:
+        raise ArtifactError(f"'{index}' names no weights. {_FIX}")
+    for name in files:
+        if Path(name).name != name:
             raise ArtifactError(
                 f"'{index}' names {name!r}, which is no file beside it. {_FIX} Nothing outside its "
                 "folder is read."
             )
-    return sorted({folder / name for name in names.values()})
+    return [folder / name for name in files]
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
 
 
 def index_weights(folder: Path, config: PretrainedConfig) -> dict[str, StoredWeight]:

@@ -6,7 +6,6 @@ likely to share the cause.
 """
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import load_json, load_record, save_json
+from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
 from lpdeploy.machine import describe_machine
 from lpdeploy.paper.cells import Cell, Study, list_eval_words, list_prune_words, show_command
 from lpdeploy.paper.results import CellResult
+from lpdeploy.pruning.log import load_log
+from lpdeploy.records import load_record, parse_json
 from lpdeploy.run_folder import RunFolder
 
 CELLS, WORK = "cells", "work"
@@ -89,7 +90,7 @@ class Commands:
                 killed = code < 0 or last == "Aborted!" or last.startswith(RunEndedError.SENTENCE)
                 raise CommandError(last or f"exit code {code}", killed=killed)
             output.seek(0)
-            return json.loads(output.read().decode().splitlines()[-1])
+            return parse_json(output.read().splitlines()[-1])
 
     def _read_stderr(self, process: subprocess.Popen[bytes]) -> str:
         """Read to the end, and return the last line that is not empty."""
@@ -242,9 +243,9 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
         pruned = commands.call([*prune_words, "--resume" if resume else "--overwrite"])
         pruned = {**pruned, "run": run.path.name}
         save_json(done, {"prune": pruned, "interrupted": resume})
-    result: dict[str, Any] = load_json(done, fix="Delete it.")
+    result = load_record(dict[str, Any], done, fix="Delete it.")
     result["commands"] = [show_command(prune_words)]
-    result["training"] = summarize_log(run.log)
+    result["training"] = summarize_log(run)
     if cell.evaluation:
         compact_words = ["compact", str(run)]
         compacted = commands.call([*compact_words, "--overwrite"])
@@ -263,21 +264,23 @@ def _name_sources(measured: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
     return {"perplexity": {names[given]: value for given, value in texts.items()}} | kept
 
 
-def summarize_log(path: Path) -> dict[str, float]:
+def summarize_log(run: RunFolder) -> dict[str, float]:
     """Compute medians over the scored steps of a run, without the first, which warms up.
 
     Returns:
         ``steps``, and, if there are scored steps, ``step_seconds``, ``scoring_seconds`` and
         ``scoring_share``. Steps before and after the removal of groups share one median.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    scored = [line for line in lines if line["step"] > 1 and line["scoring_seconds"] > 0]
-    summary: dict[str, float] = {"steps": sum(line["step"] > 0 for line in lines)}
+    log = load_log(run)
+    scored = [info for info in log if info.step > 1 and info.scoring_seconds > 0]
+    summary: dict[str, float] = {"steps": sum(info.step > 0 for info in log)}
     if scored:
         summary |= {
-            "step_seconds": statistics.median(s["seconds"] for s in scored),
-            "scoring_seconds": statistics.median(s["scoring_seconds"] for s in scored),
-            "scoring_share": statistics.median(s["scoring_seconds"] / s["seconds"] for s in scored),
+            "step_seconds": statistics.median(info.seconds for info in scored),
+            "scoring_seconds": statistics.median(info.scoring_seconds for info in scored),
+            "scoring_share": statistics.median(
+                info.scoring_seconds / info.seconds for info in scored
+            ),
         }
     return summary
 

@@ -2,15 +2,47 @@
 
 import dataclasses
 import errno
-import json
 import os
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from lpdeploy.artifacts import atomic_file
-from lpdeploy.errors import ArtifactError
-from lpdeploy.pruning.training import StepInfo
+from lpdeploy.records import format_json, load_record_lines
 from lpdeploy.run_folder import RunFolder
+
+_FIX = "Delete that line, or the file."
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step did.
+
+    Attributes:
+        step: 1-based; 0 is the calibration before the first.
+        steps: Of the whole run.
+        loss: Mean cross-entropy of the batch in nats, before the step.
+        ratio: Share of groups that the schedule says are gone after the step.
+        lr: Learning rate of the step.
+        tokens_per_s: Tokens of the batch (padding included) over the step's time.
+        seconds: Time of the step.
+        scoring_seconds: Part of it that scoring took.
+        cutting_seconds: Part of it that choosing and removing groups took.
+        peak_bytes: Peak memory so far, of the device or the process.
+        removed: Whether groups were removed after the step.
+        padding: Share of padding among the tokens of the batch.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    ratio: float
+    lr: float
+    tokens_per_s: float
+    seconds: float
+    scoring_seconds: float
+    cutting_seconds: float
+    peak_bytes: int
+    removed: bool
+    padding: float = 0.0
 
 
 def append_log(run: RunFolder, info: StepInfo) -> None:
@@ -20,7 +52,7 @@ def append_log(run: RunFolder, info: StepInfo) -> None:
         OSError: It cannot be written; no part of it is left.
     """
     # One write to a file opened for appending: a kill leaves whole lines only.
-    line = (json.dumps(dataclasses.asdict(info)) + "\n").encode()
+    line = format_json(dataclasses.asdict(info), indent=None).encode()
     handle = os.open(run.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
@@ -39,9 +71,21 @@ def trim_log(run: RunFolder, done: int) -> None:
     """
     path = run.log
     if path.is_file():
-        lines = [line for line, info in _read(path) if info["step"] <= done]
+        found = load_record_lines(StepInfo, path, fix=_FIX)
+        lines = [line for line, info in found if info.step <= done]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def load_log(run: RunFolder) -> list[StepInfo]:
+    """Read what every step did; nothing if no step has finished.
+
+    Raises:
+        ArtifactError: A line is damaged.
+    """
+    if not run.log.is_file():
+        return []
+    return [info for _, info in load_record_lines(StepInfo, run.log, fix=_FIX)]
 
 
 def load_losses(run: RunFolder, done: int) -> list[float]:
@@ -52,20 +96,5 @@ def load_losses(run: RunFolder, done: int) -> list[float]:
     Raises:
         ArtifactError: A line is damaged.
     """
-    path = run.log
-    infos = [info for _, info in _read(path)] if path.is_file() else []
-    losses = {info["step"]: info["loss"] for info in infos if info["step"] <= done}
+    losses = {info.step: info.loss for info in load_log(run) if info.step <= done}
     return [loss for step, loss in losses.items() if step or done == 0]
-
-
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    if not text.endswith("\n"):  # what a machine that lost its power may leave
-        lines = lines[:-1]
-    try:
-        return [(line, json.loads(line)) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ArtifactError(
-            f"'{path}' has a line that is not valid JSON ({error}). Delete that line, or the file."
-        ) from error

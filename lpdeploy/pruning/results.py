@@ -7,13 +7,14 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import Stage, atomic_file, compute_sha256, format_json, save_json
+from lpdeploy.artifacts import Stage, atomic_file, compute_sha256, save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import atomic_folder
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.state import PruningState
+from lpdeploy.records import format_json
 from lpdeploy.run_folder import ADAPTER, RunFolder
 
 

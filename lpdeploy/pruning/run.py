@@ -41,7 +41,7 @@ from lpdeploy.pruning.checkpoint import (
     save_checkpoint,
 )
 from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.log import append_log, load_losses, trim_log
+from lpdeploy.pruning.log import StepInfo, append_log, load_losses, trim_log
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
@@ -51,7 +51,7 @@ from lpdeploy.pruning.setup import (
     load_source,
 )
 from lpdeploy.pruning.target import TargetRecord
-from lpdeploy.pruning.training import StepInfo, Training, run_steps
+from lpdeploy.pruning.training import Training, run_steps
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

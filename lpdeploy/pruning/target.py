@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError
+from lpdeploy.records import load_record, read_record
 from lpdeploy.run_folder import RunFolder
 
 Asked = Mapping[str, int | float | str]
@@ -96,17 +96,10 @@ class TargetRecord:
         """Read a record back.
 
         Raises:
-            ArtifactError: A key is missing or unknown.
+            ValueError: A key is missing, or a value has the wrong type.
         """
-        found = {name: value for name, value in data.items() if name not in ("asked", "ratios")}
-        kind = SizeFound if "before" in found else LatencyFound
-        try:
-            return cls(data["asked"], data["ratios"], kind(**found))
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"target.json is not what lpdeploy wrote ({error}). Use `overwrite=True` to start "
-                "anew."
-            ) from error
+        kind = SizeFound if "before" in data else LatencyFound
+        return read_record(cls, data, known={"found": read_record(kind, data)})
 
 
 def get_latency_target(options: PruneConfig) -> LatencyTarget | None:
@@ -137,8 +130,13 @@ def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:
     Raises:
         ArtifactError: The run began without a target, or with another one.
     """
-    fix = "The run began with a `ratio`: resume it with the same."
-    record = TargetRecord.from_json(load_json(RunFolder(run).target, fix=fix))
+    path = RunFolder(run).target
+    if not path.is_file():
+        raise ArtifactError(
+            f"No {path.name} in '{path.parent}'. The run began with a `ratio`: resume it with the "
+            "same."
+        )
+    record = load_record(TargetRecord, path, fix="Use `overwrite=True` to start anew.")
     if record.asked != dict(asked):
         raise ArtifactError(
             f"The run in '{run}' began with another target: {_write(record.asked)}, not "

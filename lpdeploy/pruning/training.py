@@ -16,44 +16,12 @@ from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.machine import measure_peak_bytes
 from lpdeploy.pruning.compilation import apply_compile
+from lpdeploy.pruning.log import StepInfo
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState, apply_event
 from lpdeploy.ramps import RAMPS
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What one optimizer step did.
-
-    Attributes:
-        step: 1-based; 0 is the calibration before the first.
-        steps: Of the whole run.
-        loss: Mean cross-entropy of the batch in nats, before the step.
-        ratio: Share of groups that the schedule says are gone after the step.
-        lr: Learning rate of the step.
-        tokens_per_s: Tokens of the batch (padding included) over the step's time.
-        seconds: Time of the step.
-        scoring_seconds: Part of it that scoring took.
-        cutting_seconds: Part of it that choosing and removing groups took.
-        peak_bytes: Peak memory so far, of the device or the process.
-        removed: Whether groups were removed after the step.
-        padding: Share of padding among the tokens of the batch.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    ratio: float
-    lr: float
-    tokens_per_s: float
-    seconds: float
-    scoring_seconds: float
-    cutting_seconds: float
-    peak_bytes: int
-    removed: bool
-    padding: float = 0.0
 
 
 @dataclass

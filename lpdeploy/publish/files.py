@@ -1,12 +1,10 @@
 """Which files of a run go to the hub, and what they say there: no path of this machine."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.engines import ENGINES
 from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.exports import find_export
@@ -14,6 +12,7 @@ from lpdeploy.errors import ArtifactError
 from lpdeploy.models.card import build_hub_card
 from lpdeploy.models.place import locate_model
 from lpdeploy.plan import PruningPlan
+from lpdeploy.records import format_json, load_json
 from lpdeploy.run_folder import RunFolder
 
 CARD = "README.md"
@@ -101,7 +100,7 @@ def _rewrite(path: Path) -> bytes | None:
         return None
     data = load_json(path, fix="Make it again.")
     cut = _cut_paths(data)
-    return None if cut == data else (json.dumps(cut, indent=2) + "\n").encode()
+    return None if cut == data else format_json(cut).encode()
 
 
 def _cut_paths(data: Any, key: str | None = None) -> Any:

@@ -1,6 +1,5 @@
 """The report stage: one HTML page from the JSON files of a run; nothing is computed anew."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpdeploy.artifacts import atomic_file, load_json, load_record, load_stages
+from lpdeploy.artifacts import atomic_file, load_stages
 from lpdeploy.benchmark.plot import draw_latency, draw_training
 from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.engines import list_exporting
@@ -19,6 +18,8 @@ from lpdeploy.evaluation.results import Evaluation, load_evaluation
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.plan import describe_method
+from lpdeploy.pruning.log import StepInfo, load_log
+from lpdeploy.records import load_record
 from lpdeploy.run_folder import RunFolder, check_output
 
 _FIX = "Make it again, or delete it."
@@ -89,13 +90,14 @@ def _collect(run: RunFolder) -> dict[str, Any]:
     _check_exports(run)
     bench = _load(LatencyResult, run.benchmark)
     stages = load_stages(run.path)
+    pruned = stages["prune"].options if "prune" in stages else {}
     return {
         "run": run.path.name,
         "plan": plan,
-        "method": describe_method(stages["prune"].options),
+        "method": describe_method(pruned),
         "base": Path(plan.base_model).name,
         "model": record,
-        "training": draw_training(_load_log(run.log)) if run.log.is_file() else None,
+        "training": _draw_training(load_log(run)),
         "verify": _load(VerifyResult, run.verification),
         "evaluations": _list_evaluations(run, record),
         "bench": bench,
@@ -119,7 +121,17 @@ def _load(kind: type[_Record], path: Path) -> _Record | None:
 
 
 def _load_samples(path: Path) -> list[Sample]:
-    return [Sample(**sample) for sample in load_json(path, fix=_FIX)] if path.is_file() else []
+    return load_record(list[Sample], path, fix=_FIX) if path.is_file() else []
+
+
+def _draw_training(log: list[StepInfo]) -> str | None:
+    if not log:
+        return None
+    return draw_training(
+        [info.step for info in log],
+        losses=[info.loss for info in log],
+        ratios=[info.ratio for info in log],
+    )
 
 
 def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[Evaluation]:
@@ -131,7 +143,3 @@ def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[Evalua
             f"Run 'lpdeploy eval {run}' again, or delete the file."
         )
     return [newest, *newest.others] if newest else []
-
-
-def _load_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

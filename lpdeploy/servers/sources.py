@@ -3,10 +3,11 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.errors import LpdeployError
 from lpdeploy.folders import FOLDER_RECORD
+from lpdeploy.records import load_record
 
 _GRAPHS = (".onnx", ".data", ".engine")
 
@@ -50,5 +51,9 @@ def resolve_length(max_seq_len: int | None, *, positions: int) -> int:
 def has_chat_template(folder: Path) -> bool:
     """Tell whether a tokenizer knows turns of a chat; without, servers complete text only."""
     path = folder / "tokenizer_config.json"
-    settings = load_json(path, fix="Copy the tokenizer anew.") if path.is_file() else {}
-    return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    if not path.is_file():
+        return False
+    settings = load_record(dict[str, Any], path, fix="Copy the tokenizer anew.")
+    return bool(settings.get("chat_template"))

@@ -3,7 +3,7 @@
 import pytest
 
 from lpdeploy.cli.progress import counting_progress, training_progress
-from lpdeploy.pruning.training import StepInfo
+from lpdeploy.pruning.log import StepInfo
 
 INFO = StepInfo(
     step=3, steps=10, loss=2.5, ratio=0.125, lr=1e-3, tokens_per_s=1234.0, seconds=1.0,

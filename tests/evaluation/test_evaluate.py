@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.errors import ArtifactError, MissingDependencyError
 from lpdeploy.evaluation.evaluate import evaluate
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.results import Evaluation, Figures, Perplexity
+from lpdeploy.records import load_json
 from tests.evaluation.task_files import make_model, make_task_files
 from tests.helpers import make_text
 
@@ -84,7 +84,7 @@ class TestMerge:
         assert (data["average"], data["average_over"]) == (None, [])
         assert "base" not in data
         del data["others"][0]["engine"]
-        with pytest.raises(ValueError, match=r"others\.engine is missing"):
+        with pytest.raises(ValueError, match=r"in others\[0\], engine is missing"):
             Evaluation.from_json(data)
 
 

@@ -13,6 +13,8 @@ from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import CellResult, Value
 from lpdeploy.paper.run import summarize_log
 from lpdeploy.paper.tables import TABLES
+from lpdeploy.pruning.log import StepInfo, append_log
+from lpdeploy.run_folder import RunFolder
 
 MACHINE = Machine(
     cpu="CPU", cores=2, gpu=None, threads=2, system="Linux", date="2026-01-02T00:00:00",
@@ -133,15 +135,12 @@ def test_the_spread_of_one_value_is_none():
 
 
 def test_the_log_leaves_out_calibration_first_step_and_unscored_steps(tmp_path):
-    path = tmp_path / "log.jsonl"
+    run = RunFolder(tmp_path)
     steps = [(0, 90, 9), (1, 50, 5), (2, 2, 1), (3, 4, 1), (4, 8, 1), (5, 1, 0)]
-    path.write_text(
-        "".join(
-            f'{{"step": {step}, "seconds": {seconds}, "scoring_seconds": {scoring}}}\n'
-            for step, seconds, scoring in steps
-        )
-    )
-    assert summarize_log(path) == {
+    for step, seconds, scoring in steps:
+        info = StepInfo(step, 5, 1.0, 0.0, 1e-4, 1.0, seconds, scoring, 0.0, 0, removed=False)
+        append_log(run, info)
+    assert summarize_log(run) == {
         "steps": 5, "step_seconds": 4, "scoring_seconds": 1, "scoring_share": 0.25,
     }  # fmt: skip
 

@@ -470,7 +470,7 @@ class TestRefusals:
     def test_a_damaged_line_of_the_log_is_named(self, base, data, stopped):
         path = stopped / "log.jsonl"
         path.write_text("nonsense\n" + path.read_text())
-        with pytest.raises(ArtifactError, match=r"log\.jsonl' has a line that is not valid JSON"):
+        with pytest.raises(ArtifactError, match=r"log\.jsonl', line 1, cannot be used"):
             run(base, stopped, data, resume=True)
 
     def test_leftovers_of_killed_processes_go(self, base, data, stopped):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lpdeploy.artifacts import compute_sha256, load_json, save_json
+from lpdeploy.artifacts import compute_sha256, save_json
 from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.folders import FOLDER_RECORD
@@ -18,6 +18,7 @@ from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
 from lpdeploy.pruning.target import SizeFound, TargetRecord
 from lpdeploy.publish.push import push
+from lpdeploy.records import load_json
 from tests import fake_hub
 from tests.benchmark.test_target import SMALL, prune
 from tests.cli.test_cli import check_refused, invoke, last_json

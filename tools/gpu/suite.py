@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from lpdeploy.artifacts import load_json, save_json
+from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.random_models import fill_random_adapter
@@ -37,6 +37,7 @@ from lpdeploy.engines.verify import build_inputs, collect_logits
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import describe_machine
 from lpdeploy.models.shapes import count_parameters
+from lpdeploy.records import load_json
 from tools.gpu.modes import COMPILED, GRAPH, DecodeStep, StaticModel
 from tools.gpu.pruning import run_65b, run_offloading, run_pruning
 from tools.measure.common import build_parser, describe_command, report

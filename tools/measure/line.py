@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lpdeploy.pruning.log import load_log
+from lpdeploy.run_folder import RunFolder
 from tools.measure.common import build_parser, save_measurement
 
 
@@ -45,7 +47,7 @@ def measure_run(options: argparse.Namespace, ratio: float, run: Path) -> dict[st
         "achieved": pruned["achieved"],
         "seconds": pruned["seconds"],
         "peak_bytes": pruned["peak_bytes"],
-        "training": summarize_log(run / "log.jsonl"),
+        "training": summarize_log(RunFolder(run)),
         "compact": {key: compacted[key] for key in ("architecture", "parameters", "bytes")},
         "perplexity": next(iter(evaluated["perplexity"].values())),
         "base_perplexity": next(iter(evaluated["base"]["perplexity"].values())),
@@ -65,20 +67,19 @@ def list_training(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def summarize_log(path: Path) -> dict[str, float]:
+def summarize_log(run: RunFolder) -> dict[str, float]:
     """Return the share of time spent scoring, and the time of a step before and after pruning."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [line for line in lines if line["step"]]  # 0 is the calibration
-    scored = [step for step in steps if step["scoring_seconds"] > 0]
-    last_event = max((s["step"] for s in steps if s["removed"]), default=0)
-    first_event = min((s["step"] for s in steps if s["removed"]), default=0)
-    before = [s["seconds"] for s in steps if 1 < s["step"] < first_event]
-    after = [s["seconds"] for s in steps if s["step"] > last_event]
+    steps = [info for info in load_log(run) if info.step]  # 0 is the calibration
+    scored = [info for info in steps if info.scoring_seconds > 0]
+    last_event = max((info.step for info in steps if info.removed), default=0)
+    first_event = min((info.step for info in steps if info.removed), default=0)
+    before = [info.seconds for info in steps if 1 < info.step < first_event]
+    after = [info.seconds for info in steps if info.step > last_event]
     return {
-        "scoring_share": statistics.median(s["scoring_seconds"] / s["seconds"] for s in scored),
+        "scoring_share": statistics.median(info.scoring_seconds / info.seconds for info in scored),
         "step_seconds_before_first_event": statistics.median(before),
         "step_seconds_after_last_event": statistics.median(after),
-        "tokens_per_step": round(steps[-1]["tokens_per_s"] * steps[-1]["seconds"]),
+        "tokens_per_step": round(steps[-1].tokens_per_s * steps[-1].seconds),
     }
 
 

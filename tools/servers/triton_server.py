@@ -21,8 +21,8 @@ import venv
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lpdeploy.artifacts import load_json
 from lpdeploy.errors import LpdeployError
+from lpdeploy.records import load_json
 from lpdeploy.servers.package import PACKAGE_FILE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
