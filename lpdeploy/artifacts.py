@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, DiskFullError, is_disk_full
 from lpdeploy.machine import list_versions, measure_peak_bytes, now
 from lpdeploy.records import format_json, load_record
 
@@ -31,6 +31,24 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn a write that found no space, by whatever library, into one sentence.
+
+    Raises:
+        DiskFullError: That.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"There is no space left to write '{path}'. Free some, and run the command again. What "
+            "was there before is unchanged."
+        ) from error
+
+
+@contextmanager
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path; rename it to ``path`` on success, remove it on any failure.
 
@@ -41,10 +59,11 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        yield temporary
-        if durable:
-            with temporary.open("rb+") as stream:
-                os.fsync(stream.fileno())
+        with explain_full_disk(path):
+            yield temporary
+            if durable:
+                with temporary.open("rb+") as stream:
+                    os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

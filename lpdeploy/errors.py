@@ -1,5 +1,14 @@
 """The errors a user can cause or meet: one to three sentences that end with the fix."""
 
+import errno
+import os
+import re
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+# What numpy says of a write that the disk took a part of, without an errno.
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+
 
 class LpdeployError(Exception):
     """Base of every error that a command prints as one line and exits 1 for."""
@@ -11,6 +20,10 @@ class RecipeError(LpdeployError):
 
 class ArtifactError(LpdeployError):
     """A model, run or exported folder that is missing, in the way, changed or unusable."""
+
+
+class DiskFullError(ArtifactError):
+    """A file or folder for which there is no space. What was there before is unchanged."""
 
 
 class RunInUseError(LpdeployError):
@@ -46,3 +59,25 @@ class RunEndedError(LpdeployError):
 
 class ParityError(LpdeployError):
     """Two stages that must compute the same thing do not."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a write failed for want of space, or of a file's permitted size."""
+    if getattr(error, "errno", None) in _FULL:
+        return True
+    said = str(error)  # other libraries have the system's number, if at all, in their text only
+    return bool(_SHORT_WRITE.search(said)) or any(
+        f"(os error {number})" in said for number in _FULL
+    )
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in one or two sentences what the system refused, and what to do."""
+    name = error.filename
+    named = f" '{os.fspath(name)}'" if isinstance(name, str | os.PathLike) else ""
+    reason = error.strerror or str(error)
+    if is_disk_full(error):
+        return f"There is no space left to write{named}. Free some, and run the command again."
+    if error.errno in _NOT_WRITABLE:
+        return f"Cannot use{named}: {reason}. Use a folder that you may write to."
+    return f"Cannot use{named}: {reason}." if named else f"{reason}."

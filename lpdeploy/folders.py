@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import MANIFEST, compute_sha256, temporary_path
+from lpdeploy.artifacts import MANIFEST, compute_sha256, explain_full_disk, temporary_path
 from lpdeploy.errors import ArtifactError
 from lpdeploy.records import format_json, load_record, read_record
 
@@ -157,11 +157,12 @@ def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator
     remove_leftovers(path)
     temporary = temporary_path(path)
     try:
-        temporary.mkdir()
-        yield temporary
-        files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
-        stamps = {str(file.relative_to(temporary)): _stamp(file) for file in files}
-        FolderRecord(kind, stamps, time.time_ns()).save(temporary)
+        with explain_full_disk(path):
+            temporary.mkdir()
+            yield temporary
+            files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
+            stamps = {str(file.relative_to(temporary)): _stamp(file) for file in files}
+            FolderRecord(kind, stamps, time.time_ns()).save(temporary)
         _replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,9 @@
-"""Recipes: YAML files that hold the options of commands."""
+"""Recipes: YAML files that hold the options of commands.
+
+A recipe may be a stranger's. Its YAML is the plain part that people write by hand: no aliases
+(a few lines of them expand to gigabytes), no tags, no key twice, only values that an option can
+have.
+"""
 
 import difflib
 import logging
@@ -9,9 +14,30 @@ from typing import Any
 
 import yaml
 
-from lpdeploy.errors import RecipeError
+from lpdeploy.errors import ArtifactError, RecipeError
+from lpdeploy.records import load_text
 
 logger = logging.getLogger(__name__)
+
+_MOST_CHARACTERS = 1 << 20
+_LONGEST_VALUE = 4096
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases and without the same key twice, of which the first would go."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"line {mark.line + 1} has an alias, which is not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice:.40}' stands twice in one section")
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(
@@ -19,6 +45,7 @@ def load_recipe(
     command: str,
     *,
     known: Collection[str],
+    commands: Collection[str],
     former: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Read the options of one command from a recipe.
@@ -27,34 +54,86 @@ def load_recipe(
         path: YAML file with one top-level key a command.
         command: Whose options to read, ``prune`` say.
         known: Names of its options, with underscores.
-        former: Former names of some of them, which are still read -> their names.
+        commands: Names of all commands that a recipe may have a section for.
+        former: Former names of some options, which are still read -> their names.
 
     Returns:
-        Option name -> value; empty where the recipe does not speak of the command.
+        Option name -> a scalar or a list of scalars; empty where the recipe does not speak of the
+        command.
 
     Raises:
-        RecipeError: The file is no YAML mapping, or names an unknown option, or gives an option
-            under both its names.
+        RecipeError: The file is no YAML mapping, or names an unknown command or option, or has a
+            value that no option can have, or gives an option under both its names.
+    """
+    sections = load_sections(path)
+    unknown = [name for name in sections if name not in commands]
+    if unknown:
+        raise RecipeError(
+            f"Recipe '{path}' has a section '{unknown[0]:.40}', which is no command."
+            f"{_suggest(unknown[0], commands)} The commands are {', '.join(sorted(commands))}."
+        )
+    options = _rename(path, sections.get(command, {}), former)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise RecipeError(
+            f"Recipe '{path}' gives '{command}' an unknown option '{unknown[0]:.40}'."
+            f"{_suggest(unknown[0], known)} It knows {', '.join(sorted(known))}."
+        )
+    return options
+
+
+def load_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a YAML file of sections with options.
+
+    Raises:
+        RecipeError: The file is no such YAML, or too large.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        text = load_text(path, fix="Give a YAML file.")
+        if len(text) > _MOST_CHARACTERS:
+            raise RecipeError(
+                f"Recipe '{path}' has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are "
+                "read. Give a file of options."
+            )
+        data = yaml.load(text, _PlainLoader)  # noqa: S506 - it is a SafeLoader
+    except ArtifactError as error:
+        raise RecipeError(f"Recipe {error}") from error
+    except RecursionError:
+        raise RecipeError(
+            f"Recipe '{path}' is nested too deeply. Give sections of options."
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise RecipeError(f"Recipe '{path}' cannot be read: {reason}.") from error
-    if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()):
+    if not _is_mapping(data) or not all(map(_is_mapping, data.values())):
         raise RecipeError(
             f"Recipe '{path}' must map commands to options, for example 'prune: {{ratio: 0.5}}'."
         )
-    options = _rename(path, data.get(command, {}), former)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise RecipeError(
-            f"Recipe '{path}' gives '{command}' an unknown option '{unknown[0]}'.{hint} "
-            f"It knows {', '.join(sorted(known))}."
-        )
-    return options
+    for section, options in data.items():
+        for name, value in options.items():
+            if not _is_value(value):
+                raise RecipeError(
+                    f"In recipe '{path}', '{name:.40}' of '{section:.40}' has a value that no "
+                    "option can have. Give text, a number, true or false, or a list of them."
+                )
+    return data
+
+
+def _is_mapping(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(key, str) for key in data)
+
+
+def _is_value(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(
+        v is None or (isinstance(v, str | bool | int | float) and len(str(v)) <= _LONGEST_VALUE)
+        for v in values
+    )
+
+
+def _suggest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _rename(path: Path, options: dict[str, Any], former: Mapping[str, str]) -> dict[str, Any]:

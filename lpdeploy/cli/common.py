@@ -13,11 +13,14 @@ import click
 from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.environment import trust_remote_code
+from lpdeploy.errors import RecipeError
 from lpdeploy.recipe import load_recipe
 from lpdeploy.records import format_json
 
 CONTEXT_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
 DEBUG = "lpdeploy.debug"
+HAS_RESULT = "lpdeploy.result"
+"""Set when a command has printed its JSON, such as a verify that differs; no error follows it."""
 # A field in a sentence of the library, with or without a value.
 _FIELD = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]+))?`")
 _ARGUMENTS = ("model", "run")
@@ -119,19 +122,55 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
     if value is None:
         return
     # A recipe may be a stranger's: only the command line says whom to trust.
-    params = [p.name for p in ctx.command.params if p.name and p is not own]
-    known = [name for name in params if name != "trust_remote_code"]
-    command = " ".join(ctx.command_path.split()[1:])
-    former = {old: new for old, new in RENAMED.items() if new in known}
-    options = load_recipe(value, command, known=known, former=former)
-    ctx.default_map = {**(ctx.default_map or {}), **options}
+    from lpdeploy.cli.main import main
+
+    params = {p.name: p for p in ctx.command.params if p.name and p is not own}
+    params.pop("trust_remote_code", None)
+    options = load_recipe(
+        value,
+        " ".join(ctx.command_path.split()[1:]),
+        known=params,
+        commands=_list_commands(click.Context(main)),
+        former={old: new for old, new in RENAMED.items() if new in params},
+    )
+    typed = {name: _as_typed(params[name], item) for name, item in options.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **typed}
+
+
+def _list_commands(ctx: click.Context) -> list[str]:
+    """List the commands below a context; those of a group with its name before theirs."""
+    group = ctx.command
+    if not isinstance(group, click.Group):
+        return []
+    names = []
+    for name in group.list_commands(ctx):
+        inner = click.Context(group.get_command(ctx, name) or click.Command(name))
+        names += [f"{name} {below}" for below in _list_commands(inner)] or [name]
+    return names
+
+
+def _as_typed(param: click.Parameter, value: Any) -> Any:
+    """Turn a value of a recipe into what a user would type, so that click checks it as strictly.
+
+    Of a number, click would otherwise take the whole part for an option that counts.
+    """
+    if value is None or (isinstance(value, bool) and getattr(param, "is_flag", False)):
+        return value
+    if isinstance(value, list) and not param.multiple and not isinstance(param.type, ListOf):
+        raise RecipeError(f"The recipe gives `{param.name}` a list. Give one value.")
+    typed = [_write_value(item) for item in (value if isinstance(value, list) else [value])]
+    return typed if param.multiple or isinstance(value, list) else typed[0]
+
+
+def _write_value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 _json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the result as one JSON document on the last line of stdout.",
+    help="Print the result, or the error, as one JSON document on the last line of stdout.",
 )
 _recipe_option = click.option(
     "--recipe",
@@ -170,7 +209,15 @@ def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
         return
     click.echo(text)
     if as_json:
+        click.get_current_context().meta[HAS_RESULT] = True
         click.echo(format_json(data, indent=None), nl=False)
+
+
+def print_error(kind: str, message: str) -> None:
+    """Print why a command with --json failed to stdout, as one JSON document."""
+    if is_first_rank():
+        error = {"type": kind, "message": message}
+        click.echo(format_json({"error": error}, indent=None), nl=False)
 
 
 def log(message: str) -> None:

@@ -6,10 +6,23 @@ from typing import Any
 import click
 
 from lpdeploy import __version__
-from lpdeploy.cli.common import CONTEXT_SETTINGS, DEBUG, show_log, write_flags
+from lpdeploy.cli.common import (
+    CONTEXT_SETTINGS,
+    DEBUG,
+    HAS_RESULT,
+    print_error,
+    show_log,
+    write_flags,
+)
 from lpdeploy.cli.signals import interrupt_on_sigterm, let_first_rank_speak
 from lpdeploy.environment import quieten_libraries
-from lpdeploy.errors import LpdeployError, OtherRankError, RankLostError, RecipeError
+from lpdeploy.errors import (
+    LpdeployError,
+    OtherRankError,
+    RankLostError,
+    RecipeError,
+    describe_os_error,
+)
 
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
@@ -33,23 +46,33 @@ class _LazyGroup(click.Group):
         """Run a command, and turn the errors of users into one line and exit code 1 or 2."""
         quieten_libraries()
         interrupt_on_sigterm()
+        as_json = "--json" in ctx.args  # asked for even where the options cannot be parsed
         try:
             with show_log():
                 return super().invoke(ctx)
         except OtherRankError:
             ctx.exit(1)
-        except RecipeError as error:
-            let_first_rank_speak()
-            raise click.UsageError(write_flags(str(error))) from error
-        except click.ClickException:
-            let_first_rank_speak()
-            raise
-        except (LpdeployError, OSError) as error:
-            if ctx.meta.get(DEBUG):
+        except (click.ClickException, LpdeployError, OSError) as error:
+            if ctx.meta.get(DEBUG) and not isinstance(error, click.ClickException | RecipeError):
                 raise
             if not isinstance(error, RankLostError):
                 let_first_rank_speak()
-            raise click.ClickException(write_flags(str(error))) from error
+            explained = _explain(error)
+            if as_json and HAS_RESULT not in ctx.meta:
+                wrong_usage = isinstance(explained, click.UsageError)
+                kind = "UsageError" if wrong_usage else type(error).__name__
+                print_error(kind, explained.format_message())
+            raise explained from error
+
+
+def _explain(error: Exception) -> click.ClickException:
+    """Turn an error into what click prints as one sentence."""
+    if isinstance(error, click.ClickException):
+        return error
+    if isinstance(error, OSError):
+        return click.ClickException(describe_os_error(error))
+    kind = click.UsageError if isinstance(error, RecipeError) else click.ClickException
+    return kind(write_flags(str(error)))
 
 
 @click.group(cls=_LazyGroup, context_settings=CONTEXT_SETTINGS)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from lpdeploy.artifacts import atomic_file
 from lpdeploy.data.batches import TokenDataset
+from lpdeploy.errors import DiskFullError
 from lpdeploy.folders import remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def load_or_build(
     try:
         _save(path, dataset, text)
         return _map(path)[0]
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, DiskFullError) as error:
         logger.warning("The tokens cannot be kept in '%s' (%s).", path.parent, error)
         return dataset
 

@@ -4,36 +4,36 @@ One safetensors file, renamed into place, so that there is always a whole one. T
 not in it: it is loaded and cut again.
 """
 
-import errno
+import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpdeploy.artifacts import atomic_file
+from lpdeploy.artifacts import atomic_file, explain_full_disk
 from lpdeploy.config import PruneConfig, rename_fields
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, DiskFullError, RecipeError
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.state import PruningState
+from lpdeploy.recipe import load_sections
+from lpdeploy.records import parse_json, read_record
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 # Where these differ, a run goes on, but sums are rounded in another order.
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 # The learning rate is among them because lowering it is the way on after a loss became NaN.
@@ -48,6 +48,18 @@ _FREE_OPTIONS = (
     "offload_gradients",
     "shard",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Metadata:
+    """The header of the file, each field as JSON, beside the hash of all that it holds."""
+
+    step: int
+    inputs: dict[str, str]
+    options: dict[str, Any]
+    environment: dict[str, Any]
+    lpdeploy: str
+    schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True)
@@ -85,17 +97,32 @@ def save_checkpoint(
             tensors[f"moments.{name}.{key}"] = value
     for kind, values in _list_scores(state).items():
         tensors |= {f"{kind}.{name}": value for name, value in values.items()}
-    metadata = {
-        "schema_version": SCHEMA_VERSION,
-        "lpdeploy": list_versions()["lpdeploy"],
-        "step": step,
-        "inputs": dict(inputs),
-        "options": options.to_json(),
-        "environment": _describe_environment(options),
-    }
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = _Metadata(
+        step=step,
+        inputs=dict(inputs),
+        options=options.to_json(),
+        environment=_describe_environment(options),
+        lpdeploy=list_versions()["lpdeploy"],
+    )
+    written = {name: json.dumps(value) for name, value in asdict(metadata).items()}
+    written["sha256"] = json.dumps(_hash(plain, written))
     with atomic_file(run.checkpoint, durable=True) as temporary:
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+        save_file(plain, temporary, metadata=written)
+
+
+def _check_hash(written: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
+    sha256 = written.pop("sha256", None)  # which earlier versions did not write
+    if sha256 is not None and parse_json(sha256) != _hash(tensors, written):
+        raise ValueError("its contents are not those that were written")
+
+
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_resumable(run: RunFolder) -> None:
@@ -133,24 +160,25 @@ def load_checkpoint(
     check_resumable(run)
     metadata, tensors = _read(run.checkpoint)
     differences = [
-        *_compare_inputs(metadata["inputs"], inputs, old=_load_names(run), new=names),
-        *_compare_options(rename_fields(metadata["options"]), options.to_json()),
+        *_compare_inputs(metadata.inputs, inputs, old=_load_names(run), new=names),
+        *_compare_options(rename_fields(metadata.options), options.to_json()),
     ]
     if differences:
         raise ArtifactError(
             f"The checkpoint in '{run}' is of another run: {'; '.join(differences)}. Use the same, "
             "or `overwrite=True` to start anew."
         )
-    _warn_of_environment(metadata["environment"], options)
-    return Checkpoint(step=metadata["step"], inputs=inputs, tensors=tensors)
+    _warn_of_environment(metadata.environment, options)
+    return Checkpoint(step=metadata.step, inputs=inputs, tensors=tensors)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = _parse_metadata(file.metadata())
-            _check_version(path, metadata)
+            written = dict(file.metadata() or {})
+            metadata = _parse_metadata(path, written)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check_hash(written, tensors)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(
             f"'{path}' is damaged ({error}). Run with `overwrite=True` to start anew."
@@ -181,26 +209,24 @@ def _compare_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list
     ]
 
 
-def _parse_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    return {name: json.loads(value) for name, value in (metadata or {}).items()}
-
-
-def _check_version(path: Path, metadata: Mapping[str, Any]) -> None:
-    version = metadata.get("schema_version")
+def _parse_metadata(path: Path, written: Mapping[str, str]) -> _Metadata:
+    data = {name: parse_json(value) for name, value in written.items()}
+    version = data.get("schema_version")
     if version != SCHEMA_VERSION:
-        writer = f" (lpdeploy {metadata['lpdeploy']})" if "lpdeploy" in metadata else ""
+        writer = f" (lpdeploy {data['lpdeploy']})" if "lpdeploy" in data else ""
         raise ArtifactError(
             f"'{path}' has schema version {version!r}, and this lpdeploy reads {SCHEMA_VERSION}. "
             f"Go on with the version that wrote it{writer}, or use `overwrite=True` to start anew."
         )
+    return read_record(_Metadata, data)
 
 
 def _load_names(run: RunFolder) -> dict[str, str]:
     """Return what base and data were called when the run began, as far as its recipe says it."""
     try:
-        recipe = yaml.safe_load((run.recipe).read_text(encoding="utf-8"))["prune"]
-        return {"base": recipe["model"], "data": recipe["data"]}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        options = load_sections(run.recipe)["prune"]
+        return {"base": str(options["model"]), "data": str(options["data"])}
+    except (RecipeError, KeyError):
         return {}
 
 
@@ -230,43 +256,37 @@ def _warn_of_environment(saved: Mapping[str, Any], options: PruneConfig) -> None
 
 
 @contextmanager
-def explain_full_disk(run: RunFolder) -> Iterator[None]:
-    """Turn a write that found no room into one sentence that says what is left of the run.
+def explain_unfinished(run: RunFolder) -> Iterator[None]:
+    """Say what is left of a run that cannot go on because the disk is full.
 
     Raises:
-        ArtifactError: That.
+        DiskFullError: That.
     """
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = _find_full(error)
-        if number is None:
-            raise
-        raise ArtifactError(
-            f"The disk of '{run}' takes no more ({os.strerror(number)}). {_describe_rest(run)}"
+        with explain_full_disk(run.path):
+            yield
+    except DiskFullError as error:
+        raise DiskFullError(
+            f"There is no space left to write '{run}'. {_describe_rest(run)}"
         ) from error
-
-
-def _find_full(error: Exception) -> int | None:
-    """Return the system's number for a disk without room, where that was the cause."""
-    for number in _FULL:
-        # safetensors' errors carry the system's only in their text.
-        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
-            return number
-    return None
 
 
 def _describe_rest(run: RunFolder) -> str:
     try:
         with safe_open(run.checkpoint, framework="pt") as file:
-            step = _parse_metadata(file.metadata())["step"]
-    except (OSError, SafetensorError):
+            step = _parse_metadata(run.checkpoint, file.metadata() or {}).step
+    except (OSError, SafetensorError, ValueError, ArtifactError):
         return "There is no checkpoint yet: make room, then start anew with `overwrite=True`."
     return f"The checkpoint of step {step} is whole: make room, then go on with `resume=True`."
 
 
 def apply_checkpoint(checkpoint: Checkpoint, training: Any) -> None:
-    """Copy LoRA factors, moments and scores into a training whose model is cut already."""
+    """Copy LoRA factors, moments and scores into a training whose model is cut already.
+
+    Raises:
+        ArtifactError: The checkpoint is of a run with other steps or another LoRA.
+    """
+    _check_fits(checkpoint, training)
     state: PruningState = training.state
     saved = checkpoint.select("lora")
     moments = checkpoint.select("moments")
@@ -282,6 +302,27 @@ def apply_checkpoint(checkpoint: Checkpoint, training: Any) -> None:
             device = parameter.device
     state.average = {n: t.to(device) for n, t in checkpoint.select("average").items()}
     state.last_seen = checkpoint.select("last_seen")
+
+
+def _check_fits(checkpoint: Checkpoint, training: Any) -> None:
+    fix = "Use `overwrite=True` to start anew."
+    if not 0 <= checkpoint.step <= training.steps:
+        raise ArtifactError(
+            f"The checkpoint is of step {checkpoint.step}, and the run has {training.steps}. {fix}"
+        )
+    expected: dict[str, torch.Size] = {}
+    for name, parameter in _named_trainable(training.state.model).items():
+        expected[f"lora.{name}"] = parameter.shape
+        if checkpoint.step:  # AdamW keeps nothing before its first step
+            expected |= {f"moments.{name}.{key}": parameter.shape for key in _MOMENTS}
+            expected[f"moments.{name}.step"] = torch.Size([])
+    for name, shape in expected.items():
+        found = checkpoint.tensors.get(name)
+        if found is None or found.shape != shape:
+            has = "nothing" if found is None else f"shape {list(found.shape)}"
+            raise ArtifactError(
+                f"The checkpoint has {has} for {name}, and the run needs shape {list(shape)}. {fix}"
+            )
 
 
 def _named_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -36,7 +36,7 @@ from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.checkpoint import (
     Checkpoint,
     check_resumable,
-    explain_full_disk,
+    explain_unfinished,
     load_checkpoint,
     save_checkpoint,
 )
@@ -131,7 +131,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     recorded = record if target is None else {**record, "target": target.to_json()}
     with (
         _claim(run, ranks, base=source.folder, resume=resume, overwrite=overwrite),
-        explain_full_disk(run),
+        explain_unfinished(run),
     ):
         memory = check_memory(source.config, options, refuse=not resume, ranks=ranks.size)
         recording = record_stage(run.path, "prune", recorded)

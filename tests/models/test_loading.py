@@ -141,7 +141,7 @@ def test_another_architecture_is_named_with_those_supported(base):
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[]"])
 def test_a_config_that_is_no_json_object_is_refused(base, content):
     (base / "config.json").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"config.json' (is n|cannot).*Copy the checkpoint anew"):
+    with pytest.raises(ArtifactError, match=r"config.json' .*Copy the checkpoint anew"):
         load_config(base)
 
 

@@ -286,7 +286,7 @@ class TestFullDisk:
 
         with pytest.raises(
             ArtifactError,
-            match=rf"The disk of '.*/disk/run' takes no more \(No space left on device\)\. The "
+            match=rf"There is no space left to write '.*/disk/run'\. The "
             rf"checkpoint of step {kept} is whole: make room, then go on with `resume=True`\.",
         ):
             run(base, small_disk / "run", data, on_step=on_step)
@@ -322,7 +322,7 @@ class TestFullDisk:
                     size = (folder / "log.jsonl").stat().st_size
                     limit(size + 20 if what == "line" else size + 1000)
 
-            with pytest.raises(ArtifactError, match=rf"takes no more \(.*\)\. {rest}"):
+            with pytest.raises(ArtifactError, match=rf"left to write '.*'\. {rest}"):
                 run(base, folder, data, on_step=on_step)
         text = (folder / "log.jsonl").read_text()
         lines = [json.loads(line)["step"] for line in text.splitlines()]
@@ -395,15 +395,49 @@ class TestRefusals:
         with pytest.raises(ArtifactError, match=r"base was another \(sha256 .{12}\) and is '.*now"):
             run(base, stopped, data, resume=True)
 
-    def edit(self, stopped, **changes):
+    def edit(self, stopped, *, tensors=lambda tensors: tensors, signed=False, **changes):
         path = stopped / "checkpoint" / "state.safetensors"
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        changed = tensors({name: tensor.clone() for name, tensor in load_file(path).items()})
+        if not signed:  # as earlier versions wrote it
+            metadata.pop("sha256", None)
         for name, change in changes.items():
             value = change(json.loads(metadata[name]))
             metadata[name] = json.dumps(value)
-        save_file(tensors, path, metadata={k: v for k, v in metadata.items() if v != "null"})
+        save_file(changed, path, metadata=metadata)
+
+    @pytest.mark.parametrize("signed", [True, False])
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"step": lambda _: 10**9}, "is of step 1000000000, and the run has"),
+            ({"step": lambda _: -1}, "is of step -1, and the run has"),
+            ({"step": lambda _: 2.5}, r"damaged \(step is 2.5, not int"),
+            ({"tensors": lambda t: {k: v for k, v in t.items() if "exp_avg_sq" not in k}},
+             "nothing for moments.*exp_avg_sq"),
+            ({"tensors": lambda t: {k: v for k, v in t.items() if "lora_A" not in k}},
+             "nothing for lora.*lora_A"),
+            ({"tensors": lambda t: {k: v[:1].clone() if k.startswith("lora.") else v
+                                    for k, v in t.items()}},
+             "has shape .* and the run needs shape"),
+        ],
+    )  # fmt: skip
+    def test_one_that_does_not_fit_is_refused(self, base, data, stopped, changes, sentence, signed):
+        self.edit(stopped, signed=signed, **changes)
+        if signed:
+            sentence = "damaged \\((its contents are not those that were written|step is)"
+        with pytest.raises(ArtifactError, match=sentence):
+            run(base, stopped, data, resume=True)
+
+    def test_a_changed_number_is_found(self, base, data, stopped):
+        def nudge(tensors):
+            next(v for k, v in tensors.items() if k.startswith("lora."))[0] += 1e-3
+            return tensors
+
+        self.edit(stopped, signed=True, tensors=nudge)
+        with pytest.raises(ArtifactError, match="contents are not those that were written"):
+            run(base, stopped, data, resume=True)
 
     def test_a_checkpoint_of_former_names_goes_on(self, base, data, tmp_path, stopped):
         """As it was written before fields were renamed, and before some of them existed."""
