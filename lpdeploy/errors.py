@@ -7,7 +7,8 @@ import re
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What numpy says of a write that the disk took a part of, without an errno.
-_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+_LONGEST_QUOTE = 300
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|problem writing element \d+ to file")
 
 
 class LpdeployError(Exception):
@@ -59,6 +60,14 @@ class RunEndedError(LpdeployError):
 
 class ParityError(LpdeployError):
     """Two stages that must compute the same thing do not."""
+
+
+def quote_error(error: BaseException) -> str:
+    """Write what a library says as part of a sentence: its first line, without a full stop."""
+    lines = [" ".join(line.split()) for line in str(error).replace("`", "'").splitlines()]
+    lines = [line for line in lines if line]
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return said[:_LONGEST_QUOTE].rstrip(".") or type(error).__name__
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -14,10 +14,13 @@ from typing import Any
 
 import yaml
 
-from lpdeploy.errors import ArtifactError, RecipeError
+from lpdeploy.errors import ArtifactError, RecipeError, quote_error
 from lpdeploy.records import load_text
 
 logger = logging.getLogger(__name__)
+
+Scalar = str | bool | int | float | None
+Value = Scalar | list[Scalar]
 
 _MOST_CHARACTERS = 1 << 20
 _LONGEST_VALUE = 4096
@@ -47,7 +50,7 @@ def load_recipe(
     known: Collection[str],
     commands: Collection[str],
     former: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, Any]:
+) -> dict[str, Value]:
     """Read the options of one command from a recipe.
 
     Args:
@@ -82,7 +85,7 @@ def load_recipe(
     return options
 
 
-def load_sections(path: Path) -> dict[str, dict[str, Any]]:
+def load_sections(path: Path) -> dict[str, dict[str, Value]]:
     """Read a YAML file of sections with options.
 
     Raises:
@@ -103,7 +106,7 @@ def load_sections(path: Path) -> dict[str, dict[str, Any]]:
             f"Recipe '{path}' is nested too deeply. Give sections of options."
         ) from None
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = getattr(error, "problem", None) or quote_error(error)  # a parser's, or another's
         raise RecipeError(f"Recipe '{path}' cannot be read: {reason}.") from error
     if not _is_mapping(data) or not all(map(_is_mapping, data.values())):
         raise RecipeError(
@@ -136,7 +139,7 @@ def _suggest(name: str, known: Collection[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def _rename(path: Path, options: dict[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+def _rename(path: Path, options: dict[str, Value], former: Mapping[str, str]) -> dict[str, Value]:
     for old in former.keys() & options.keys():
         if former[old] in options:
             raise RecipeError(

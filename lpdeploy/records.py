@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, quote_error
 
 _MOST_BYTES = 1 << 30
 """The largest JSON of ours is the plan of a 65B model, with 20 MB."""
@@ -86,7 +86,7 @@ def load_text(path: Path, *, fix: str) -> str:
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read: {error.strerror}. {fix}") from error
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"'{path}' is not UTF-8 text ({error}). {fix}") from error
+        raise ArtifactError(f"'{path}' is not UTF-8 text ({quote_error(error)}). {fix}") from error
 
 
 def load_json(path: Path, *, fix: str) -> Any:
@@ -103,7 +103,7 @@ def load_json(path: Path, *, fix: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise ArtifactError(f"'{path}' is not valid JSON ({error}). {fix}") from error
+        raise ArtifactError(f"'{path}' is not valid JSON ({quote_error(error)}). {fix}") from error
 
 
 def load_record(

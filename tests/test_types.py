@@ -15,9 +15,9 @@ from lpdeploy.records import read_record
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lpdeploy"
-# Formats that are not ours: lm-eval's config of a task, a user's YAML, and tokenizer.json.
+# Formats that are not ours: lm-eval's config of a task, and tokenizer.json.
 FOREIGN = {
-    *("evaluation/tasks.py: build_config", "recipe.py: load_recipe"),
+    "evaluation/tasks.py: build_config",
     *("servers/tokenizers.py: describe_tokenizer", "servers/tokenizers.py: list_steps"),
 }
 

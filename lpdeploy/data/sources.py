@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lpdeploy.data.hub import HUB_SOURCES, HubSource
-from lpdeploy.errors import DataError
+from lpdeploy.errors import DataError, quote_error
 
 _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -201,13 +201,15 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 ({error}). Convert it to UTF-8.") from error
+        raise DataError(
+            f"'{path}' is not UTF-8 ({quote_error(error)}). Convert it to UTF-8."
+        ) from error
     except OSError as error:
         raise _describe_unreadable(path, error) from error
 
 
 def _describe_unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"'{path}' cannot be read ({error}). Check the file.")
+    return DataError(f"'{path}' cannot be read ({quote_error(error)}). Check the file.")
 
 
 def _read_documents(path: Path) -> Iterator[Example]:
@@ -264,7 +266,7 @@ def _read_parquet(path: Path) -> Iterator[Example]:
                     yield parse_row(row, f"'{path}', row {number},")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"'{path}' is no readable parquet file ({_get_reason(error)}). Copy it anew."
+            f"'{path}' is no readable parquet file ({quote_error(error)}). Copy it anew."
         ) from error
 
 
@@ -326,13 +328,13 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except ConnectionError as error:
         raise DataError(
-            f"The hub is out of reach for '{source}' ({_get_reason(error)}). Check the network, or "
+            f"The hub is out of reach for '{source}' ({quote_error(error)}). Check the network, or "
             "give a local file or folder."
         ) from error
     except (OSError, ValueError, RuntimeError, DatasetsError, HTTPError) as error:
         raise DataError(
             f"'{source}' is no file or folder here, and the hub does not give it "
-            f"({_get_reason(error)}). Check the name, the split and 'hf auth login'."
+            f"({quote_error(error)}). Check the name, the split and 'hf auth login'."
         ) from error
 
 
@@ -345,7 +347,3 @@ def _refuse_unknown(source: str) -> NoReturn:
         f"No file, folder or data set is called '{source}'.{hint} Give a path, one of "
         f"{', '.join(HUB_SOURCES)}, or a hub name owner/name."
     )
-
-
-def _get_reason(error: BaseException) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

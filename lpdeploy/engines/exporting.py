@@ -82,6 +82,24 @@ class _GenerationConfig:
     eos_token_id: int | list[int] | None = None
 
 
+def get_rope_type(config: PretrainedConfig) -> str:
+    """Return how positions are rotated: ``default``, ``llama3``, ``yarn`` and so on."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
+def check_no_dynamic_rope(config: PretrainedConfig) -> None:
+    """Refuse rotary positions that are recomputed while a text grows, which no graph can say.
+
+    Raises:
+        LpdeployError: The model has them.
+    """
+    if get_rope_type(config) == "dynamic":
+        raise LpdeployError(
+            "No export takes rotary positions of type 'dynamic', which change while a text grows. "
+            "Serve the checkpoint itself, or set another rope_type in its config.json."
+        )
+
+
 def describe_source(model_folder: Path, adapter: Path | None) -> SourceRecord:
     """Return what an export was made from, with hashes."""
     return SourceRecord(

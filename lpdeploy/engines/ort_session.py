@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpdeploy.errors import ArtifactError, MissingDependencyError
+from lpdeploy.errors import ArtifactError, MissingDependencyError, quote_error
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
@@ -52,8 +52,9 @@ def build_session(folder: Path, device: str) -> Any:
             enable_fallback=0,  # its fallback prints, and goes on without the provider
         )
     except _list_load_errors() as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ArtifactError(f"ONNX Runtime cannot load '{folder}': {reason}. {FIX}") from error
+        raise ArtifactError(
+            f"ONNX Runtime cannot load '{folder}': {quote_error(error)}. {FIX}"
+        ) from error
     if session.get_providers()[0] != provider:
         raise MissingDependencyError(
             f"ONNX Runtime has {provider} but cannot start it here: its CUDA and cuDNN libraries "

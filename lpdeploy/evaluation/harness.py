@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.runner import Runner
-from lpdeploy.errors import ArtifactError, DataError
+from lpdeploy.errors import ArtifactError, DataError, quote_error
 from lpdeploy.evaluation.results import Metrics
 from lpdeploy.evaluation.scoring import Score, compute_loglikelihoods
 from lpdeploy.evaluation.tasks import build_config, get_default_shots, load_task_files
@@ -271,10 +271,9 @@ def _load_hub(
     try:
         loaded = manager.load([name])
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, HTTPError) as error:
-        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
         raise DataError(
-            f"The data of the task '{name}' cannot be loaded ({reason}). Check the network and "
-            "'hf auth login', or give local files with `task_data`."
+            f"The data of the task '{name}' cannot be loaded ({quote_error(error)}). Check the "
+            "network and 'hf auth login', or give local files with `task_data`."
         ) from error
     for key, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")

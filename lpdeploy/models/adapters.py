@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, quote_error
 from lpdeploy.families.groups import LINEARS, expand_index
 from lpdeploy.models.finite import check_finite
 from lpdeploy.plan import PruningPlan
@@ -92,9 +92,8 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ArtifactError(
-            f"'{folder}' is no readable LoRA adapter: {reason}. Prune again."
+            f"'{folder}' is no readable LoRA adapter: {quote_error(error)}. Prune again."
         ) from error
     _check_kind(folder, config)
     scaling = config.lora_alpha / config.r

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.environment import is_remote_code_trusted
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError, quote_error
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
+from lpdeploy.models.config_values import find_bad_value
 from lpdeploy.models.finite import round_weight
 from lpdeploy.models.quantized import (
     apply_training_layout,
@@ -79,9 +79,8 @@ def _download(model: str, *, files: list[str] = _HUB_FILES) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ArtifactError(
-            f"'{model}' is neither a folder nor a model the hub gives ({reason}). "
+            f"'{model}' is neither a folder nor a model the hub gives ({quote_error(error)}). "
             "Check the name, the network and 'hf auth login', or give a local folder."
         ) from error
 
@@ -118,11 +117,15 @@ def load_config(folder: Path) -> PretrainedConfig:
     config_class, _ = get_model_classes(model_type)
     try:
         config = config_class.from_pretrained(folder)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        wrong = find_bad_value(config)
+    except Exception as error:  # transformers reads a field before it checks it
         raise ArtifactError(
-            f"The config of '{folder}' is not valid: {reason} Correct its config.json."
+            f"The config of '{folder}' is not valid: {quote_error(error)}. Correct its config.json."
         ) from error
+    if wrong is not None:
+        raise ArtifactError(
+            f"The config of '{folder}' is not valid: {wrong}. Correct its config.json."
+        )
     if config.tie_word_embeddings and not is_tied(folder):
         config.tie_word_embeddings = False
     # A config may name an attention kernel on the hub, which is code that would be run.
@@ -195,9 +198,9 @@ def load_model(
             **quantization,
         )
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ArtifactError(
-            f"The weights of '{folder}' cannot be loaded: {reason}. Copy the checkpoint anew."
+            f"The weights of '{folder}' cannot be loaded: {quote_error(error)}. Copy the "
+            "checkpoint anew."
         ) from error
     # transformers fills what is missing with random values and only logs it.
     wrong = {
@@ -278,15 +281,15 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=is_remote_code_trusted()
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+    except Exception as error:  # tokenizers raises nothing more precise
+        if "trust_remote_code" in str(error):
             raise ArtifactError(
                 f"The tokenizer of '{folder}' is code of its own, which could do anything that you "
                 "can. Read it, and if you trust it, allow it with `trust_remote_code=True`."
             ) from None
         raise ArtifactError(
-            f"The tokenizer of '{folder}' cannot be loaded: {reason}. Copy its files anew."
+            f"The tokenizer of '{folder}' cannot be loaded: {quote_error(error)}. Copy its files "
+            "anew."
         ) from error
     if "auto_map" in tokenizer.init_kwargs and not is_remote_code_trusted():
         logger.warning(
@@ -294,10 +297,11 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
             "another way than you know, see `trust_remote_code`.",
             folder,
         )
-    if len(tokenizer) > config.vocab_size:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
         raise ArtifactError(
-            f"The tokenizer of '{folder}' has {len(tokenizer)} tokens, its model embeds only "
-            f"{config.vocab_size}. Use the tokenizer the model was trained with."
+            f"The tokenizer of '{folder}' has the token {largest}, and its model embeds only "
+            f"{config.vocab_size} tokens. Use the tokenizer that the model was trained with."
         )
     return tokenizer
 

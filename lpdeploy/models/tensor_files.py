@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, quote_error
 
 # Small enough to stay in the cache between reading, hashing, cutting and writing.
 BLOCK_BYTES = 1 << 20
@@ -132,7 +132,9 @@ def iterate_blocks(
 
 
 def _describe_unreadable(file: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"'{file}' cannot be read: {error}. Copy the checkpoint anew.")
+    return ArtifactError(
+        f"'{file}' cannot be read: {quote_error(error)}. Copy the checkpoint anew."
+    )
 
 
 def _read_into(stream: Any, block: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lpdeploy.artifacts import atomic_file, explain_full_disk
 from lpdeploy.config import PruneConfig, rename_fields
-from lpdeploy.errors import ArtifactError, DiskFullError, RecipeError
+from lpdeploy.errors import ArtifactError, DiskFullError, RecipeError, quote_error
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.state import PruningState
@@ -181,7 +181,7 @@ def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
         _check_hash(written, tensors)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(
-            f"'{path}' is damaged ({error}). Run with `overwrite=True` to start anew."
+            f"'{path}' is damaged ({quote_error(error)}). Run with `overwrite=True` to start anew."
         ) from error
     return metadata, tensors
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, quote_error
 
 BACKEND = "inductor"
 
@@ -18,10 +18,9 @@ def check_compile(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1, backend=BACKEND)(torch.zeros(8, device=device))
     except Exception as error:  # compilers fail in ways of their own
-        reason = str(error).strip().split("\n")[0]
         raise LpdeployError(
-            f"torch cannot compile for {device.type} here: {reason}. Install a C++ compiler (and "
-            "Triton, on a GPU), or leave out `compile`."
+            f"torch cannot compile for {device.type} here: {quote_error(error)}. Install a C++ "
+            "compiler (and Triton, on a GPU), or leave out `compile`."
         ) from error
 
 

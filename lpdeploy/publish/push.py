@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, quote_error
 from lpdeploy.machine import format_bytes
 from lpdeploy.publish.files import Upload, is_local, list_uploads
 from lpdeploy.run_folder import RunFolder
@@ -110,8 +110,7 @@ def _check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        reason = str(error).rstrip(".")
-        raise LpdeployError(f"`repo` '{repo}': {reason}. Give owner/name.") from error
+        raise LpdeployError(f"`repo` '{repo}': {quote_error(error)}. Give owner/name.") from error
     if not _NAME.fullmatch(repo):
         raise LpdeployError(f"`repo` '{repo}' names no owner. Give owner/name.")
 
@@ -161,6 +160,6 @@ def _explain_hub(endpoint: str, repo: str) -> Iterator[None]:
         ) from error
     except (HTTPError, ConnectionError) as error:
         raise LpdeployError(
-            f"{endpoint} cannot be reached ({error}). Check the network and try again: what is "
-            "there already is not uploaded twice."
+            f"{endpoint} cannot be reached ({quote_error(error)}). Check the network and try "
+            "again: what is there already is not uploaded twice."
         ) from error

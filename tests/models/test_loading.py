@@ -250,7 +250,7 @@ def test_a_broken_tokenizer_is_refused(base, content):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(base):
     edit_json(base / "config.json", vocab_size=63)
-    with pytest.raises(ArtifactError, match=r"has 64 tokens, its model embeds only 63. Use the"):
+    with pytest.raises(ArtifactError, match=r"the token 63, and its model embeds only 63 tokens"):
         load_tokenizer(base, load_config(base))
     edit_json(base / "config.json", vocab_size=64)
     assert len(load_tokenizer(base, load_config(base))) == 64

@@ -18,6 +18,7 @@ from lpdeploy.engines.contract import Contract, TensorSpec, save_contract
 from lpdeploy.engines.exporting import (
     carry_settings,
     check_max_batch,
+    check_no_dynamic_rope,
     describe_files,
     describe_model,
     describe_source,
@@ -98,6 +99,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
     opset = default if opset is None else opset
     ENGINE.check_options({"precision": precision})
     _check_opset(opset, in_place=in_place)
+    check_no_dynamic_rope(config)
     check_max_batch(max_batch)
     max_seq_len = resolve_max_seq_len(max_seq_len, config)
     buffer = max_seq_len if in_place else None

@@ -15,6 +15,7 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import PretrainedConfig
 
+from lpdeploy.engines.exporting import check_no_dynamic_rope, get_rope_type
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import build_rotary_embedding, get_head_dim, uses_silu
@@ -351,11 +352,11 @@ def compute_rotary_tables(
     Raises:
         LpdeployError: The angles depend on how long the text is, which a table cannot say.
     """
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    check_no_dynamic_rope(config)
+    if get_rope_type(config) == "longrope":
         raise LpdeployError(
-            f"Engine ort does not take rotary positions of type '{kind}', which change with "
-            "the length of the text. Use `engine='onnx'`."
+            "Engine ort does not take rotary positions of type 'longrope', which change with the "
+            "length of the text. Use `engine='onnx'`."
         )
     rotary = build_rotary_embedding(config)
     positions = torch.arange(length).unsqueeze(0)  # (1, L)

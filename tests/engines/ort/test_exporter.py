@@ -10,6 +10,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
+from lpdeploy.engines.export import export
 from lpdeploy.engines.ort.exporter import export_ort
 from lpdeploy.engines.ort.graph import OPSET
 from lpdeploy.engines.ort.runner import load_ort_runner
@@ -282,10 +283,28 @@ def test_heads_that_the_operator_does_not_take(tmp_path):
 def test_positions_that_depend_on_the_length(tmp_path):
     model = make_model(
         tmp_path / "model",
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    )
+    with pytest.raises(LpdeployError, match="rotary positions of type 'longrope'.* `engine=.onnx"):
+        export_ort(model, tmp_path / "ort")
+
+
+@pytest.mark.parametrize("engine", ["ort", "onnx"])
+def test_positions_that_change_while_a_text_grows(engine, tmp_path):
+    model = make_model(
+        tmp_path / "model",
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
     )
-    with pytest.raises(LpdeployError, match="rotary positions of type 'dynamic'.* `engine=.onnx"):
-        export_ort(model, tmp_path / "ort")
+    with pytest.raises(LpdeployError, match="No export takes rotary positions of type 'dynamic'"):
+        export(str(model), engine=engine, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_with_a_hole(tmp_path):
