@@ -20,12 +20,12 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import accelerate  # noqa: F401 - so that no attempt has to import it
@@ -68,28 +68,35 @@ class KillTestError(Exception):
     """A killed run ended otherwise than the run never killed, or left half a file."""
 
 
-def run_attempt(run: Path, case: str, text: Path) -> NoReturn:
-    """Run or resume in a forked process, and exit without cleaning up."""
-    failed = 1
-    try:
-        sys.stdout = sys.stderr = (run.parent / "attempt.log").open("w", encoding="utf-8")
-        torch.set_num_threads(1)
+def attempt(run: Path, case: str, text: Path, *, kill_after: float | None) -> bool:
+    """Run or resume in a process of its own; return whether it was killed before its end."""
+
+    def work() -> None:
         begun = RunFolder(run).checkpoint.is_file()
         options = PruneConfig(**{**_COMMON, **CASES[case]})
         model = str(ASSETS / "story-llama-1M")
         prune(model, run, data=str(text), options=options, resume=begun, overwrite=not begun)
-        failed = 0
-    except BaseException:  # noqa: BLE001 - the exit code tells the parent, and the log says why
-        traceback.print_exc()
-        sys.stderr.flush()
-    os._exit(failed)
+
+    return fork(work, log=run.parent / "attempt.log", kill_after=kill_after)
 
 
-def attempt(run: Path, case: str, text: Path, *, kill_after: float | None) -> bool:
-    """Fork an attempt, kill it after a while, and return whether the kill came before its end."""
+def fork(work: Callable[[], object], *, log: Path, kill_after: float | None) -> bool:
+    """Do something in a forked process, and kill that after a while.
+
+    Args:
+        work: What to do.
+        log: File for what it prints.
+        kill_after: Seconds; None to let it end.
+
+    Returns:
+        Whether the kill came before its end.
+
+    Raises:
+        KillTestError: It failed by itself.
+    """
     pid = os.fork()
     if not pid:
-        run_attempt(run, case, text)
+        _run_and_exit(work, log)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
@@ -97,8 +104,21 @@ def attempt(run: Path, case: str, text: Path, *, kill_after: float | None) -> bo
     if os.WIFSIGNALED(status):
         return True
     if os.WEXITSTATUS(status):
-        raise KillTestError(f"{case}: {(run.parent / 'attempt.log').read_text(encoding='utf-8')}")
+        raise KillTestError(log.read_text(encoding="utf-8"))
     return False
+
+
+def _run_and_exit(work: Callable[[], object], log: Path) -> NoReturn:
+    failed = 1
+    try:
+        sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
+        torch.set_num_threads(1)
+        work()
+        failed = 0
+    except BaseException:  # noqa: BLE001 - the exit code tells the parent, and the log says why
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(failed)  # without cleaning up what is the parent's
 
 
 def list_files(run: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""A few of the kills that tools/measure/kills.py makes two hundred of."""
+"""A few of the kills that tools/measure/kills.py and stage_kills.py make hundreds of."""
 
 import json
 import os
@@ -21,6 +21,19 @@ def test_killed_runs_end_as_the_run_never_killed(tmp_path):
     assert document["kills"] == sum(document["moments"].values()) == 4
     assert sum(document["runs"].values()) >= 1
     assert document["machine"]["versions"]["torch"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_killed_stages_leave_the_old_or_the_new_result(tmp_path):
+    path = tmp_path / "kills.json"
+    command = [sys.executable, "-m", "tools.measure.stage_kills", "--kills", "16"]
+    done = subprocess.run(
+        [*command, "--output", path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(path.read_text())
+    assert document["kills"] == sum(document["stages"].values()) >= 16
+    assert sum(document["moments"].values()) == document["kills"]
 
 
 @pytest.fixture
