@@ -1,12 +1,18 @@
 """`lpdeploy verify`: compare the logits of all stages."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lpdeploy.cli.common import ENGINE, RUN, log, print_result, shared_options
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.errors import ParityError
+
+if TYPE_CHECKING:
+    from lpdeploy.engines.verify import Pair, VerifyResult
 
 
 @click.command("verify")
@@ -34,22 +40,43 @@ def command(
     from lpdeploy.engines.verify import verify
 
     result = verify(model, engine=engine, atol=atol, integrity=integrity)
-    lines = [f"{'pair':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
+    lines = [f"{'logits':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
-        f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {p.tolerance:10.2e} "
+        f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {_write_tolerance(p)} "
         f"{p.top1_agreement:10.1%} {'ok' if p.ok else 'DIFFERENT'}"
         for p in result.pairs
+    ]
+    lines += [
+        f"{check.a + ' = ' + check.b:36} {check.num_weights} weights, one by one "
+        f"{'ok' if check.ok else 'DIFFERENT'}"
+        for check in result.weights
     ]
     print_result(result.to_json(), "\n".join(lines), as_json=as_json)
     asked = ENGINES[engine]
     for other in list_exporting():
         if asked.export and other is not asked and (model / other.name).is_dir():
             log(f"'{model / other.name}' was not compared. Use --engine {other.name} for that.")
-    wrong = [pair for pair in result.pairs if not pair.ok]
-    if wrong:
-        worst = wrong[0]
-        raise ParityError(
-            f"{worst.a} and {worst.b} differ by {worst.max_abs_diff:.2e}, more than "
-            f"{worst.tolerance:.2e}. Write the second one again; if they still differ, please "
-            "report it."
-        )
+    if not result.ok:
+        raise ParityError(_describe_difference(result))
+
+
+def _write_tolerance(pair: Pair) -> str:
+    return f"{'rounding':>10}" if pair.tolerance is None else f"{pair.tolerance:10.2e}"
+
+
+def _describe_difference(result: VerifyResult) -> str:
+    """Say where the stages differ first: a weight says more than a layer, a layer than logits."""
+    again = "Make {} again; if it still differs, please report it."
+    for check in result.weights:
+        if not check.ok:
+            named = ", ".join(check.wrong[:3]) + (", ..." if len(check.wrong) > 3 else "")
+            return (
+                f"{len(check.wrong)} of the {check.num_weights} weights of {check.b} are not those "
+                f"of {check.a}: {named}. {again.format(check.b)}"
+            )
+    pair = next(pair for pair in result.pairs if not pair.ok)
+    place = "" if pair.first_layer is None else f", first after layer {pair.first_layer}"
+    return (
+        f"{pair.a} and {pair.b} differ by {pair.max_abs_diff:.2e}, more than {pair.tolerance:.2e}"
+        f"{place}. {again.format(pair.b)}"
+    )

@@ -16,6 +16,7 @@ from lpdeploy.errors import LpdeployError
 if TYPE_CHECKING:
     from lpdeploy.engines.contract import Contract
     from lpdeploy.engines.runner import Runner
+    from lpdeploy.engines.weight_checks import WeightsCheck
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class Engine:
             ``fp16``, ``bf16``, ``int8`` and ``int4``.
         options: Names of the other options of ``export``. Benchmarks set ``max_batch`` and
             ``max_seq_len``.
+        check_weights: ``check_weights(export, model_folder, adapter=..., precision=..., a=...,
+            b=...)`` compares the weights in an export with those of its checkpoint. None if they
+            cannot be read back.
+        apply_packed: ``apply_packed(export, model, round_activations=...)`` puts the int8 or int4
+            weights of an export into a model in torch, so that the two can be compared. None if
+            the engine has no such precisions.
         triton: How Triton serves an export. None if it does not.
         hub_card: Description of an export for the model card on the hub. None if exports are not
             uploaded, for example because they run on one kind of machine only.
@@ -72,6 +79,8 @@ class Engine:
     main_file: str = ""
     precisions: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    check_weights: Callable[..., WeightsCheck] | None = None
+    apply_packed: Callable[..., None] | None = None
     triton: TritonBackend | None = None
     hub_card: str | None = None
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpdeploy.engines.contract import Contract
 from lpdeploy.errors import ArtifactError, MissingDependencyError, quote_error
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -61,6 +62,20 @@ def build_session(folder: Path, device: str) -> Any:
             "or the driver do not match. Install with: pip install 'lpdeploy[gpu]'."
         )
     return session
+
+
+def check_computes(folder: Path, contract: Contract, kind: str) -> None:
+    """Refuse a graph in bf16 on a CPU, for which ONNX Runtime has no operators there.
+
+    Raises:
+        ArtifactError: It is one.
+    """
+    dtypes = {spec.dtype for spec in contract.inputs}
+    if kind == "cpu" and (contract.precision == "bf16" or "bfloat16" in dtypes):
+        raise ArtifactError(
+            f"'{folder}' computes in bf16, which ONNX Runtime does not on a CPU. Use "
+            "`device='cuda'`, or export in another precision."
+        )
 
 
 def import_runtime(kind: str) -> Any:

@@ -2,39 +2,40 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.engines import ONNX, TORCH, get_engine
-from lpdeploy.engines.contract import load_contract
-from lpdeploy.engines.exports import find_export
+from lpdeploy.engines import ONNX, get_engine
 from lpdeploy.engines.runner import Runner, pad_left
-from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
+from lpdeploy.engines.stages import (
+    Stage,
+    list_layers,
+    list_model_stages,
+    list_run_stages,
+)
+from lpdeploy.engines.weight_checks import WeightsCheck
 from lpdeploy.errors import ArtifactError
 from lpdeploy.folders import check_untouched
-from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
-from lpdeploy.models.compact import find_base, load_run_adapter
-from lpdeploy.models.cutting import apply_cut, apply_masks
-from lpdeploy.models.loading import PRECISIONS, get_dtype, load_config, load_model
-from lpdeploy.models.place import ModelPlace, locate_model
-from lpdeploy.plan import PruningPlan
-from lpdeploy.run_folder import RunFolder
+from lpdeploy.models.place import locate_model
 
 _PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
 _DECODE_STEPS = 4
 
-# The largest difference of two logits, as a share of the largest logit. Both sides compute the
-# same sums in another order, or from weights rounded once more to the precision of a checkpoint;
-# each figure is some ten times the rounding unit of the precision (2^-24, 2^-11, 2^-8) grown over
-# the layers, far below what one lost head or channel changes. Of int8 and int4 weights the rounding
-# unit is that of a block's largest weight (2^-8, 2^-4): int4 differs by so much that the share of
-# equal first choices says more than the bound, which only catches what is broken.
-_RELATIVE_TOLERANCE = {"fp32": 2e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 0.5}
+# The largest difference of two logits that computed the same sums in another order, as a share of
+# the largest logit: some hundred times the rounding unit of float32 (2^-24).
+_REORDERED = 2e-5
+# Other kernels round in other places than torch. Three times what rounding does in torch holds
+# their differences, and is below what a lost head does.
+_ROUNDING_MARGIN = 3.0
+# A checkpoint rounds W + BA, and the weights in memory do too; where a sum in another order is on
+# the other side of the middle between two numbers, one weight in a thousand differs by a unit.
+_TIES = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Pair:
         max_abs_diff: Largest absolute difference of two logits.
         max_abs_logit: Largest absolute logit of ``a``.
         top1_agreement: Share of tokens after which both put the same token first.
-        tolerance: What ``max_abs_diff`` may be.
-        ok: Whether it is.
+        tolerance: What ``max_abs_diff`` may be. None if ``b`` is ``a`` with its weights rounded:
+            then the difference is what rounding does.
+        ok: Whether it is within the tolerance.
+        first_layer: Index of the first decoder layer after which hidden states differ; None if
+            all agree, or if one of the two is an export.
     """
 
     a: str
@@ -56,37 +60,47 @@ class Pair:
     max_abs_diff: float
     max_abs_logit: float
     top1_agreement: float
-    tolerance: float
+    tolerance: float | None
     ok: bool
+    first_layer: int | None = None
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """Every pair of neighbouring stages.
+    """Every stage compared with an earlier one.
 
     Attributes:
-        pairs: The pairs, in the order of the stages.
+        pairs: The logits compared, in the order of the stages.
+        weights: The weights compared, one by one.
     """
 
     pairs: tuple[Pair, ...]
+    weights: tuple[WeightsCheck, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every pair agrees."""
-        return all(pair.ok for pair in self.pairs)
+        """Whether every pair agrees, and every weight is right."""
+        return all(pair.ok for pair in self.pairs) and all(check.ok for check in self.weights)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
-        return {"ok": self.ok, "pairs": [asdict(pair) for pair in self.pairs]}
+        weights = [{**asdict(check), "ok": check.ok} for check in self.weights]
+        return {"ok": self.ok, "pairs": [asdict(pair) for pair in self.pairs], "weights": weights}
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """A way to compute, made when it is its turn and forgotten afterwards."""
+class _Computed:
+    """What a stage computed.
 
-    name: str
-    build: Callable[[], Runner]
-    precision: str
+    Attributes:
+        logits: Shape (tokens, vocab).
+        hidden: After each decoder layer of the prefill, shape (B, T, hidden); empty for an export.
+        rounding: Largest change of a logit by the rounding of the weights, if they are rounded.
+    """
+
+    logits: Tensor
+    hidden: list[Tensor]
+    rounding: float = 0.0
 
 
 def verify(
@@ -96,17 +110,21 @@ def verify(
     atol: float | None = None,
     integrity: bool = False,
 ) -> VerifyResult:
-    """Compare the logits of every two neighbouring stages, over a prefill and cached decoding.
+    """Compare the logits of every stage with those of an earlier one, and the weights of results.
 
-    Of a run: the base with masks and LoRA = the base cut, with LoRA = the compacted, merged,
-    reloaded checkpoint = its export, and the unmerged checkpoint and its export where they
-    are. Of a model folder: torch = its export. Inputs are a batch of left-padded rows of different
-    lengths and a few cached steps of one token; logits at padding do not count.
+    Of a run: the base with masks and LoRA = the base cut, with LoRA = W + BA in float32 = the same
+    rounded to the precision of the checkpoint = the compacted checkpoint = its export, and the
+    unmerged checkpoint and its export where they are. Of a model folder: torch = its export.
+    Inputs are a batch of left-padded rows of different lengths and a few cached steps of one
+    token; logits at padding do not count.
+
+    All but exports compute in float32. An export that rounds activations may differ by three times
+    what the same rounding changes in torch, measured on this model.
 
     Args:
         model: A run or a model folder.
         engine: Compare the exports for this engine too; ``torch`` leaves exports out.
-        atol: Tolerance for every pair instead of the one of its precision.
+        atol: Tolerance for every pair instead of its own.
         integrity: Hash every file of the run, also those whose size and time are as recorded.
 
     Raises:
@@ -115,7 +133,8 @@ def verify(
     place = locate_model(model)
     for folder in place.list_parts() if integrity else ():
         check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
-    stages = _list_model(place, engine) if place.run is None else _list_run(place.run, engine)
+    run = place.run
+    stages = list_model_stages(place, engine) if run is None else list_run_stages(run, engine)
     asked_for = engine if get_engine(engine).export else ONNX.name
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
     missing = asked_for != ONNX.name and not any(s.name.startswith(engine) for s in stages)
@@ -126,46 +145,106 @@ def verify(
             f"Run 'lpdeploy export {model} --engine {asked_for}' first."
         )
     with place.hold(shared=True):
-        result = VerifyResult(tuple(_compare_chain(stages, atol=atol)))
-    if place.run is not None:
-        save_json(place.run.verification, result.to_json())
+        result = _compare_all(stages, atol=atol)
+    if run is not None:
+        save_json(run.verification, result.to_json())
     return result
 
 
-def _compare_chain(stages: list[_Stage], *, atol: float | None) -> Iterator[Pair]:
-    """Compare each stage with the one before; only their logits are in memory together."""
-    before, batch = None, None
+def _compare_all(stages: list[Stage], *, atol: float | None) -> VerifyResult:
+    """Build each stage in its turn, so that only one model is in memory."""
+    pairs: list[Pair] = []
+    weights: list[WeightsCheck] = []
+    done: dict[str, _Computed] = {}
+    batch: list[list[int]] = []
     for stage in stages:
         runner = stage.build()
         batch = batch or build_inputs(runner.vocab_size, limit=runner.max_positions)
-        logits = collect_logits(runner, batch)
-        if before is not None:
-            yield _compare(before[0], before[1], stage, logits, atol=atol)
-        before = (stage, logits)
+        found = _compute(runner, batch)
+        if stage.check_weights is not None:
+            weights.append(stage.check_weights(runner))
         del runner
         gc.collect()
+        if stage.against is not None:
+            before = done[stage.against]
+            pair = _compare(stage, before, found, _find_tolerance(stage, before, batch, atol=atol))
+            found = replace(found, rounding=pair.max_abs_diff if stage.rounds else 0.0)
+            pairs.append(pair)
+        done[stage.name] = found
+    return VerifyResult(tuple(pairs), tuple(weights))
 
 
-def _compare(a: _Stage, left: Tensor, b: _Stage, right: Tensor, *, atol: float | None) -> Pair:
-    if left.shape != right.shape:
+def _find_tolerance(
+    stage: Stage, before: _Computed, batch: list[list[int]], *, atol: float | None
+) -> float | None:
+    if stage.rounds:
+        return None
+    if atol is not None:
+        return atol
+    largest = before.logits.abs().max().item()
+    if stage.build_rounded is not None:
+        rounded = collect_logits(stage.build_rounded(), batch)
+        rounding = (rounded - before.logits).abs().max().item()
+        return _ROUNDING_MARGIN * rounding + _REORDERED * largest
+    return _REORDERED * largest + _TIES * before.rounding
+
+
+def _compare(stage: Stage, left: _Computed, right: _Computed, tolerance: float | None) -> Pair:
+    a, b = stage.against or "", stage.name
+    if left.logits.shape != right.logits.shape:
         raise ArtifactError(
-            f"{a.name} gives logits of shape {tuple(left.shape)}, {b.name} {tuple(right.shape)}: "
-            "they are not stages of one model. Compact and export again."
+            f"{a} gives logits of shape {tuple(left.logits.shape)}, {b} "
+            f"{tuple(right.logits.shape)}: they are not stages of one model. Compact and export "
+            "again."
         )
-    largest = left.abs().max().item()
+    largest = left.logits.abs().max().item()
     # NaN compares as false with everything, so a NaN difference is never ok.
-    difference = (left - right).abs().max().item()
-    precision = max(a.precision, b.precision, key=list(_RELATIVE_TOLERANCE).index)
-    tolerance = atol if atol is not None else _RELATIVE_TOLERANCE[precision] * largest
+    difference = (left.logits - right.logits).abs().max().item()
+    ok = difference <= (float("inf") if tolerance is None else tolerance)
     return Pair(
-        a=a.name,
-        b=b.name,
+        a=a,
+        b=b,
         max_abs_diff=difference,
         max_abs_logit=largest,
-        top1_agreement=(left.argmax(-1) == right.argmax(-1)).float().mean().item(),
+        top1_agreement=(left.logits.argmax(-1) == right.logits.argmax(-1)).float().mean().item(),
         tolerance=tolerance,
-        ok=difference <= tolerance,
+        ok=ok,
+        first_layer=None
+        if ok or tolerance is None
+        else _find_layer(left, right, tolerance / largest),
     )
+
+
+def _find_layer(left: _Computed, right: _Computed, share: float) -> int | None:
+    """Return the first layer after which the largest hidden states differ by more than a share."""
+    for index, (one, other) in enumerate(zip(left.hidden, right.hidden, strict=False)):
+        if not (one - other).abs().max() <= share * one.abs().max():
+            return index
+    return None
+
+
+def _compute(runner: Runner, rows: list[list[int]]) -> _Computed:
+    with _watch_layers(runner) as hidden:
+        logits = collect_logits(runner, rows)
+    return _Computed(logits, hidden)
+
+
+@contextmanager
+def _watch_layers(runner: Runner) -> Iterator[list[Tensor]]:
+    """Collect the hidden states after each decoder layer of the first call, the prefill."""
+    layers, hidden = list_layers(runner), list[Tensor]()
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        if len(hidden) < len(layers):
+            states = output[0] if isinstance(output, tuple) else output
+            hidden.append(states.detach().float().cpu())
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield hidden
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def build_inputs(vocab_size: int, *, limit: int) -> list[list[int]]:
@@ -193,63 +272,3 @@ def collect_logits(runner: Runner, rows: list[list[int]]) -> Tensor:
         output = runner.forward(token, attention_mask=mask, past=output.past, last_only=True)
         collected.append(output.logits[:, -1].float().cpu())
     return torch.cat(collected)
-
-
-def _list_run(run: RunFolder, engine: str) -> list[_Stage]:
-    plan, merged = run.load_plan(), locate_model(run)
-    stages = [
-        _Stage("masked/torch", lambda: _build_masked(run, plan), "fp32"),
-        _Stage("cut/torch", lambda: _build_cut(run, plan), "fp32"),
-    ]
-    if run.unmerged.is_dir():
-        unmerged = locate_model(run, unmerged=True)
-        stages += [_torch_stage("unmerged/torch", unmerged)]
-        stages += _list_exported(unmerged, engine)
-    return [*stages, _torch_stage("compact/torch", merged), *_list_exported(merged, engine)]
-
-
-def _list_model(place: ModelPlace, engine: str) -> list[_Stage]:
-    return [_torch_stage(TORCH.name, place), *_list_exported(place, engine)]
-
-
-def _torch_stage(name: str, place: ModelPlace) -> _Stage:
-    stored = PRECISIONS[get_dtype(load_config(place.folder))]
-    return _Stage(
-        name, lambda: load_torch_runner(place.folder, dtype="fp32", adapter=place.adapter), stored
-    )
-
-
-def _list_exported(place: ModelPlace, engine: str) -> list[_Stage]:
-    record = get_engine(engine)
-    folder = find_export(place, engine) if record.export else None
-    if folder is None:
-        return []
-    precision = load_contract(folder, record).precision
-    return [_Stage(folder.name, lambda: record.load(folder), precision)]
-
-
-def _build_masked(run: RunFolder, plan: PruningPlan) -> Runner:
-    """The unpruned base with the adapter, its removed groups masked as in Eq. 13."""
-    base, adapter = find_base(plan), load_run_adapter(run)
-    wrapped = _attach(load_model(base, dtype="fp32"), expand_lora(adapter, plan))
-    masks = {}
-    for spec in plan.specs:
-        masks[spec.name] = torch.zeros(spec.num_groups, dtype=torch.bool)
-        masks[spec.name][plan.kept[spec.name]] = True
-    apply_masks(wrapped.get_base_model(), plan.specs, masks)
-    return TorchRunner(wrapped)
-
-
-def _build_cut(run: RunFolder, plan: PruningPlan) -> Runner:
-    """The base cut in memory, as training cuts it, with the adapter unmerged."""
-    model = load_model(find_base(plan), dtype="fp32")
-    apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})
-    return TorchRunner(_attach(model, load_run_adapter(run)))
-
-
-def _attach(model: Any, weights: Mapping[str, LoraWeights]) -> Any:
-    first = next(iter(weights.values()))
-    rank = first.lora_a.shape[0]
-    wrapped = attach_lora(model, rank=rank, alpha=first.scaling * rank, dropout=0.0, seed=0)
-    apply_lora_weights(model, weights)
-    return wrapped.eval()

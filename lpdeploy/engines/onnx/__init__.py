@@ -10,12 +10,19 @@ from lpdeploy.engines.engine import Engine
 if TYPE_CHECKING:
     from lpdeploy.engines.contract import Contract
     from lpdeploy.engines.runner import Runner
+    from lpdeploy.engines.weight_checks import WeightsCheck
 
 
 def _export(model_folder: Path, output: Path, **options: Any) -> Contract:
     from lpdeploy.engines.onnx.exporter import export_onnx
 
     return export_onnx(model_folder, output, **options)
+
+
+def _check_weights(export: Path, model_folder: Path, **options: Any) -> WeightsCheck:
+    from lpdeploy.engines.onnx.stored_weights import check_weights
+
+    return check_weights(export, model_folder, **options)
 
 
 def _load(folder: Path, *, device: str | None = None) -> Runner:
@@ -38,6 +45,7 @@ ENGINE = Engine(
     find_library=find_runtime,
     export=_export,
     main_file="model.onnx",
+    check_weights=_check_weights,
     precisions=("fp32", "fp16", "bf16"),
     options=("opset", "max_batch", "max_seq_len"),
     hub_card="`onnx/`: a graph of standard ONNX operators; `io.json` lists its inputs and outputs",

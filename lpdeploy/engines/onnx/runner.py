@@ -10,11 +10,11 @@ from lpdeploy.engines.onnx import ENGINE
 from lpdeploy.engines.ort_session import (
     build_empty_value,
     build_session,
+    check_computes,
     share_tensor,
     split_device,
 )
 from lpdeploy.engines.runner import Output, compute_position_ids
-from lpdeploy.errors import ArtifactError
 
 
 class OnnxRunner:
@@ -107,9 +107,5 @@ def load_onnx_runner(folder: Path, *, device: str = "cpu") -> OnnxRunner:
     kind, _ = split_device(device)
     contract = load_contract(folder, ENGINE)
     contract.check_files(folder, fix=ENGINE.fix)
-    if contract.precision == "bf16" and kind == "cpu":
-        raise ArtifactError(
-            f"'{folder}' is a bf16 graph, which ONNX Runtime does not run on a CPU. "
-            "Use `device='cuda'`, or export with `precision='fp32'`."
-        )
+    check_computes(folder, contract, kind)
     return OnnxRunner(build_session(folder, device), contract, device=device)

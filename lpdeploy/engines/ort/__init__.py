@@ -11,12 +11,25 @@ from lpdeploy.engines.onnx import find_runtime
 if TYPE_CHECKING:
     from lpdeploy.engines.contract import Contract
     from lpdeploy.engines.runner import Runner
+    from lpdeploy.engines.weight_checks import WeightsCheck
 
 
 def _export(model_folder: Path, output: Path, **options: Any) -> Contract:
     from lpdeploy.engines.ort.exporter import export_ort
 
     return export_ort(model_folder, output, **options)
+
+
+def _check_weights(export: Path, model_folder: Path, **options: Any) -> WeightsCheck:
+    from lpdeploy.engines.ort.stored_weights import check_weights
+
+    return check_weights(export, model_folder, **options)
+
+
+def _apply_packed(export: Path, model: Any, *, round_activations: bool) -> None:
+    from lpdeploy.engines.ort.stored_weights import apply_packed
+
+    apply_packed(export, model, round_activations=round_activations)
 
 
 def _load(folder: Path, *, device: str | None = None) -> Runner:
@@ -33,6 +46,8 @@ ENGINE = Engine(
     find_library=find_runtime,
     export=_export,
     main_file="model.onnx",
+    check_weights=_check_weights,
+    apply_packed=_apply_packed,
     precisions=("fp32", "fp16", "bf16", "int8", "int4"),
     options=("activations", "block_size", "max_batch", "max_seq_len"),
     # Some inputs have no batch dimension, so Triton must not batch requests.

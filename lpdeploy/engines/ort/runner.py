@@ -11,7 +11,12 @@ from torch.nn.functional import pad
 
 from lpdeploy.engines.contract import Contract, load_contract
 from lpdeploy.engines.ort import ENGINE
-from lpdeploy.engines.ort_session import bind_tensor, build_session, split_device
+from lpdeploy.engines.ort_session import (
+    bind_tensor,
+    build_session,
+    check_computes,
+    split_device,
+)
 from lpdeploy.engines.runner import Output
 from lpdeploy.errors import LpdeployError
 
@@ -279,5 +284,6 @@ def load_ort_runner(folder: Path, *, device: str = "cpu") -> OrtRunner:
     kind, index = split_device(device)
     contract = load_contract(folder, ENGINE)
     contract.check_files(folder, fix=ENGINE.fix)
+    check_computes(folder, contract, kind)
     place = f"{kind}:{index}" if kind == "cuda" else kind
     return OrtRunner(build_session(folder, device), contract, device=place)

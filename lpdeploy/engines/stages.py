@@ -1,0 +1,200 @@
+"""The stages of a run or a model that must compute the same thing, and what each is compared with.
+
+A stage in float32 is compared with another in float32. Rounding is taken out of the comparison, or
+measured. Where weights are rounded, to the checkpoint's half precision or to the 8 or 4 bits of an
+export, torch computes with the same rounded weights. Where an export rounds activations, what that
+alone changes is measured in torch, on this model, and the export may differ by a few times as much.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lpdeploy.engines import TORCH, get_engine
+from lpdeploy.engines.contract import load_contract
+from lpdeploy.engines.exports import find_export
+from lpdeploy.engines.runner import Runner
+from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
+from lpdeploy.engines.weight_checks import WeightsCheck, check_checkpoint
+from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
+from lpdeploy.models.compact import find_base, load_run_adapter
+from lpdeploy.models.cutting import apply_cut, apply_masks
+from lpdeploy.models.loading import get_dtype, load_config, load_model
+from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.plan import PruningPlan
+from lpdeploy.run_folder import RunFolder
+
+MERGED, ROUNDED = "merged/torch", "rounded/torch"
+_HALF, _PACKED = ("fp16", "bf16"), ("int8", "int4")
+_LAYER = re.compile(r"(?:.*\.)?layers\.\d+")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A way to compute, made when it is its turn and forgotten afterwards.
+
+    Attributes:
+        name: What users see.
+        build: Makes it.
+        against: Name of an earlier stage that it is compared with; None for the first.
+        rounds: Whether it is ``against`` with its weights rounded, so that it may differ.
+        build_rounded: Makes ``against`` with activations rounded as this stage rounds them, whose
+            difference from ``against`` says what that does; None if it computes in float32.
+        check_weights: Compares its weights with those that it was made from, given its own
+            runner; None if that is not possible.
+    """
+
+    name: str
+    build: Callable[[], Runner]
+    against: str | None = None
+    rounds: bool = False
+    build_rounded: Callable[[], Runner] | None = None
+    check_weights: Callable[[Runner], WeightsCheck] | None = None
+
+
+def list_run_stages(run: RunFolder, engine: str) -> list[Stage]:
+    """List the stages of a run, from the base with masks to the exports."""
+    plan, merged = run.load_plan(), locate_model(run)
+    stages = [
+        Stage("masked/torch", lambda: _build_masked(run, plan)),
+        Stage("cut/torch", lambda: _build_cut(run, plan), "masked/torch"),
+    ]
+    if run.unmerged.is_dir():
+        unmerged = locate_model(run, unmerged=True)
+        stages += _list_place(unmerged, "unmerged/torch", "cut/torch", engine)
+    compact = "compact/torch"
+    stages.append(
+        Stage(
+            MERGED,
+            lambda: _build_merged(run, plan),
+            "cut/torch",
+            check_weights=lambda runner: check_checkpoint(
+                _get_model(runner), merged.folder, a=MERGED, b=compact
+            ),
+        )
+    )
+    stored = get_dtype(load_config(merged.folder))
+    if stored != torch.float32:
+        stages.append(Stage(ROUNDED, lambda: _build_merged(run, plan, stored), MERGED, rounds=True))
+    return [*stages, *_list_place(merged, compact, stages[-1].name, engine)]
+
+
+def list_model_stages(place: ModelPlace, engine: str) -> list[Stage]:
+    """List the stages of a model: torch, and its export."""
+    return _list_place(place, TORCH.name, None, engine)
+
+
+def _list_place(place: ModelPlace, name: str, against: str | None, engine: str) -> list[Stage]:
+    stage = Stage(
+        name, lambda: load_torch_runner(place.folder, dtype="fp32", adapter=place.adapter), against
+    )
+    return [stage, *_list_exports(place, name, engine)]
+
+
+def _list_exports(place: ModelPlace, against: str, engine: str) -> list[Stage]:
+    record = get_engine(engine)
+    folder = find_export(place, engine) if record.export else None
+    if folder is None:
+        return []
+    precision = load_contract(folder, record).precision
+
+    def load(dtype: str = "fp32") -> TorchRunner:
+        return load_torch_runner(place.folder, dtype=dtype, adapter=place.adapter)
+
+    def load_unpacked(*, round_activations: bool) -> Runner:
+        assert record.apply_packed is not None
+        runner = load()
+        record.apply_packed(folder, runner.model, round_activations=round_activations)
+        return runner
+
+    def check_weights(_: Runner) -> WeightsCheck:
+        assert record.check_weights is not None
+        return record.check_weights(
+            folder,
+            place.folder,
+            adapter=place.adapter,
+            precision=precision,
+            a=against,
+            b=folder.name,
+        )
+
+    stage = Stage(
+        folder.name,
+        lambda: record.load(folder),
+        against,
+        check_weights=check_weights if record.check_weights else None,
+    )
+    if precision in _HALF:
+        return [replace(stage, build_rounded=lambda: load(precision))]
+    if precision in _PACKED:
+        unpacked = f"{folder.name}-unpacked/torch"
+        return [
+            Stage(unpacked, lambda: load_unpacked(round_activations=False), against, rounds=True),
+            replace(
+                stage,
+                against=unpacked,
+                build_rounded=lambda: load_unpacked(round_activations=True),
+            ),
+        ]
+    return [stage]
+
+
+def list_layers(runner: Runner) -> list[torch.nn.Module]:
+    """List the decoder layers of a stage in torch; nothing for an export."""
+    if not isinstance(runner, TorchRunner):
+        return []
+    return [layer for name, layer in runner.model.named_modules() if _LAYER.fullmatch(name)]
+
+
+def _get_model(runner: Runner) -> torch.nn.Module:
+    assert isinstance(runner, TorchRunner)
+    return runner.model
+
+
+def _build_masked(run: RunFolder, plan: PruningPlan) -> Runner:
+    """The unpruned base with the adapter, its removed groups masked as in Eq. 13."""
+    base, adapter = find_base(plan), load_run_adapter(run)
+    wrapped = _attach(load_model(base, dtype="fp32"), expand_lora(adapter, plan))
+    masks = {}
+    for spec in plan.specs:
+        masks[spec.name] = torch.zeros(spec.num_groups, dtype=torch.bool)
+        masks[spec.name][plan.kept[spec.name]] = True
+    apply_masks(wrapped.get_base_model(), plan.specs, masks)
+    return TorchRunner(wrapped)
+
+
+def _build_cut(run: RunFolder, plan: PruningPlan) -> Runner:
+    """The base cut in memory, as training cuts it, with the adapter unmerged."""
+    return TorchRunner(_attach(_load_cut(plan), load_run_adapter(run)))
+
+
+def _build_merged(run: RunFolder, plan: PruningPlan, dtype: torch.dtype | None = None) -> Runner:
+    """The base cut in memory, with W + scaling BA in the place of each W; rounded to ``dtype``.
+
+    It computes in float32 in any case.
+    """
+    model = _load_cut(plan)
+    with torch.no_grad():
+        for name, lora in load_run_adapter(run).items():
+            weight = model.get_submodule(name).weight
+            weight += lora.scaling * lora.lora_b.float() @ lora.lora_a.float()
+        for parameter in model.parameters() if dtype else ():
+            parameter.data = parameter.data.to(dtype).float()
+    return TorchRunner(model)
+
+
+def _load_cut(plan: PruningPlan) -> Any:
+    model = load_model(find_base(plan), dtype="fp32")
+    apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})
+    return model
+
+
+def _attach(model: Any, weights: Mapping[str, LoraWeights]) -> Any:
+    first = next(iter(weights.values()))
+    rank = first.lora_a.shape[0]
+    wrapped = attach_lora(model, rank=rank, alpha=first.scaling * rank, dropout=0.0, seed=0)
+    apply_lora_weights(model, weights)
+    return wrapped.eval()
