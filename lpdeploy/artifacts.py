@@ -170,7 +170,12 @@ class StageRecord:
 
 @contextmanager
 def record_stage(folder: Path, name: str, options: Mapping[str, Any]) -> Iterator[Stage]:
-    """Time a stage and, when it succeeds, write its record into ``folder/manifest.json``."""
+    """Time a stage and, when it succeeds, write its record into ``folder/manifest.json``.
+
+    Raises:
+        ArtifactError: ``manifest.json`` is damaged; nothing has been done yet.
+    """
+    load_stages(folder)
     stage = Stage()
     start = time.perf_counter()
     yield stage
@@ -199,7 +204,7 @@ def load_stages(folder: Path) -> dict[str, StageRecord]:
         ArtifactError: ``manifest.json`` is damaged.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return {}
     return load_record(_Manifest, path, fix="Delete it, and run the stages again.").stages
 

@@ -1,7 +1,6 @@
 """Helpers that exporters share: limits, the model's settings, and parts of the contract."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -11,9 +10,8 @@ from lpdeploy.engines.contract import FileRecord, ModelRecord, SourceRecord
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
-from lpdeploy.models.loading import compute_model_sha256
+from lpdeploy.models.loading import compute_model_sha256, load_generation_settings
 from lpdeploy.models.shapes import list_widths
-from lpdeploy.records import load_record
 
 DEFAULT_MAX_SEQ_LEN = 2048
 
@@ -69,17 +67,9 @@ def describe_model(config: PretrainedConfig, model_folder: Path) -> ModelRecord:
 
 def _list_eos(config: PretrainedConfig, model_folder: Path) -> tuple[int, ...]:
     """A generation config says more than a config: chat models end a turn with another token."""
-    path = model_folder / "generation_config.json"
-    stops = config.eos_token_id
-    if path.is_file():
-        own = load_record(_GenerationConfig, path, fix="Copy the checkpoint anew.")
-        stops = stops if own.eos_token_id is None else own.eos_token_id
+    own = load_generation_settings(model_folder).eos_token_id
+    stops = config.eos_token_id if own is None else own
     return tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
-
-
-@dataclass(frozen=True)
-class _GenerationConfig:
-    eos_token_id: int | list[int] | None = None
 
 
 def get_rope_type(config: PretrainedConfig) -> str:

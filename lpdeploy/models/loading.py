@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ArtifactError(
             f"The config of '{folder}' is not valid: {wrong}. Correct its config.json."
         )
+    load_generation_settings(folder)  # which transformers reads with the model
     if config.tie_word_embeddings and not is_tied(folder):
         config.tie_word_embeddings = False
     # A config may name an attention kernel on the hub, which is code that would be run.
@@ -136,6 +138,33 @@ def load_config(folder: Path) -> PretrainedConfig:
             f"not divide over {config.num_key_value_heads} KV heads. Correct its config.json."
         )
     return config
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What lpdeploy uses of a generation_config.json.
+
+    Attributes:
+        eos_token_id: Tokens that end an answer; None to use those of the config.
+        bos_token_id: Token that starts a text.
+        pad_token_id: Token that fills rows of a batch.
+    """
+
+    eos_token_id: int | list[int] | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+def load_generation_settings(folder: Path) -> GenerationSettings:
+    """Read generation_config.json; the defaults if there is none.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationSettings()
+    return load_record(GenerationSettings, path, fix="Copy the checkpoint anew.")
 
 
 def get_model_classes(model_type: str) -> tuple[Any, Any]:
@@ -281,6 +310,7 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=is_remote_code_trusted()
         )
+        tokenizer("a")  # some settings are only looked at when it is used
     except Exception as error:  # tokenizers raises nothing more precise
         if "trust_remote_code" in str(error):
             raise ArtifactError(

@@ -175,3 +175,17 @@ def test_what_is_right_passes_with_and_without_its_adapter(run, engine, precisio
     ]
     # 9 weights a layer, and 3 around them; LoRA has two for each of the seven projections.
     assert [check.num_weights for check in result.weights] == [21 + 2 * 14, 21, 21]
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnx", "fp32"), ("ort", "fp16"), ("ort", "int4")]
+)
+def test_tied_embeddings_are_one_weight(tmp_path, engine, precision):
+    model = make_tiny_model(
+        tmp_path / "model", head_dim=HEAD, intermediate_size=64, tie_word_embeddings=True,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    export(str(model), engine=engine, precision=precision)
+    result = verify(model, engine=engine)
+    assert result.ok, result
+    assert result.weights[0].num_weights >= 11

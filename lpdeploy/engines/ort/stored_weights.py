@@ -20,7 +20,7 @@ from lpdeploy.engines.weight_checks import (
     list_initializers,
 )
 from lpdeploy.models.adapters import get_base_linear
-from lpdeploy.models.weight_files import EMBEDDING
+from lpdeploy.models.weight_files import EMBEDDING, HEAD
 
 _ROUNDING = 1e-2
 """A scale in bf16 is off by up to 2^-9, and the largest numbers are 128 of them."""
@@ -47,6 +47,8 @@ def check_weights(
     constants = list_initializers(export / "model.onnx")
     expected = list_expected(model_folder, adapter, scaled=True)
     wrong = dict.fromkeys(expected, True)  # until it is found
+    if expected.get(HEAD) == expected.get(EMBEDDING):  # one weight, which a graph may hold once
+        wrong.pop(HEAD, None)
     for name in constants:
         parts = _strip(name).split("+")
         if name.endswith(".scales") or not set(parts) <= expected.keys():
@@ -117,7 +119,9 @@ def apply_packed(export: Path, model: Any, *, round_activations: bool) -> None:
     for name in constants:
         if name == _strip(name) or name.endswith(".scales"):
             continue
-        modules = [part.removesuffix(".weight") for part in _strip(name).split("+")]
+        # A tied head is packed under the embedding's name, beside the embedding itself.
+        names = [HEAD if part == EMBEDDING else part for part in _strip(name).split("+")]
+        modules = [part.removesuffix(".weight") for part in names]
         linears = [get_base_linear(base.get_submodule(module)) for module in modules]
         weight, _ = _unpack(constants, name)
         for linear, own in zip(
