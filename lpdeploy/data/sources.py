@@ -100,8 +100,14 @@ def _has_name(source: Any) -> bool:
 
 
 def name_source(source: Any) -> str:
-    """Return the path or name of a source, or the fingerprint of rows in memory."""
+    """Return the path or name of a source, or the fingerprint of rows in memory.
+
+    Raises:
+        DataError: The name is empty, which as a path would be the working folder.
+    """
     if _has_name(source):
+        if not os.fspath(source):
+            raise DataError("The name of the data is empty. Give a file, a folder or a hub name.")
         return os.fspath(source)
     return f"dataset {_get_fingerprint(source) or 'in memory'}"
 
@@ -119,7 +125,8 @@ def compute_source_hash(source: Any, *, split: str = "train") -> str | None:
     """
     if not _has_name(source):
         return _get_fingerprint(source)
-    path = Path(source)
+    name = name_source(source)
+    path = Path(name)
     digest = hashlib.sha256()
     if path.exists():
         for file in _list_files(path):
@@ -130,7 +137,6 @@ def compute_source_hash(source: Any, *, split: str = "train") -> str | None:
                 raise _describe_unreadable(file, error) from error
             digest.update(f"{file.suffix.lower()} {own}\n".encode())
         return digest.hexdigest()
-    name = os.fspath(source)
     hub, wanted = _find_hub(name, split)
     fingerprint = _get_fingerprint(_open_hub(hub, wanted, source=name))
     if fingerprint is None:
@@ -177,6 +183,10 @@ def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = "" if row.get(name) is None else row[name]
     if not isinstance(value, str):
         raise DataError(f"{where}: '{name}' is a {type(value).__name__}. Make it a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a pair, which is no character
+        raise DataError(f"{where}: '{name}' is not text ({quote_error(error)}).") from error
     return value
 
 
@@ -187,7 +197,10 @@ def _list_files(path: Path) -> list[Path]:
     known = ", ".join(_READERS)
     if not files:
         raise DataError(f"The folder '{path}' holds no data file. Put {known} files in it.")
-    if path.suffix.lower() not in _READERS and path.is_file():
+    for file in files:
+        if not file.is_file():  # a pipe, say, which can be read only once
+            raise DataError(f"'{file}' is no regular file. Write the data to a file first.")
+    if path.is_file() and path.suffix.lower() not in _READERS:
         raise DataError(f"'{path}' has the suffix '{path.suffix}', which is not read. Use {known}.")
     return files
 
@@ -244,10 +257,16 @@ def _parse_json(text: str, path: Path, *, line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"'{path}', line {line + error.lineno - 1}, is not valid JSON ({error.msg}). "
-            "Write one object a line, or one list of objects."
-        ) from error
+        raise _describe_no_json(path, line + error.lineno - 1, error.msg) from error
+    except (ValueError, RecursionError) as error:
+        raise _describe_no_json(path, line, quote_error(error)) from error
+
+
+def _describe_no_json(path: Path, line: int, reason: str) -> DataError:
+    return DataError(
+        f"'{path}', line {line}, is not valid JSON ({reason}). Write one object a line, or one "
+        "list of objects."
+    )
 
 
 def _read_parquet(path: Path) -> Iterator[Example]:
@@ -264,7 +283,7 @@ def _read_parquet(path: Path) -> Iterator[Example]:
                 for row in batch.to_pylist():
                     number += 1
                     yield parse_row(row, f"'{path}', row {number},")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"'{path}' is no readable parquet file ({quote_error(error)}). Copy it anew."
         ) from error

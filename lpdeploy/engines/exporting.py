@@ -10,7 +10,7 @@ from lpdeploy.engines.contract import FileRecord, ModelRecord, SourceRecord
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
-from lpdeploy.models.loading import compute_model_sha256, load_generation_settings
+from lpdeploy.models.loading import compute_model_sha256, list_stop_tokens
 from lpdeploy.models.shapes import list_widths
 
 DEFAULT_MAX_SEQ_LEN = 2048
@@ -61,15 +61,8 @@ def describe_model(config: PretrainedConfig, model_folder: Path) -> ModelRecord:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=_list_eos(config, model_folder),
+        eos_token_ids=list_stop_tokens(model_folder, config),
     )
-
-
-def _list_eos(config: PretrainedConfig, model_folder: Path) -> tuple[int, ...]:
-    """A generation config says more than a config: chat models end a turn with another token."""
-    own = load_generation_settings(model_folder).eos_token_id
-    stops = config.eos_token_id if own is None else own
-    return tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
 
 
 def get_rope_type(config: PretrainedConfig) -> str:

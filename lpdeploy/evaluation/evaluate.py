@@ -20,6 +20,7 @@ from lpdeploy.evaluation.perplexity import compute_perplexity
 from lpdeploy.evaluation.results import Evaluation, Figures, load_evaluation
 from lpdeploy.models.compact import find_base
 from lpdeploy.models.loading import (
+    list_stop_tokens,
     load_config,
     load_tokenizer,
     resolve_device,
@@ -112,7 +113,8 @@ def _import_harness() -> ModuleType:
 def _measure(
     runner: Runner, model: Path, options: EvalOptions, tasks: Any, on_progress: Progress
 ) -> Figures:
-    tokenizer = load_tokenizer(model, load_config(model))
+    config = load_config(model)
+    tokenizer = load_tokenizer(model, config)
     perplexities, metrics = {}, {}
     for source in options.perplexity:
         perplexities[source] = compute_perplexity(
@@ -128,6 +130,7 @@ def _measure(
             tasks,
             runner,
             tokenizer,
+            stop_tokens=list_stop_tokens(model, config),
             limit=options.limit,
             batch_size=options.batch_size,
             on_progress=functools.partial(on_progress, TASKS),

@@ -6,9 +6,10 @@ The only module that knows lm_eval, which is optional: import this one where it 
 import contextlib
 import difflib
 import json
+import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _MAX_NEW_TOKENS = 256  # what HFLM generates where a task does not say
 
 Progress = Callable[[int, int], None]
 
+logger = logging.getLogger(__name__)
+
 
 class RunnerLM(TemplateLM):
     """A Runner as lm-eval's model: what its own HFLM computes, on any engine.
@@ -57,10 +60,14 @@ class RunnerLM(TemplateLM):
         runner: Runner,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        stop_tokens: Collection[int] = (),
         batch_size: int = 4,
         on_progress: Progress = lambda *_: None,
     ) -> None:
         super().__init__()
+        own = tokenizer.eos_token_id
+        self.num_cut = 0
+        self._stop_tokens = {*stop_tokens, *(() if own is None else (own,))}
         self.runner, self.tokenizer, self.batch_size = runner, tokenizer, batch_size
         self._on_progress = on_progress
         if self.prefix_token_id is None:
@@ -99,6 +106,8 @@ class RunnerLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[Score]:
+        room = self.runner.max_positions + 1  # the last token is only predicted
+        self.num_cut += sum(len(context) + len(answer) > room for _, context, answer in requests)
         return compute_loglikelihoods(
             self.runner,
             [(context, continuation) for _, context, continuation in requests],
@@ -138,7 +147,9 @@ class RunnerLM(TemplateLM):
         for indices in groups.values():
             options = _check_generation(self.runner, requests[indices[0]].args[1])
             room = self.runner.max_positions - options["max_gen_toks"]
-            prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in indices}
+            whole = {i: self.tok_encode(requests[i].args[0]) for i in indices}
+            self.num_cut += sum(len(prompt) > room for prompt in whole.values())
+            prompts = {i: prompt[-room:] for i, prompt in whole.items()}
             order = sorted(indices, key=lambda i: -len(prompts[i]))
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
@@ -153,7 +164,7 @@ class RunnerLM(TemplateLM):
             self.runner,
             prompts,
             max_new_tokens=options["max_gen_toks"],
-            eos_ids=set() if eos is None else {eos},
+            eos_ids=self._stop_tokens,
         )
         stop = handle_stop_sequences(
             list(options["until"]), eos=None if eos is None else self.tokenizer.decode([eos])
@@ -291,6 +302,7 @@ def run_tasks(
     runner: Runner,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stop_tokens: Collection[int] = (),
     limit: int | None = None,
     batch_size: int = 4,
     on_progress: Progress = lambda *_: None,
@@ -301,6 +313,7 @@ def run_tasks(
         found: What ``load_tasks`` gave.
         runner: The model.
         tokenizer: That of the model.
+        stop_tokens: Tokens that end an answer, besides the tokenizer's eos.
         limit: Only the first so many documents of each task.
         batch_size: Rows a forward pass.
         on_progress: Is told (answers scored, all answers).
@@ -315,13 +328,25 @@ def run_tasks(
     """
     for task in found.tasks.values():
         task.set_fewshot_seed(seed=_SHOT_SEED)  # each model sees the same examples
-    model = RunnerLM(runner, tokenizer, batch_size=batch_size, on_progress=on_progress)
+    model = RunnerLM(
+        runner,
+        tokenizer,
+        stop_tokens=stop_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
     with _keep_quiet():
         results = evaluate(
             lm=model,
             task_dict={"tasks": found.tasks, "groups": found.groups},
             limit=limit,
             log_samples=False,
+        )
+    if model.num_cut:
+        logger.warning(
+            "%s questions are longer than the model's %s positions: only their ends were read.",
+            model.num_cut,
+            runner.max_positions,
         )
     return {name: _describe(results["results"][name], found, name) for name in found.rows}
 

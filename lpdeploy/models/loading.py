@@ -167,6 +167,16 @@ def load_generation_settings(folder: Path) -> GenerationSettings:
     return load_record(GenerationSettings, path, fix="Copy the checkpoint anew.")
 
 
+def list_stop_tokens(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """List the tokens that end an answer.
+
+    A generation config says more than a config: chat models end a turn with another token.
+    """
+    own = load_generation_settings(folder).eos_token_id
+    stops = config.eos_token_id if own is None else own
+    return tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+
+
 def get_model_classes(model_type: str) -> tuple[Any, Any]:
     """Return the (config class, model class) of a supported model type, stock or per-layer.
 

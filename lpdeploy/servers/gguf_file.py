@@ -1,7 +1,7 @@
 """A checkpoint as a GGUF file, written one weight at a time with the ``gguf`` library."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.finite import check_finite, round_weight
 from lpdeploy.models.loading import (
     get_model_classes,
+    list_stop_tokens,
     load_config,
     load_tokenizer,
     refuse_incomplete,
@@ -26,6 +27,7 @@ from lpdeploy.servers.gguf_vocab import Vocabulary, build_vocabulary
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STOPS = ("eos", "eot", "eom")
 _ROPE_FACTORS = "rope_freqs.weight"
 _STEADY_ROPES = ("default", "linear", "llama3")
 
@@ -61,7 +63,8 @@ def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str
     _add_metadata(writer, config, name=name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[TYPES[precision]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_vocabulary(gguf, writer, vocabulary, tokenizer)
+    stops = list_stop_tokens(model, config)
+    notes = _add_vocabulary(gguf, writer, vocabulary, tokenizer, stops)
     kinds = {}
     if factors is not None:
         kinds[_ROPE_FACTORS] = _declare(gguf, writer, _ROPE_FACTORS, factors.shape, "F32")
@@ -75,7 +78,7 @@ def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str
     for source, tensor in _iterate_weights(model, names, config):
         writer.write_tensor_data(_encode(gguf, tensor, kinds[source], name=source))
     writer.close()
-    return vocabulary.notes
+    return [*vocabulary.notes, *notes]
 
 
 def _load_library() -> Any:
@@ -175,8 +178,13 @@ def _add_metadata(writer: Any, config: PretrainedConfig, *, name: str) -> None:
 
 
 def _add_vocabulary(
-    gguf: Any, writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
-) -> None:
+    gguf: Any,
+    writer: Any,
+    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+) -> list[str]:
+    """Write tokens, special tokens and merges; return what the file cannot say."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.pieces)
     writer.add_token_types(vocabulary.kinds)
@@ -190,7 +198,22 @@ def _add_vocabulary(
         tokenizer.save_pretrained(folder)
         merges = vocabulary.model == "gpt2"
         rows = len(vocabulary.pieces)
-        gguf.SpecialVocab(folder, load_merges=merges, n_vocab=rows).add_to_gguf(writer, quiet=True)
+        special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=rows)
+    # Where a file does not say whether bos and eos are added, llama.cpp decides by itself.
+    bare, added = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    special.add_special_token |= {
+        "bos": added[: len(added) - len(bare)].count(tokenizer.bos_token_id) > 0,
+        "eos": len(added) > len(bare) and added[-1] == tokenizer.eos_token_id,
+    }
+    # llama.cpp ends an answer at each of three kinds of token; the first is the tokenizer's own.
+    own = tokenizer.eos_token_id
+    ordered = sorted(set(stops), key=lambda token: (token != own, stops.index(token)))
+    special.special_token_ids |= dict(zip(_STOPS, ordered, strict=False))
+    special.add_to_gguf(writer, quiet=True)
+    if len(ordered) <= len(_STOPS):
+        return []
+    left = ", ".join(repr(tokenizer.decode([token])) for token in ordered[len(_STOPS) :])
+    return [f"llama.cpp is told of three tokens that end an answer. Stop at {left} yourself."]
 
 
 def _declare(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], kind: str) -> str:

@@ -89,7 +89,7 @@ class TestText:
 
     def test_unreadable(self, tmp_path):
         (tmp_path / "a.txt").mkdir()
-        with pytest.raises(DataError, match=r"a\.txt' cannot be read .*Check the file\."):
+        with pytest.raises(DataError, match=r"a\.txt' is no regular file"):
             load_corpus(str(tmp_path))
 
 
@@ -466,7 +466,7 @@ class TestSourceHash:
     def test_a_folder_is_no_file(self, tmp_path):
         (tmp_path / "data" / "a.txt").mkdir(parents=True)
         for function in (load_corpus, compute_source_hash):
-            with pytest.raises(DataError, match=r"a\.txt' cannot be read .* Check the file\."):
+            with pytest.raises(DataError, match=r"a\.txt' is no regular file"):
                 function(str(tmp_path / "data"))
 
     def test_of_the_hub_split_and_data_decide(self, hub):
@@ -511,3 +511,44 @@ class TestRealData:
         corpus = load_corpus(str(DATA / "instruct" / "alpaca_en_demo.json"))
         assert len(corpus.examples) == 999
         assert corpus.is_instruction
+
+
+class TestWhatIsNoData:
+    @pytest.mark.parametrize("read", [load_corpus, compute_source_hash])
+    def test_an_empty_name_is_not_the_working_folder(self, read, tmp_path, monkeypatch):
+        (tmp_path / "secret.txt").write_text("mine")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(DataError, match="The name of the data is empty"):
+            read("")
+
+    @pytest.mark.parametrize("read", [load_corpus, compute_source_hash])
+    def test_a_pipe_is_not_waited_for(self, read, tmp_path):
+        os.mkfifo(tmp_path / "a.txt")
+        for source in (tmp_path / "a.txt", tmp_path):
+            with pytest.raises(DataError, match="a.txt' is no regular file. Write the data to a"):
+                read(str(source))
+        with pytest.raises(DataError, match="'/dev/null' is no regular file"):
+            read("/dev/null")
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ('{"text": "\\ud83d"}', "line 1,: 'text' is not text .*surrogates not allowed"),
+            ("[" * 100_000, "line 1, is not valid JSON .maximum recursion depth"),
+            ('{"text": ' + "9" * 5000 + "}", "line 1, is not valid JSON .*4300 digits"),
+        ],
+    )
+    def test_json_that_is_no_text(self, text, sentence, tmp_path):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(DataError, match=sentence):
+            load_corpus(str(tmp_path / "a.jsonl"))
+
+    def test_parquet_with_bytes_that_are_no_text(self, tmp_path):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        data = pa.array([b"\xff\xfe"], pa.binary())
+        bad = pa.StringArray.from_buffers(1, *data.buffers()[1:])
+        parquet.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match="a.parquet' is no readable parquet file .*decode byte"):
+            load_corpus(str(tmp_path / "a.parquet"))

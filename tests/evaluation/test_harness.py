@@ -168,6 +168,15 @@ class TestRunning:
         assert printed.out == ""
         assert "it/s" not in printed.err  # no bar of lm-eval's
 
+    def test_what_is_cut_is_told(self, with_bos, folder, caplog):
+        tokenizer = load_tokenizer(with_bos, load_config(with_bos))
+        runner = load_torch_runner(with_bos)
+        run_tasks(load_tasks(["piqa"], task_data=folder), runner, tokenizer, limit=2)
+        assert "only their ends were read" not in caplog.text
+        runner.max_positions = 6
+        run_tasks(load_tasks(["piqa"], task_data=folder), runner, tokenizer, limit=2)
+        assert "questions are longer than the model's 6 positions: only their" in caplog.text
+
     def test_one_document_has_no_standard_error(self, with_bos, folder):
         tokenizer = load_tokenizer(with_bos, load_config(with_bos))
         found = load_tasks(["piqa"], task_data=folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -253,6 +254,40 @@ def test_special_tokens(tmp_path):
     assert read_field(reader, "tokenizer.ggml.add_bos_token") is True
     merges = json.loads((DEMO / "tokenizer.json").read_text())["model"]["merges"]
     assert read_field(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in merges]
+
+
+def copy_demo(folder, *, stops=None, adds_bos=True):
+    shutil.copytree(DEMO, folder)
+    if stops is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    if not adds_bos:
+        data["post_processor"] = None
+    path.write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_file_says_whether_bos_is_added(adds_bos, tmp_path):
+    model = copy_demo(tmp_path / "model", adds_bos=adds_bos)
+    _, reader = package_for_llamacpp(model, tmp_path / "out")
+    assert read_field(reader, "tokenizer.ggml.add_bos_token") is adds_bos
+    assert read_field(reader, "tokenizer.ggml.add_eos_token") is False
+
+
+@pytest.mark.parametrize(
+    ("stops", "written", "said"),
+    [([2], [2], False), ([5, 2], [2, 5], False), ([5, 6, 7, 2], [2, 5, 6], True)],
+)
+def test_every_token_that_ends_an_answer_is_written(stops, written, said, tmp_path):
+    result, reader = package_for_llamacpp(
+        copy_demo(tmp_path / "model", stops=stops), tmp_path / "out"
+    )
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    assert [read_field(reader, name) for name in names[: len(written)]] == written
+    assert (reader.get_field(names[-1]) is not None) is (len(written) == 3)
+    assert any("tokens that end an answer. Stop at" in note for note in result["notes"]) is said
 
 
 def compute_llama3_factor(frequency, rope):
