@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     arguments = parser.parse_args()
     options = PruneConfig(
-        steps=2, batch_size=2, micro_batch_size=1, seq_len=64, lr=1e-2, prune_every=1, ratio=0.34,
+        steps=2, batch_size=2, micro_batch_size=1, seq_len=64, lr=1e-3, prune_every=1, ratio=0.34,
         prune_warmup=0.0, calibration_samples=4, round_to=32, device="cpu",
     )  # fmt: skip
     start = time.perf_counter()
