@@ -7,7 +7,8 @@ alone changes is measured in torch, on this model, and the export may differ by 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from lpdeploy.plan import PruningPlan
 from lpdeploy.run_folder import RunFolder
 
 MERGED, ROUNDED = "merged/torch", "rounded/torch"
+_NOISE = 2.0**-22
 _HALF, _PACKED = ("fp16", "bf16"), ("int8", "int4")
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+")
 
@@ -147,6 +149,32 @@ def list_layers(runner: Runner) -> list[torch.nn.Module]:
     if not isinstance(runner, TorchRunner):
         return []
     return [layer for name, layer in runner.model.named_modules() if _LAYER.fullmatch(name)]
+
+
+@contextmanager
+def add_rounding_noise(runner: Runner, *, seed: int) -> Iterator[None]:
+    """Let a stage in torch round at random: Monte Carlo arithmetic, Parker 1997.
+
+    Every number that a linear layer, a norm, an activation or the table of positions gives is
+    multiplied by a random factor that differs from 1 by at most 2^-22: four times what float32
+    rounds, because a sum of many products is less exact than one rounding.
+    """
+    model = _get_model(runner)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    def round_at_random(_: torch.nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(round_at_random(_, __, tensor) for tensor in output)
+        draws = torch.rand(output.shape, generator=generator, device=output.device)
+        return output * (1 + _NOISE * (2 * draws - 1))
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(round_at_random) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _get_model(runner: Runner) -> torch.nn.Module:

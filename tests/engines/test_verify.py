@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lpdeploy.config import PruneConfig
+from lpdeploy.engines import verify as verifying
 from lpdeploy.engines.export import export
-from lpdeploy.engines.verify import build_inputs, verify
+from lpdeploy.engines.stages import add_rounding_noise
+from lpdeploy.engines.torch.runner import load_torch_runner
+from lpdeploy.engines.verify import build_inputs, collect_logits, verify
 from lpdeploy.errors import ArtifactError
 from lpdeploy.folders import FOLDER_RECORD, atomic_folder
 from lpdeploy.models.compact import compact
@@ -116,6 +119,60 @@ def test_inputs_fit_a_model_of_few_positions():
     assert max(len(row) for row in rows) <= 16
     assert len({len(row) for row in rows}) > 1
     assert all(0 <= token < 100 for row in rows for token in row)
+
+
+def sharpen(tensors):
+    """Let attention amplify rounding: a softmax of large scores is sensitive to each of them."""
+    for name in tensors:
+        if "q_proj" in name or "k_proj" in name:
+            tensors[name] *= 30
+
+
+def test_random_rounding_changes_as_much_as_another_order_of_sums(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", heads=4, kv_heads=2)
+    runner = load_torch_runner(folder, dtype="fp32")
+    rows = build_inputs(runner.vocab_size, limit=64)
+    plain = collect_logits(runner, rows)
+    changes = []
+    for seed in (0, 0, 1):
+        with add_rounding_noise(runner, seed=seed):
+            changes.append(collect_logits(runner, rows) - plain)
+    assert torch.equal(changes[0], changes[1])
+    assert not torch.equal(changes[0], changes[2])
+    assert torch.equal(collect_logits(runner, rows), plain)  # nothing is left behind
+    runner.model.double()
+    exact = (collect_logits(runner, rows) - plain).abs().max()
+    assert exact < changes[0].abs().max() < 20 * exact
+
+
+@pytest.fixture(scope="module")
+def sharp_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharp")
+    base = make_tiny_model(folder / "base", heads=4, kv_heads=2, num_hidden_layers=4)
+    damage(base, sharpen)
+    prune(str(base), folder / "run", data=str(make_text(folder / "text.txt")), options=OPTIONS)
+    compact(folder / "run")
+    export(str(folder / "run"))
+    return folder / "run"
+
+
+def test_a_model_that_amplifies_rounding_passes(sharp_run, monkeypatch):
+    result = verify(sharp_run)
+    assert result.ok
+    assert any(pair.tolerance > 2e-5 * pair.max_abs_logit for pair in result.pairs)
+    monkeypatch.setattr(verifying, "_measure_noise", lambda *_: 0.0)
+    assert not verify(sharp_run).ok
+
+
+def test_a_fault_in_a_model_that_amplifies_rounding_is_found(sharp_run, tmp_path):
+    shutil.copytree(sharp_run, tmp_path / "run")
+    with atomic_folder(tmp_path / "run" / "model", kind="model", overwrite=True) as new:
+        shutil.copytree(sharp_run / "model", new, dirs_exist_ok=True)
+        (new / FOLDER_RECORD).unlink()
+        damage(new, swap_two_channels)
+    assert "merged/torch" in [
+        p.a for p in verify(tmp_path / "run", engine="torch").pairs if not p.ok
+    ]
 
 
 def test_a_bf16_checkpoint_is_the_merged_model_rounded(tmp_path):

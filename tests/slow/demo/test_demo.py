@@ -11,7 +11,7 @@ def test_the_demo_ends_with_a_page_and_true_figures(tmp_path):
     result = run_demo(output, steps=6, repeats=2)
     page = (output / "index.html").read_text()
     assert page.count("<svg") == 2
-    assert "all 6 stages" in page
+    assert "all 7 stages" in page
     assert "What the models write" in page
     assert 1 < result.perplexity["dense"] < result.perplexity["pruned"]
     forms = {(row.engine, row.ratio, row.merged) for row in result.rows}
