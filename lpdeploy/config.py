@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from lpdeploy.criteria import CRITERIA
-from lpdeploy.fields import check_fields, option
+from lpdeploy.fields import MAX_COUNT, check_fields, option
 from lpdeploy.plan import SCHEDULES, GroupSpec, WidthRequest
 from lpdeploy.ramps import RAMPS
 
@@ -32,6 +32,8 @@ LATENCY = ("engine", "latency_phase", "latency_tokens")
 
 _remove, _choose, _train, _data, _machine = (partial(option, group=group) for group in GROUPS)
 _SHARE = {"low": 0, "below": 1}
+_COUNT = {"low": 1, "high": MAX_COUNT}
+_COUNT_FROM_0 = {"low": 0, "high": MAX_COUNT}
 _DEFAULT_RATIO = 0.5
 _CALIBRATION_ROWS = 128
 
@@ -61,11 +63,11 @@ class PruneConfig:
     )
     target_params: int | None = _remove(
         "Leave at most this number of parameters, such as 3.5B. Replaces `ratio`.",
-        default=None, low=1,
+        default=None, low=1, high=10**18,
     )
     target_memory: int | None = _remove(
         "Leave at most this many bytes of weights in the checkpoint's own precision, such as "
-        "7GiB. Replaces `ratio`.", default=None, low=1,
+        "7GiB. Replaces `ratio`.", default=None, low=1, high=10**18,
     )
     target_latency: float | None = _remove(
         "Stay within this latency on `engine`, such as 30ms. Candidate shapes are measured on "
@@ -79,16 +81,20 @@ class PruneConfig:
     )
     latency_tokens: int | None = _remove(
         "Number of prompt tokens that `target_latency` is measured with.",
-        default=None, low=1, unset="512",
+        default=None, **_COUNT, unset="512",
     )
     scope: str = _remove(
         "Keep the same widths in every layer (a stock checkpoint), or let each layer have its "
         "own.", default="layer", choices=("layer", "global"),
     )
-    protect_first: int = _remove("Leave this many layers at the input whole.", default=0, low=0)
-    protect_last: int = _remove("Leave this many layers at the output whole.", default=0, low=0)
-    round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, low=1)
-    round_heads_to: int = _remove("Round kept KV heads to a multiple of this.", default=1, low=1)
+    protect_first: int = _remove(
+        "Leave this many layers at the input whole.", default=0, **_COUNT_FROM_0,
+    )
+    protect_last: int = _remove(
+        "Leave this many layers at the output whole.", default=0, **_COUNT_FROM_0,
+    )
+    round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, **_COUNT)
+    round_heads_to: int = _remove("Round kept KV heads to a multiple of this.", default=1, **_COUNT)
     removal: str | None = _remove(
         "Cut groups out at each event, or mask them until the end.",
         default=None, choices=("cut", "mask"), unset="cut; mask with `load_in='4bit'` or `shard`",
@@ -115,9 +121,10 @@ class PruneConfig:
     )
     calibration_samples: int | None = _choose(
         "Number of rows to score before the first step, without training on them.",
-        default=None, low=0, unset=f"{_CALIBRATION_ROWS}; 0 in a joint run unless `ramp='early'`",
+        default=None, **_COUNT_FROM_0,
+        unset=f"{_CALIBRATION_ROWS}; 0 in a joint run unless `ramp='early'`",
     )
-    prune_every: int = _choose("Number of steps between pruning events.", default=10, low=1)
+    prune_every: int = _choose("Number of steps between pruning events.", default=10, **_COUNT)
     ramp: str = _choose(
         "Prune mostly in the first third of the steps (early), as the authors' experiments do "
         "(authors), or in equal portions over all steps (paper).",
@@ -132,15 +139,15 @@ class PruneConfig:
         default=None, **_SHARE, unset="depends on `ramp`",
     )
 
-    epochs: int = _train("Number of passes over the data.", default=2, low=1)
+    epochs: int = _train("Number of passes over the data.", default=2, **_COUNT)
     steps: int | None = _train(
-        "Number of optimizer steps, in place of `epochs`.", default=None, low=1,
+        "Number of optimizer steps, in place of `epochs`.", default=None, **_COUNT,
     )
     batch_size: int = _train(
-        "Number of sequences per optimizer step, over all ranks.", default=128, low=1,
+        "Number of sequences per optimizer step, over all ranks.", default=128, **_COUNT,
     )
     micro_batch_size: int = _train(
-        "Number of sequences per forward pass. It must divide `batch_size`.", default=4, low=1,
+        "Number of sequences per forward pass. It must divide `batch_size`.", default=4, **_COUNT,
     )
     lr: float = _train("Peak learning rate of AdamW.", default=1e-4, above=0)
     lr_warmup: float = _train(
@@ -151,16 +158,17 @@ class PruneConfig:
         default=None, **_SHARE, unset="depends on `ramp`",
     )
     max_grad_norm: float = _train("Clip gradients to this norm.", default=1.0, above=0)
-    lora_rank: int = _train("Rank of LoRA's matrices A and B.", default=8, low=1)
+    lora_rank: int = _train("Rank of LoRA's matrices A and B.", default=8, **_COUNT)
     lora_alpha: float = _train(
         "LoRA adds this, divided by `lora_rank`, times BA to each weight.", default=16.0, above=0,
     )
     lora_dropout: float = _train("Dropout on LoRA's input.", default=0.05, **_SHARE)
     seed: int = _train(
-        "Seed of LoRA's initial weights, the order of the data and dropout.", default=0, low=0,
+        "Seed of LoRA's initial weights, the order of the data and dropout.",
+        default=0, low=0, high=2**32 - 1,
     )
 
-    seq_len: int = _data("Number of tokens per sequence.", default=512, low=2)
+    seq_len: int = _data("Number of tokens per sequence.", default=512, low=2, high=MAX_COUNT)
     train_on_prompt: bool = _data(
         "Compute the loss on the prompts of instruction data as well.", default=False,
     )
@@ -186,7 +194,7 @@ class PruneConfig:
     )
     ignore_memory: bool = _machine("Start even if the estimate exceeds free memory.", default=False)
     checkpoint_every: int = _machine(
-        "Number of steps between checkpoints; 0 writes none.", default=50, low=0,
+        "Number of steps between checkpoints; 0 writes none.", default=50, **_COUNT_FROM_0,
     )
     dtype: str = _machine(
         "Precision of the base model. auto is bf16 for a half-precision checkpoint on a GPU, "

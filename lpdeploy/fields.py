@@ -7,6 +7,9 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args
 
+MAX_COUNT = 10_000_000
+"""Largest number of steps, rows, tokens, and other things that a command counts. More is a slip."""
+
 _KEY = "option"
 _NOUNS: dict[type, str] = {int: "a whole number", float: "a finite number", str: "a name"}
 
@@ -20,6 +23,7 @@ class Option:
         group: Heading under which the command line lists the field.
         choices: Names that are allowed; empty if any value of the type is. A table may grow.
         low: Least value allowed.
+        high: Largest value allowed.
         above: Lower bound that is not allowed itself.
         below: Upper bound that is not allowed itself.
         unset: What None stands for, in words; empty if None needs no explanation.
@@ -29,6 +33,7 @@ class Option:
     group: str
     choices: Collection[str] = ()
     low: float | None = None
+    high: float | None = None
     above: float | None = None
     below: float | None = None
     unset: str = ""
@@ -87,9 +92,14 @@ def _is_allowed(value: Any, rules: Option) -> bool:
         return value in rules.choices
     return (
         (rules.low is None or value >= rules.low)
+        and (rules.high is None or value <= rules.high)
         and (rules.above is None or value > rules.above)
         and (rules.below is None or value < rules.below)
     )
+
+
+def _write_bound(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _describe_allowed(own: Field[Any]) -> str:
@@ -97,7 +107,14 @@ def _describe_allowed(own: Field[Any]) -> str:
     if rules.choices or kind is bool:
         said = f"one of {', '.join(rules.choices)}" if rules.choices else "True or False"
     else:
-        bounds = (("of at least", rules.low), ("above", rules.above), ("below", rules.below))
-        limits = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+        bounds = (
+            ("of at least", rules.low),
+            ("of at most", rules.high),
+            ("above", rules.above),
+            ("below", rules.below),
+        )
+        limits = " and ".join(
+            f"{words} {_write_bound(bound)}" for words, bound in bounds if bound is not None
+        )
         said = f"{_NOUNS[kind]} {limits}".rstrip()
     return f"{said}, or None" if is_optional(own) else said

@@ -36,6 +36,7 @@ def list_wrong(own):
     wrong += ["1", True, math.nan, math.inf, -math.inf, 1 + 2j]
     wrong += [1.5, 2.0] if kind is int else []
     wrong += [] if rules.low is None else [rules.low - 1]
+    wrong += [rules.high + 1, 10**30] if kind is int else []  # each number has a largest
     wrong += [] if rules.above is None else [rules.above, rules.above - 1]
     wrong += [] if rules.below is None else [rules.below, rules.below + 1]
     return wrong

@@ -11,6 +11,7 @@ from lpdeploy.cli.common import (
     COUNT,
     ENGINE,
     FOLDER,
+    Count,
     ListOf,
     NameChoice,
     log,
@@ -58,7 +59,7 @@ def command() -> None:
 @click.option("--tokens", type=COUNT, default=2048, help="Number of prompt tokens.")
 @click.option(
     "--decode",
-    type=click.IntRange(min=0),
+    type=Count(0),
     default=0,
     help="Number of tokens to decode after the prompt.",
 )

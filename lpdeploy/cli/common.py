@@ -14,6 +14,7 @@ from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.environment import trust_remote_code
 from lpdeploy.errors import RecipeError
+from lpdeploy.fields import MAX_COUNT
 from lpdeploy.recipe import load_recipe
 from lpdeploy.records import format_json
 
@@ -27,9 +28,29 @@ _ARGUMENTS = ("model", "run")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-COUNT = click.IntRange(min=1)
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class Count(click.ParamType):
+    """A whole number with bounds, which the help does not list: they only stop slips."""
+
+    name = "integer"
+
+    def __init__(self, low: int = 1, high: int = MAX_COUNT) -> None:
+        self._low, self._high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Convert to an int, and check the bounds."""
+        number = click.INT.convert(value, param, ctx)
+        if not self._low <= number <= self._high:
+            self.fail(
+                f"{number} is not in the range from {self._low:,} to {self._high:,}.", param, ctx
+            )
+        return number
+
+
+COUNT = Count()
 
 
 class NameChoice(click.Choice[str]):

@@ -8,6 +8,7 @@ import click
 from lpdeploy.cli.common import (
     COUNT,
     ENGINE,
+    Count,
     ListOf,
     perplexity_option,
     print_result,
@@ -25,7 +26,7 @@ from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 @perplexity_option
 @click.option(
     "--seq-len",
-    type=click.IntRange(min=2),
+    type=Count(2),
     default=EvalOptions.seq_len,
     help="Number of tokens per perplexity segment.",
 )
@@ -38,7 +39,7 @@ from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 @task_data_option
 @click.option(
     "--num-fewshot",
-    type=click.IntRange(min=0),
+    type=Count(0),
     help="Number of examples before each question.  [default: 5 for mmlu, else the task's own "
     "number or 0]",
 )

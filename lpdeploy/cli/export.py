@@ -9,6 +9,7 @@ from lpdeploy.cli.common import (
     EXPORTED,
     FOLDER,
     PRECISION,
+    Count,
     overwrite_option,
     print_result,
     shared_options,
@@ -47,7 +48,7 @@ def _describe_precisions() -> str:
 )
 @click.option(
     "--block-size",
-    type=int,
+    type=COUNT,
     help="Number of weights that share a scale in int8 and int4.  [default: 32]",
 )
 @click.option(
@@ -59,11 +60,11 @@ def _describe_precisions() -> str:
 @click.option("--max-batch", type=COUNT, help="Largest batch to serve.  [default: 8]")
 @click.option(
     "--max-seq-len",
-    type=click.IntRange(min=2),
+    type=Count(2),
     help="Longest prompt plus answer, in tokens.  [default: 2048, or the model's positions]",
 )
 @click.option(
-    "--opset", type=int, help="ONNX opset of the graph.  [default: what suits the engine]"
+    "--opset", type=COUNT, help="ONNX opset of the graph.  [default: what suits the engine]"
 )
 @click.option(
     "--unmerged", is_flag=True, help="Export RUN/unmerged, which keeps the adapter separate."

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from lpdeploy.cli.common import ENGINE, NameChoice, log, write_flags
+from lpdeploy.cli.common import ENGINE, Count, NameChoice, log, write_flags
 from lpdeploy.config import BUDGETS, GROUPS, LATENCY, RATIOS, RENAMED, PruneConfig
 from lpdeploy.fields import get_kind, get_option
 
@@ -164,7 +164,9 @@ def _choose_type(name: str) -> click.ParamType:
     if rules.choices:
         return NameChoice(lambda: rules.choices)
     if get_kind(own) is int:
-        return click.IntRange(min=None if rules.low is None else int(rules.low))
+        assert rules.low is not None
+        assert rules.high is not None
+        return Count(int(rules.low), int(rules.high))
     low = rules.low if rules.above is None else rules.above
     return click.FloatRange(
         low, rules.below, min_open=rules.above is not None, max_open=rules.below is not None

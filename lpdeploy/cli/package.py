@@ -11,6 +11,7 @@ from lpdeploy.cli.common import (
     PRECISION,
     SERVED,
     TARGET,
+    Count,
     overwrite_option,
     print_result,
     shared_options,
@@ -39,7 +40,7 @@ from lpdeploy.machine import format_bytes
 )
 @click.option(
     "--gpu",
-    type=click.IntRange(min=0),
+    type=Count(0),
     multiple=True,
     callback=lambda _context, _option, value: value or None,
     help="Start a triton instance on this GPU. May be repeated.  [default: the CPU]",
@@ -50,9 +51,7 @@ from lpdeploy.machine import format_bytes
     help="Precision of activations with int8 and int4 weights, for genai.",
 )
 @click.option("--block-size", type=COUNT, help="Number of weights that share a scale, for genai.")
-@click.option(
-    "--max-seq-len", type=click.IntRange(min=2), help="Longest prompt plus answer, in tokens."
-)
+@click.option("--max-seq-len", type=Count(2), help="Longest prompt plus answer, in tokens.")
 @click.option(
     "--tensor-parallel", type=COUNT, help="Number of GPUs that share the heads, for vllm."
 )

@@ -13,6 +13,7 @@ from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
     COUNT,
     FOLDER,
+    Count,
     ListOf,
     log,
     perplexity_option,
@@ -68,7 +69,7 @@ class _Command(click.Command):
 @task_data_option
 @click.option(
     "--eval-seq-len",
-    type=click.IntRange(min=2),
+    type=Count(2),
     default=2048,
     help="Number of tokens per perplexity segment.",
 )

@@ -14,6 +14,7 @@ from lpdeploy.models.loading import compute_model_sha256, list_stop_tokens
 from lpdeploy.models.shapes import list_widths
 
 DEFAULT_MAX_SEQ_LEN = 2048
+_MAX_BATCH = 65_536
 
 
 def resolve_max_seq_len(max_seq_len: int | None, config: PretrainedConfig) -> int:
@@ -43,10 +44,10 @@ def check_max_batch(max_batch: int) -> None:
     """Check the largest batch to be served.
 
     Raises:
-        LpdeployError: It is less than 1.
+        LpdeployError: It is less than 1, or more than any server runs.
     """
-    if max_batch < 1:
-        raise LpdeployError(f"`max_batch` is {max_batch}; it must be 1 or more.")
+    if not 1 <= max_batch <= _MAX_BATCH:
+        raise LpdeployError(f"`max_batch` is {max_batch}; it must be from 1 to {_MAX_BATCH:,}.")
 
 
 def describe_model(config: PretrainedConfig, model_folder: Path) -> ModelRecord:

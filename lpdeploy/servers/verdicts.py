@@ -171,7 +171,7 @@ def divide_over_ranks(config: PretrainedConfig, ranks: int) -> Finding | None:
             multiple = ranks // math.gcd(ranks, per_group)
             counts = (max(1, width.kv_heads // multiple), -(-width.kv_heads // multiple))
             near = dict.fromkeys(count * multiple * per_group for count in counts)
-            fewer = max(size for size in range(1, ranks) if width.heads % size == 0)
+            fewer = max(n for n in range(1, min(ranks, width.heads + 1)) if width.heads % n == 0)
             return Finding(
                 "no",
                 f"{width.heads} attention heads do not divide over `tensor_parallel={ranks}`. Use "

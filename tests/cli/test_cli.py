@@ -216,8 +216,8 @@ def test_an_unknown_recipe_key_is_wrong_usage(base, data, tmp_path):
         (["--criterion", "guess"], "'guess' is not"),
         (["--schedule", "later"], "'later' is not"),
         (["--schedule", "separate", "--calibration-samples", "0"], "which cannot be 0; leave it"),
-        (["--calibration-samples", "-1"], "-1 is not in the range x>=0"),
-        (["--seed", "-1"], "-1 is not in the range x>=0"),
+        (["--calibration-samples", "-1"], "-1 is not in the range from 0 to"),
+        (["--seed", "-1"], "-1 is not in the range from 0 to"),
         (["--no-such-option"], "No such option"),
     ],
 )

@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lpdeploy.cli.common import COUNT, ListOf, shared_options, write_flags
+from lpdeploy.cli.common import COUNT, Count, ListOf, shared_options, write_flags
 from lpdeploy.cli.main import main
 
 
@@ -32,7 +32,7 @@ def test_a_list_has_commas_or_is_one_in_a_recipe(given):
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
-    [(",", "',' is empty"), ([], r"\[\] is empty"), ("1,0", "0 is not in the range x>=1")],
+    [(",", "',' is empty"), ([], r"\[\] is empty"), ("1,0", "0 is not in the range from 1 to")],
 )
 def test_a_list_checks_each_of_its_values(given, sentence):
     with pytest.raises(click.BadParameter, match=sentence):
@@ -148,3 +148,22 @@ def test_an_error_is_one_json_document_too(words, code, kind, sentence, tmp_path
     assert sentence in error["message"]
     assert error["message"] in result.stderr
     assert CliRunner().invoke(main, words).stdout == ""
+
+
+def list_params(command):
+    for name in getattr(command, "commands", {}) or (
+        command.list_commands(None) if isinstance(command, click.Group) else ()
+    ):
+        yield from list_params(command.get_command(click.Context(command), name))
+    yield from command.params
+
+
+def test_every_whole_number_has_a_largest_value():
+    params = list(list_params(main))
+    counts = [param for param in params if isinstance(param.type, Count)]
+    assert len(counts) > 40
+    for param in params:
+        assert not isinstance(param.type, (type(click.INT), click.IntRange)), param.name
+    for param in counts:
+        with pytest.raises(click.BadParameter, match="is not in the range from"):
+            param.type.convert("1" + "0" * 30, param, None)

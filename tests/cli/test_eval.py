@@ -93,9 +93,9 @@ def test_a_recipe_may_list_the_tasks(model, folder, tmp_path):
         (["--tasks", ""], "'' is empty. Give values, separated by commas"),
         (["--tasks", " , "], "' , ' is empty"),
         (["--perplexity", "x", "--limit", "3"], "--limit needs --tasks. Give --tasks too"),
-        (["--tasks", "piqa", "--limit", "0"], "0 is not in the range x>=1"),
-        (["--tasks", "piqa", "--batch-size", "0"], "0 is not in the range x>=1"),
-        (["--tasks", "piqa", "--num-fewshot", "-1"], "-1 is not in the range x>=0"),
+        (["--tasks", "piqa", "--limit", "0"], "0 is not in the range from 1 to"),
+        (["--tasks", "piqa", "--batch-size", "0"], "0 is not in the range from 1 to"),
+        (["--tasks", "piqa", "--num-fewshot", "-1"], "-1 is not in the range from 0 to"),
         (["--tasks", "piqa", "--task-data", "nowhere"], "'nowhere' does not exist"),
     ],
 )

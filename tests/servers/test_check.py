@@ -135,6 +135,11 @@ def test_what_does_not_divide_over_ranks(shape, sentence):
         assert get_verdict(config, name).loads == "yes"
 
 
+def test_any_number_of_ranks_is_judged_at_once():
+    why = get_verdict(build_7b(26, 8832), "vllm", ranks=10**12).why
+    assert "or `tensor_parallel=26`" in why
+
+
 def test_graphs_run_on_one_gpu():
     for name in ("tensorrt", "triton", "onnxruntime-genai"):
         assert "one GPU" in get_verdict(build_7b(24, 8832), name, ranks=2).why
