@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpdeploy.config import PruneConfig
-from lpdeploy.errors import ParityError
 from lpdeploy.folders import atomic_folder
 from lpdeploy.run_folder import BASE, RunFolder
 
@@ -116,7 +115,12 @@ class Run(RunFolder):
     """
 
     def compact(
-        self, *, keep_adapter: bool = False, output: Path | None = None, overwrite: bool = False
+        self,
+        *,
+        keep_adapter: bool = False,
+        output: Path | None = None,
+        base: Path | None = None,
+        overwrite: bool = False,
     ) -> "CompactResult":
         """Write the dense pruned model: cut the base and merge LoRA.
 
@@ -124,7 +128,9 @@ class Run(RunFolder):
         """
         from lpdeploy.models.compact import compact
 
-        return compact(self, keep_adapter=keep_adapter, output=output, overwrite=overwrite)
+        return compact(
+            self, keep_adapter=keep_adapter, output=output, base=base, overwrite=overwrite
+        )
 
     def export(
         self,
@@ -146,24 +152,24 @@ class Run(RunFolder):
         )
 
     def verify(
-        self, *, engine: str = "onnx", atol: float | None = None, integrity: bool = False
+        self,
+        *,
+        engine: str = "onnx",
+        base: Path | None = None,
+        atol: float | None = None,
+        integrity: bool = False,
     ) -> "VerifyResult":
         """Compare the logits of all stages.
 
         Args as in ``lpdeploy.engines.verify.verify``.
 
         Raises:
-            ParityError: Two stages differ by more than their tolerance.
+            ParityError: Two stages differ by more than their tolerance, or a weight is wrong.
         """
         from lpdeploy.engines.verify import verify
 
-        result = verify(self, engine=engine, atol=atol, integrity=integrity)
-        for pair in result.pairs:
-            if not pair.ok:
-                raise ParityError(
-                    f"{pair.a} and {pair.b} differ by {pair.max_abs_diff:.2e}, more than "
-                    f"{pair.tolerance:.2e}. Make the later of the two again."
-                )
+        result = verify(self, engine=engine, base=base, atol=atol, integrity=integrity)
+        result.check()
         return result
 
     def evaluate(
@@ -173,6 +179,7 @@ class Run(RunFolder):
         tasks: Sequence[str] = (),
         engine: str = "torch",
         with_base: bool = False,
+        base: Path | None = None,
         device: str = "auto",
         **options: Any,
     ) -> "Evaluation":
@@ -184,7 +191,7 @@ class Run(RunFolder):
         from lpdeploy.evaluation.options import EvalOptions
 
         chosen = EvalOptions(perplexity=tuple(perplexity), tasks=tuple(tasks), **options)
-        return evaluate(self, chosen, engine=engine, with_base=with_base, device=device)
+        return evaluate(self, chosen, engine=engine, with_base=with_base, base=base, device=device)
 
     def bench(
         self,
@@ -192,6 +199,7 @@ class Run(RunFolder):
         *,
         forms: Sequence[bool] = (True,),
         device: str = "auto",
+        base: Path | None = None,
         **workload: Any,
     ) -> "LatencyResult":
         """Time the dense and the pruned model; ``workload`` are the fields of ``Workload``.
@@ -207,6 +215,7 @@ class Run(RunFolder):
             forms=forms,
             workloads=[Workload(**workload)],
             device=device,
+            base=base,
         )
         return result
 
@@ -235,19 +244,23 @@ class Run(RunFolder):
         """
         from lpdeploy.engines.exports import load_place
         from lpdeploy.engines.generation import generate
-        from lpdeploy.models.loading import load_config, load_tokenizer, resolve_device
+        from lpdeploy.models.loading import (
+            list_stop_tokens,
+            load_config,
+            load_tokenizer,
+            resolve_device,
+        )
         from lpdeploy.models.place import locate_model
 
         place = locate_model(self)
         config = load_config(place.folder)
         tokenizer = load_tokenizer(place.folder, config)
         runner = load_place(place, engine, device=resolve_device(device))
-        stop = config.eos_token_id
         rows = generate(
             runner,
             [tokenizer(prompt)["input_ids"] for prompt in prompts],
             max_new_tokens=max_new_tokens,
-            eos_ids=set(stop) if isinstance(stop, list) else {stop},
+            eos_ids=set(list_stop_tokens(place.folder, config)),
             temperature=temperature,
             seed=seed,
         )

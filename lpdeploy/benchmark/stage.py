@@ -20,13 +20,14 @@ from lpdeploy.records import load_json
 from lpdeploy.run_folder import RunFolder, check_output
 
 
-def bench_latency(
+def bench_latency(  # noqa: PLR0913 - what the command takes
     models: Sequence[str],
     *,
     engines: Sequence[str] = ("torch", "onnx"),
     forms: Sequence[bool] = (True, False),
     workloads: Sequence[Workload],
     device: str = "auto",
+    base: Path | None = None,
     output: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[LatencyResult, Path]:
@@ -40,6 +41,7 @@ def bench_latency(
         forms: Merged (True), unmerged (False), or both.
         workloads: What to time.
         device: ``auto``, ``cpu`` or ``cuda``.
+        base: Where the base model of the runs lies now, if it was moved.
         output: Folder for the files; the first model that is a run, else the working folder.
         on_progress: Is told (repeats done, all repeats).
 
@@ -57,6 +59,7 @@ def bench_latency(
             forms=forms,
             device=device,
             scratch=Path(scratch),
+            base=base,
             limits={
                 "max_batch": max(workload.batch for workload in workloads),
                 "max_seq_len": max(2, *(work.tokens + work.decode for work in workloads)),

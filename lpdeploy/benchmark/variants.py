@@ -82,6 +82,7 @@ def list_variants(
     forms: Sequence[bool],
     device: str,
     scratch: Path,
+    base: Path | None = None,
     limits: Mapping[str, int] | None = None,
 ) -> list[Variant]:
     """List every variant of the models: dense and pruned, merged and unmerged, on each engine.
@@ -96,6 +97,7 @@ def list_variants(
             has no adapter and is timed merged only.
         device: ``cpu`` or ``cuda``.
         scratch: Empty folder for exports and for the adapter of an unpruned base.
+        base: Where the base model of the runs lies now, if it was moved.
         limits: ``max_batch`` and ``max_seq_len`` of exports that are made here.
 
     Raises:
@@ -103,7 +105,7 @@ def list_variants(
     """
     checkpoints: dict[tuple[Path, bool], TimedModel] = {}
     for model in models:
-        for checkpoint in _list_models(model, forms=forms, scratch=scratch):
+        for checkpoint in _list_models(model, moved_to=base, forms=forms, scratch=scratch):
             merged = checkpoint.adapter is None
             checkpoints.setdefault((checkpoint.folder.resolve(), merged), checkpoint)
     return [
@@ -115,12 +117,14 @@ def list_variants(
     ]
 
 
-def _list_models(model: str, *, forms: Sequence[bool], scratch: Path) -> list[TimedModel]:
+def _list_models(
+    model: str, *, moved_to: Path | None, forms: Sequence[bool], scratch: Path
+) -> list[TimedModel]:
     run = RunFolder(model)
     if not run.is_complete:
         return [_describe_place(locate_model(model))]
     plan = run.load_plan()
-    base = find_base(plan)
+    base = find_base(plan, moved_to)
     listed = []
     if True in forms:
         listed.append(TimedModel(plan.base_model, base))

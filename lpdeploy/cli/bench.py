@@ -14,6 +14,7 @@ from lpdeploy.cli.common import (
     Count,
     ListOf,
     NameChoice,
+    base_option,
     log,
     print_result,
     shared_options,
@@ -73,6 +74,7 @@ def command() -> None:
     "--repeats", type=COUNT, default=100, help="Number of timed repetitions of each variant."
 )
 @config_options("device")
+@base_option
 @click.option(
     "--output", type=FOLDER, help="Write bench.json to this folder.  [default: the first RUN]"
 )

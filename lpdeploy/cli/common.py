@@ -104,6 +104,11 @@ PRECISION = NameChoice(
 )
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+base_option = click.option(
+    "--base",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where the base model of RUN lies now, if it was moved.",
+)
 perplexity_option = click.option(
     "--perplexity",
     multiple=True,

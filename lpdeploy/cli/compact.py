@@ -9,6 +9,7 @@ from lpdeploy.cli.common import (
     COUNT,
     FOLDER,
     RUN,
+    base_option,
     overwrite_option,
     print_result,
     shared_options,
@@ -32,6 +33,7 @@ from lpdeploy.machine import format_bytes
 @click.option(
     "--max-shard-mb", type=COUNT, default=1000, help="Largest size of a weight file, in MB."
 )
+@base_option
 @overwrite_option
 @shared_options()
 def command(*, run: Path, max_shard_mb: int, as_json: bool, **options: Any) -> None:

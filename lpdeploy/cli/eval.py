@@ -10,6 +10,7 @@ from lpdeploy.cli.common import (
     ENGINE,
     Count,
     ListOf,
+    base_option,
     perplexity_option,
     print_result,
     shared_options,
@@ -52,10 +53,18 @@ from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 )
 @click.option("--engine", type=ENGINE, default="torch", help="Engine that runs the model.")
 @click.option("--with-base", is_flag=True, help="Also measure the unpruned base of a RUN.")
+@base_option
 @config_options("device")
 @shared_options()
 def command(
-    *, model: str, engine: str, with_base: bool, device: str, as_json: bool, **values: Any
+    *,
+    model: str,
+    engine: str,
+    with_base: bool,
+    base: Path | None,
+    device: str,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Measure perplexity and task accuracy of a RUN or MODEL.
 
@@ -75,6 +84,7 @@ def command(
             options,
             engine=engine,
             with_base=with_base,
+            base=base,
             device=device,
             on_progress=lambda _, done, total: progress(done, total),
         )

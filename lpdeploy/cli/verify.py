@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import ENGINE, RUN, log, print_result, shared_options
+from lpdeploy.cli.common import ENGINE, RUN, base_option, log, print_result, shared_options
 from lpdeploy.engines import ENGINES, list_exporting
-from lpdeploy.errors import ParityError
 
 if TYPE_CHECKING:
-    from lpdeploy.engines.verify import Pair, VerifyResult
+    from lpdeploy.engines.verify import Pair
 
 
 @click.command("verify")
 @click.argument("model", type=RUN, metavar="RUN|MODEL")
 @click.option("--engine", type=ENGINE, default="onnx", help="Compare the export of this engine.")
+@base_option
 @click.option(
     "--atol",
     type=click.FloatRange(0),
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     "--integrity", is_flag=True, help="Hash every file, even if its size and time are unchanged."
 )
 @shared_options()
-def command(
-    *, model: Path, engine: str, atol: float | None, integrity: bool, as_json: bool
-) -> None:
+def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:
     """Compare the logits of all stages of a RUN or MODEL.
 
     The stages of a RUN are the masked, cut, unmerged, merged and exported model; those of a MODEL
@@ -39,7 +37,7 @@ def command(
     """
     from lpdeploy.engines.verify import verify
 
-    result = verify(model, engine=engine, atol=atol, integrity=integrity)
+    result = verify(model, engine=engine, **options)
     lines = [f"{'logits':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {_write_tolerance(p)} "
@@ -56,27 +54,8 @@ def command(
     for other in list_exporting():
         if asked.export and other is not asked and (model / other.name).is_dir():
             log(f"'{model / other.name}' was not compared. Use --engine {other.name} for that.")
-    if not result.ok:
-        raise ParityError(_describe_difference(result))
+    result.check()
 
 
 def _write_tolerance(pair: Pair) -> str:
     return f"{'rounding':>10}" if pair.tolerance is None else f"{pair.tolerance:10.2e}"
-
-
-def _describe_difference(result: VerifyResult) -> str:
-    """Say where the stages differ first: a weight says more than a layer, a layer than logits."""
-    again = "Make {} again; if it still differs, please report it."
-    for check in result.weights:
-        if not check.ok:
-            named = ", ".join(check.wrong[:3]) + (", ..." if len(check.wrong) > 3 else "")
-            return (
-                f"{len(check.wrong)} of the {check.num_weights} weights of {check.b} are not those "
-                f"of {check.a}: {named}. {again.format(check.b)}"
-            )
-    pair = next(pair for pair in result.pairs if not pair.ok)
-    place = "" if pair.first_layer is None else f", first after layer {pair.first_layer}"
-    return (
-        f"{pair.a} and {pair.b} differ by {pair.max_abs_diff:.2e}, more than {pair.tolerance:.2e}"
-        f"{place}. {again.format(pair.b)}"
-    )

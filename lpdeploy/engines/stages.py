@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +58,19 @@ class Stage:
     check_weights: Callable[[Runner], WeightsCheck] | None = None
 
 
-def list_run_stages(run: RunFolder, engine: str) -> list[Stage]:
-    """List the stages of a run, from the base with masks to the exports."""
+def list_run_stages(run: RunFolder, engine: str, *, moved_to: Path | None = None) -> list[Stage]:
+    """List the stages of a run, from the base with masks to the exports.
+
+    Args:
+        run: A run that ``compact`` has made a model of.
+        engine: Whose exports to list.
+        moved_to: Where the base model lies now, if not where the plan says.
+    """
     plan, merged = run.load_plan(), locate_model(run)
+    base = find_base(plan, moved_to)
     stages = [
-        Stage("masked/torch", lambda: _build_masked(run, plan)),
-        Stage("cut/torch", lambda: _build_cut(run, plan), "masked/torch"),
+        Stage("masked/torch", lambda: _build_masked(run, base, plan)),
+        Stage("cut/torch", lambda: _build_cut(run, base, plan), "masked/torch"),
     ]
     if run.unmerged.is_dir():
         unmerged = locate_model(run, unmerged=True)
@@ -71,7 +79,7 @@ def list_run_stages(run: RunFolder, engine: str) -> list[Stage]:
     stages.append(
         Stage(
             MERGED,
-            lambda: _build_merged(run, plan),
+            lambda: _build_merged(run, base, plan),
             "cut/torch",
             check_weights=lambda runner: check_checkpoint(
                 _get_model(runner), merged.folder, a=MERGED, b=compact
@@ -80,7 +88,9 @@ def list_run_stages(run: RunFolder, engine: str) -> list[Stage]:
     )
     stored = get_dtype(load_config(merged.folder))
     if stored != torch.float32:
-        stages.append(Stage(ROUNDED, lambda: _build_merged(run, plan, stored), MERGED, rounds=True))
+        stages.append(
+            Stage(ROUNDED, lambda: _build_merged(run, base, plan, stored), MERGED, rounds=True)
+        )
     return [*stages, *_list_place(merged, compact, stages[-1].name, engine)]
 
 
@@ -182,9 +192,9 @@ def _get_model(runner: Runner) -> torch.nn.Module:
     return runner.model
 
 
-def _build_masked(run: RunFolder, plan: PruningPlan) -> Runner:
+def _build_masked(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
     """The unpruned base with the adapter, its removed groups masked as in Eq. 13."""
-    base, adapter = find_base(plan), load_run_adapter(run)
+    adapter = load_run_adapter(run)
     wrapped = _attach(load_model(base, dtype="fp32"), expand_lora(adapter, plan))
     masks = {}
     for spec in plan.specs:
@@ -194,17 +204,19 @@ def _build_masked(run: RunFolder, plan: PruningPlan) -> Runner:
     return TorchRunner(wrapped)
 
 
-def _build_cut(run: RunFolder, plan: PruningPlan) -> Runner:
+def _build_cut(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
     """The base cut in memory, as training cuts it, with the adapter unmerged."""
-    return TorchRunner(_attach(_load_cut(plan), load_run_adapter(run)))
+    return TorchRunner(_attach(_load_cut(base, plan), load_run_adapter(run)))
 
 
-def _build_merged(run: RunFolder, plan: PruningPlan, dtype: torch.dtype | None = None) -> Runner:
+def _build_merged(
+    run: RunFolder, base: Path, plan: PruningPlan, dtype: torch.dtype | None = None
+) -> Runner:
     """The base cut in memory, with W + scaling BA in the place of each W; rounded to ``dtype``.
 
     It computes in float32 in any case.
     """
-    model = _load_cut(plan)
+    model = _load_cut(base, plan)
     with torch.no_grad():
         for name, lora in load_run_adapter(run).items():
             weight = model.get_submodule(name).weight
@@ -214,8 +226,8 @@ def _build_merged(run: RunFolder, plan: PruningPlan, dtype: torch.dtype | None =
     return TorchRunner(model)
 
 
-def _load_cut(plan: PruningPlan) -> Any:
-    model = load_model(find_base(plan), dtype="fp32")
+def _load_cut(base: Path, plan: PruningPlan) -> Any:
+    model = load_model(base, dtype="fp32")
     apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})
     return model
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lpdeploy.engines.stages import (
     list_run_stages,
 )
 from lpdeploy.engines.weight_checks import WeightsCheck
-from lpdeploy.errors import ArtifactError
+from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.folders import check_untouched
 from lpdeploy.models.place import locate_model
 
@@ -87,6 +88,31 @@ class VerifyResult:
         """Whether every pair agrees, and every weight is right."""
         return all(pair.ok for pair in self.pairs) and all(check.ok for check in self.weights)
 
+    def check(self) -> None:
+        """Check that all stages agree.
+
+        Raises:
+            ParityError: Some do not. The message says where they differ first: a weight says more
+                than a layer, and a layer more than logits.
+        """
+        again = "Make {} again; if it still differs, please report it."
+        for check in self.weights:
+            if not check.ok:
+                named = ", ".join(check.wrong[:3]) + (", ..." if len(check.wrong) > 3 else "")
+                raise ParityError(
+                    f"{len(check.wrong)} of the {check.num_weights} weights of {check.b} are not "
+                    f"those of {check.a}: {named}. {again.format(check.b)}"
+                )
+        for pair in self.pairs:
+            if not pair.ok:
+                place = (
+                    "" if pair.first_layer is None else f", first after layer {pair.first_layer}"
+                )
+                raise ParityError(
+                    f"{pair.a} and {pair.b} differ by {pair.max_abs_diff:.2e}, more than "
+                    f"{pair.tolerance:.2e}{place}. {again.format(pair.b)}"
+                )
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         weights = [{**asdict(check), "ok": check.ok} for check in self.weights]
@@ -112,6 +138,7 @@ def verify(
     model: str | os.PathLike[str],
     *,
     engine: str = "onnx",
+    base: Path | None = None,
     atol: float | None = None,
     integrity: bool = False,
 ) -> VerifyResult:
@@ -131,6 +158,7 @@ def verify(
     Args:
         model: A run or a model folder.
         engine: Compare the exports for this engine too; ``torch`` leaves exports out.
+        base: Where the base model of a run lies now, if it was moved.
         atol: Tolerance for every pair instead of its own.
         integrity: Hash every file of the run, also those whose size and time are as recorded.
 
@@ -141,7 +169,10 @@ def verify(
     for folder in place.list_parts() if integrity else ():
         check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
     run = place.run
-    stages = list_model_stages(place, engine) if run is None else list_run_stages(run, engine)
+    if run is None:
+        stages = list_model_stages(place, engine)
+    else:
+        stages = list_run_stages(run, engine, moved_to=base)
     asked_for = engine if get_engine(engine).export else ONNX.name
     # ONNX is the default: a run that is not exported yet still has its other stages to compare.
     missing = asked_for != ONNX.name and not any(s.name.startswith(engine) for s in stages)

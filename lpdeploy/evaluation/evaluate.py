@@ -39,6 +39,7 @@ def evaluate(
     *,
     engine: str = "torch",
     with_base: bool = False,
+    base: Path | None = None,
     device: str = "auto",
     on_progress: Progress = lambda *_: None,
 ) -> Evaluation:
@@ -52,6 +53,7 @@ def evaluate(
         options: What to measure.
         engine: What to run: ``torch``, or the engine of an export of the model.
         with_base: Of a run, measure the unpruned base too.
+        base: Where the base lies now, if it was moved.
         device: ``auto``, ``cpu`` or ``cuda``.
         on_progress: Is told (source, segments done, all segments), and ("tasks", answers scored,
             all answers).
@@ -76,7 +78,7 @@ def evaluate(
             figures=_measure(runner, place.folder, options, tasks, on_progress),
         )
         if with_base and place.run is not None:
-            base = find_base(place.run.load_plan())
+            base = find_base(place.run.load_plan(), base)
             del runner  # one model in memory at a time
             runner = load_torch_runner(base, device=device)
             result = replace(result, base=_measure(runner, base, options, tasks, on_progress))

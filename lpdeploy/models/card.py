@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from lpdeploy.models.loading import is_local
 from lpdeploy.models.record import ModelRecord
 from lpdeploy.plan import describe_method
 
@@ -81,8 +82,7 @@ def build_model_card(
         stock: Whether transformers has a class of these widths.
     """
     loading = (_STOCK if stock else _OWN_CODE) + ("" if record.merged else _ADAPTER)
-    local = Path(record.base_model).is_dir()
-    base = Path(record.base_model).name if local else record.base_model
+    base = Path(record.base_model).name if is_local(record.base_model) else record.base_model
     return _CARD.format(
         base=base,
         quoted_base=json.dumps(base),  # YAML reads a JSON string; a bare colon would break it

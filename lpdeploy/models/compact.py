@@ -76,6 +76,7 @@ def compact(
     run: str | os.PathLike[str],
     *,
     output: Path | None = None,
+    base: Path | None = None,
     keep_adapter: bool = False,
     max_shard_bytes: int = 1 << 30,
     overwrite: bool = False,
@@ -86,6 +87,7 @@ def compact(
         run: The folder that ``prune`` wrote.
         output: The folder to write; ``RUN/model`` by default, or ``RUN/unmerged`` with
             ``keep_adapter``.
+        base: Where the base model lies now, if it was moved.
         keep_adapter: Leave LoRA unmerged: write the pruned base, and a stock PEFT adapter in its
             folder ``adapter``.
         max_shard_bytes: Largest size of a weight file.
@@ -101,7 +103,7 @@ def compact(
     default = run.get_model(unmerged=keep_adapter)
     output = output or default
     with run.hold():
-        base = _locate_base(plan)
+        base = _locate_base(plan, base)
         check_output(output, default=default, inputs=(base, run.path))
         check_replaceable(output, kind=MODEL, overwrite=overwrite)
         adapter = load_run_adapter(run)
@@ -228,21 +230,34 @@ def _carry_files(base: Path, folder: Path, *, before: Any, after: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def find_base(plan: PruningPlan) -> Path:
+def find_base(plan: PruningPlan, moved_to: Path | None = None) -> Path:
     """Return the folder of a plan's base model, checked to be the one that was pruned.
+
+    Args:
+        plan: It names the base and its hash.
+        moved_to: Where the base lies now, if not where the plan says.
 
     Raises:
         ArtifactError: It is gone, has changed, or has other groups than the plan.
     """
-    base = resolve_model(plan.base_model)
+    base = _resolve_base(plan, moved_to)
     _check_base(base, plan)
     _check_groups(base, plan)
     return base
 
 
-def _locate_base(plan: PruningPlan) -> Path:
+def _resolve_base(plan: PruningPlan, moved_to: Path | None) -> Path:
+    if moved_to is not None:
+        return resolve_model(str(moved_to))
+    try:
+        return resolve_model(plan.base_model)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} If the base model was moved, give its `base`.") from error
+
+
+def _locate_base(plan: PruningPlan, moved_to: Path | None) -> Path:
     """Find a plan's base whose weights are checked later, as they are read."""
-    base = resolve_model(plan.base_model)
+    base = _resolve_base(plan, moved_to)
     try:
         _check_groups(base, plan)
     except ArtifactError:
@@ -254,7 +269,7 @@ def _locate_base(plan: PruningPlan) -> Path:
 def _check_base(base: Path, plan: PruningPlan, *, known: Mapping[str, str] | None = None) -> None:
     if compute_model_sha256(base, known=known) != plan.base_sha256:
         raise ArtifactError(
-            f"The base model '{plan.base_model}' is not the one that was pruned: its hash "
+            f"The base model '{base}' is not the one that was pruned: its hash "
             "differs. Restore it, or prune again."
         )
 
@@ -263,9 +278,7 @@ def _check_groups(base: Path, plan: PruningPlan) -> None:
     config = load_config(base)
     check_weights(base, config, plan.specs)
     if list_group_specs(config) != plan.specs:
-        raise ArtifactError(
-            f"plan.json lists other groups than '{plan.base_model}' has. Prune again."
-        )
+        raise ArtifactError(f"plan.json lists other groups than '{base}' has. Prune again.")
 
 
 def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:

@@ -52,6 +52,11 @@ def resolve_model(model: str) -> Path:
     return folder
 
 
+def is_local(name: str) -> bool:
+    """Tell whether a model was named by a path of this machine, not by a name on the hub."""
+    return Path(name).is_absolute() or Path(name).is_dir()
+
+
 def find_config(model: str) -> Any:
     """Load the config of a folder or hub name, without its weights.
 

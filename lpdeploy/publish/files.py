@@ -10,6 +10,7 @@ from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.exports import find_export
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.card import build_hub_card
+from lpdeploy.models.loading import is_local
 from lpdeploy.models.place import locate_model
 from lpdeploy.plan import PruningPlan
 from lpdeploy.records import format_json, load_json
@@ -87,11 +88,6 @@ def _build_card(model: Path, plan: PruningPlan, *, repo: str, exports: list[Engi
     described = [engine.hub_card for engine in exports if engine.hub_card]
     local = is_local(plan.base_model)
     return build_hub_card(text, repo=repo, exports=described, base_is_local=local)
-
-
-def is_local(name: str) -> bool:
-    """Tell whether a model was named by a path of this machine, not by a name on the hub."""
-    return Path(name).is_absolute() or Path(name).is_dir()
 
 
 def _rewrite(path: Path) -> bytes | None:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -110,6 +112,23 @@ def test_eval_and_verify_print_the_json_of_the_contract(run, data):
         ("merged/torch", "compact/torch"),
     ]
     assert {"max_abs_diff", "tolerance", "ok"} <= verified["pairs"][0].keys()
+
+
+@pytest.mark.slow
+def test_a_base_that_was_moved(run, data, base, tmp_path):
+    other = make_tiny_model(tmp_path / "other", heads=4, kv_heads=2, seed=1)
+    moved = Path(shutil.move(base, tmp_path / "moved"))
+    seq_len = ("--seq-len", "16")
+    for words in (
+        ("compact", run),
+        ("verify", run, "--engine", "torch"),
+        ("eval", run, "--perplexity", data, *seq_len, "--with-base"),
+        ("bench", "latency", run, "--engine", "torch", "--merged", "--tokens", 8, "--repeats", 2),
+    ):
+        check_refused(invoke(*words), "If the base model was moved, give its --base")
+        check_refused(invoke(*words, "--base", other), "is not the one that was pruned")
+        result = invoke(*words, "--base", moved)
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.slow
