@@ -65,9 +65,11 @@ def export(
     folder = output or default
     check_output(folder, default=default, inputs=place.inputs)
     record = {"model": str(model), "engine": engine, "unmerged": unmerged, **options}
+    # A model that is no run of ours is left as it is: the record lies in the export then.
+    records = folder if place.run is None else place.records
     with (
         place.hold(),
-        record_stage(place.records, f"export {folder.name}", record) as stage,
+        record_stage(records, f"export {folder.name}", record) as stage,
     ):
         contract = export_folder(
             engine, place.folder, folder, adapter=place.adapter, overwrite=overwrite, **options

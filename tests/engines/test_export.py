@@ -52,7 +52,7 @@ def test_an_engine_has_a_folder_and_an_entry_of_its_own(tmp_path, monkeypatch):
     result = export(str(model), engine="trt", precision="fp16", max_seq_len=32)
     assert result.output == model / "trt"
     assert result.contract.precision == "fp16"
-    entry = json.loads((model / "manifest.json").read_text())["stages"]["export trt"]
+    entry = json.loads((model / "trt" / "manifest.json").read_text())["stages"]["export trt"]
     assert entry["options"]["engine"] == "trt"
     assert entry["outputs"] == {"trt": compute_sha256(model / "trt" / "model.engine")}
 
@@ -65,7 +65,7 @@ def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
         verify(model, engine="ort")
     result = export(str(model), engine="ort", precision="int8", opset=None)
     assert result.output == model / "ort"
-    entry = json.loads((model / "manifest.json").read_text())["stages"]["export ort"]
+    entry = json.loads((model / "ort" / "manifest.json").read_text())["stages"]["export ort"]
     assert entry["options"]["precision"] == "int8"
     assert entry["outputs"] == {"ort": compute_sha256(model / "ort" / "model.onnx")}
     packed, pair = verify(model, engine="ort").pairs
@@ -81,3 +81,12 @@ def test_an_option_of_another_engine_is_refused(tmp_path):
         export(str(model), engine="ort", opset=18)
     with pytest.raises(LpdeployError, match="`block_size` is no option of engine onnx"):
         export(str(model), engine="onnx", block_size=32)
+
+
+def test_an_export_elsewhere_leaves_the_model_as_it_is(tmp_path):
+    model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
+    before = {path: path.read_bytes() for path in model.rglob("*")}
+    export(str(model), output=tmp_path / "out")
+    assert {path: path.read_bytes() for path in model.rglob("*")} == before
+    assert "export out" in json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    export(str(model), output=tmp_path / "out", overwrite=True)
