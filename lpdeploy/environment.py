@@ -5,10 +5,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+from lpdeploy.errors import LpdeployError
 
 # Each warns, at its import or on every call, of what a user of lpdeploy can do nothing about:
 # bitsandbytes of a kernel that it would download, gguf and lm_eval of their progress.
 _TALKATIVE = ("bitsandbytes.backends.cpu.ops", "gguf", "lm_eval")
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MAX_RANKS = 65_536
 _TRUST = "LPDEPLOY_TRUST_REMOTE_CODE"
 
 
@@ -23,6 +28,34 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def count_ranks() -> int:
+    """Return how many processes a launcher started for this run: 1 without a launcher.
+
+    Raises:
+        LpdeployError: The environment names several, and not all that they need to find each other.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 1
+    given = {name: os.environ.get(name, "") for name in _RANK_VARIABLES}
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        _refuse_ranks(f"WORLD_SIZE is {size!r}, but it has no {', '.join(missing)}")
+    for name, value in {"WORLD_SIZE": size, **given}.items():
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            _refuse_ranks(f"{name} is {value!r}, which is no whole number")
+    if not int(given["RANK"]) < int(size) <= _MAX_RANKS:
+        _refuse_ranks(f"RANK is {given['RANK']} of WORLD_SIZE {size}")
+    return int(size)
+
+
+def _refuse_ranks(what: str) -> NoReturn:
+    raise LpdeployError(
+        f"The environment does not describe a distributed run: {what}. Start it with 'accelerate "
+        "launch', or unset WORLD_SIZE to run a single process."
+    )
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 import bisect
 import logging
-import os
 from pathlib import Path
 from typing import TypeVar
 
 from lpdeploy.benchmark.latency_target import choose_widths
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
+from lpdeploy.environment import count_ranks
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import format_bytes
 from lpdeploy.models.loading import find_config
@@ -122,7 +122,7 @@ def _refuse_unreachable(
 
 
 def _refuse_ranks() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_ranks() > 1:
         raise LpdeployError(
             "`target_latency` is measured by one process, and a launcher started several. Start "
             "the command once without the launcher, stop it when it has told the ratios, and give "

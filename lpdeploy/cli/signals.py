@@ -1,6 +1,5 @@
 """What SIGINT and SIGTERM do to a command."""
 
-import os
 import signal
 import threading
 import time
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from lpdeploy.cli.common import is_first_rank, log
+from lpdeploy.environment import count_ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST_RANK_SECONDS = 5.0
@@ -35,7 +35,7 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
     the process ends: launchers send several signals, also to the ranks that survive a lost one,
     and these need the time to write a checkpoint and say so.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = count_ranks() == 1
 
     def restore() -> None:
         for number, handler in before.items():

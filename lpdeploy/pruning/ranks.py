@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED
+from lpdeploy.environment import count_ranks
 from lpdeploy.errors import LpdeployError, RankLostError, RunEndedError
 from lpdeploy.models.loading import resolve_device
 
@@ -168,8 +169,8 @@ def join_ranks(options: PruneConfig, *, stop: threading.Event | None = None) -> 
         stop: Set by the caller to end the run after the current step.
 
     Raises:
-        LpdeployError: accelerate is to wrap the model, the batch cannot be dealt evenly, or one
-            process alone is to shard it.
+        LpdeployError: accelerate is to wrap the model, the batch cannot be dealt evenly, one
+            process alone is to shard it, or the environment describes no whole group of ranks.
     """
     from accelerate import PartialState
 
@@ -181,7 +182,7 @@ def join_ranks(options: PruneConfig, *, stop: threading.Event | None = None) -> 
                 "spread a base over the GPUs."
             )
     ranks = Ranks(device=torch.device(resolve_device(options.device)))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_ranks() > 1:
         state = PartialState(cpu=ranks.device.type == "cpu", timeout=_TIMEOUT)
         ranks = Ranks(rank=state.process_index, size=state.num_processes, device=state.device)
     ranks.stop = stop or ranks.stop
