@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from lpdeploy.engines.weight_checks import WeightsCheck, check_checkpoint
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
 from lpdeploy.models.compact import find_base, load_run_adapter
 from lpdeploy.models.cutting import apply_cut, apply_masks
-from lpdeploy.models.loading import get_dtype, load_config, load_model
+from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import PruningPlan
 from lpdeploy.run_folder import RunFolder
 
@@ -86,8 +88,11 @@ def list_run_stages(run: RunFolder, engine: str, *, moved_to: Path | None = None
             ),
         )
     )
-    stored = get_dtype(load_config(merged.folder))
-    if stored != torch.float32:
+    stored = {
+        name: weight.info.torch_dtype
+        for name, weight in index_weights(merged.folder, load_config(merged.folder)).items()
+    }
+    if set(stored.values()) != {torch.float32}:
         stages.append(
             Stage(ROUNDED, lambda: _build_merged(run, base, plan, stored), MERGED, rounds=True)
         )
@@ -210,19 +215,23 @@ def _build_cut(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
 
 
 def _build_merged(
-    run: RunFolder, base: Path, plan: PruningPlan, dtype: torch.dtype | None = None
+    run: RunFolder,
+    base: Path,
+    plan: PruningPlan,
+    stored: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Runner:
-    """The base cut in memory, with W + scaling BA in the place of each W; rounded to ``dtype``.
+    """The base cut in memory, with W + scaling BA in the place of each W.
 
-    It computes in float32 in any case.
+    It computes in float32 in any case. ``stored`` says what each weight is rounded to; a checkpoint
+    need not store what its config says, nor all weights alike.
     """
     model = _load_cut(base, plan)
     with torch.no_grad():
         for name, lora in load_run_adapter(run).items():
             weight = model.get_submodule(name).weight
             weight += lora.scaling * lora.lora_b.float() @ lora.lora_a.float()
-        for parameter in model.parameters() if dtype else ():
-            parameter.data = parameter.data.to(dtype).float()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(stored.get(name, torch.float32)).float()
     return TorchRunner(model)
 
 

@@ -47,9 +47,14 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same in torch's words."""
+        return _DTYPES[self.dtype]
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of one number."""
-        return _DTYPES[self.dtype].itemsize
+        return self.torch_dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
