@@ -12,7 +12,13 @@ _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|problem writing elemen
 
 
 class LpdeployError(Exception):
-    """Base of every error that a command prints as one line and exits 1 for."""
+    """Base of every error that a command prints as one line and exits 1 for.
+
+    A message may quote a name from a broken file. What cannot be printed in a line is escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class RecipeError(LpdeployError):

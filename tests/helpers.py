@@ -117,6 +117,14 @@ def make_text(path, *, documents=40, words=60, seed=0):
     return Path(path)
 
 
+def set_launcher(monkeypatch):
+    """Set the environment as a launcher does for the first of two ranks."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
 def list_names(folder):
     """List what is in a folder but records and locks, whose names start with a dot."""
     return sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -14,9 +14,11 @@ from lpdeploy.errors import ArtifactError, quote_error
 from lpdeploy.families.groups import LINEARS, expand_index
 from lpdeploy.models.finite import check_finite
 from lpdeploy.plan import PruningPlan
+from lpdeploy.records import load_record
 
 ADAPTER = "default"
 _PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 # Fields of an adapter's config that make it more, or other, than ``scaling B A`` of one rank.
 _OTHER_KINDS = (
     *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "bias", "rank_pattern"),
@@ -84,45 +86,60 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
     Raises:
         ArtifactError: The folder holds no readable LoRA adapter.
     """
-    from peft import LoraConfig
-
-    if not (folder / "adapter_config.json").is_file():  # peft would look for it on the hub
-        raise ArtifactError(f"No adapter_config.json in '{folder}'. Prune again.")
+    config = _load_adapter_config(folder)
     try:
-        config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"'{folder}' is no readable LoRA adapter: {quote_error(error)}. Prune again."
         ) from error
-    _check_kind(folder, config)
-    scaling = config.lora_alpha / config.r
-    names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
     for name, tensor in tensors.items():
         check_finite(tensor, name=name)
-        if (rank := tensor.shape[0 if ".lora_A." in name else 1]) != config.r:
-            raise ArtifactError(
-                f"'{folder}' is of rank {config.r} by its config, and {name} of rank {rank}. "
-                "Prune again."
-            )
+        _check_tensor(folder, config, name, tensor)
+    names = {name.removesuffix(end) for name in tensors for end in (_A, _B) if name.endswith(end)}
+    missing = {name + end for name in names for end in (_A, _B)} ^ tensors.keys()
+    if missing:
+        raise ArtifactError(f"'{folder}' has no pair for {min(missing):.200}. Prune again.")
+    scaling = config.lora_alpha / config.r
     return {
-        name.removeprefix(_PREFIX): LoraWeights(
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scaling
-        )
-        for name in names
+        name.removeprefix(_PREFIX): LoraWeights(tensors[name + _A], tensors[name + _B], scaling)
+        for name in sorted(names)
     }
 
 
-def _check_kind(folder: Path, config: Any) -> None:
-    """Refuse an adapter that is more, or other, than ``scaling B A`` of one rank."""
-    if not isinstance(config.r, int) or config.r < 1:
+@dataclass(frozen=True)
+class _AdapterConfig:
+    peft_type: Literal["LORA"]
+    r: int
+    lora_alpha: float
+
+
+def _load_adapter_config(folder: Path) -> _AdapterConfig:
+    """Read a config without peft, which takes some fields for code to import.
+
+    Refuses an adapter that is more, or other, than ``scaling B A`` of one rank.
+    """
+    path = folder / "adapter_config.json"
+    config = load_record(_AdapterConfig, path, fix="Prune again.")
+    every = load_record(dict[str, Any], path, fix="Prune again.")
+    if config.r < 1:
         raise ArtifactError(f"'{folder}' has rank {config.r!r}; it must be 1 or more. Prune again.")
     for name in _OTHER_KINDS:
-        if getattr(config, name, None) not in (None, False, "none", {}, []):
+        if every.get(name) not in (None, False, "none", {}, []):
             raise ArtifactError(
-                f"'{folder}' has {name}={getattr(config, name)!r}, and only plain LoRA is merged. "
+                f"'{folder}' has {name}={every[name]!r:.80}, and only plain LoRA is merged. "
                 "Prune again."
             )
+    return config
+
+
+def _check_tensor(folder: Path, config: _AdapterConfig, name: str, tensor: Tensor) -> None:
+    rank = tensor.shape[0 if name.endswith(_A) else 1] if tensor.ndim == 2 else None
+    if rank != config.r:
+        raise ArtifactError(
+            f"'{folder}' is of rank {config.r} by its config, and {name:.200} of rank {rank}. "
+            "Prune again."
+        )
 
 
 def check_adapter(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> None:

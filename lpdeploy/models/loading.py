@@ -116,9 +116,10 @@ def load_config(folder: Path) -> PretrainedConfig:
         get_family(model_type)
     except KeyError:
         known = ", ".join(family.load_classes()[1].__name__ for family in FAMILIES.values())
-        named = (raw.get("architectures") or [model_type])[0]
+        names = raw.get("architectures")
+        named = names[0] if isinstance(names, list) and names else model_type
         raise ArtifactError(
-            f"'{folder}' is a {named}, which lpdeploy does not know. Use {known}."
+            f"'{folder}' is a {named!s:.80}, which lpdeploy does not know. Use {known}."
         ) from None
     config_class, _ = get_model_classes(model_type)
     try:
@@ -308,6 +309,9 @@ def _build_quantization(
     }
 
 
+_SAMPLE = "A word, 1.5 and \u00e9\u4e2d\U0001f642\n\t<x>"
+
+
 def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
     """Load the tokenizer of a model.
 
@@ -325,8 +329,10 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=is_remote_code_trusted()
         )
-        tokenizer("a")  # some settings are only looked at when it is used
-    except Exception as error:  # tokenizers raises nothing more precise
+        tokenizer(_SAMPLE)  # some settings are only looked at when it is used
+    except BaseException as error:  # tokenizers raises nothing more precise, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if "trust_remote_code" in str(error):
             raise ArtifactError(
                 f"The tokenizer of '{folder}' is code of its own, which could do anything that you "

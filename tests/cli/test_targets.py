@@ -19,7 +19,7 @@ from lpdeploy.pruning.run import prune as run_prune
 from lpdeploy.pruning.target import LatencyFound, TargetRecord, describe_asked
 from lpdeploy.run_folder import RunFolder
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
-from tests.helpers import make_text, make_tiny_model
+from tests.helpers import make_text, make_tiny_model, set_launcher
 from tests.pruning.test_resume import StoppedError, stop_after
 
 
@@ -85,7 +85,7 @@ def test_a_missing_engine_is_told_before_any_work(base, data, tmp_path, monkeypa
 
 
 def test_several_ranks_do_not_measure(base, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_launcher(monkeypatch)
     words = ("--target-latency", "1ms", "--engine", "torch")
     check_refused(prune(base, data, tmp_path / "run", *words), "is measured by one process")
 

@@ -195,7 +195,9 @@ def test_a_broken_adapter_is_refused(run):
         load_adapter(adapter)
     weights.write_bytes(whole)
     (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"is no readable LoRA adapter: .*Prune again"):
+    with pytest.raises(
+        ArtifactError, match=r"adapter_config.json' is not valid JSON .*Prune again"
+    ):
         load_adapter(adapter)
 
 

@@ -22,7 +22,7 @@ from lpdeploy.config import BUDGETS, LATENCY, RENAMED
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, RunEndedError
 from lpdeploy.run_folder import RunFolder
-from tests.helpers import list_names, make_text, make_tiny_model
+from tests.helpers import list_names, make_text, make_tiny_model, set_launcher
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -204,7 +204,7 @@ class TestSignals:
         assert not stop.is_set()
 
     def test_a_rank_ignores_later_signals_until_it_has_ended(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        set_launcher(monkeypatch)
         stop = threading.Event()
         with pytest.raises(RunEndedError), stop_on_signal(stop):
             for _ in range(2):

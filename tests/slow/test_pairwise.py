@@ -111,8 +111,8 @@ ROWS = list_rows()
 
 def make_base(folder, row):
     make_tiny_model(
-        folder, model_type=row["family"], vocab_size=len(BYTES) + 8, kv_heads=2, hidden_size=64, head_dim=16,
-        intermediate_size=64, tie_word_embeddings=row["tied"],
+        folder, model_type=row["family"], vocab_size=len(BYTES) + 8, kv_heads=2, hidden_size=64,
+        head_dim=16, intermediate_size=64, tie_word_embeddings=row["tied"],
     )  # fmt: skip
     # For Qwen2, transformers makes bytes of text, whatever the files say; so all have bytes.
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(BYTES)}, []))

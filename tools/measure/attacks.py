@@ -46,6 +46,7 @@ COMMANDS = {
     "check base": ("check", "base"),
     "push": ("push", "run", "--repo", "owner/name"),
 }
+_BENCH = ("bench", "latency", "run", "--tokens", "4", "--repeats", "1", "--merged")
 _LONGEST_SENTENCE = 1200
 WRITES = ("run/verify.json", "run/eval.json", "run/manifest.json")
 """What commands may change when they succeed."""
@@ -118,8 +119,8 @@ def list_damages(path: Path, *, few: bool = False) -> Iterator[Damage]:
                 yield Damage(f"{key} is {name}", changed.encode() + b"\n")
 
 
-def make(root: Path) -> None:
-    """Make a base, a text, and a run with the results of all stages."""
+def make(root: Path, *, bench: bool = True) -> None:
+    """Make a base, a text, and a run with the results of all stages, or of all but the slow one."""
     shutil.copytree(_ASSETS / "story-llama-1M", root / "base")
     text = (_ASSETS / "valid.txt").read_text(encoding="utf-8")[:20_000]
     (root / "text.txt").write_text(text, encoding="utf-8")
@@ -130,7 +131,7 @@ def make(root: Path) -> None:
             ("export", "run", "--engine", "ort"),
             ("verify", "run", "--engine", "ort"),
             EVAL,
-            ("bench", "latency", "run", "--tokens", "4", "--repeats", "1", "--merged"),
+            *([_BENCH] if bench else []),
         ):
             result = invoke(*words)
             if result.exit_code:
