@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from lpdeploy.engines import ONNX, ORT, TRT
-from lpdeploy.engines.contract import Contract, load_contract, save_contract
+from lpdeploy.engines.contract import Contract, TensorSpec, load_contract, save_contract
 from lpdeploy.errors import ArtifactError
 
 SHARED = {
@@ -149,6 +149,22 @@ def test_other_versions_engines_and_precisions(tmp_path):
     write(tmp_path, ONNX, {**WRITTEN[ONNX], "precision": "int4"})
     with pytest.raises(ArtifactError, match="int4 is not supported by engine onnx"):
         load_contract(tmp_path, ONNX)
+
+
+def test_a_shape_is_resolved():
+    spec = TensorSpec("input_ids", "int64", ("batch", 3, "sequence"))
+    assert spec.resolve({"batch": 2, "sequence": 5}) == (2, 3, 5)
+
+
+def test_what_is_not_allowed_says_what_is(tmp_path):
+    data = copy.deepcopy(WRITTEN[TRT])
+    data["inputs"][0]["dtype"] = "float8"
+    with pytest.raises(ArtifactError, match=r"has dtype float8, not \w+, \w+.*[^.]\. Export it"):
+        load_contract(write(tmp_path, TRT, data), TRT)
+    data = copy.deepcopy(WRITTEN[TRT])
+    data["profiles"]["prefill"].pop("sequence")
+    with pytest.raises(ArtifactError, match=r"profiles.prefill does not limit batch, \w+"):
+        load_contract(write(tmp_path, TRT, data), TRT)
 
 
 def test_files_that_are_gone_or_cut_short(tmp_path):

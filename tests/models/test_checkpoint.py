@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from lpdeploy.models.adapters import LoraWeights, load_adapter
 from lpdeploy.models.checkpoint import (
     CARRIED_FILES,
     carry_files,
+    check_weights,
     compute_pruned_layout,
     save_shards,
     stream_pruned_blocks,
 )
-from lpdeploy.models.loading import load_model
+from lpdeploy.models.loading import load_config, load_model
+from lpdeploy.models.weight_files import index_weights
 from tests.models.families import (
     FAMILIES,
     choose_kept,
@@ -147,6 +150,10 @@ def test_a_missing_weight_is_named(tmp_path):
         ArtifactError, match=r"lacks 2 weights of its plan, first .*up_proj.* Give the complete"
     ):
         stream(base, plan, {})
+    with pytest.raises(
+        ArtifactError, match=r"lacks 2 weights by the names of its class, first .*up_proj.* Load it"
+    ):
+        check_weights(base, load_config(base), plan.specs)
 
 
 @pytest.mark.parametrize("size", [4, -100])  # within the header, within the last tensor
@@ -221,6 +228,15 @@ def test_shards_are_bounded_and_listed(folder):
         read |= tensors
     assert_same_tensors(read, make_tensors(5))
     assert len(list(folder.iterdir())) == 4
+
+
+def test_two_shards_need_an_index(folder):
+    save(folder, make_tensors(2), max_shard_bytes=400)
+    names = index_weights(folder, SimpleNamespace(tie_word_embeddings=False))
+    assert {name: weight.file.name for name, weight in names.items()} == {
+        "tensor0": "model-00001-of-00002.safetensors",
+        "tensor1": "model-00002-of-00002.safetensors",
+    }
 
 
 def test_a_tensor_larger_than_a_shard_gets_its_own(folder):

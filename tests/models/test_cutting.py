@@ -213,6 +213,17 @@ def test_only_the_named_specs_are_cut(bases):
     assert len(replaced) == 3  # frozen weights are not trained
 
 
+def test_weights_that_are_trained_are_returned_too(bases):
+    _, model, specs = build_lora(bases("llama-bias"))
+    model.requires_grad_(True)
+    before = dict(model.named_parameters())
+    replaced = apply_cut(model, specs, {"layers.1.channels": torch.tensor([3, 4])})
+    after = dict(model.named_parameters())
+    changed = {before[name]: after[name] for name in after if after[name] is not before[name]}
+    assert len(changed) > 6  # three weights with a factor of LoRA each, and the biases
+    assert {cut.old: cut.new for cut in replaced} == changed
+
+
 def test_a_model_without_lora_is_cut_too(bases):
     model = load_model(bases("llama-bias"))
     masked = copy.deepcopy(model)
