@@ -7,7 +7,7 @@
     python3 tools/dev.py test --servers   the tests of real servers, each in its own environment
 
 Other arguments go to `lpdeploy demo` or to pytest. This file needs the standard library only. It
-installs the exact versions of `constraints.txt`, and installs again only after a change.
+installs the exact files of `constraints.txt`, and installs again only after a change.
 """
 
 import argparse
@@ -25,7 +25,6 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 STAMP = VENV / "lpdeploy-setup"
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "cpu,dev,eval,genai,gguf,quant,serve,trt-rtx"
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
@@ -49,12 +48,14 @@ def setup() -> None:
         return
     if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
         venv.create(VENV, with_pip=True)
-    print(f"installing {EXTRAS} into {VENV}; this takes some minutes", flush=True)
+    print(f"installing into {VENV}; this takes some minutes", flush=True)
     pip = [BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # torch first and by its exact version: a range would let another package choose its build.
-    torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch="))
-    run(*pip, torch)
-    run(*pip, "-c", CONSTRAINTS, "-e", f".[{EXTRAS}]")
+    # torch first and without a hash: where it comes from decides for which devices it is built.
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    run(*pip, next(line.split()[0] for line in lines if line.startswith("torch=")))
+    run(*pip, "--require-hashes", "--no-deps", "-r", CONSTRAINTS)
+    run(*pip, "--no-deps", "--no-build-isolation", "-e", ".")
+    run(BIN / "python", "-m", "pip", "check", "--disable-pip-version-check")
     STAMP.write_text(compute_stamp(), encoding="utf-8")
     print(f"installed; the command is {BIN / 'lpdeploy'}", flush=True)
 
