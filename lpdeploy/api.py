@@ -244,8 +244,8 @@ class Run(RunFolder):
         """
         from lpdeploy.engines.exports import load_place
         from lpdeploy.engines.generation import generate
+        from lpdeploy.models.generation import list_stop_tokens
         from lpdeploy.models.loading import (
-            list_stop_tokens,
             load_config,
             load_tokenizer,
             resolve_device,

@@ -1,11 +1,12 @@
 """`lpdeploy check`: the shape and cost of a pruned model, before any training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import COUNT, print_result, shared_options, write_flags
+from lpdeploy.cli.common import COUNT, base_option, print_result, shared_options, write_flags
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.machine import format_bytes
 
@@ -22,19 +23,29 @@ if TYPE_CHECKING:
 @click.option(
     "--tokens", type=COUNT, default=2048, help="Number of prompt tokens in the cost estimate."
 )
+@base_option
 @shared_options()
-def command(*, model: str, tensor_parallel: int, tokens: int, as_json: bool, **values: Any) -> None:
+def command(
+    *,
+    model: str,
+    tensor_parallel: int,
+    tokens: int,
+    base: Path | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
     """Show the shape, cost and servers of a pruned model.
 
     For a MODEL, computes the shape that the given ratio would leave. Nothing is trained, and only
-    the config is read. For a RUN, describes the shape that it was pruned to. Lists the servers
-    that load the shape. If pruning makes a server reject it, suggests a similar shape that loads.
+    the config and the tokenizer are read. For a RUN, describes the shape that it was pruned to.
+    Lists the servers that load the shape. If pruning makes a server reject it, suggests a similar
+    shape that loads.
     """
     config = build_config(values)
 
     from lpdeploy.servers.check import check
 
-    result = check(model, config, tensor_parallel=tensor_parallel, tokens=tokens)
+    result = check(model, config, tensor_parallel=tensor_parallel, tokens=tokens, base=base)
     data = result.to_json()
     if data["suggestion"]:
         data["suggestion"]["options"] = write_flags(data["suggestion"]["options"])

@@ -10,7 +10,8 @@ from lpdeploy.engines.contract import FileRecord, ModelRecord, SourceRecord
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
-from lpdeploy.models.loading import compute_model_sha256, list_stop_tokens
+from lpdeploy.models.generation import list_stop_tokens
+from lpdeploy.models.loading import compute_model_sha256
 from lpdeploy.models.shapes import list_widths
 
 DEFAULT_MAX_SEQ_LEN = 2048

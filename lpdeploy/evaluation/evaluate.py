@@ -19,8 +19,8 @@ from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.perplexity import compute_perplexity
 from lpdeploy.evaluation.results import Evaluation, Figures, load_evaluation
 from lpdeploy.models.compact import find_base
+from lpdeploy.models.generation import list_stop_tokens
 from lpdeploy.models.loading import (
-    list_stop_tokens,
     load_config,
     load_tokenizer,
     resolve_device,

@@ -3,13 +3,14 @@
 import inspect
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import (
     check_unchanged,
@@ -32,7 +33,13 @@ from lpdeploy.models.checkpoint import (
     save_shards,
     stream_pruned_blocks,
 )
-from lpdeploy.models.loading import compute_model_sha256, load_config, load_tokenizer, resolve_model
+from lpdeploy.models.loading import (
+    compute_model_sha256,
+    find_config,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
 from lpdeploy.models.record import ModelRecord
 from lpdeploy.models.shapes import (
     build_pruned_config,
@@ -43,6 +50,8 @@ from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.plan import PruningPlan
 from lpdeploy.records import load_record
 from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -246,11 +255,28 @@ def find_base(plan: PruningPlan, moved_to: Path | None = None) -> Path:
     return base
 
 
+def find_base_config(plan: PruningPlan, moved_to: Path | None = None) -> PretrainedConfig:
+    """Return the config of a plan's base model, whose weights need not be there.
+
+    Raises:
+        ArtifactError: It is gone, or has other groups than the plan.
+    """
+    config = _find_base(find_config, plan, moved_to)
+    if list_group_specs(config) != plan.specs:
+        name = moved_to or plan.base_model
+        raise ArtifactError(f"plan.json lists other groups than '{name}' has. Prune again.")
+    return config
+
+
 def _resolve_base(plan: PruningPlan, moved_to: Path | None) -> Path:
+    return _find_base(resolve_model, plan, moved_to)
+
+
+def _find_base(find: Callable[[str], _Found], plan: PruningPlan, moved_to: Path | None) -> _Found:
     if moved_to is not None:
-        return resolve_model(str(moved_to))
+        return find(str(moved_to))
     try:
-        return resolve_model(plan.base_model)
+        return find(plan.base_model)
     except ArtifactError as error:
         raise ArtifactError(f"{error} If the base model was moved, give its `base`.") from error
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lpdeploy.errors import ArtifactError, LpdeployError, quote_error
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
 from lpdeploy.models.config_values import find_bad_value
 from lpdeploy.models.finite import round_weight
+from lpdeploy.models.generation import load_generation_settings
 from lpdeploy.models.quantized import (
     apply_training_layout,
     build_quantization,
@@ -146,43 +146,6 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """What lpdeploy uses of a generation_config.json.
-
-    Attributes:
-        eos_token_id: Tokens that end an answer; None to use those of the config.
-        bos_token_id: Token that starts a text.
-        pad_token_id: Token that fills rows of a batch.
-    """
-
-    eos_token_id: int | list[int] | None = None
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-
-def load_generation_settings(folder: Path) -> GenerationSettings:
-    """Read generation_config.json; the defaults if there is none.
-
-    Raises:
-        ArtifactError: It cannot be read.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return GenerationSettings()
-    return load_record(GenerationSettings, path, fix="Copy the checkpoint anew.")
-
-
-def list_stop_tokens(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """List the tokens that end an answer.
-
-    A generation config says more than a config: chat models end a turn with another token.
-    """
-    own = load_generation_settings(folder).eos_token_id
-    stops = config.eos_token_id if own is None else own
-    return tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
-
-
 def get_model_classes(model_type: str) -> tuple[Any, Any]:
     """Return the (config class, model class) of a supported model type, stock or per-layer.
 
@@ -309,6 +272,12 @@ def _build_quantization(
     }
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a tokenizer lies beside a model."""
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return any((folder / name).is_file() for name in files)
+
+
 _SAMPLE = "A word, 1.5 and \u00e9\u4e2d\U0001f642\n\t<x>"
 
 
@@ -320,8 +289,7 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if not any((folder / name).is_file() for name in files):
+    if not has_tokenizer(folder):
         raise ArtifactError(f"'{folder}' has no tokenizer. Copy its tokenizer files beside it.")
     try:
         # Neither asks on the terminal whether to run code: not that of a tokenizer, nor, with the

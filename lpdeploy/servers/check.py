@@ -3,14 +3,17 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
+from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import get_head_dim, list_group_specs
+from lpdeploy.models.compact import find_base_config
 from lpdeploy.models.costs import compute_decode_bytes, compute_prefill_flops
-from lpdeploy.models.loading import find_config
+from lpdeploy.models.loading import find_config, has_tokenizer, load_tokenizer
 from lpdeploy.models.shapes import (
     LayerWidths,
     build_pruned_config,
@@ -23,7 +26,8 @@ from lpdeploy.models.shapes import (
 )
 from lpdeploy.plan import WidthRequest
 from lpdeploy.run_folder import RunFolder
-from lpdeploy.servers.verdicts import Verdict, list_verdicts
+from lpdeploy.servers.gguf_vocab import build_vocabulary
+from lpdeploy.servers.verdicts import LLAMA_CPP, Verdict, list_verdicts
 
 # Rows and columns that a matrix kernel of a GPU works on at once. The last tile of a width that is
 # no multiple is computed whole.
@@ -132,16 +136,22 @@ class CheckResult:
 
 
 def check(
-    model: str, config: PruneConfig, *, tensor_parallel: int = 1, tokens: int = 2048
+    model: str,
+    config: PruneConfig,
+    *,
+    tensor_parallel: int = 1,
+    tokens: int = 2048,
+    base: Path | None = None,
 ) -> CheckResult:
     """Say what a pruned model would be, what it would cost, and which servers would load it.
 
     Args:
-        model: Folder or hub name of a model, of which only the config is read. Or a run, whose
-            plan then decides in place of ``config``.
+        model: Folder or hub name of a model, of which the config is read, and the tokenizer if the
+            folder has one. Or a run, whose plan then decides in place of ``config``.
         config: How the model would be pruned.
         tensor_parallel: GPUs over which the heads are divided.
         tokens: Length of the prefill, and of the context of a decoded token.
+        base: Where the base model of a run lies now, if it was moved.
 
     Raises:
         ArtifactError: Model or run cannot be read.
@@ -150,28 +160,41 @@ def check(
     run = RunFolder(model)
     if run.is_complete:
         plan = run.load_plan()
-        base = find_config(plan.base_model)
-        pruned = build_pruned_config(base, compute_widths(base, list_group_specs(base), plan.kept))
+        folder = Path(base or plan.base_model)
+        source = find_base_config(plan, base)
+        pruned = build_pruned_config(source, compute_widths(source, plan.specs, plan.kept))
         ratio, nearest = plan.ratio, None
     else:
-        base = find_config(model)
-        pruned = forecast_config(base, config.widths)
-        ratio = config.compute_ratio(list_group_specs(base))
-        nearest = suggest(base, config.widths, ranks=tensor_parallel)
+        folder, source = Path(model), find_config(model)
+        pruned = forecast_config(source, config.widths)
+        ratio = config.compute_ratio(list_group_specs(source))
+        nearest = suggest(source, config.widths, ranks=tensor_parallel)
+    verdicts = list_verdicts(pruned, tensor_parallel=tensor_parallel)
     return CheckResult(
         model=model,
         ratio=ratio,
         shape=describe_shape(pruned),
-        before=compute_costs(base, tokens=tokens),
+        before=compute_costs(source, tokens=tokens),
         after=compute_costs(pruned, tokens=tokens),
         tokens=tokens,
         tensor_parallel=tensor_parallel,
         alignment=list_alignment(pruned, ranks=tensor_parallel),
-        servers=list_verdicts(pruned, tensor_parallel=tensor_parallel),
+        servers=[_judge_tokenizer(verdict, folder, source) for verdict in verdicts],
         suggestion=None
         if nearest is None
-        else (nearest, describe_shape(forecast_config(base, nearest))),
+        else (nearest, describe_shape(forecast_config(source, nearest))),
     )
+
+
+def _judge_tokenizer(verdict: Verdict, folder: Path, config: PretrainedConfig) -> Verdict:
+    """Let a server that takes the shape object to the tokenizer, if the folder has one."""
+    if verdict.name != LLAMA_CPP or not has_tokenizer(folder):
+        return verdict
+    try:
+        build_vocabulary(load_tokenizer(folder, config), rows=config.vocab_size)
+    except ArtifactError as error:
+        return replace(verdict, loads="no", why=str(error))
+    return verdict
 
 
 def describe_request(request: WidthRequest) -> str:

@@ -13,9 +13,9 @@ from lpdeploy.errors import LpdeployError, MissingDependencyError
 from lpdeploy.families import GgufArchitecture, get_family
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.finite import check_finite, round_weight
+from lpdeploy.models.generation import list_stop_tokens
 from lpdeploy.models.loading import (
     get_model_classes,
-    list_stop_tokens,
     load_config,
     load_tokenizer,
     refuse_incomplete,

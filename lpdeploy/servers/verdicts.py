@@ -270,6 +270,7 @@ def need_gguf_architecture(config: PretrainedConfig, _: int) -> Finding | None:
 
 
 _TEST = "tests/servers/test_check.py"
+LLAMA_CPP = "llama.cpp"
 _JOB = "tests/slow/servers/test_servers.py by the optional job"
 _FOLDER = "The checkpoint folder"
 
@@ -310,7 +311,7 @@ SERVERS: tuple[Server, ...] = (
         "genai", "lpdeploy.servers.genai:package_genai",
     ),
     Server(
-        "llama.cpp", "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
+        LLAMA_CPP, "llama-cpp-python 0.3.36", f"tests/servers/test_llamacpp.py, {_JOB}",
         "'lpdeploy package --target llamacpp'.",
         (refuse_per_layer, need_gguf_architecture, need_silu, fit_gguf_blocks),
         "llamacpp", "lpdeploy.servers.llamacpp:package_llamacpp",

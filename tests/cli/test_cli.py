@@ -129,6 +129,10 @@ def test_a_base_that_was_moved(run, data, base, tmp_path):
         check_refused(invoke(*words, "--base", other), "is not the one that was pruned")
         result = invoke(*words, "--base", moved)
         assert result.exit_code == 0, result.output
+    check_refused(invoke("check", run), "If the base model was moved, give its --base")
+    assert invoke("check", run, "--base", moved).exit_code == 0
+    wider = make_tiny_model(tmp_path / "wider", heads=8)
+    check_refused(invoke("check", run, "--base", wider), "lists other groups than")
 
 
 @pytest.mark.slow

@@ -270,3 +270,14 @@ def test_protected_layers_stay_whole_in_the_check(tmp_path):
     folder = make_tiny_model(tmp_path / "model")
     shape = check(str(folder), PruneConfig(round_to=8, protect_first=1)).shape
     assert shape.channels == [48, 24]
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_before_training(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")  # its tokenizer knows whole words only
+    (verdict,) = (v for v in check(str(folder), PruneConfig()).servers if v.name == "llama.cpp")
+    assert verdict.loads == "no"
+    assert "its kind is WordLevel" in verdict.why
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (verdict,) = (v for v in check(str(folder), PruneConfig()).servers if v.name == "llama.cpp")
+    assert "WordLevel" not in verdict.why

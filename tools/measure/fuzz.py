@@ -32,7 +32,8 @@ from lpdeploy.evaluation.results import load_evaluation
 from lpdeploy.evaluation.tasks import load_task_files
 from lpdeploy.folders import load_folder_record
 from lpdeploy.models.adapters import load_adapter
-from lpdeploy.models.loading import load_config, load_generation_settings, load_tokenizer
+from lpdeploy.models.generation import load_generation_settings
+from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.record import load_model_record
 from lpdeploy.models.shapes import count_parameters, list_widths
 from lpdeploy.models.weight_files import index_weights
