@@ -4,6 +4,7 @@ Standard library only. A folder is replaced only if all of it is in its record, 
 files are still those that were written.
 """
 
+import contextlib
 import glob
 import os
 import re
@@ -152,6 +153,7 @@ def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator
     Raises:
         ArtifactError: ``path`` exists and may not be replaced.
     """
+    _restore_set_aside(path)
     check_replaceable(path, kind=kind, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
@@ -212,13 +214,32 @@ def _replace_folder(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _restore_set_aside(path: Path) -> None:
+    """Put the old folder back if a process died between the two renames: it is the only one."""
+    if not path.exists():
+        aside = [leftover for leftover in _list_leftovers(path, "old") if leftover.is_dir()]
+        if aside:
+            max(aside, key=lambda leftover: leftover.stat().st_mtime_ns).rename(path)
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete temporary siblings of ``path`` that killed processes left behind."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(tmp|old)-(\d+)")
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
-        found = name.fullmatch(leftover.name)
-        if found and not _is_alive(int(found[2])):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    """Delete temporary siblings of ``path`` that killed processes left behind.
+
+    One that cannot be deleted stays: it is in nobody's way.
+    """
+    for leftover in _list_leftovers(path, "tmp|old"):
+        with contextlib.suppress(OSError):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def _list_leftovers(path: Path, kinds: str) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(path.name)}\.({kinds})-([1-9][0-9]{{0,8}})")
+    found = path.parent.glob(f".{glob.escape(path.name)}.*-*") if path.parent.is_dir() else ()
+    matches = ((leftover, name.fullmatch(leftover.name)) for leftover in found)
+    return [leftover for leftover, match in matches if match and not _is_alive(int(match[2]))]
 
 
 def _is_alive(pid: int) -> bool:

@@ -104,7 +104,11 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
         write_folder(tmp_path / "model", overwrite=True)
 
 
-@pytest.mark.parametrize("name", [".model.tmp-", ".model.old-x", ".model.tmp-1-2", ".modelx.tmp-1"])
+@pytest.mark.parametrize(
+    "name",
+    [".model.tmp-", ".model.old-x", ".model.tmp-1-2", ".modelx.tmp-1", ".model.tmp-0",
+     ".model.old-" + "9" * 30, ".model.tmp-\n1", ".model.tmp-\u0664"],
+)  # fmt: skip
 def test_a_file_that_is_named_like_a_leftover_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
     write_folder(tmp_path / "model", "new")
@@ -117,6 +121,34 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_stay(tmp_path):
     alive.mkdir()
     remove_leftovers(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == [alive.name]
+
+
+def test_the_only_whole_folder_is_put_back(tmp_path):
+    folder, aside = tmp_path / "model", tmp_path / ".model.old-999999999"
+    write_folder(folder, "weights")
+    folder.rename(aside)  # as a process leaves it that dies between the two renames
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder, kind="model", overwrite=True):
+        1 / 0  # noqa: B018
+    assert (folder / "weights").exists()
+    folder.rename(aside)
+    with pytest.raises(ArtifactError, match="already exists"):
+        write_folder(folder, "new")
+    write_folder(folder, "new", overwrite=True)
+    assert (folder / "new").exists()
+    folder.rename(tmp_path / "first")
+    write_folder(folder, "newer")
+    (tmp_path / "first").rename(aside)  # the new one stands
+    write_folder(folder, "newest", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_link_that_is_named_like_a_leftover_loses_nothing_but_itself(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / ".model.tmp-999999999").symlink_to(tmp_path / "mine")
+    write_folder(tmp_path / "model", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
 
 
 def test_a_hash_sees_names_and_contents(tmp_path):
