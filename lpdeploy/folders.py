@@ -217,7 +217,8 @@ def _replace_folder(temporary: Path, path: Path) -> None:
 def _restore_set_aside(path: Path) -> None:
     """Put the old folder back if a process died between the two renames: it is the only one."""
     if not path.exists():
-        aside = [leftover for leftover in _list_leftovers(path, "old") if leftover.is_dir()]
+        found = _list_leftovers(path, "old")
+        aside = [leftover for leftover in found if (leftover / FOLDER_RECORD).is_file()]
         if aside:
             max(aside, key=lambda leftover: leftover.stat().st_mtime_ns).rename(path)
 

@@ -142,6 +142,12 @@ def test_the_only_whole_folder_is_put_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_lpdeploy_did_not_write_is_not_put_back(tmp_path):
+    (tmp_path / ".model.old-999999999").mkdir()
+    write_folder(tmp_path / "model", "new")
+    assert (tmp_path / "model" / "new").exists()
+
+
 def test_a_link_that_is_named_like_a_leftover_loses_nothing_but_itself(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
