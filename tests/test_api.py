@@ -76,6 +76,7 @@ def test_it_does_what_the_command_does(base, data, tmp_path, capsys):
     assert_same(tmp_path / "api", tmp_path / "cli")
 
 
+@pytest.mark.slow
 def test_objects_are_as_good_as_paths(base, data, tmp_path):
     by_path = lpdeploy.prune(base, data=data, output=tmp_path / "paths", config=CONFIG)
     rows = [{"text": text} for text in data.read_text().split("\n<|endoftext|>\n")]
@@ -109,6 +110,7 @@ def test_a_model_in_memory_needs_a_tokenizer_and_no_adapter(base, data, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_whole_line(tmp_path, data):
     from tests.helpers import make_tiny_model
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import make_text, make_tiny_model
 
 # Words of what libraries say when they are imported; no line of ours has one of them.
@@ -20,6 +22,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_no_library_speaks_to_the_user(tmp_path):
     make_tiny_model(tmp_path / "base", num_hidden_layers=1)
     make_text(tmp_path / "text.txt")

@@ -96,6 +96,7 @@ def read_json(result):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_an_engine_from_outside_runs_the_line(made, monkeypatch):
     run, text = made
     refused = invoke("export", run, "--engine", "toy")

@@ -83,6 +83,7 @@ def test_an_option_of_another_engine_is_refused(tmp_path):
         export(str(model), engine="onnx", block_size=32)
 
 
+@pytest.mark.slow
 def test_an_export_elsewhere_leaves_the_model_as_it_is(tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=1)
     before = {path: path.read_bytes() for path in model.rglob("*")}

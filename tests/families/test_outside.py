@@ -43,6 +43,7 @@ def judge_llama_cpp(config):
     return next(v for v in list_verdicts(config) if v.name == "llama.cpp")
 
 
+@pytest.mark.slow
 def test_it_runs_the_line(tmp_path):
     base = make_tiny_model(
         tmp_path / "base", model_type="toy", kv_heads=2, head_dim=16, attention_bias=True

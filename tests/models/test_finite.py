@@ -76,6 +76,7 @@ def test_a_quantized_one_too(base, load_in):
         load_model(base, dtype="fp32", load_in=load_in)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("engine", ["ort", "onnx"])
 def test_what_fp16_cannot_hold_is_refused(base, tmp_path, engine, name):

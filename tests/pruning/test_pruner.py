@@ -156,6 +156,7 @@ def test_in_a_trainer_the_same_groups_are_kept(base, data, tmp_path, ours):
     assert_same_groups(lpdeploy.Run(tmp_path / "run"), expected)
 
 
+@pytest.mark.slow
 def test_in_trls_trainer_the_same_groups_are_kept(base, data, tmp_path, ours):
     trl = pytest.importorskip("trl")
     config, expected = ours

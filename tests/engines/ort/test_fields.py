@@ -84,6 +84,7 @@ def test_a_field_that_changes_the_logits_changes_those_of_the_graph(family, fiel
         torch.testing.assert_close(collect_logits(runner, [row]), logits, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_activation_is_refused(tmp_path):
     for family in FAMILIES:
         folder = tmp_path / family
