@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     help="Absolute tolerance for every pair.  [default: depends on the precision]",
 )
 @click.option(
-    "--integrity", is_flag=True, help="Hash every file, even if its size and time are unchanged."
+    "--integrity",
+    is_flag=True,
+    help="Hash the files of the model and its exports, even if size and time are unchanged.",
 )
 @shared_options()
 def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:
