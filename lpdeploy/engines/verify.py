@@ -160,7 +160,7 @@ def verify(
         engine: Compare the exports for this engine too; ``torch`` leaves exports out.
         base: Where the base model of a run lies now, if it was moved.
         atol: Tolerance for every pair instead of its own.
-        integrity: Hash the files of models and exports, also those whose size and time are as recorded.
+        integrity: Hash the files of models and exports, even if size and time are as recorded.
 
     Raises:
         ArtifactError: There is nothing to compare, a stage cannot be loaded, or a file has changed.
