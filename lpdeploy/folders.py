@@ -5,21 +5,23 @@ files are still those that were written.
 """
 
 import contextlib
+import fcntl
 import glob
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import MANIFEST, compute_sha256, explain_full_disk, temporary_path
+from lpdeploy.artifacts import atomic_file, compute_sha256, explain_full_disk, temporary_path
 from lpdeploy.errors import ArtifactError
 from lpdeploy.records import format_json, load_record, read_record
 
+MANIFEST = "manifest.json"
 FOLDER_RECORD = ".lpdeploy.json"
 """Lies in every folder that lpdeploy wrote. Only a folder that has it is ever replaced."""
 # Files that appear beside what was written without anybody losing anything when they go.
@@ -49,9 +51,10 @@ class FolderRecord:
 
     Attributes:
         kind: ``adapter``, ``model``, ``export``, ``package`` or ``run``.
-        files: Relative names of the files that were written, and what they were; empty for a run,
-            which grows. None for a file of which an earlier version kept the name only.
-        written_ns: When the record was written, in nanoseconds.
+        files: Relative names of the files that were written, and what they were. In a run, which
+            grows, those beside its folders, see ``recorded_files``. None for a file of which an
+            earlier version kept the name only.
+        written_ns: When the whole folder was written, in nanoseconds; 0 for a run.
     """
 
     kind: str
@@ -60,7 +63,8 @@ class FolderRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record into its folder."""
-        (folder / FOLDER_RECORD).write_text(format_json(asdict(self)), encoding="utf-8")
+        with atomic_file(folder / FOLDER_RECORD) as temporary:
+            temporary.write_text(format_json(asdict(self)), encoding="utf-8")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FolderRecord":
@@ -78,7 +82,49 @@ def load_folder_record(folder: Path) -> FolderRecord | None:
         return None
 
 
-def check_untouched(folder: Path, *, fix: str, always_hash: bool = False) -> None:
+@contextmanager
+def recorded_files(folder: Path, *files: Path) -> Iterator[None]:
+    """Let files of a folder be written or removed, and record what they are afterwards.
+
+    Whoever dies in between leaves them without a record: not checked, but never taken for changed.
+
+    Args:
+        folder: One that lpdeploy wrote; the files of any other are not recorded.
+        files: They lie in it.
+    """
+    names = [str(file.relative_to(folder)) for file in files]
+    _amend_record(folder, names, {})
+    yield
+    stamps = {name: _stamp(folder / name) for name in names if (folder / name).is_file()}
+    _amend_record(folder, names, stamps)
+
+
+def _amend_record(folder: Path, names: Iterable[str], stamps: Mapping[str, FileStamp]) -> None:
+    with _lock_folder(folder):
+        record = load_folder_record(folder)
+        if record is None or not (stamps or record.files.keys() & set(names)):
+            return
+        kept = {name: stamp for name, stamp in record.files.items() if name not in names}
+        replace(record, files={**kept, **stamps}).save(folder)
+
+
+@contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Keep others from amending the record meanwhile: stages that only read a run write at once."""
+    handle = os.open(folder, os.O_RDONLY) if folder.is_dir() else None
+    try:
+        if handle is not None:
+            with contextlib.suppress(OSError):  # not every file system locks folders
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def check_untouched(
+    folder: Path, *, fix: str, only: Iterable[Path] | None = None, always_hash: bool = False
+) -> None:
     """Refuse a folder of ours of which a file is not what was written.
 
     A file of the same size and time is taken for the same; otherwise its hash decides, so that a
@@ -87,6 +133,7 @@ def check_untouched(folder: Path, *, fix: str, always_hash: bool = False) -> Non
     Args:
         folder: One without a record is not ours, and may hold anything.
         fix: Sentence that says how to get it back.
+        only: Files in it to check; by default all that were written.
         always_hash: Hash every file.
 
     Raises:
@@ -95,9 +142,10 @@ def check_untouched(folder: Path, *, fix: str, always_hash: bool = False) -> Non
     record = load_folder_record(folder)
     if record is None:
         return
+    asked = None if only is None else set(only)
     for name, stamp in record.files.items():
         path = folder / name
-        if stamp is None or path.name in _EDITED:
+        if stamp is None or path.name in _EDITED or (asked is not None and path not in asked):
             continue
         if not path.is_file():
             raise ArtifactError(f"'{path}' is missing. {fix}")
@@ -123,7 +171,9 @@ def find_foreign_file(folder: Path) -> Path | None:
     """
     record = load_folder_record(folder)
     known = set(record.files) if record else set()
-    for path in sorted(folder.iterdir()):
+    # A killed process may have left these when it amended a finished folder.
+    left = [p for name in (FOLDER_RECORD, MANIFEST) for p in _list_leftovers(folder / name, "tmp")]
+    for path in sorted(set(folder.iterdir()).difference(left)):
         if path.is_dir() and not path.is_symlink():
             own = load_folder_record(path) is not None
             found = find_foreign_file(path) if own else _find_unknown(path, folder, known)
@@ -251,3 +301,21 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; return those that were made, the innermost first."""
+    made = []
+    for folder in (path, *path.parents):
+        if folder.exists():
+            break
+        made.append(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty_folders(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first; one that something lies in stays."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

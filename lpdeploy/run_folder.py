@@ -13,9 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lpdeploy.artifacts import MANIFEST, compute_sha256, load_output_hash
+from lpdeploy.artifacts import check_unchanged
 from lpdeploy.errors import ArtifactError, RunInUseError
-from lpdeploy.folders import FolderRecord, check_replaceable, load_folder_record, remove_leftovers
+from lpdeploy.folders import (
+    FOLDER_RECORD,
+    MANIFEST,
+    FolderRecord,
+    check_replaceable,
+    check_untouched,
+    load_folder_record,
+    make_folders,
+    recorded_files,
+    remove_empty_folders,
+    remove_leftovers,
+)
+from lpdeploy.manifest import load_output_hash
 from lpdeploy.plan import PruningPlan, load_plan
 
 RUN, BASE, ADAPTER, MODEL = "run", "base", "adapter", "model"
@@ -173,13 +185,33 @@ class RunFolder:
                 f"The run in '{self}' is not complete. Run 'lpdeploy prune' with its options and "
                 "`resume=True` first."
             )
+        self.check_files(self.manifest)
         plan = load_plan(self.plan)
         expected = load_output_hash(self.path, "prune", self.plan.name)
-        if expected is not None and compute_sha256(self.plan) != expected:
-            raise ArtifactError(
-                f"'{self.plan}' has changed since it was written. Restore it, or prune again."
-            )
+        check_unchanged(self.plan, expected, fix="Restore it, or prune again.")
         return plan
+
+    # What was written.
+
+    def recorded(self, *files: Path) -> AbstractContextManager[None]:
+        """Let files of the run be written or removed, and record what they are afterwards."""
+        return recorded_files(self.path, *files)
+
+    def check_files(self, *files: Path) -> None:
+        """Refuse a file of the run that lpdeploy wrote and that has changed since then.
+
+        They are small, so they are always hashed. A file that is gone is as good as one of a stage
+        that has not run.
+
+        Args:
+            files: Which; all by default. Folders of the run have records of their own.
+
+        Raises:
+            ArtifactError: One has changed.
+        """
+        present = [file for file in files or self._files if file.is_file()]
+        fix = "Restore it, or delete it and make it again."
+        check_untouched(self.path, only=present, fix=fix)
 
     # Who holds it.
 
@@ -196,7 +228,7 @@ class RunFolder:
         Raises:
             RunInUseError: Another process holds the run.
         """
-        made = _make_folders(self.path)
+        made = make_folders(self.path)
         lock = self.path / _LOCK
         is_new = not lock.exists()
         with _open_lock(lock, shared=shared) as stream:
@@ -215,7 +247,7 @@ class RunFolder:
             finally:
                 if is_new and not (self.is_ours or self.is_complete):
                     lock.unlink(missing_ok=True)
-                _remove_empty(made)
+                remove_empty_folders(made)
 
     # What may be replaced.
 
@@ -271,7 +303,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if clear:
             self.clear(base=base)
-        for path in (*self._files, *self._folders):
+        for path in (*self._files, *self._folders, self.path / FOLDER_RECORD):
             remove_leftovers(path)
         FolderRecord(RUN).save(self.path)
 
@@ -356,20 +388,3 @@ def _refuse_part(output: Path, run: RunFolder, place: Path) -> None:
         raise ArtifactError(
             f"'{output}' is a part of the run in '{run}'. Use another `output`, or leave it out."
         )
-
-
-def _make_folders(path: Path) -> list[Path]:
-    """Make a folder and those above it; return those that were made, the innermost first."""
-    made = []
-    for folder in (path, *path.parents):
-        if folder.exists():
-            break
-        made.append(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    return made
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    with contextlib.suppress(OSError):  # the innermost first; one that is in use stays
-        for folder in folders:
-            folder.rmdir()

@@ -2,17 +2,10 @@ import json
 
 import pytest
 
-from lpdeploy import artifacts
-from lpdeploy.artifacts import (
-    atomic_file,
-    check_unchanged,
-    compute_sha256,
-    load_stage,
-    record_stage,
-    save_json,
-)
+from lpdeploy.artifacts import atomic_file, check_unchanged, compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
-from lpdeploy.folders import FOLDER_RECORD, atomic_folder, remove_leftovers
+from lpdeploy.folders import FOLDER_RECORD, MANIFEST, atomic_folder, remove_leftovers
+from lpdeploy.manifest import load_stage, record_stage
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -171,7 +164,7 @@ def test_a_changed_input_is_refused(tmp_path):
     path.write_text("1")
     check_unchanged(path, compute_sha256(path), fix="Restore it.")
     check_unchanged(path, None, fix="Restore it.")
-    with pytest.raises(ArtifactError, match="has changed since it was recorded. Restore it."):
+    with pytest.raises(ArtifactError, match="has changed since it was written. Restore it."):
         check_unchanged(path, "0" * 64, fix="Restore it.")
 
 
@@ -193,4 +186,4 @@ def test_stages_are_recorded_side_by_side(tmp_path):
 def test_a_failed_stage_is_not_recorded(tmp_path):
     with pytest.raises(RuntimeError), record_stage(tmp_path, "prune", {}):
         raise RuntimeError
-    assert not (tmp_path / artifacts.MANIFEST).exists()
+    assert not (tmp_path / MANIFEST).exists()

@@ -2,21 +2,42 @@
 
 import os
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from click.testing import CliRunner
 
+from lpdeploy.api import prune
+from lpdeploy.benchmark.results import LatencyResult, LatencyRow
+from lpdeploy.benchmark.stage import save_latency
 from lpdeploy.cli.main import main
-from lpdeploy.errors import ArtifactError
-from lpdeploy.folders import FOLDER_RECORD, atomic_folder, check_untouched, load_folder_record
+from lpdeploy.config import PruneConfig
+from lpdeploy.errors import ArtifactError, RunEndedError
+from lpdeploy.folders import (
+    FOLDER_RECORD,
+    FolderRecord,
+    atomic_folder,
+    check_untouched,
+    load_folder_record,
+    recorded_files,
+)
+from lpdeploy.machine import describe_machine
 from tests.helpers import make_text, make_tiny_model
 
 SMALL = [
     "--steps", "2", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
     "--prune-every", "1", "--round-to", "4", "--calibration-samples", "2", "--device", "cpu",
 ]  # fmt: skip
+
+
+ROW = LatencyRow(
+    model="m", ratio=0.5, engine="torch", precision="fp32", merged=True, phase="decode",
+    tokens=8, batch=1, median_ms=2, p10_ms=1, p90_ms=3, tokens_per_s=500, relative=1,
+    limit_share=None, peak_bytes=None, repeats=3, parameters=10, bytes=40,
+)  # fmt: skip
 
 
 def invoke(*words):
@@ -54,9 +75,13 @@ def made(tmp_path_factory):
         ("compact", run, "--keep-adapter"),
         ("export", run, "--engine", "ort"),
         ("export", run, "--engine", "ort", "--unmerged"),
+        ("verify", run, "--engine", "ort"),
+        ("eval", run, "--perplexity", data, "--seq-len", 16, "--with-base"),
     ):
         result = invoke(*words)
         assert result.exit_code == 0, result.output
+    save_latency(LatencyResult(describe_machine(), {}, (ROW,)), run / "bench.json")
+    assert invoke("report", run).exit_code == 0
     return root
 
 
@@ -110,6 +135,116 @@ def test_no_reader_takes_a_file_that_was_changed(root):
         assert not (root / "out").exists(), (file, name)
         sentence = " ".join(result.stderr.split())
         assert f"'{root / file}' has changed since it was written." in sentence, (name, sentence)
+
+
+def list_run_files(run):
+    """List every file in a run, except records and locks and what people edit."""
+    apart = {FOLDER_RECORD, ".lock", "README.md", "genai_config.json"}
+    return [path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in apart]
+
+
+def test_every_file_of_a_run_is_checked(root):
+    run = root / "run"
+    files = list_run_files(run)
+    assert {"plan.json", "log.jsonl", "recipe.yaml", "importance.safetensors", "manifest.json",
+            "verify.json", "eval.json", "bench.json", "bench.md", "bench.svg", "report.html",
+            } <= {path.name for path in files if path.parent == run}  # fmt: skip
+    for path in files:
+        with changed(path):
+            result = invoke("verify", run, "--engine", "torch", "--integrity")
+        sentence = " ".join(result.stderr.split())
+        assert result.exit_code == 1, path
+        assert f"'{path}' has changed since it was written." in sentence, (path, sentence)
+    assert invoke("verify", run, "--engine", "torch", "--integrity").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plan.json", "manifest.json", "log.jsonl", "recipe.yaml", "importance.safetensors",
+     "verify.json", "eval.json", "bench.json"],
+)  # fmt: skip
+def test_a_report_shows_only_what_was_measured(root, name):
+    page = (root / "run" / "report.html").read_bytes()
+    with changed(root / "run" / name):
+        result = invoke("report", root / "run")
+    assert result.exit_code == 1
+    assert "has changed since it was written." in " ".join(result.stderr.split())
+    assert (root / "run" / "report.html").read_bytes() == page
+
+
+def test_new_figures_do_not_join_old_ones_that_were_changed(root):
+    words = [word.format(run=root / "run", text=root / "text.txt") for word in EVAL]
+    with changed(root / "run" / "eval.json"):
+        before = (root / "run" / "eval.json").read_bytes()
+        result = invoke(*words)
+        assert (root / "run" / "eval.json").read_bytes() == before
+    assert result.exit_code == 1
+    assert "Restore it, or delete it and make it again." in " ".join(result.stderr.split())
+    (root / "run" / "eval.json").unlink()
+    assert invoke(*words).exit_code == 0
+    assert invoke("verify", root / "run", "--engine", "torch", "--integrity").exit_code == 0
+
+
+def test_a_deleted_measurement_is_one_that_was_not_made(root):
+    (root / "run" / "bench.json").unlink()
+    assert invoke("verify", root / "run", "--engine", "torch", "--integrity").exit_code == 0
+    assert invoke("report", root / "run").exit_code == 0
+
+
+def test_a_resumed_run_takes_only_the_log_it_wrote(root, tmp_path):
+    options = [*SMALL, "--steps", "4", "--checkpoint-every", "2"]
+    run, begun = tmp_path / "again", threading.Event()
+    words = ["prune", root / "base", "--data", root / "text.txt", "--output", run, *options]
+
+    def stop_after(step):
+        if step.step == 3:
+            begun.set()
+
+    config = PruneConfig(
+        steps=4, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1, round_to=4,
+        calibration_samples=2, device="cpu", checkpoint_every=2,
+    )  # fmt: skip
+    with pytest.raises(RunEndedError):
+        prune(root / "base", root / "text.txt", run, config=config, stop=begun, on_step=stop_after)
+    text = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(text.replace('"loss": ', '"loss": 1', 1))
+    result = invoke(*words, "--resume")
+    assert result.exit_code == 1
+    assert "has changed since the checkpoint was saved" in " ".join(result.stderr.split())
+    (run / "log.jsonl").write_text(text)
+    result = invoke(*words, "--resume")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_stage_that_dies_while_it_writes_accuses_nobody(tmp_path):
+    FolderRecord("run").save(tmp_path)
+    path = tmp_path / "eval.json"
+    with recorded_files(tmp_path, path):
+        path.write_text("1")
+    with pytest.raises(KeyboardInterrupt), recorded_files(tmp_path, path):
+        path.write_text("2")
+        raise KeyboardInterrupt
+    check_untouched(tmp_path, fix="")
+    assert load_folder_record(tmp_path).files == {}
+
+
+def test_stages_that_end_together_are_all_recorded(tmp_path):
+    FolderRecord("run").save(tmp_path)
+    names = [f"{number}.json" for number in range(40)]
+
+    def write(name):
+        with recorded_files(tmp_path, tmp_path / name):
+            (tmp_path / name).write_text(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, names))
+    assert sorted(load_folder_record(tmp_path).files) == sorted(names)
+
+
+def test_a_folder_of_others_gets_no_record(tmp_path):
+    with recorded_files(tmp_path, tmp_path / "bench.json"):
+        (tmp_path / "bench.json").write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
 def test_no_reader_takes_a_base_that_was_changed(made, root):

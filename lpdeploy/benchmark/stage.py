@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lpdeploy.artifacts import atomic_file, save_json
+from lpdeploy.artifacts import atomic_file
 from lpdeploy.benchmark.latency import Probe, Subject, measure_latency
 from lpdeploy.benchmark.plot import draw_latency
 from lpdeploy.benchmark.results import LatencyResult
@@ -15,8 +15,9 @@ from lpdeploy.benchmark.variants import Variant, list_variants
 from lpdeploy.benchmark.worker import Worker, Workload, build_probe, load_all
 from lpdeploy.engines import get_engine
 from lpdeploy.errors import ArtifactError
+from lpdeploy.folders import recorded_files
 from lpdeploy.models.loading import resolve_device
-from lpdeploy.records import load_json
+from lpdeploy.records import format_json, load_json
 from lpdeploy.run_folder import RunFolder, check_output
 
 
@@ -67,12 +68,21 @@ def bench_latency(  # noqa: PLR0913 - what the command takes
         )
         with start_workers(variants, device=device) as (subjects, probe):
             result = measure_latency(subjects, workloads, probe=probe, on_progress=on_progress)
-    save_json(result_file, result.to_json())
-    texts = {".md": render_latency(result), ".svg": draw_latency(result)}
-    for suffix, text in texts.items():
-        with atomic_file(result_file.with_suffix(suffix)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    save_latency(result, result_file)
     return result, result_file.parent
+
+
+def save_latency(result: LatencyResult, file: Path) -> None:
+    """Write a result, and its table and its plot beside it."""
+    texts = {
+        file: format_json(result.to_json()),
+        file.with_suffix(".md"): render_latency(result),
+        file.with_suffix(".svg"): draw_latency(result),
+    }
+    with recorded_files(file.parent, *texts):
+        for path, text in texts.items():
+            with atomic_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

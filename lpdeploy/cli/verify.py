@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 @click.option(
     "--integrity",
     is_flag=True,
-    help="Hash the files of the model and its exports, even if size and time are unchanged.",
+    help="Hash every file of the run, its models and its exports, even if size and time are "
+    "unchanged.",
 )
 @shared_options()
 def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:

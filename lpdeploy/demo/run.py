@@ -111,7 +111,9 @@ def run_demo(
     logger.info("generate a few lines")
     opening = _read_opening(valid)
     models = {"dense": _BASE, f"{RATIOS[-1]:.0%} pruned": half.model}
-    save_json(half.samples, [asdict(_write_lines(opening, *item)) for item in models.items()])
+    samples = [asdict(_write_lines(opening, *item)) for item in models.items()]
+    with half.recorded(half.samples):
+        save_json(half.samples, samples)
     page = half.report(output=output / "index.html")
     seconds = round(time.perf_counter() - start, 1)
     return DemoResult(page, seconds, _list_perplexities(measured), bench.rows)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.artifacts import compute_sha256, record_stage
+from lpdeploy.artifacts import compute_sha256
 from lpdeploy.engines import ENGINES, get_engine
 from lpdeploy.engines.contract import Contract
+from lpdeploy.manifest import record_stage
 from lpdeploy.models.place import locate_model
 from lpdeploy.run_folder import check_output
 

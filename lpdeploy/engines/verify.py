@@ -24,7 +24,7 @@ from lpdeploy.engines.stages import (
 from lpdeploy.engines.weight_checks import WeightsCheck
 from lpdeploy.errors import ArtifactError, ParityError
 from lpdeploy.folders import check_untouched
-from lpdeploy.models.place import locate_model
+from lpdeploy.models.place import ModelPlace, locate_model
 
 _PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
 _DECODE_STEPS = 4
@@ -160,15 +160,16 @@ def verify(
         engine: Compare the exports for this engine too; ``torch`` leaves exports out.
         base: Where the base model of a run lies now, if it was moved.
         atol: Tolerance for every pair instead of its own.
-        integrity: Hash the files of models and exports, even if size and time are as recorded.
+        integrity: Hash every file of the run, its models and its exports, even if size and time
+            are as recorded.
 
     Raises:
         ArtifactError: There is nothing to compare, a stage cannot be loaded, or a file has changed.
     """
     place = locate_model(model)
-    for folder in place.list_parts() if integrity else ():
-        check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
     run = place.run
+    if integrity:
+        _check_integrity(place)
     if run is None:
         stages = list_model_stages(place, engine)
     else:
@@ -185,8 +186,16 @@ def verify(
     with place.hold(shared=True):
         result = _compare_all(stages, atol=atol)
     if run is not None:
-        save_json(run.verification, result.to_json())
+        with run.recorded(run.verification):
+            save_json(run.verification, result.to_json())
     return result
+
+
+def _check_integrity(place: ModelPlace) -> None:
+    if place.run is not None:
+        place.run.check_files()
+    for folder in place.list_parts():
+        check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
 
 
 def _compare_all(stages: list[Stage], *, atol: float | None) -> VerifyResult:

@@ -83,9 +83,15 @@ def evaluate(
             runner = load_torch_runner(base, device=device)
             result = replace(result, base=_measure(runner, base, options, tasks, on_progress))
         if place.run is not None:
-            old = load_evaluation(place.run.evaluation, fix="Delete it.")
-            save_json(place.run.evaluation, (result.merge(old) if old else result).to_json())
+            _merge_into(place.run, result)
     return result
+
+
+def _merge_into(run: RunFolder, result: Evaluation) -> None:
+    run.check_files(run.evaluation)
+    old = load_evaluation(run.evaluation, fix="Delete it.")
+    with run.recorded(run.evaluation):
+        save_json(run.evaluation, (result.merge(old) if old else result).to_json())
 
 
 def _get_sha256(place: ModelPlace) -> str | None:

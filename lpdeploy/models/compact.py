@@ -12,18 +12,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import (
-    check_unchanged,
-    compute_sha256,
-    load_output_hash,
-    load_stage,
-    record_stage,
-    save_json,
-)
+from lpdeploy.artifacts import check_unchanged, compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import atomic_folder, check_replaceable
+from lpdeploy.manifest import load_output_hash, load_stage, record_stage
 from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
 from lpdeploy.models.checkpoint import (

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpdeploy.artifacts import atomic_file, explain_full_disk
+from lpdeploy.artifacts import atomic_file, compute_sha256, explain_full_disk
 from lpdeploy.config import PruneConfig, rename_fields
 from lpdeploy.errors import ArtifactError, DiskFullError, RecipeError, quote_error
 from lpdeploy.machine import list_versions
@@ -59,6 +59,7 @@ class _Metadata:
     options: dict[str, Any]
     environment: dict[str, Any]
     lpdeploy: str
+    log_sha256: str | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -69,11 +70,13 @@ class Checkpoint:
     Attributes:
         step: Optimizer steps done.
         inputs: Hashes of the base model and the data.
+        log_sha256: Hash of the log of the steps done; None if there was none.
         tensors: ``lora.*``, ``moments.*``, ``kept.*``, ``average.*`` and ``last_seen.*``.
     """
 
     step: int
     inputs: Mapping[str, str]
+    log_sha256: str | None
     tensors: Mapping[str, Tensor]
 
     def select(self, prefix: str) -> dict[str, Tensor]:
@@ -104,6 +107,7 @@ def save_checkpoint(
         options=options.to_json(),
         environment=_describe_environment(options),
         lpdeploy=list_versions()["lpdeploy"],
+        log_sha256=compute_sha256(run.log) if run.log.is_file() else None,
     )
     written = {name: json.dumps(value) for name, value in asdict(metadata).items()}
     written["sha256"] = json.dumps(_hash(plain, written))
@@ -169,7 +173,7 @@ def load_checkpoint(
             "or `overwrite=True` to start anew."
         )
     _warn_of_environment(metadata.environment, options)
-    return Checkpoint(step=metadata.step, inputs=inputs, tensors=tensors)
+    return Checkpoint(metadata.step, inputs, metadata.log_sha256, tensors)
 
 
 def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import hashlib
 import os
 from dataclasses import dataclass
 
 from lpdeploy.artifacts import atomic_file
+from lpdeploy.errors import ArtifactError
 from lpdeploy.records import format_json, load_record_lines
 from lpdeploy.run_folder import RunFolder
 
@@ -63,18 +65,27 @@ def append_log(run: RunFolder, info: StepInfo) -> None:
         os.close(handle)
 
 
-def trim_log(run: RunFolder, done: int) -> None:
+def trim_log(run: RunFolder, done: int, *, sha256: str | None = None) -> None:
     """Drop the lines of steps after ``done``, which a resumed run does again.
 
+    Args:
+        run: Where the log lies, if it was not deleted.
+        done: The last step that was done.
+        sha256: Hash of the lines that stay; None if it is not known.
+
     Raises:
-        ArtifactError: A line is damaged.
+        ArtifactError: A line is damaged or was changed.
     """
     path = run.log
     if path.is_file():
         found = load_record_lines(StepInfo, path, fix=_FIX)
-        lines = [line for line, info in found if info.step <= done]
+        text = "".join(f"{line}\n" for line, info in found if info.step <= done).encode()
+        if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
+            raise ArtifactError(
+                f"'{path}' has changed since the checkpoint was saved. Restore it, or delete it."
+            )
         with atomic_file(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            temporary.write_bytes(text)
 
 
 def load_log(run: RunFolder) -> list[StepInfo]:

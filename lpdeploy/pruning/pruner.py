@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lpdeploy.artifacts import record_stage
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import LINEARS
+from lpdeploy.manifest import record_stage
 from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.models.shapes import list_prunable
 from lpdeploy.pruning.results import build_plan, complete_run, save_results

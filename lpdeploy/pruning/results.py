@@ -7,10 +7,11 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import Stage, atomic_file, compute_sha256, save_json
+from lpdeploy.artifacts import atomic_file, compute_sha256, save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import atomic_folder
+from lpdeploy.manifest import Stage
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.state import PruningState
@@ -58,7 +59,7 @@ def save_results(
     with atomic_folder(run.adapter, kind=ADAPTER, overwrite=True) as temporary:
         # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
         model.save_pretrained(str(temporary), save_embedding_layers=False)
-    with atomic_file(run.importance) as path:
+    with run.recorded(run.importance, run.log), atomic_file(run.importance) as path:
         save_file(state.last_seen, path)
     stage.outputs = {
         run.adapter.name: compute_sha256(run.adapter),
@@ -68,7 +69,8 @@ def save_results(
 
 def complete_run(run: RunFolder, plan: PruningPlan) -> None:
     """Save the plan, the last of all files: a run with a plan is complete."""
-    save_json(run.plan, plan.to_json())
+    with run.recorded(run.plan):
+        save_json(run.plan, plan.to_json())
     run.checkpoint.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a run without checkpoints has no such folder
         run.checkpoint.parent.rmdir()

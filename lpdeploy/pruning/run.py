@@ -12,12 +12,7 @@ from typing import Any
 
 import yaml
 
-from lpdeploy.artifacts import (
-    Stage,
-    atomic_file,
-    record_stage,
-    save_json,
-)
+from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.data.sources import name_source
@@ -28,6 +23,7 @@ from lpdeploy.errors import (
     RankLostError,
     RunEndedError,
 )
+from lpdeploy.manifest import Stage, record_stage
 from lpdeploy.models.loading import (
     compute_model_sha256,
 )
@@ -221,12 +217,13 @@ def _prepare_output(
 ) -> None:
     """Leave in a run only what it begins or goes on with; called when all input is known good."""
     run.claim(clear=checkpoint is None, base=base)
-    with atomic_file(run.recipe) as temporary:
-        temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
-    if target is not None:
-        save_json(run.target, target.to_json())
+    with run.recorded(run.recipe, run.target):
+        with atomic_file(run.recipe) as temporary:
+            temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
+        if target is not None:
+            save_json(run.target, target.to_json())
     if checkpoint is not None:
-        trim_log(run, checkpoint.step)
+        trim_log(run, checkpoint.step, sha256=checkpoint.log_sha256)
 
 
 def _run(

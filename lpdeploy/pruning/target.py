@@ -130,12 +130,14 @@ def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:
     Raises:
         ArtifactError: The run began without a target, or with another one.
     """
-    path = RunFolder(run).target
+    folder = RunFolder(run)
+    path = folder.target
     if not path.is_file():
         raise ArtifactError(
             f"No {path.name} in '{path.parent}'. The run began with a `ratio`: resume it with the "
             "same."
         )
+    folder.check_files(path)
     record = load_record(TargetRecord, path, fix="Use `overwrite=True` to start anew.")
     if record.asked != dict(asked):
         raise ArtifactError(

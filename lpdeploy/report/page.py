@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpdeploy.artifacts import atomic_file, load_stages
+from lpdeploy.artifacts import atomic_file
 from lpdeploy.benchmark.plot import draw_latency, draw_training
 from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.engines import list_exporting
@@ -15,6 +15,8 @@ from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.verify import VerifyResult
 from lpdeploy.errors import ArtifactError
 from lpdeploy.evaluation.results import Evaluation, load_evaluation
+from lpdeploy.folders import recorded_files
+from lpdeploy.manifest import load_stages
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.plan import describe_method
@@ -53,8 +55,8 @@ def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> P
         The file.
 
     Raises:
-        ArtifactError: The run has no plan, a file in it cannot be read, its exports or figures
-            are of another model, or ``output`` is a file that lpdeploy did not write.
+        ArtifactError: The run has no plan, a file in it has changed or cannot be read, its exports
+            or figures are of another model, or ``output`` is a file that lpdeploy did not write.
     """
     run = RunFolder(run)
     path = output or run.page
@@ -65,7 +67,7 @@ def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> P
     )
     with run.hold(shared=True):
         page = environment.get_template("page.html.j2").render(**_collect(run))
-    with atomic_file(path) as temporary:
+    with recorded_files(path.parent, path), atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
@@ -86,6 +88,7 @@ def _check_page(path: Path) -> None:
 def _collect(run: RunFolder) -> dict[str, Any]:
     """Read what the page shows: plan, sizes, training curve, and each stage's JSON or None."""
     plan = run.load_plan()
+    run.check_files()
     record = load_model_record(run.model)
     _check_exports(run)
     bench = _load(LatencyResult, run.benchmark)

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import compute_sha256, record_stage, save_json
+from lpdeploy.artifacts import compute_sha256, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
+from lpdeploy.manifest import record_stage
 from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.models.place import locate_model
 from lpdeploy.models.shapes import list_widths

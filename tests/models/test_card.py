@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lpdeploy.artifacts import record_stage
+from lpdeploy.manifest import record_stage
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
 from tests.models.families import (

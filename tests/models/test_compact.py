@@ -13,9 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lpdeploy.artifacts import compute_sha256, load_stage
+from lpdeploy.artifacts import compute_sha256
 from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import list_group_specs
+from lpdeploy.manifest import load_stage
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import compute_model_sha256, load_config, load_model, load_tokenizer
 from lpdeploy.models.record import load_model_record

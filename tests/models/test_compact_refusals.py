@@ -6,8 +6,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lpdeploy.artifacts import compute_sha256, record_stage, save_json
+from lpdeploy.artifacts import compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
+from lpdeploy.manifest import record_stage
 from lpdeploy.models.compact import compact, find_base
 from lpdeploy.models.loading import compute_model_sha256
 from lpdeploy.run_folder import RunFolder

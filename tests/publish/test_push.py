@@ -19,6 +19,7 @@ from lpdeploy.models.loading import load_model
 from lpdeploy.pruning.target import SizeFound, TargetRecord
 from lpdeploy.publish.push import push
 from lpdeploy.records import load_json
+from lpdeploy.run_folder import RunFolder
 from tests import fake_hub
 from tests.benchmark.test_target import SMALL, prune
 from tests.cli.test_cli import check_refused, invoke, last_json
@@ -136,7 +137,8 @@ def forget_hashes(run):
     sha256 = compute_sha256(run / "plan.json")
     manifest = load_json(run / "manifest.json", fix="")
     manifest["stages"]["prune"]["outputs"]["plan.json"] = sha256
-    save_json(run / "manifest.json", manifest)
+    with RunFolder(run).recorded(run / "manifest.json"):
+        save_json(run / "manifest.json", manifest)
     record = load_json(run / "model" / "lpdeploy.json", fix="")
     save_json(run / "model" / "lpdeploy.json", {**record, "plan_sha256": sha256})
     (run / "model" / FOLDER_RECORD).unlink()

@@ -23,7 +23,6 @@ from datasets import Dataset
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from lpdeploy.artifacts import load_stages
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.contract import load_contract
@@ -31,6 +30,7 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.evaluation.results import load_evaluation
 from lpdeploy.evaluation.tasks import load_task_files
 from lpdeploy.folders import load_folder_record
+from lpdeploy.manifest import load_stages
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.generation import load_generation_settings
 from lpdeploy.models.loading import load_config, load_tokenizer

@@ -35,8 +35,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import yaml
 from safetensors import safe_open
 
-from lpdeploy.artifacts import check_unchanged, load_stage
+from lpdeploy.artifacts import check_unchanged
 from lpdeploy.config import PruneConfig
+from lpdeploy.manifest import load_stage
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.pruning.run import prune
 from lpdeploy.run_folder import RunFolder
