@@ -12,10 +12,10 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lpdeploy.artifacts import atomic_file, compute_sha256, explain_full_disk, temporary_path
 from lpdeploy.errors import ArtifactError
@@ -63,8 +63,9 @@ class FolderRecord:
 
     def save(self, folder: Path) -> None:
         """Write the record into its folder."""
+        data = asdict(replace(self, files=dict(sorted(self.files.items()))))
         with atomic_file(folder / FOLDER_RECORD) as temporary:
-            temporary.write_text(format_json(asdict(self)), encoding="utf-8")
+            temporary.write_text(format_json(data), encoding="utf-8")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FolderRecord":
@@ -93,29 +94,34 @@ def recorded_files(folder: Path, *files: Path) -> Iterator[None]:
         files: They lie in it.
     """
     names = [str(file.relative_to(folder)) for file in files]
-    _amend_record(folder, names, {})
-    yield
-    stamps = {name: _stamp(folder / name) for name in names if (folder / name).is_file()}
-    _amend_record(folder, names, stamps)
+    with _lock_folder(folder, fcntl.LOCK_EX):
+        for file in (*files, folder / FOLDER_RECORD):
+            remove_leftovers(file)
+        _amend_record(folder, names, {})
+        yield
+        stamps = {name: _stamp(folder / name) for name in names if (folder / name).is_file()}
+        _amend_record(folder, names, stamps)
 
 
 def _amend_record(folder: Path, names: Iterable[str], stamps: Mapping[str, FileStamp]) -> None:
-    with _lock_folder(folder):
-        record = load_folder_record(folder)
-        if record is None or not (stamps or record.files.keys() & set(names)):
-            return
-        kept = {name: stamp for name, stamp in record.files.items() if name not in names}
-        replace(record, files={**kept, **stamps}).save(folder)
+    record = load_folder_record(folder)
+    if record is None or not (stamps or record.files.keys() & set(names)):
+        return
+    kept = {name: stamp for name, stamp in record.files.items() if name not in names}
+    replace(record, files={**kept, **stamps}).save(folder)
 
 
 @contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Keep others from amending the record meanwhile: stages that only read a run write at once."""
+def _lock_folder(folder: Path, kind: int) -> Iterator[None]:
+    """Let nobody read a file between its writing and its record, nor two write at once.
+
+    Stages that only read a model may run at the same time, and each writes its result.
+    """
     handle = os.open(folder, os.O_RDONLY) if folder.is_dir() else None
     try:
         if handle is not None:
             with contextlib.suppress(OSError):  # not every file system locks folders
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(handle, kind)
         yield
     finally:
         if handle is not None:
@@ -137,11 +143,17 @@ def check_untouched(
         always_hash: Hash every file.
 
     Raises:
-        ArtifactError: A file is missing or has changed; names it.
+        ArtifactError: A file is missing or has changed, or the record cannot be read; names it.
     """
-    record = load_folder_record(folder)
-    if record is None:
-        return
+    with _lock_folder(folder, fcntl.LOCK_SH):
+        if (folder / FOLDER_RECORD).exists():
+            record = load_record(FolderRecord, folder / FOLDER_RECORD, fix=fix)
+            _check_files(folder, record, fix=fix, only=only, always_hash=always_hash)
+
+
+def _check_files(
+    folder: Path, record: FolderRecord, *, fix: str, only: Iterable[Path] | None, always_hash: bool
+) -> None:
     asked = None if only is None else set(only)
     for name, stamp in record.files.items():
         path = folder / name
@@ -161,6 +173,11 @@ def _looks_untouched(path: Path, stamp: FileStamp, written_ns: int) -> bool:
     # written again just after it, in the same step.
     settled = stamp.mtime_ns < written_ns - _STEP_NS
     return settled and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns)
+
+
+def find_recorded_folders(path: Path) -> list[Path]:
+    """List the folders at and below a folder that have a record of their own."""
+    return sorted(record.parent for record in path.rglob(FOLDER_RECORD))
 
 
 def find_foreign_file(folder: Path) -> Path | None:
@@ -319,3 +336,13 @@ def remove_empty_folders(folders: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
+
+
+def open_lock(path: Path, *, shared: bool) -> AbstractContextManager[IO[str] | None]:
+    """Open the file that a lock is put on; nothing to lock where it cannot be written anyway."""
+    try:
+        return path.open("a+")
+    except OSError:
+        if not shared:
+            raise
+        return nullcontext()  # a folder that cannot be written is not written by others either

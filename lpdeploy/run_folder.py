@@ -8,10 +8,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from lpdeploy.artifacts import check_unchanged
 from lpdeploy.errors import ArtifactError, RunInUseError
@@ -23,6 +22,7 @@ from lpdeploy.folders import (
     check_untouched,
     load_folder_record,
     make_folders,
+    open_lock,
     recorded_files,
     remove_empty_folders,
     remove_leftovers,
@@ -73,6 +73,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """LoRA of the pruned model, as PEFT saves it."""
         return self.path / "adapter"
+
+    @property
+    def refit(self) -> Path:
+        """The weights that were refitted, where there are any; see ``PruneConfig.refit``."""
+        return self.path / "refit.safetensors"
 
     @property
     def importance(self) -> Path:
@@ -151,7 +156,15 @@ class RunFolder:
     def _files(self) -> tuple[Path, ...]:
         bench = (self.benchmark.with_suffix(suffix) for suffix in (".json", ".md", ".svg"))
         return (
-            *(self.plan, self.importance, self.log, self.manifest, self.recipe, self.target),
+            *(
+                self.plan,
+                self.refit,
+                self.importance,
+                self.log,
+                self.manifest,
+                self.recipe,
+                self.target,
+            ),
             *(self.checkpoint, self.verification, self.evaluation, *bench),
             *(self.samples, self.page),
         )
@@ -185,7 +198,7 @@ class RunFolder:
                 f"The run in '{self}' is not complete. Run 'lpdeploy prune' with its options and "
                 "`resume=True` first."
             )
-        self.check_files(self.manifest)
+        self.check_files(self.manifest, self.plan)
         plan = load_plan(self.plan)
         expected = load_output_hash(self.path, "prune", self.plan.name)
         check_unchanged(self.plan, expected, fix="Restore it, or prune again.")
@@ -210,7 +223,7 @@ class RunFolder:
             ArtifactError: One has changed.
         """
         present = [file for file in files or self._files if file.is_file()]
-        fix = "Restore it, or delete it and make it again."
+        fix = "Restore it, or delete it and run the stage that wrote it again."
         check_untouched(self.path, only=present, fix=fix)
 
     # Who holds it.
@@ -231,7 +244,7 @@ class RunFolder:
         made = make_folders(self.path)
         lock = self.path / _LOCK
         is_new = not lock.exists()
-        with _open_lock(lock, shared=shared) as stream:
+        with open_lock(lock, shared=shared) as stream:
             try:
                 if stream is not None:
                     fcntl.flock(
@@ -333,15 +346,6 @@ class RunFolder:
             if record is not None and record.kind == EXPORT:
                 parts[path] = EXPORT
         return parts
-
-
-def _open_lock(path: Path, *, shared: bool) -> AbstractContextManager[IO[str] | None]:
-    try:
-        return path.open("a+")
-    except OSError:
-        if not shared:
-            raise
-        return nullcontext()  # a folder that cannot be written is not written by others either
 
 
 def name_export(engine: str, *, unmerged: bool = False) -> str:

@@ -15,6 +15,7 @@ from lpdeploy.benchmark.results import LatencyResult, LatencyRow
 from lpdeploy.benchmark.stage import save_latency
 from lpdeploy.cli.main import main
 from lpdeploy.config import PruneConfig
+from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, RunEndedError
 from lpdeploy.folders import (
     FOLDER_RECORD,
@@ -179,7 +180,7 @@ def test_new_figures_do_not_join_old_ones_that_were_changed(root):
         result = invoke(*words)
         assert (root / "run" / "eval.json").read_bytes() == before
     assert result.exit_code == 1
-    assert "Restore it, or delete it and make it again." in " ".join(result.stderr.split())
+    assert "Restore it, or delete it and run the stage" in " ".join(result.stderr.split())
     (root / "run" / "eval.json").unlink()
     assert invoke(*words).exit_code == 0
     assert invoke("verify", root / "run", "--engine", "torch", "--integrity").exit_code == 0
@@ -239,6 +240,92 @@ def test_stages_that_end_together_are_all_recorded(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, names))
     assert sorted(load_folder_record(tmp_path).files) == sorted(names)
+
+
+def test_a_stage_is_not_refused_because_another_one_writes(tmp_path):
+    FolderRecord("run").save(tmp_path)
+    path, done = tmp_path / "eval.json", threading.Event()
+
+    def write(text):
+        for number in range(150):
+            with recorded_files(tmp_path, path):
+                path.write_text(f"{text}{number}")
+
+    def read():
+        while not done.is_set():
+            check_untouched(tmp_path, fix="")
+
+    with ThreadPoolExecutor(3) as pool:
+        reader = pool.submit(read)
+        for writer in [pool.submit(write, text) for text in "ab"]:
+            writer.result()
+        done.set()
+        reader.result()
+    check_untouched(tmp_path, fix="")
+
+
+def test_what_a_killed_stage_left_goes_when_the_next_one_writes(tmp_path):
+    FolderRecord("run").save(tmp_path)
+    for name in (f".{FOLDER_RECORD}.tmp-4000000", ".eval.json.tmp-4000000"):
+        (tmp_path / name).write_text("half")
+    with recorded_files(tmp_path, tmp_path / "eval.json"):
+        (tmp_path / "eval.json").write_text("1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FOLDER_RECORD, "eval.json"]
+
+
+def test_results_that_lie_elsewhere_are_checked_as_well(root):
+    run, other, export = root / "run", root / "run" / "other", root / "run" / "deep" / "ort"
+    for words in (
+        ("compact", run, "--output", other),
+        ("compact", run, "--output", root / "elsewhere"),
+        ("export", run, "--engine", "ort", "--output", export),
+    ):
+        assert invoke(*words).exit_code == 0
+    verify = ("verify", run, "--engine", "torch", "--integrity")
+    assert invoke(*verify).exit_code == 0
+    for path in (other / "model.safetensors", export / "model.onnx.data"):
+        with changed(path):
+            result = invoke(*verify)
+        assert f"'{path}' has changed since it was written." in " ".join(result.stderr.split())
+    for folder in (other, root / "elsewhere"):
+        with changed(folder / "model.safetensors"):
+            result = invoke("eval", folder, "--perplexity", root / "text.txt", "--seq-len", 16)
+        assert result.exit_code == 1
+        assert "has changed since it was written" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("folder", ["run", "run/adapter", "run/model", "run/ort"])
+def test_a_record_that_cannot_be_read_is_no_pass(root, folder):
+    (root / folder / FOLDER_RECORD).write_text("")
+    result = invoke("verify", root / "run", "--engine", "torch", "--integrity")
+    assert result.exit_code == 1
+    assert f"'{root / folder / FOLDER_RECORD}'" in " ".join(result.stderr.split())
+
+
+def test_a_folder_without_a_record_is_named(root, caplog):
+    (root / "run" / "ort" / FOLDER_RECORD).unlink()
+    verify(root / "run", engine="torch", integrity=True)  # exports without a record are no parts
+    (root / "run" / "model" / FOLDER_RECORD).unlink()
+    with caplog.at_level("WARNING"):
+        verify(root / "run", engine="torch", integrity=True)
+    assert f"'{root / 'run' / 'model'}' has no record of its files" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["plan.json", "adapter/adapter_model.safetensors"])
+def test_a_run_without_its_manifest_is_checked_all_the_same(root, name):
+    (root / "run" / "manifest.json").unlink()
+    with changed(root / "run" / name):
+        result = invoke("compact", root / "run", "--overwrite")
+    assert result.exit_code == 1
+    assert "has changed since it was written" in " ".join(result.stderr.split())
+
+
+def test_figures_are_not_measured_for_a_file_that_is_refused(root, monkeypatch):
+    monkeypatch.setattr("lpdeploy.evaluation.evaluate.load_place", lambda *_, **__: 1 / 0)
+    words = [word.format(run=root / "run", text=root / "text.txt") for word in EVAL]
+    with changed(root / "run" / "eval.json"):
+        result = invoke(*words)
+    assert "has changed since it was written" in " ".join(result.stderr.split())
 
 
 def test_a_folder_of_others_gets_no_record(tmp_path):

@@ -1,6 +1,7 @@
 """The verify stage: every stage of a run, or of a model, computes the same logits."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ from lpdeploy.engines.stages import (
 )
 from lpdeploy.engines.weight_checks import WeightsCheck
 from lpdeploy.errors import ArtifactError, ParityError
-from lpdeploy.folders import check_untouched
+from lpdeploy.folders import check_untouched, find_recorded_folders
 from lpdeploy.models.place import ModelPlace, locate_model
+
+logger = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = (23, 9, 17)  # three rows of different lengths: batch > 1, padding on the left
 _DECODE_STEPS = 4
@@ -194,8 +197,14 @@ def verify(
 def _check_integrity(place: ModelPlace) -> None:
     if place.run is not None:
         place.run.check_files()
-    for folder in place.list_parts():
+    recorded = {found for part in place.list_parts() for found in find_recorded_folders(part)}
+    if place.run is not None:
+        recorded |= set(find_recorded_folders(place.run.path)) - {place.run.path}
+    for folder in sorted(recorded):
         check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
+    for folder in place.list_parts():
+        if folder not in recorded:
+            logger.warning("'%s' has no record of its files: they were not checked.", folder)
 
 
 def _compare_all(stages: list[Stage], *, atol: float | None) -> VerifyResult:

@@ -67,6 +67,8 @@ def evaluate(
         raise ArtifactError(f"`with_base=True` needs a run, and '{model}' is none. Leave it out.")
     place = locate_model(model)
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
+    if place.run is not None:  # before hours of work, whose result goes into this file
+        place.run.check_files(place.run.evaluation)
     with place.hold(shared=True):
         runner = load_place(place, engine, device=device)
         result = Evaluation(
@@ -89,8 +91,8 @@ def evaluate(
 
 def _merge_into(run: RunFolder, result: Evaluation) -> None:
     run.check_files(run.evaluation)
-    old = load_evaluation(run.evaluation, fix="Delete it.")
     with run.recorded(run.evaluation):
+        old = load_evaluation(run.evaluation, fix="Delete it.")
         save_json(run.evaluation, (result.merge(old) if old else result).to_json())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError, quote_error
 from lpdeploy.families.groups import LINEARS, expand_index
+from lpdeploy.folders import check_untouched
 from lpdeploy.models.finite import check_finite
 from lpdeploy.plan import PruningPlan
 from lpdeploy.records import load_record
@@ -84,8 +85,10 @@ def load_adapter(folder: Path) -> dict[str, LoraWeights]:
         Module name in the base model (``model.layers.0.mlp.up_proj``) -> its LoRA weights.
 
     Raises:
-        ArtifactError: The folder holds no readable LoRA adapter.
+        ArtifactError: The folder holds no readable LoRA adapter, or has changed since lpdeploy
+            wrote it.
     """
+    check_untouched(folder, fix="Restore the file, or prune again.")
     config = _load_adapter_config(folder)
     try:
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -16,7 +16,7 @@ from lpdeploy.artifacts import check_unchanged, compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import list_group_specs
-from lpdeploy.folders import atomic_folder, check_replaceable
+from lpdeploy.folders import FOLDER_RECORD, atomic_folder, check_replaceable
 from lpdeploy.manifest import load_output_hash, load_stage, record_stage
 from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
 from lpdeploy.models.card import build_model_card
@@ -309,7 +309,7 @@ def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:
 
 
 def _copy_adapter(run: RunFolder, folder: Path, *, base: Path) -> None:
-    shutil.copytree(run.adapter, folder / ADAPTER)
+    shutil.copytree(run.adapter, folder / ADAPTER, ignore=shutil.ignore_patterns(FOLDER_RECORD))
     path = folder / ADAPTER / "adapter_config.json"
     config = load_record(dict[str, Any], path, fix="Prune again.")
     config["base_model_name_or_path"] = str(base)  # its shapes are those of the pruned base

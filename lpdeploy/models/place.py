@@ -92,7 +92,9 @@ def locate_model(given: str | os.PathLike[str], *, unmerged: bool = False) -> Mo
         raise ArtifactError(
             f"`unmerged=True` needs a run, and '{given}' is none: it has no plan. Leave it out."
         )
-    return ModelPlace(str(given), resolve_model(str(given)), None)
+    folder = resolve_model(str(given))
+    check_untouched(folder, fix="Make it again, or restore the file.")
+    return ModelPlace(str(given), folder, None)
 
 
 def _find_run(path: Path) -> RunFolder | None:

@@ -137,7 +137,7 @@ def forget_hashes(run):
     sha256 = compute_sha256(run / "plan.json")
     manifest = load_json(run / "manifest.json", fix="")
     manifest["stages"]["prune"]["outputs"]["plan.json"] = sha256
-    with RunFolder(run).recorded(run / "manifest.json"):
+    with RunFolder(run).recorded(run / "manifest.json", run / "plan.json"):
         save_json(run / "manifest.json", manifest)
     record = load_json(run / "model" / "lpdeploy.json", fix="")
     save_json(run / "model" / "lpdeploy.json", {**record, "plan_sha256": sha256})

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from click.testing import CliRunner, Result
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.cli import main as cli
+from lpdeploy.folders import FOLDER_RECORD, recorded_files
 from tools.measure.common import build_parser, save_measurement
 
 _ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
@@ -36,6 +38,7 @@ SMALL = [
 EVAL = ("eval", "run", "--perplexity", "text.txt", "--seq-len", "16", "--engine", "ort")
 COMMANDS = {
     "prune": ("prune", "base", "--data", "text.txt", "--output", "other", *SMALL),
+    "prune recipe": ("prune", "--recipe", "recipe.yaml", "--output", "other"),
     "compact": ("compact", "run", "--output", "other"),
     "export": ("export", "run", "--engine", "ort", "--output", "other"),
     "package": ("package", "run", "--target", "vllm", "--output", "other"),
@@ -48,7 +51,7 @@ COMMANDS = {
 }
 _BENCH = ("bench", "latency", "run", "--tokens", "4", "--repeats", "1", "--merged")
 _LONGEST_SENTENCE = 1200
-WRITES = ("run/verify.json", "run/eval.json", "run/manifest.json")
+WRITES = ("run/verify.json", "run/eval.json", "run/manifest.json", "run/.lpdeploy.json")
 """What commands may change when they succeed."""
 READERS = {
     "run/plan.json": ("compact", "verify", "report", "check", "push"),
@@ -58,16 +61,23 @@ READERS = {
     "run/bench.json": ("report",),
     "run/log.jsonl": ("report",),
     "run/.lpdeploy.json": ("compact", "report"),
+    "run/recipe.yaml": ("report",),
+    "run/importance.safetensors": ("report",),
     "run/adapter/adapter_config.json": ("compact", "verify"),
+    "run/adapter/adapter_model.safetensors": ("compact", "verify"),
+    "run/model/model.safetensors": ("export", "eval"),
     "run/model/lpdeploy.json": ("export", "eval", "report", "push"),
     "run/model/.lpdeploy.json": ("export", "verify"),
     "run/model/config.json": ("export", "package"),
     "run/ort/io.json": ("verify", "eval", "report", "push"),
+    "run/ort/model.onnx": ("verify", "eval"),
     "base/config.json": ("prune", "compact", "check base"),
+    "base/model.safetensors": ("prune", "compact"),
     "base/tokenizer.json": ("prune",),
     "base/tokenizer_config.json": ("prune",),
     "base/generation_config.json": ("prune", "compact"),
     "text.txt": ("prune", "eval"),
+    "recipe.yaml": ("prune recipe",),
 }
 WHOLE = {
     "empty": b"",
@@ -105,18 +115,31 @@ def list_damages(path: Path, *, few: bool = False) -> Iterator[Damage]:
     yield Damage("a folder", None)
     for name, content in WHOLE.items():
         yield Damage(name, content)
-    if path.suffix not in (".json", ".jsonl"):
-        return
-    text = path.read_text()
-    data = json.loads(text.splitlines()[0] if path.suffix == ".jsonl" else text)
+    data = _load_keys(path)
     for number, key in enumerate(data):
         left = {name: value for name, value in data.items() if name != key}
-        yield Damage(f"no {key}", json.dumps(left).encode() + b"\n")
+        yield Damage(f"no {key}", _write(path, left))
         names = list(VALUES)
         for name in (names[number % 6], names[(number + 3) % 6]) if few else names:
             if type(VALUES[name]) is not type(data[key]):
-                changed = json.dumps(data | {key: VALUES[name]})
-                yield Damage(f"{key} is {name}", changed.encode() + b"\n")
+                yield Damage(f"{key} is {name}", _write(path, data | {key: VALUES[name]}))
+
+
+def _load_keys(path: Path) -> dict[str, Any]:
+    match path.suffix:
+        case ".json":
+            return json.loads(path.read_text())
+        case ".jsonl":
+            return json.loads(path.read_text().splitlines()[0])
+        case ".yaml":
+            return yaml.safe_load(path.read_text())["prune"]
+        case _:
+            return {}
+
+
+def _write(path: Path, data: dict[str, Any]) -> bytes:
+    whole = {"prune": data} if path.suffix == ".yaml" else data
+    return json.dumps(whole).encode() + b"\n"  # which is YAML as well
 
 
 def make(root: Path, *, bench: bool = True) -> None:
@@ -136,6 +159,7 @@ def make(root: Path, *, bench: bool = True) -> None:
             result = invoke(*words)
             if result.exit_code:
                 raise RuntimeError(f"{words[0]} failed: {result.output}")
+        shutil.copy("run/recipe.yaml", ".")
 
 
 def invoke(*words: str) -> Result:
@@ -170,18 +194,26 @@ def attack(root: Path, file: str, damage: Damage, command: str) -> str | None:
 
 @contextlib.contextmanager
 def _damaged(path: Path, damage: Damage) -> Iterator[None]:
+    """Damage a file, and record it so: readers must meet the damage, not the hash alone."""
     before, about = path.read_bytes(), path.stat()
-    if damage.content is None:
-        path.unlink()
-        path.mkdir()
-    else:
-        path.write_bytes(damage.content)
+    with _recorded(path):
+        if damage.content is None:
+            path.unlink()
+            path.mkdir()
+        else:
+            path.write_bytes(damage.content)
     try:
         yield
     finally:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        path.write_bytes(before)
-        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+        with _recorded(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            path.write_bytes(before)
+            os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def _recorded(path: Path) -> contextlib.AbstractContextManager[None]:
+    itself = path.name == FOLDER_RECORD
+    return contextlib.nullcontext() if itself else recorded_files(path.parent, path)
 
 
 def judge(result: Result, *, changed: set[str], left: list[str]) -> str | None:
