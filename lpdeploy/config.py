@@ -112,6 +112,14 @@ class PruneConfig:
     normalize: bool = _choose(
         "Divide the scores of each linear layer by their L2 norm.", default=False,
     )
+    refit: bool = _choose(
+        "When groups are removed, solve the remaining columns of o_proj and down_proj again by "
+        "least squares, so that each layer gives what it gave before.", default=False,
+    )
+    refit_samples: int | None = _choose(
+        "Number of rows to refit over.", default=None, **_COUNT,
+        unset="as many as give 20 tokens for each column",
+    )
     ema_decay: float = _choose(
         "Decay of the moving average of the scores (lambda of Eq. 11).", default=0.9, **_SHARE,
     )
@@ -369,6 +377,10 @@ def _list_base_conflicts(config: PruneConfig) -> Iterator[str]:
             "`removal='cut'` cannot go with `load_in='4bit'`, whose weights share scales across "
             "rows; use `removal='mask'` or `load_in='8bit'`."
         )
+    if config.refit and config.shard:
+        yield "`refit` needs whole weights, and `shard` divides them; change one of them."
+    if config.refit_samples is not None and not config.refit:
+        yield "`refit_samples` belongs to `refit`; give that too, or leave `refit_samples` out."
     for refused, why in (
         (config.removal == "cut" and "removal='cut'", "divided weights cannot be cut"),
         (config.load_in and f"load_in='{config.load_in}'", "quantized weights are not divided"),

@@ -62,6 +62,11 @@ class GroupSpec:
         return int(self.name.split(".")[1])
 
 
+def get_output(spec: GroupSpec) -> Slice:
+    """Return the one weight of which a group is columns: ``o_proj`` or ``down_proj``."""
+    return next(piece for piece in spec.slices if piece.dim == 1)
+
+
 @dataclass(frozen=True)
 class WidthRequest:
     """What decides the widths of a pruned model, before its groups are scored.
@@ -97,6 +102,7 @@ class PruningPlan:
         specs: All groups of the base model.
         kept: Kept indices of every spec.
         achieved: Share removed, of ``groups``, ``heads``, ``channels`` and ``parameters``.
+        refit_sha256: Hash of the refitted weights of the run; None if there are none.
         schema_version: Version of this file format.
     """
 
@@ -106,6 +112,7 @@ class PruningPlan:
     specs: tuple[GroupSpec, ...]
     kept: Kept
     achieved: Mapping[str, float] = field(default_factory=dict)
+    refit_sha256: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -162,4 +169,5 @@ def describe_method(recorded: Mapping[str, Any]) -> str:
         )
     # A criterion from outside the package may not be known to the process that writes a card.
     words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
-    return f"chosen by {words}, {SCHEDULES[schedule]}"
+    refit = "; the remaining weights were refitted" if recorded.get("refit") else ""
+    return f"chosen by {words}, {SCHEDULES[schedule]}{refit}"

@@ -17,6 +17,7 @@ from lpdeploy.fields import get_kind, get_option, is_optional
 FIELDS = dataclasses.fields(PruneConfig)
 # What else a field needs, so that its own value is the only thing that can be wrong.
 BESIDE = {
+    "refit_samples": {"refit": True},
     "engine": {"target_latency": 5.0},
     "latency_phase": {"target_latency": 5.0, "engine": "ort"},
     "latency_tokens": {"target_latency": 5.0, "engine": "ort"},
@@ -81,7 +82,10 @@ def test_every_field_refuses_the_same_on_the_command_line(tmp_path):
         values = {**BESIDE.get(own.name, {})}
         if "target_latency" in values:
             values["target_latency"] = "5ms"
-        beside = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        beside = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in values.items()
+        ]
         numbers = [v for v in list_wrong(own) if isinstance(v, int | float) and v is not True]
         for value in ("nothing", *(numbers if get_kind(own) in (int, float) else ())):
             if own.name == "target_params" and value in (1.5, 2.0):

@@ -23,10 +23,11 @@ from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
 from lpdeploy.engines.weight_checks import WeightsCheck, check_checkpoint
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
-from lpdeploy.models.compact import find_base, load_run_adapter
+from lpdeploy.models.compact import find_base
 from lpdeploy.models.cutting import apply_cut, apply_masks
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.models.run_weights import RunWeights, apply_refit, load_run_weights
 from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import PruningPlan
 from lpdeploy.run_folder import RunFolder
@@ -198,9 +199,10 @@ def _get_model(runner: Runner) -> torch.nn.Module:
 
 
 def _build_masked(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
-    """The unpruned base with the adapter, its removed groups masked as in Eq. 13."""
-    adapter = load_run_adapter(run)
-    wrapped = _attach(load_model(base, dtype="fp32"), expand_lora(adapter, plan))
+    """The unpruned base with refit and adapter, its removed groups masked as in Eq. 13."""
+    weights, model = load_run_weights(run, plan), load_model(base, dtype="fp32")
+    apply_refit(model, weights.refit, plan)
+    wrapped = _attach(model, expand_lora(weights.lora, plan))
     masks = {}
     for spec in plan.specs:
         masks[spec.name] = torch.zeros(spec.num_groups, dtype=torch.bool)
@@ -211,7 +213,8 @@ def _build_masked(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
 
 def _build_cut(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
     """The base cut in memory, as training cuts it, with the adapter unmerged."""
-    return TorchRunner(_attach(_load_cut(base, plan), load_run_adapter(run)))
+    weights = load_run_weights(run, plan)
+    return TorchRunner(_attach(_load_cut(base, plan, weights), weights.lora))
 
 
 def _build_merged(
@@ -225,9 +228,10 @@ def _build_merged(
     It computes in float32 in any case. ``stored`` says what each weight is rounded to; a checkpoint
     need not store what its config says, nor all weights alike.
     """
-    model = _load_cut(base, plan)
+    weights = load_run_weights(run, plan)
+    model = _load_cut(base, plan, weights)
     with torch.no_grad():
-        for name, lora in load_run_adapter(run).items():
+        for name, lora in weights.lora.items():
             weight = model.get_submodule(name).weight
             weight += lora.scaling * lora.lora_b.float() @ lora.lora_a.float()
         for name, parameter in model.named_parameters():
@@ -235,9 +239,10 @@ def _build_merged(
     return TorchRunner(model)
 
 
-def _load_cut(base: Path, plan: PruningPlan) -> Any:
+def _load_cut(base: Path, plan: PruningPlan, weights: RunWeights) -> Any:
     model = load_model(base, dtype="fp32")
     apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})
+    apply_refit(model, weights.refit, plan)
     return model
 
 

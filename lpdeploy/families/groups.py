@@ -12,6 +12,8 @@ from lpdeploy.plan import GroupSpec, Slice
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + FFN_LINEARS
+OUTPUT_LINEARS = ("o_proj", "down_proj")
+"""Those that write into the residual stream: a group is columns of one of them."""
 
 
 def get_head_dim(config: PretrainedConfig) -> int:

@@ -1,7 +1,7 @@
 """Writing a pruned checkpoint by streaming the base: cut, merge, next block of rows."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import expand_index
-from lpdeploy.models.adapters import LoraWeights
 from lpdeploy.models.finite import check_finite, round_weight
+from lpdeploy.models.run_weights import RunWeights
 from lpdeploy.models.tensor_files import (
     TensorInfo,
     iterate_blocks,
@@ -22,6 +22,7 @@ from lpdeploy.models.tensor_files import (
 )
 from lpdeploy.models.weight_files import index_weights, list_weight_files
 from lpdeploy.plan import GroupSpec, PruningPlan, Slice
+from lpdeploy.run_folder import ADAPTER
 
 _OVERFLOW = "Save the base model in bfloat16, and prune that."
 CARRIED_FILES = (
@@ -65,13 +66,13 @@ def check_weights(base: Path, config: PretrainedConfig, specs: Iterable[GroupSpe
         )
 
 
-def compute_pruned_layout(base: Path, plan: PruningPlan, lora: Mapping[str, LoraWeights]) -> Layout:
+def compute_pruned_layout(base: Path, plan: PruningPlan, weights: RunWeights) -> Layout:
     """Say which tensors the pruned model has, in the order in which the base holds them.
 
     Args:
         base: Folder of the unpruned model.
         plan: What stays.
-        lora: Adapter of the pruned model by module name; empty to leave the base unmerged.
+        weights: Of the run; without LoRA to leave the base unmerged.
 
     Raises:
         ArtifactError: A weight of the plan is missing, its file damaged, or the adapter of a
@@ -84,8 +85,8 @@ def compute_pruned_layout(base: Path, plan: PruningPlan, lora: Mapping[str, Lora
             if not _is_table(name):
                 module, _, leaf = name.rpartition(".")
                 layout[name] = _cut_info(info, cuts.get(module), leaf=leaf)
-                if leaf == "weight" and module in lora:
-                    _check_fit(layout[name], lora[module], name=name)
+                if leaf == "weight":
+                    _check_fit(layout[name], weights, module)
     missing = {f"{module}.weight" for module in cuts} - layout.keys()
     if missing:
         raise ArtifactError(
@@ -98,7 +99,7 @@ def compute_pruned_layout(base: Path, plan: PruningPlan, lora: Mapping[str, Lora
 def stream_pruned_blocks(
     base: Path,
     plan: PruningPlan,
-    lora: Mapping[str, LoraWeights],
+    weights: RunWeights,
     *,
     hashes: MutableMapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -107,12 +108,12 @@ def stream_pruned_blocks(
     Args:
         base: Folder of the unpruned model.
         plan: What stays.
-        lora: Adapter of the pruned model by module name; empty to leave the base unmerged.
+        weights: Of the run; without LoRA to leave the base unmerged.
         hashes: Gets the SHA-256 of each file of the base, under its name, when it was read.
 
     Yields:
-        (name, rows): cut to the plan and merged, ``W + scaling B A`` in float32. The rows are
-        overwritten by the third ones after them.
+        (name, rows): cut to the plan, refitted, and merged, ``W + scaling B A`` in float32. The
+        rows are overwritten by the third ones after them.
 
     Raises:
         ArtifactError: A file is missing or damaged, or a weight holds NaN or infinity.
@@ -126,8 +127,8 @@ def stream_pruned_blocks(
             module, _, leaf = name.rpartition(".")
             check_finite(block, name=name)
             start, rows = _cut_rows(block, first, cuts.get(module), leaf=leaf)
-            if leaf == "weight" and module in lora:
-                rows = _merge(rows, lora[module], start=start, name=name)
+            if leaf == "weight":
+                rows = _change(rows, weights, module, start=start)
             if rows.numel():
                 yield name, rows
 
@@ -174,19 +175,34 @@ def _cut_rows(block: Tensor, first: int, cut: _Cut | None, *, leaf: str) -> tupl
     return start, block.index_select(0, index[start:stop] - first)
 
 
-def _check_fit(info: TensorInfo, lora: LoraWeights, *, name: str) -> None:
-    rows, columns = lora.lora_b.shape[0], lora.lora_a.shape[1]
-    if (rows, columns) != info.shape:
-        raise ArtifactError(
-            f"The adapter of {name} has shape {rows} x {columns}, its pruned weight {info.shape}. "
-            "Plan and adapter are of different runs."
-        )
+def _check_fit(info: TensorInfo, weights: RunWeights, module: str) -> None:
+    lora, refit = weights.lora.get(module), weights.refit.get(module)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if lora is not None:
+        shapes[ADAPTER] = (lora.lora_b.shape[0], lora.lora_a.shape[1])
+    if refit is not None:
+        shapes["refit"] = tuple(refit.shape)
+    for what, shape in shapes.items():
+        if shape != info.shape:
+            raise ArtifactError(
+                f"The {what} of {module}.weight has shape {shape[0]} x {shape[1]}, its pruned "
+                f"weight {info.shape}. Plan and {what} are of different runs."
+            )
 
 
-def _merge(rows: Tensor, lora: LoraWeights, *, start: int, name: str) -> Tensor:
-    factor = lora.lora_b[start : start + len(rows)].float()
-    merged = torch.addmm(rows.float(), factor, lora.lora_a.float(), alpha=lora.scaling)
-    return round_weight(merged, rows.dtype, name=f"The merged {name}", fix=_OVERFLOW)
+def _change(rows: Tensor, weights: RunWeights, module: str, *, start: int) -> Tensor:
+    """Return rows of a weight as the run left them, in the precision that they had."""
+    lora, refit = weights.lora.get(module), weights.refit.get(module)
+    if lora is None and refit is None:
+        return rows
+    stop = start + len(rows)
+    source = (rows if refit is None else refit[start:stop]).float()
+    if lora is not None:
+        factor = lora.lora_b[start:stop].float()
+        source = torch.addmm(source, factor, lora.lora_a.float(), alpha=lora.scaling)
+    what = "refitted" if lora is None else "merged"
+    name = f"The {what} {module}.weight"
+    return round_weight(source, rows.dtype, name=name, fix=_OVERFLOW)
 
 
 def save_shards(

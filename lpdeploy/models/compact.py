@@ -5,20 +5,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import check_unchanged, compute_sha256, save_json
+from lpdeploy.artifacts import compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import FOLDER_RECORD, atomic_folder, check_replaceable
-from lpdeploy.manifest import load_output_hash, load_stage, record_stage
-from lpdeploy.models.adapters import LoraWeights, check_adapter, load_adapter
+from lpdeploy.manifest import load_stage, record_stage
 from lpdeploy.models.card import build_model_card
 from lpdeploy.models.checkpoint import (
     carry_files,
@@ -35,6 +34,7 @@ from lpdeploy.models.loading import (
     resolve_model,
 )
 from lpdeploy.models.record import ModelRecord
+from lpdeploy.models.run_weights import RunWeights, load_run_weights
 from lpdeploy.models.shapes import (
     build_pruned_config,
     compute_widths,
@@ -109,20 +109,20 @@ def compact(
         base = _locate_base(plan, base)
         check_output(output, default=default, inputs=(base, run.path))
         check_replaceable(output, kind=MODEL, overwrite=overwrite)
-        adapter = load_run_adapter(run)
-        check_adapter(adapter, plan)
+        weights = load_run_weights(run, plan)
         options = {"output": str(output), "max_shard_bytes": max_shard_bytes}
         name = "compact --keep-adapter" if keep_adapter else "compact"
         with record_stage(run.path, name, options) as stage:
             with atomic_folder(output, kind=MODEL, overwrite=overwrite) as folder:
-                lora = {} if keep_adapter else adapter
-                sha256s = _save_weights(folder, base, plan, lora, max_shard_bytes=max_shard_bytes)
+                own = replace(weights, lora={}) if keep_adapter else weights
+                sha256s = _save_weights(folder, base, plan, own, max_shard_bytes=max_shard_bytes)
                 record = _save_rest(
                     folder, run, base, plan, output=output, sha256s=sha256s, merged=not keep_adapter
                 )
             stage.inputs = {
                 "base": plan.base_sha256,
                 run.adapter.name: compute_sha256(run.adapter),
+                **({run.refit.name: plan.refit_sha256} if plan.refit_sha256 else {}),
             }
             stage.outputs = {output.name: record.sha256}
     return CompactResult(output, record, stage.seconds, stage.peak_bytes)
@@ -185,7 +185,7 @@ def _save_weights(
     folder: Path,
     base: Path,
     plan: PruningPlan,
-    lora: Mapping[str, LoraWeights],
+    weights: RunWeights,
     *,
     max_shard_bytes: int,
 ) -> dict[str, str]:
@@ -196,8 +196,8 @@ def _save_weights(
     """
     read: dict[str, str] = {}
     try:
-        layout = compute_pruned_layout(base, plan, lora)
-        blocks = stream_pruned_blocks(base, plan, lora, hashes=read)
+        layout = compute_pruned_layout(base, plan, weights)
+        blocks = stream_pruned_blocks(base, plan, weights, hashes=read)
         with _use_one_thread():
             written = save_shards(folder, layout, blocks, max_shard_bytes=max_shard_bytes)
             next(blocks, None)  # the end of the last file
@@ -299,13 +299,6 @@ def _check_groups(base: Path, plan: PruningPlan) -> None:
     check_weights(base, config, plan.specs)
     if list_group_specs(config) != plan.specs:
         raise ArtifactError(f"plan.json lists other groups than '{base}' has. Prune again.")
-
-
-def load_run_adapter(run: RunFolder) -> dict[str, LoraWeights]:
-    """Read a run's adapter, checked against the hash that ``prune`` recorded."""
-    expected = load_output_hash(run.path, "prune", run.adapter.name)
-    check_unchanged(run.adapter, expected, fix="Prune again, or restore the folder.")
-    return load_adapter(run.adapter)
 
 
 def _copy_adapter(run: RunFolder, folder: Path, *, base: Path) -> None:

@@ -164,7 +164,12 @@ def get_model_classes(model_type: str) -> tuple[Any, Any]:
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str = "cpu", load_in: str | None = None
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    load_in: str | None = None,
+    unquantized: Collection[str] = (),
 ) -> Any:
     """Load a checkpoint for inference, whole and on one device.
 
@@ -174,6 +179,7 @@ def load_model(
         device: ``cpu``, ``cuda``, ``cuda:1``.
         load_in: ``8bit`` or ``4bit`` to quantize the projections of the layers as they are
             read, so that they are never all there in full; None to leave them.
+        unquantized: Projections that ``load_in`` leaves in ``dtype``, such as ``o_proj``.
 
     Returns:
         A transformers causal LM in eval mode.
@@ -194,7 +200,9 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()  # a bar of ours or none
     config = load_config(folder)
     _, model_class = get_model_classes(config.model_type)
-    quantization = _build_quantization(load_in, config, dtype=dtype, device=device)
+    quantization = _build_quantization(
+        load_in, config, dtype=dtype, device=device, unquantized=unquantized
+    )
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -256,7 +264,12 @@ def refuse_incomplete(folder: Path, wrong: Collection[str]) -> None:
 
 
 def _build_quantization(
-    load_in: str | None, config: PretrainedConfig, *, dtype: str, device: str
+    load_in: str | None,
+    config: PretrainedConfig,
+    *,
+    dtype: str,
+    device: str,
+    unquantized: Collection[str],
 ) -> dict[str, Any]:
     """Build the arguments of ``from_pretrained`` that quantize; none for a plain model."""
     if load_in is None:
@@ -267,7 +280,7 @@ def _build_quantization(
         # accelerate takes a quantized model only where the number of its device is told.
         place = torch.device("cuda", torch.cuda.current_device())
     return {
-        "quantization_config": build_quantization(load_in, dtype=computed),
+        "quantization_config": build_quantization(load_in, dtype=computed, unquantized=unquantized),
         "device_map": {"": place},
     }
 

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,9 @@ def check_4bit_widths(model: nn.Module) -> None:
             )
 
 
-def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:
+def build_quantization(
+    load_in: str, *, dtype: torch.dtype, unquantized: Collection[str] = ()
+) -> Any:
     """Build what transformers quantizes the Linears by while it loads them, one at a time.
 
     Only the projections of the layers are quantized; embeddings and ``lm_head`` stay as they are.
@@ -82,6 +84,7 @@ def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:
     Args:
         load_in: ``8bit`` or ``4bit`` (nf4, with its scales quantized too).
         dtype: What 4-bit weights are turned into to compute with.
+        unquantized: Projections that stay as they are, such as ``o_proj``.
 
     Returns:
         A ``BitsAndBytesConfig``.
@@ -94,7 +97,7 @@ def build_quantization(load_in: str, *, dtype: torch.dtype) -> Any:
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
-    skipped = ["lm_head"]
+    skipped = ["lm_head", *unquantized]
     if load_in == "8bit":
         return BitsAndBytesConfig(
             load_in_8bit=True,

@@ -1,4 +1,4 @@
-"""Saving a run in the middle, and going on from there: adapters, moments and scores only.
+"""Saving a run in the middle, and going on from there: adapters, moments, scores, and refits.
 
 One safetensors file, renamed into place, so that there is always a whole one. The base model is
 not in it: it is loaded and cut again.
@@ -71,7 +71,8 @@ class Checkpoint:
         step: Optimizer steps done.
         inputs: Hashes of the base model and the data.
         log_sha256: Hash of the log of the steps done; None if there was none.
-        tensors: ``lora.*``, ``moments.*``, ``kept.*``, ``average.*`` and ``last_seen.*``.
+        tensors: ``lora.*``, ``moments.*``, ``kept.*``, ``average.*``, ``last_seen.*``, and
+            ``refit.*``, the weights that were refitted.
     """
 
     step: int
@@ -98,7 +99,7 @@ def save_checkpoint(
         tensors[f"lora.{name}"] = parameter
         for key, value in training.optimizer.state[parameter].items():
             tensors[f"moments.{name}.{key}"] = value
-    for kind, values in _list_scores(state).items():
+    for kind, values in (*_list_scores(state).items(), ("refit", state.list_refit())):
         tensors |= {f"{kind}.{name}": value for name, value in values.items()}
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = _Metadata(
@@ -306,6 +307,7 @@ def apply_checkpoint(checkpoint: Checkpoint, training: Any) -> None:
             device = parameter.device
     state.average = {n: t.to(device) for n, t in checkpoint.select("average").items()}
     state.last_seen = checkpoint.select("last_seen")
+    state.restore_refit(checkpoint.select("refit"))
 
 
 def _check_fits(checkpoint: Checkpoint, training: Any) -> None:

@@ -12,8 +12,10 @@ from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA, Criterion
+from lpdeploy.families.groups import LINEARS, OUTPUT_LINEARS
 from lpdeploy.models.shapes import LayerWidths, count_parameters, list_projections, list_widths
 from lpdeploy.pruning.loss import count_chunk_tokens
+from lpdeploy.pruning.refit import TOKENS_A_COLUMN
 
 _FLOAT = 4  # bytes
 # Measured on glibc 2.36 by tools/measure/memory.py: small objects settle in the holes that tensors
@@ -92,6 +94,8 @@ def plan_memory(
     factors = sum(options.lora_rank * (i + o) for layer in layers for i, o in layer.sizes)
     activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype], device=device)
     gradients = _plan_gradients(layers, options, activations, dtype, device)
+    if options.refit:  # nothing else is kept while groups are removed
+        activations = max(activations, _plan_refit(config, layers, options, _ITEMSIZE[dtype]))
     # Autocast keeps a copy of A and B in half precision through a forward pass.
     copies = factors * 2 if dtype != "fp32" else 0
     return MemoryPlan(
@@ -191,9 +195,15 @@ def _plan_weights(
         gathered = 2 * max(layer.num_weights for layer in layers) if shards > 1 else 0
         return others + size * (-(-projections // shards) + gathered)
     assert shards == 1, "quantized weights are not divided"
-    scales = sum(rows for layer in layers for _, rows in layer.sizes) * _FLOAT
-    quantized = int(projections * _BYTES_A_WEIGHT[options.load_in])
-    return others + quantized + (scales if options.load_in == "8bit" else 0)
+    whole = OUTPUT_LINEARS if options.refit else ()
+    sizes = [
+        s for layer in layers for n, s in zip(LINEARS, layer.sizes, strict=True) if n not in whole
+    ]
+    weights = sum(columns * rows for columns, rows in sizes)
+    scales = sum(rows for _, rows in sizes) * _FLOAT
+    quantized = int(weights * _BYTES_A_WEIGHT[options.load_in])
+    left = (projections - weights) * _ITEMSIZE[dtype]
+    return others + left + quantized + (scales if options.load_in == "8bit" else 0)
 
 
 def _plan_activations(
@@ -222,6 +232,25 @@ def _plan_activations(
         held = sum(layer.saved for layer in layers) - first
         layer_bytes = largest.passing
     return int(tokens * held + max(loss, tokens * layer_bytes))
+
+
+def _plan_refit(
+    config: PretrainedConfig, layers: list[_Layer], options: PruneConfig, itemsize: int
+) -> int:
+    """Count the sums of the widest weight, what its solution makes, and four hidden states a token.
+
+    Few groups are gone after the first event, so it is nearly as wide as in the base.
+    """
+    hidden = config.hidden_size
+    columns = max(max(layer.width.channels, layer.sizes[3][0]) for layer in layers)
+    rows = options.refit_samples or -(-TOKENS_A_COLUMN * columns // options.seq_len)
+    tokens = rows * options.seq_len
+    # X'X five times: fitted, held out, both, with the ridge, its factor. X'R and its solution also.
+    sums = _FLOAT * 5 * columns * (columns + hidden)
+    states = tokens * itemsize * 4 * hidden
+    batch = options.micro_batch_size * options.seq_len
+    passing = batch * (_FLOAT + itemsize) * (3 * columns + 3 * hidden)
+    return sums + states + passing
 
 
 def _plan_gradients(

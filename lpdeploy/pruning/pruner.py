@@ -45,7 +45,8 @@ class LoRAPruner:
         step_count: Optimizer steps done.
 
     Raises:
-        ValueError: ``model`` is not such a model, or ``total_steps`` is below 1.
+        ValueError: ``model`` is not such a model, ``total_steps`` is below 1, or ``config`` asks
+            for a refit.
 
     Source:
         LoRAPrune, arXiv:2305.18403, Algorithm 1.
@@ -63,6 +64,11 @@ class LoRAPruner:
             raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
         self.model = model
         self.config = config or PruneConfig()
+        if self.config.refit:
+            raise ValueError(
+                "`refit` solves over rows of the data, which a LoRAPruner does not have; use "
+                "lpdeploy.prune, or `refit=False`"
+            )
         self.step_count = 0
         self._causal = get_causal_model(model)
         self._base = os.fspath(base) if base is not None else str(self._causal.name_or_path)
@@ -182,7 +188,7 @@ class LoRAPruner:
                 plan = build_plan(
                     self.state, self.config, load_config(folder), base=base, stage=stage
                 )
-                save_results(run, self.model, self.state, plan=plan, stage=stage)
+                plan = save_results(run, self.model, self.state, plan=plan, stage=stage)
             complete_run(run, plan)
         return run
 

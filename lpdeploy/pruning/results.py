@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 from safetensors.torch import save_file
@@ -45,8 +46,8 @@ def build_plan(
 
 def save_results(
     run: RunFolder, model: Any, state: PruningState, *, plan: PruningPlan, stage: Stage
-) -> None:
-    """Save the adapter and the importance of the groups, and record their hashes.
+) -> PruningPlan:
+    """Save the adapter, the refitted weights and the importance of the groups; record their hashes.
 
     Args:
         run: Where to.
@@ -54,7 +55,11 @@ def save_results(
         state: The groups that are still there.
         plan: Which they are.
         stage: Takes the hashes.
+
+    Returns:
+        The plan, with the hash of the refitted weights.
     """
+    plan = replace(plan, refit_sha256=_save_refit(run, state))
     state.cut_masked()
     with atomic_folder(run.adapter, kind=ADAPTER, overwrite=True) as temporary:
         # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
@@ -65,6 +70,15 @@ def save_results(
         run.adapter.name: compute_sha256(run.adapter),
         run.plan.name: hashlib.sha256(format_json(plan.to_json()).encode()).hexdigest(),
     }
+    return plan
+
+
+def _save_refit(run: RunFolder, state: PruningState) -> str | None:
+    if not state.refitted:
+        return None
+    with run.recorded(run.refit), atomic_file(run.refit) as path:
+        save_file(state.list_refit(), path)
+    return compute_sha256(run.refit)
 
 
 def complete_run(run: RunFolder, plan: PruningPlan) -> None:

@@ -151,7 +151,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             losses = _run(run, training, checkpoint, stage=stage, on_step=on_step)
             plan = build_plan(training.state, options, source.config, base=source.base, stage=stage)
             if ranks.is_first:
-                save_results(run, training.model, training.state, plan=plan, stage=stage)
+                plan = save_results(run, training.model, training.state, plan=plan, stage=stage)
         if ranks.is_first:
             complete_run(run, plan)
     return _build_result(run, plan, stage, steps=training.steps, losses=losses)

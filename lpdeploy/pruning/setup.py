@@ -22,7 +22,7 @@ from lpdeploy.data.cache import find_cache, load_or_build
 from lpdeploy.data.sources import compute_source_hash, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
-from lpdeploy.families.groups import list_group_specs
+from lpdeploy.families.groups import OUTPUT_LINEARS, list_group_specs
 from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.checkpoint import check_weights
 from lpdeploy.models.cutting import apply_cut
@@ -40,13 +40,15 @@ from lpdeploy.models.loading import (
 from lpdeploy.models.quantized import get_quantization
 from lpdeploy.models.shapes import count_kept, list_prunable
 from lpdeploy.models.sharded import load_sharded_model
-from lpdeploy.plan import GroupSpec
+from lpdeploy.models.weight_files import index_weights
+from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.checkpoint import (
     Checkpoint,
     apply_checkpoint,
 )
 from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.refit import check_refit_rows
 from lpdeploy.pruning.state import build_state
 from lpdeploy.pruning.training import Training, count_steps
 
@@ -187,7 +189,14 @@ def build_training(
     optimizer = torch.optim.AdamW(
         [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
-    state = build_state(model, source.prunable, options, ranks=ranks, kept=kept)
+    state = build_state(
+        model,
+        source.prunable,
+        options,
+        ranks=ranks,
+        kept=kept,
+        stored=_prepare_refit(source, dataset, options) if options.refit else None,
+    )
     training = Training(
         model=wrapped,
         optimizer=optimizer,
@@ -204,6 +213,19 @@ def build_training(
     return training
 
 
+def _prepare_refit(
+    source: Source, dataset: TokenDataset, options: PruneConfig
+) -> dict[str, torch.dtype]:
+    """Check that there is data to refit over, and return how the base stores what is refitted."""
+    counts = count_kept(source.config, options.widths)
+    outputs = {spec.kind: get_output(spec) for spec in source.prunable}
+    columns = max(counts[kind] * piece.block for kind, piece in outputs.items())
+    check_refit_rows(options, dataset.lengths, columns=columns)
+    stored = index_weights(source.folder, source.config)
+    modules = [get_output(spec).module for spec in source.prunable]
+    return {module: stored[f"{module}.weight"].info.torch_dtype for module in modules}
+
+
 def _load_base(
     source: Source,
     options: PruneConfig,
@@ -216,7 +238,11 @@ def _load_base(
         return load_sharded_model(source.folder, dtype=dtype, device=device)
     # A quantized base is made where it stays; any other is cut first, then moved.
     place = str(device) if options.load_in else "cpu"
-    return load(source.folder, dtype=dtype, device=place, load_in=options.load_in)
+    # What is solved again needs the precision, and is a third of a layer's weights.
+    unquantized = OUTPUT_LINEARS if options.refit else ()
+    return load(
+        source.folder, dtype=dtype, device=place, load_in=options.load_in, unquantized=unquantized
+    )
 
 
 def apply_checkpointing(model: Any) -> None:

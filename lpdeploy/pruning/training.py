@@ -19,6 +19,7 @@ from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.log import StepInfo
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.refit import Calibration, count_refit_rows, hold_out
 from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState, apply_event
 from lpdeploy.ramps import RAMPS
@@ -62,6 +63,11 @@ class Training:
         if options.lr_hold is not None:
             return round(options.lr_hold * self.steps)
         return self.schedule.list_events()[-1] if RAMPS[options.ramp].hold else 0
+
+    def autocast(self) -> torch.autocast:
+        """Make the context in which the model computes, in half precision if its base is."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -131,7 +137,7 @@ def _calibrate(training: Training) -> StepInfo:
         training.optimizer.zero_grad()
         tokens += count
     removed = 0 in schedule.list_events()
-    remove = partial(_remove, training, schedule.compute_progress(0))
+    remove = partial(_remove, training, 0)
     cutting = _time(training, remove) if removed else None
     seconds = _finish(training, start)
     return StepInfo(
@@ -174,7 +180,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
     scoring = _time(training, score) if scored else None
     _apply_step(training, lr=lr, norm=norm)
     removed = step in events
-    remove = partial(_remove, training, schedule.compute_progress(step))
+    remove = partial(_remove, training, step)
     cutting = _time(training, remove) if removed else None
     seconds = _finish(training, start)
     return StepInfo(
@@ -241,8 +247,7 @@ def run_forward(training: Training, ids: Tensor, labels: Tensor, *, targets: int
         targets: What the sum over the tokens is divided by.
     """
     model = training.state.model
-    half = training.dtype != torch.float32
-    with torch.autocast(training.device.type, dtype=training.dtype, enabled=half):
+    with training.autocast():
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return compute_loss(hidden, model.lm_head.weight, labels, targets=targets)
 
@@ -278,8 +283,34 @@ def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
     training.optimizer.zero_grad()
 
 
-def _remove(training: Training, progress: float) -> None:
-    apply_event(training.state, training.options, progress=progress, optimizer=training.optimizer)
+def _remove(training: Training, step: int) -> None:
+    refit = training.options.refit
+    apply_event(
+        training.state,
+        training.options,
+        progress=training.schedule.compute_progress(step),
+        optimizer=training.optimizer,
+        calibrate=partial(_calibrate_refit, training, step) if refit else None,
+    )
+
+
+def _calibrate_refit(training: Training, step: int, columns: int) -> Calibration:
+    """Choose the rows that an event refits over; each event has other ones."""
+    options, dataset, ranks = training.options, training.dataset, training.ranks
+    rows = list_batch(
+        len(dataset),
+        step=step,
+        batch_size=count_refit_rows(options, dataset.lengths, columns=columns),
+        seed=options.seed,
+    )
+    split = split_batch(rows, dataset.lengths, micro_batch_size=options.micro_batch_size)
+    own = ranks.deal([dataset.collate(micro) for micro in split])
+    return Calibration(
+        batches=[{name: _move(t, training.device) for name, t in micro.items()} for micro in own],
+        held_out=hold_out(len(split))[ranks.rank :: ranks.size],
+        autocast=training.autocast,
+        ranks=ranks,
+    )
 
 
 _Seconds = Callable[[], float]

@@ -23,6 +23,7 @@ from lpdeploy.models.checkpoint import (
     stream_pruned_blocks,
 )
 from lpdeploy.models.loading import load_config, load_model
+from lpdeploy.models.run_weights import RunWeights
 from lpdeploy.models.weight_files import index_weights
 from tests.models.families import (
     FAMILIES,
@@ -41,8 +42,9 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 def stream(base, plan, lora):
     """Read a pruned model whole, and check that it is what its layout says."""
-    layout, parts = compute_pruned_layout(base, plan, lora), {}
-    for name, rows in stream_pruned_blocks(base, plan, lora, hashes={}):
+    weights = RunWeights(lora)
+    layout, parts = compute_pruned_layout(base, plan, weights), {}
+    for name, rows in stream_pruned_blocks(base, plan, weights, hashes={}):
         parts.setdefault(name, []).append(rows.clone())
     tensors = {name: torch.cat(rows) for name, rows in parts.items()}
     assert {name: info.shape for name, info in layout.items()} == {
