@@ -159,7 +159,12 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
         commands=_list_commands(click.Context(main)),
         former={old: new for old, new in RENAMED.items() if new in params},
     )
-    typed = {name: _as_typed(params[name], item) for name, item in options.items()}
+    # What a command needs is still asked for if the recipe says null.
+    typed = {
+        name: _as_typed(params[name], item)
+        for name, item in options.items()
+        if item is not None or not params[name].required
+    }
     ctx.default_map = {**(ctx.default_map or {}), **typed}
 
 

@@ -222,6 +222,17 @@ def test_a_recipe_chooses_criterion_and_schedule(base, data, tmp_path):
     check_refused(result, "'later' is not one of", code=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"), [("model", "'MODEL'"), ("data", "'--data'"), ("output", "'--output'")]
+)
+def test_null_in_a_recipe_is_not_what_a_command_needs(base, data, tmp_path, name, missing):
+    given = {"model": str(base), "data": str(data), "output": str(tmp_path / "run"), name: None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"prune": given}))
+    result = CliRunner().invoke(main, ["prune", "--recipe", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 2
+    assert f"Missing {'argument' if name == 'model' else 'option'} {missing}" in result.stderr
+
+
 def test_an_unknown_recipe_key_is_wrong_usage(base, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("prune: {ration: 0.5}")
