@@ -32,6 +32,8 @@ STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
     "ramps-600": ("ramps", 600, "steps-600", ["--rows", RAMPS]),
     "every": ("8", 200, "", []),
     "average": ("figure-6", 200, "", []),
+    "refit-50": ("refit", 200, "", ["--ratios", "0.5"]),
+    "refit": ("refit", 200, "", []),
     "ramps-2000": ("ramps", 2000, "steps-2000", ["--rows", "early,separate"]),
     "cost": ("4", 30, "cost", []),
     "cost-offload": ("6", 30, "cost", []),
