@@ -99,7 +99,7 @@ _EARLY = {"ramp": "early", **_JOINT}
 _COLD = {"calibration_samples": 0}
 _EARLY_HOLD = round(1 - RAMPS["early"].cooldown, 6)
 _REFIT = {"refit": True}
-_FAST = {"lr": 3e-3}
+_SLOW, _FAST = {"lr": 1e-3}, {"lr": 3e-3}
 _ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
 
 TABLES: dict[str, Table] = {
@@ -256,8 +256,12 @@ TABLES: dict[str, Table] = {
             (
                 Row("one-shot", "one-shot", {"schedule": "one-shot"}),
                 Row("one-shot-refit", "one-shot, refit", {"schedule": "one-shot", **_REFIT}),
-                Row("joint", "joint", _JOINT),
-                Row("joint-refit", "joint, refit", {**_JOINT, **_REFIT}),
+                Row("joint", "joint, learning rate 1e-3", {**_JOINT, **_SLOW}),
+                Row(
+                    "joint-refit",
+                    "joint, refit, learning rate 1e-3",
+                    {**_JOINT, **_REFIT, **_SLOW},
+                ),
                 Row("joint-fast", "joint, learning rate 3e-3", {**_JOINT, **_FAST}),
                 Row(
                     "joint-refit-fast",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-len 256 --lr 1e-3"
+PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-len 256"
 PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
 CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
 RAMPS = "early,separate,separate-hold"
@@ -51,7 +51,8 @@ def list_words(name: str, options: argparse.Namespace) -> list[str]:
     if table not in ("4", "6"):  # these hold times, so their cells run alone
         words += ["--jobs", str(options.jobs)]
     prune = f"{PRUNE.format(steps=steps, batch=options.batch_size)} {PRUNE_REST}"
-    return [*words, "--", *prune.split(), *options.prune_options]
+    rate = [] if table == "refit" else ["--lr", "1e-3"]  # whose rows have rates of their own
+    return [*words, "--", *prune.split(), *rate, *options.prune_options]
 
 
 def main() -> None:
