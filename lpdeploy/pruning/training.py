@@ -305,9 +305,10 @@ def _calibrate_refit(training: Training, step: int, columns: int) -> Calibration
     )
     split = split_batch(rows, dataset.lengths, micro_batch_size=options.micro_batch_size)
     own = ranks.deal([dataset.collate(micro) for micro in split])
+    held_out = hold_out(len(split)) + [False] * (-len(split) % ranks.size)  # as dealt
     return Calibration(
         batches=[{name: _move(t, training.device) for name, t in micro.items()} for micro in own],
-        held_out=hold_out(len(split))[ranks.rank :: ranks.size],
+        held_out=held_out[ranks.rank :: ranks.size],
         autocast=training.autocast,
         ranks=ranks,
     )

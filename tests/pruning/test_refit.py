@@ -115,7 +115,7 @@ class TestLeastSquares:
             solve_ridge(sum_up(inputs, missing), 1e-2)
 
 
-def calibrate(ids, mask, columns):  # noqa: ARG001 - how many there are decides nothing here
+def calibrate(ids, mask, columns):
     batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
     return Calibration(batches, hold_out(len(batches)), nullcontext, Ranks())
 

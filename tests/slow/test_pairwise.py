@@ -43,6 +43,7 @@ OPTIONS = {
     "score_form": ("squared", "absolute"),
     "normalize": (False, True),
     "schedule": tuple(SCHEDULES),
+    "refit": (False, True),
     "calibration_samples": (None, 0, 3),
     "prune_every": (1, 2),
     "ramp": tuple(RAMPS),
@@ -71,6 +72,7 @@ LEFT_OUT = {
     "latency_phase": "belongs to a budget, which becomes ratios before anything else",
     "engine": "belongs to a budget",
     "ignore_memory": "changes no computation",
+    "refit_samples": "is a number of rows, and belongs to refit",
 }
 FIXED = {"steps": 4, "micro_batch_size": 1, "seq_len": 128, "device": "cpu", "lr": 1e-2}
 BYTES = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

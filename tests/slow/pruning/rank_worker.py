@@ -39,6 +39,8 @@ CASES = {
     # Rows of unequal lengths; 10 rows of calibration leave one micro-batch for two ranks.
     "gqa-gate": ("gqa", "pairs.jsonl", {"criterion": "gate", "calibration_samples": 10}),
     "gqa-wanda": ("gqa", "pairs.jsonl", {"criterion": "wanda", "calibration_samples": 10}),
+    "gqa-refit": ("gqa", "pairs.jsonl", {"refit": True}),
+    "mha-refit-mask": ("mha", "text.txt", {"refit": True, "removal": "mask"}),
     "gqa-lora-mask": ("gqa", "text.txt", {"removal": "mask"}),
     "mha-shard": ("mha", "text.txt", SHARD),
     "gqa-shard-gate": ("gqa", "pairs.jsonl", SHARD | {"criterion": "gate"}),
