@@ -1,12 +1,13 @@
 """Pruning inside a training loop of one's own: watch, score, remove, save."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
@@ -14,6 +15,8 @@ from lpdeploy.families.groups import LINEARS
 from lpdeploy.manifest import record_stage
 from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.models.shapes import list_prunable
+from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.refit import Calibration, hold_out, list_stored
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.schedule import build_schedule
 from lpdeploy.pruning.state import apply_event, build_state
@@ -40,13 +43,16 @@ class LoRAPruner:
         config: What to remove and how to choose it.
         total_steps: Optimizer steps of the whole training. The last removal lands on the ratio.
         base: Folder or hub name of the unpruned model; None for what the model was loaded from.
+        refit_batches: Where ``config`` asks for a refit, inputs of the model to solve over at each
+            event, on its device: ``input_ids``, and ``attention_mask`` where rows are padded on
+            the right. Give 20 tokens for each column that stays, or more.
 
     Attributes:
         step_count: Optimizer steps done.
 
     Raises:
-        ValueError: ``model`` is not such a model, ``total_steps`` is below 1, or ``config`` asks
-            for a refit.
+        ValueError: ``model`` is not such a model, ``total_steps`` is below 1, or only one of
+            ``config`` and ``refit_batches`` asks for a refit.
 
     Source:
         LoRAPrune, arXiv:2305.18403, Algorithm 1.
@@ -59,21 +65,26 @@ class LoRAPruner:
         *,
         total_steps: int,
         base: str | os.PathLike[str] | None = None,
+        refit_batches: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
         self.model = model
         self.config = config or PruneConfig()
-        if self.config.refit:
+        if self.config.refit != bool(refit_batches):
             raise ValueError(
-                "`refit` solves over rows of the data, which a LoRAPruner does not have; use "
-                "lpdeploy.prune, or `refit=False`"
+                "`refit` solves over batches: give both `refit=True` and refit_batches, or neither"
             )
         self.step_count = 0
         self._causal = get_causal_model(model)
         self._base = os.fspath(base) if base is not None else str(self._causal.name_or_path)
         specs = list_prunable(self._causal.config, self.config.widths)
-        self.state = build_state(self._causal, specs, self.config)
+        self._refit_batches = refit_batches
+        stored = None
+        if self.config.refit:
+            folder = resolve_model(self._base)
+            stored = list_stored(folder, load_config(folder), specs)
+        self.state = build_state(self._causal, specs, self.config, stored=stored)
         self.schedule = build_schedule(self.config, specs, steps=total_steps)
         self._events_left = self.schedule.list_events()
 
@@ -156,9 +167,19 @@ class LoRAPruner:
         if step not in self._events_left:
             return False
         progress = self.schedule.compute_progress(step)
-        apply_event(self.state, self.config, progress=progress, optimizer=optimizer)
+        calibrate = self._calibrate_refit if self.config.refit else None
+        apply_event(
+            self.state, self.config, progress=progress, optimizer=optimizer, calibrate=calibrate
+        )
         self._events_left.remove(step)
         return True
+
+    def _calibrate_refit(self, _: int) -> Calibration:
+        batches = [
+            {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+            for batch in self._refit_batches
+        ]
+        return Calibration(batches, hold_out(len(batches)), nullcontext, Ranks())
 
     def save(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> RunFolder:
         """Write a run folder, as ``lpdeploy.prune`` does; ``compact`` goes on from it.

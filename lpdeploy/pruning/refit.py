@@ -21,16 +21,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError, RankLostError
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.run_weights import copy_columns
+from lpdeploy.models.weight_files import index_weights
+from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.least_squares import make_sums, solve
 from lpdeploy.pruning.ranks import Ranks
 
@@ -84,6 +88,15 @@ def check_refit_rows(options: PruneConfig, lengths: npt.NDArray[Any], *, columns
             f"{columns:,}",
             advice,
         )
+
+
+def list_stored(
+    folder: Path, config: PretrainedConfig, specs: Iterable[GroupSpec]
+) -> dict[str, torch.dtype]:
+    """Return the precision in which a checkpoint stores each weight that may be refitted."""
+    stored = index_weights(folder, config)
+    modules = [get_output(spec).module for spec in specs]
+    return {module: stored[f"{module}.weight"].info.torch_dtype for module in modules}
 
 
 def hold_out(num_batches: int) -> list[bool]:

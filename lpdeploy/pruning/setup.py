@@ -40,7 +40,6 @@ from lpdeploy.models.loading import (
 from lpdeploy.models.quantized import get_quantization
 from lpdeploy.models.shapes import count_kept, list_prunable
 from lpdeploy.models.sharded import load_sharded_model
-from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.checkpoint import (
     Checkpoint,
@@ -48,7 +47,7 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.refit import check_refit_rows
+from lpdeploy.pruning.refit import check_refit_rows, list_stored
 from lpdeploy.pruning.state import build_state
 from lpdeploy.pruning.training import Training, count_steps
 
@@ -221,9 +220,7 @@ def _prepare_refit(
     outputs = {spec.kind: get_output(spec) for spec in source.prunable}
     columns = max(counts[kind] * piece.block for kind, piece in outputs.items())
     check_refit_rows(options, dataset.lengths, columns=columns)
-    stored = index_weights(source.folder, source.config)
-    modules = [get_output(spec).module for spec in source.prunable]
-    return {module: stored[f"{module}.weight"].info.torch_dtype for module in modules}
+    return list_stored(source.folder, source.config, source.prunable)
 
 
 def _load_base(

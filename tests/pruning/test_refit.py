@@ -14,7 +14,7 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families.groups import expand_index
-from lpdeploy.models.adapters import get_base_linear
+from lpdeploy.models.adapters import attach_lora, get_base_linear
 from lpdeploy.models.compact import compact
 from lpdeploy.models.cutting import apply_masks
 from lpdeploy.models.loading import load_model
@@ -383,6 +383,28 @@ class TestRuns:
         verify(tmp_path / "run", engine="torch").check()
 
 
+def test_a_loop_of_ones_own_refits_too(base, tmp_path):
+    ids, mask = make_batches(padding=3)
+    batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+    lost = {}
+    for refit in (False, True):
+        options = PruneConfig(refit=refit, schedule="separate", round_to=4, device="cpu")
+        wrapped = attach_lora(load_model(base), rank=4, alpha=8, dropout=0.0, seed=3)
+        pruner = LoRAPruner(
+            wrapped, options, total_steps=1, base=base, refit_batches=batches if refit else ()
+        )
+        pruner.calibrate({**batch, "labels": batch["input_ids"]} for batch in batches)
+        run_folder = pruner.save(tmp_path / f"run-{refit}")
+        compact(run_folder)
+        compact(run_folder, keep_adapter=True)
+        verify(run_folder, engine="torch").check()
+        assert bool(run_folder.load_plan().refit_sha256) == refit
+        with torch.no_grad():
+            pruned, whole = (load_model(folder) for folder in (run_folder.model, base))
+            lost[refit] = (pruned(ids[0]).logits - whole(ids[0]).logits)[mask[0].bool()].norm()
+    assert lost[True] < 0.9 * lost[False]
+
+
 class TestRows:
     def test_there_are_enough_tokens_for_each_column(self):
         lengths = np.full(1000, 50)
@@ -425,5 +447,6 @@ def test_options_that_cannot_go_with_it_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`refit_samples` belongs to `refit`"):
         PruneConfig(refit_samples=3)
     model = make_lora_model(tmp_path / "base")
-    with pytest.raises(ValueError, match="which a LoRAPruner does not have"):
-        LoRAPruner(model, PruneConfig(refit=True), total_steps=3)
+    for config, batches in ((PruneConfig(refit=True), ()), (PruneConfig(), make_batches()[0])):
+        with pytest.raises(ValueError, match="give both `refit=True` and refit_batches"):
+            LoRAPruner(model, config, total_steps=3, refit_batches=batches)
