@@ -256,6 +256,14 @@ TABLES: dict[str, Table] = {
             (
                 Row("one-shot", "one-shot", {"schedule": "one-shot"}),
                 Row("one-shot-refit", "one-shot, refit", {"schedule": "one-shot", **_REFIT}),
+                Row(
+                    "one-shot-gate", "one-shot, gate", {"schedule": "one-shot", "criterion": "gate"}
+                ),
+                Row(
+                    "one-shot-gate-refit",
+                    "one-shot, gate, refit",
+                    {"schedule": "one-shot", "criterion": "gate", **_REFIT},
+                ),
                 Row("joint", "joint, learning rate 1e-3", {**_JOINT, **_SLOW}),
                 Row(
                     "joint-refit",
@@ -267,6 +275,11 @@ TABLES: dict[str, Table] = {
                     "joint-refit-fast",
                     "joint, refit, learning rate 3e-3",
                     {**_JOINT, **_REFIT, **_FAST},
+                ),
+                Row(
+                    "joint-gate-refit-fast",
+                    "joint, gate, refit, learning rate 3e-3",
+                    {"criterion": "gate", **_JOINT, **_REFIT, **_FAST},
                 ),
             ),
             (0.2, 0.5, 0.7),
