@@ -1,12 +1,12 @@
 """How a model is pruned: every option with its type, range, default and help, checked once."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
+from lpdeploy.conflicts import BUDGETS, LATENCY, list_conflicts
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.fields import MAX_COUNT, check_fields, option
 from lpdeploy.plan import SCHEDULES, GroupSpec, WidthRequest
@@ -22,13 +22,6 @@ GROUPS = (REMOVE, CHOOSE, TRAINING, DATA, MACHINE)
 
 RENAMED = {"warmup": "prune_warmup", "cooldown": "prune_cooldown"}
 """Former name of a field -> its name. Recipes, checkpoints and commands may use either."""
-
-RATIOS = ("ratio", "head_ratio", "channel_ratio")
-BUDGETS = ("target_params", "target_memory", "target_latency")
-"""Fields that each decide what is left, in place of the ratios."""
-LATENCY = ("engine", "latency_phase", "latency_tokens")
-"""Fields that say what ``target_latency`` measures."""
-
 
 _remove, _choose, _train, _data, _machine = (partial(option, group=group) for group in GROUPS)
 _SHARE = {"low": 0, "below": 1}
@@ -113,12 +106,14 @@ class PruneConfig:
         "Divide the scores of each linear layer by their L2 norm.", default=False,
     )
     refit: bool = _choose(
-        "When groups are removed, solve the remaining columns of o_proj and down_proj again by "
-        "least squares, so that each layer gives what it gave before.", default=False,
+        "When groups are removed, recompute the remaining columns of o_proj and down_proj by least "
+        "squares, so that each layer's output stays close to what it was. Needs no gradients.",
+        default=False,
     )
     refit_samples: int | None = _choose(
         "Number of rows to refit over.", default=None, **_COUNT,
-        unset="as many as give 20 tokens for each column",
+        unset="enough for 20 tokens per remaining column; in a one-shot or separate run, at least "
+        "`calibration_samples`",
     )
     ema_decay: float = _choose(
         "Decay of the moving average of the scores (lambda of Eq. 11).", default=0.9, **_SHARE,
@@ -166,6 +161,18 @@ class PruneConfig:
         default=None, **_SHARE, unset="depends on `ramp`",
     )
     max_grad_norm: float = _train("Clip gradients to this norm.", default=1.0, above=0)
+    distill: float | None = _train(
+        "Weight of the divergence from the unpruned model in the loss, such as 0.5; the "
+        "cross-entropy has the rest. The unpruned model runs once over the rows before training.",
+        default=None, above=0, high=1,
+    )
+    distill_temperature: float | None = _train(
+        "Divide logits by this for `distill`.", default=None, above=0, unset="1",
+    )
+    distill_top_k: int | None = _train(
+        "Number of tokens that `distill` keeps for each position; all others count as one.",
+        default=None, **_COUNT, unset="128",
+    )
     lora_rank: int = _train("Rank of LoRA's matrices A and B.", default=8, **_COUNT)
     lora_alpha: float = _train(
         "LoRA adds this, divided by `lora_rank`, times BA to each weight.", default=16.0, above=0,
@@ -218,7 +225,7 @@ class PruneConfig:
         check_fields(self)
         if self.ratio is None and self.budget is None:
             object.__setattr__(self, "ratio", _DEFAULT_RATIO)
-        for conflict in _list_conflicts(self):
+        for conflict in list_conflicts(self):
             raise ValueError(conflict)
 
     def to_json(self) -> dict[str, Any]:
@@ -316,78 +323,3 @@ def rename_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
         if former in values and name in values:
             raise ValueError(f"`{former}` is the former name of `{name}`; give one of them.")
     return {RENAMED.get(name, name): value for name, value in values.items()}
-
-
-def _list_conflicts(config: PruneConfig) -> Iterator[str]:
-    """Yield a sentence for each pair of fields that contradict each other."""
-    rules = (_list_shape_conflicts, _list_training_conflicts, _list_base_conflicts)
-    return chain.from_iterable(rule(config) for rule in rules)
-
-
-def _list_shape_conflicts(config: PruneConfig) -> Iterator[str]:
-    given = [name for name in (*RATIOS, *BUDGETS) if getattr(config, name) is not None]
-    if config.budget and len(given) > 1:
-        names = " and ".join(f"`{name}`" for name in given)
-        yield f"{names} each decide what is left; give one of them."
-    if config.target_latency is None:
-        for name in LATENCY:
-            if getattr(config, name) is not None:
-                yield f"`{name}` belongs to `target_latency`; give that too, or leave `{name}` out."
-    elif config.engine is None:
-        yield (
-            "`target_latency` needs an engine to be measured on; give `engine`, for example "
-            "`engine='ort'`."
-        )
-    elif config.scope == "global":
-        yield (
-            "`target_latency` measures shapes whose layers are alike, and `scope='global'` makes "
-            "them differ; use `scope='layer'` or a `ratio`."
-        )
-
-
-def _list_training_conflicts(config: PruneConfig) -> Iterator[str]:
-    if config.batch_size % config.micro_batch_size:
-        yield (
-            f"`micro_batch_size` {config.micro_batch_size} does not divide `batch_size` "
-            f"{config.batch_size}; choose a divisor of it."
-        )
-    warmup, cooldown = config.pauses
-    if warmup + cooldown >= 1:
-        yield (
-            f"`prune_warmup` {warmup:g} and `prune_cooldown` {cooldown:g} leave no steps for "
-            "pruning; their sum must be below 1."
-        )
-    if config.schedule != "joint" and config.calibration_samples == 0:
-        yield (
-            f"`schedule='{config.schedule}'` prunes by the scores of `calibration_samples` rows, "
-            "which cannot be 0; leave it out for 128."
-        )
-
-
-def _list_base_conflicts(config: PruneConfig) -> Iterator[str]:
-    weight_gradients = CRITERIA[config.criterion].weight_gradients
-    if weight_gradients and config.load_in:
-        yield (
-            f"`criterion='{config.criterion}'` needs gradients of the frozen weights, which "
-            f"`load_in='{config.load_in}'` does not have; use "
-            f"`criterion='{PruneConfig.criterion}'`, or leave `load_in` out."
-        )
-    if config.load_in == "4bit" and config.removal == "cut":
-        yield (
-            "`removal='cut'` cannot go with `load_in='4bit'`, whose weights share scales across "
-            "rows; use `removal='mask'` or `load_in='8bit'`."
-        )
-    if config.refit and config.shard:
-        yield "`refit` needs whole weights, and `shard` divides them; change one of them."
-    if config.refit_samples is not None and not config.refit:
-        yield "`refit_samples` belongs to `refit`; give that too, or leave `refit_samples` out."
-    for refused, why in (
-        (config.removal == "cut" and "removal='cut'", "divided weights cannot be cut"),
-        (config.load_in and f"load_in='{config.load_in}'", "quantized weights are not divided"),
-        (
-            weight_gradients and f"criterion='{config.criterion}'",
-            "the gradients would take as much memory as the weights",
-        ),
-    ):
-        if config.shard and refused:
-            yield f"`shard` cannot go with `{refused}`: {why}; change one of them."

@@ -36,6 +36,7 @@ EXPORT, PACKAGE = "export", "package"
 
 _UNMERGED_EXPORT = "{engine}-unmerged"
 _LOCK = ".lock"
+_BENCH = (".json", ".md", ".svg")
 
 
 @dataclass(frozen=True, init=False)
@@ -154,7 +155,7 @@ class RunFolder:
 
     @property
     def _files(self) -> tuple[Path, ...]:
-        bench = (self.benchmark.with_suffix(suffix) for suffix in (".json", ".md", ".svg"))
+        bench = (self.benchmark.with_suffix(end) for end in _BENCH)
         return (
             *(
                 self.plan,
@@ -222,9 +223,13 @@ class RunFolder:
         Raises:
             ArtifactError: One has changed.
         """
-        present = [file for file in files or self._files if file.is_file()]
-        fix = "Restore it, or delete it and run the stage that wrote it again."
-        check_untouched(self.path, only=present, fix=fix)
+        measured = {self.evaluation: "eval", self.verification: "verify", self.page: "report"}
+        measured |= {self.benchmark.with_suffix(end): "bench latency" for end in _BENCH}
+        for file in files or self._files:
+            again = f"delete it and run 'lpdeploy {measured.get(file)} {self}' again"
+            fix = f"Restore it, or {again if file in measured else 'prune again'}."
+            if file.is_file():
+                check_untouched(self.path, only=[file], fix=fix)
 
     # Who holds it.
 

@@ -17,6 +17,8 @@ from lpdeploy.fields import get_kind, get_option, is_optional
 FIELDS = dataclasses.fields(PruneConfig)
 # What else a field needs, so that its own value is the only thing that can be wrong.
 BESIDE = {
+    "distill_temperature": {"distill": 0.5},
+    "distill_top_k": {"distill": 0.5},
     "refit_samples": {"refit": True},
     "engine": {"target_latency": 5.0},
     "latency_phase": {"target_latency": 5.0, "engine": "ort"},

@@ -180,7 +180,7 @@ def test_new_figures_do_not_join_old_ones_that_were_changed(root):
         result = invoke(*words)
         assert (root / "run" / "eval.json").read_bytes() == before
     assert result.exit_code == 1
-    assert "Restore it, or delete it and run the stage" in " ".join(result.stderr.split())
+    assert "Restore it, or delete it and run 'lpdeploy eval" in " ".join(result.stderr.split())
     (root / "run" / "eval.json").unlink()
     assert invoke(*words).exit_code == 0
     assert invoke("verify", root / "run", "--engine", "torch", "--integrity").exit_code == 0

@@ -154,7 +154,7 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
     params.pop("trust_remote_code", None)
     options = load_recipe(
         value,
-        " ".join(ctx.command_path.split()[1:]),
+        _name_command(ctx),
         known=params,
         commands=_list_commands(click.Context(main)),
         former={old: new for old, new in RENAMED.items() if new in params},
@@ -166,6 +166,15 @@ def _apply_recipe(ctx: click.Context, own: click.Parameter, value: Path | None) 
         if item is not None or not params[name].required
     }
     ctx.default_map = {**(ctx.default_map or {}), **typed}
+
+
+def _name_command(ctx: click.Context) -> str:
+    # Not from ctx.command_path: it begins with how lpdeploy was started, which may be many words.
+    names = []
+    while ctx.parent is not None:
+        names.append(ctx.info_name or "")
+        ctx = ctx.parent
+    return " ".join(reversed(names))
 
 
 def _list_commands(ctx: click.Context) -> list[str]:

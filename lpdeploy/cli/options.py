@@ -10,7 +10,8 @@ import click
 from click.core import ParameterSource
 
 from lpdeploy.cli.common import ENGINE, Count, NameChoice, log, write_flags
-from lpdeploy.config import BUDGETS, GROUPS, LATENCY, RATIOS, RENAMED, PruneConfig
+from lpdeploy.config import GROUPS, RENAMED, PruneConfig
+from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.fields import get_kind, get_option
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -22,7 +22,8 @@ from lpdeploy.cli.common import (
     task_data_option,
 )
 from lpdeploy.cli.options import build_config
-from lpdeploy.config import BUDGETS, LATENCY, RATIOS, PruneConfig, rename_fields
+from lpdeploy.config import PruneConfig, rename_fields
+from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.tables import TABLES, Table

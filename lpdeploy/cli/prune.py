@@ -77,6 +77,7 @@ def command(
     stop = threading.Event()
     with (
         counting_progress("tokenize") as on_tokenize,
+        counting_progress("unpruned model") as on_distill,
         training_progress() as on_step,
         ExitStack() as signals,
     ):
@@ -94,15 +95,8 @@ def command(
             "on_tokenize": on_tokenize,
         }
         config, target = resolve_budget(model, config, **given)
-        result = prune(
-            model,
-            **given,
-            options=config,
-            target=target,
-            stop=stop,
-            on_start=start,
-            on_step=on_step,
-        )
+        calls: dict[str, Any] = {"on_distill": on_distill, "on_start": start, "on_step": on_step}
+        result = prune(model, **given, **calls, options=config, target=target, stop=stop)
     leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
     log(f"Next: lpdeploy compact {output}")

@@ -21,7 +21,8 @@ class StepInfo:
     Attributes:
         step: 1-based; 0 is the calibration before the first.
         steps: Of the whole run.
-        loss: Mean cross-entropy of the batch in nats, before the step.
+        loss: Mean loss a token of the batch in nats, before the step: the cross-entropy, mixed
+            with the divergence from the unpruned model where the run distils.
         ratio: Share of groups that the schedule says are gone after the step.
         lr: Learning rate of the step.
         tokens_per_s: Tokens of the batch (padding included) over the step's time.

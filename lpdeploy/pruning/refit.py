@@ -75,11 +75,14 @@ def check_refit_rows(options: PruneConfig, lengths: npt.NDArray[Any], *, columns
     """
     rows = count_refit_rows(options, lengths, columns=columns)
     tokens = int(rows * lengths.mean())
-    advice = f"Use {TOKENS_A_COLUMN * columns:,} or more: give more data, or more `refit_samples`."
+    advice = (
+        f"At least {_FEWEST_TOKENS_A_COLUMN * columns:,} are needed, and "
+        f"{TOKENS_A_COLUMN * columns:,} advised: give more data, or more `refit_samples`."
+    )
     if tokens < _FEWEST_TOKENS_A_COLUMN * columns:
         raise LpdeployError(
             f"A refit of {columns:,} columns over {tokens:,} tokens would only fit these tokens. "
-            f"{advice} Or use `refit=False`."
+            f"{advice} Or leave `refit` out."
         )
     if tokens < TOKENS_A_COLUMN * columns * 0.9:  # rows are rounded, and lengths a mean
         logger.warning(
@@ -318,8 +321,8 @@ def _solve_linear(
     new = (kept.float() + change.T).to(part.dtype)
     if not new.isfinite().all():
         raise LpdeployError(
-            f"A refitted weight is not finite in {part.dtype}. Use `refit=False`, or a base model "
-            "that is saved in bfloat16."
+            f"A refitted weight is not finite in {part.dtype}. Leave `refit` out, or use a base "
+            "model that is saved in bfloat16."
         )
     columns = torch.arange(weight.shape[1]) if part.columns is None else part.columns
     copy_columns(weight, new, columns)

@@ -45,6 +45,7 @@ from lpdeploy.pruning.setup import (
     describe_start,
     load_dataset,
     load_source,
+    prepare_teacher,
 )
 from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.pruning.training import Training, run_steps
@@ -90,6 +91,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     overwrite: bool = False,
     stop: threading.Event | None = None,
     on_tokenize: Progress | None = None,
+    on_distill: Progress | None = None,
     on_start: Callable[[], None] = lambda: None,
     on_step: Callable[[StepInfo], None] = lambda _: None,
 ) -> PruneResult:
@@ -110,6 +112,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         stop: Set it, from another thread or a signal handler, to end the run after the current
             step, with a checkpoint. The library itself handles no signals.
         on_tokenize: Is told (examples tokenized, all examples).
+        on_distill: Is told (rows done, all rows) while the unpruned model runs for ``distill``.
         on_start: Called by every rank before the first step, once nothing stands against the run.
         on_step: Called after every optimizer step.
 
@@ -139,7 +142,15 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 "data": dataset.sha256,
             }
             checkpoint = _load_checkpoint(run, record, options, stage) if resume else None
-            training = build_training(source, dataset, options, checkpoint, ranks)
+            teacher = prepare_teacher(
+                source,
+                dataset,
+                options,
+                ranks,
+                base_sha256=stage.inputs["base"],
+                on_progress=on_distill,
+            )
+            training = build_training(source, dataset, options, checkpoint, ranks, teacher=teacher)
             _check_same_start(ranks, options, stage, checkpoint)
             if ranks.is_first:
                 logger.info(describe_start(source, training))

@@ -1,7 +1,9 @@
 """What a run needs before its first step: base model, tokens, LoRA, optimizer, criterion."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,18 @@ from lpdeploy.pruning.compilation import check_compile
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import check_refit_rows, list_stored
 from lpdeploy.pruning.state import build_state
+from lpdeploy.pruning.teacher import (
+    TeacherCache,
+    describe_cache,
+    fill_cache,
+    find_teacher_folder,
+    list_training_rows,
+)
 from lpdeploy.pruning.training import Training, count_steps
 
+logger = logging.getLogger(__name__)
+
+_TOP_K = 128  # of tokens that a teacher keeps, unless the options say otherwise
 # All that a tokenizer may be made of.
 _TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
 
@@ -150,6 +162,82 @@ def load_dataset(
     return load_or_build(find_cache(), identity, build=build)
 
 
+def prepare_teacher(
+    source: Source,
+    dataset: TokenDataset,
+    options: PruneConfig,
+    ranks: Ranks,
+    *,
+    base_sha256: str,
+    on_progress: Progress | None = None,
+) -> TeacherCache | None:
+    """Let the unpruned model say what it expects in the rows of the training, as far as needed.
+
+    It is loaded and freed again before the training has its own.
+
+    Args:
+        source: The base.
+        dataset: Tokens.
+        options: How to prune.
+        ranks: The processes that share the rows.
+        base_sha256: Hash of the base.
+        on_progress: Is told (rows done, all rows).
+
+    Returns:
+        Where it lies; None without distillation.
+    """
+    if not options.distill:
+        return None
+    dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
+    cache = _find_teacher(source, dataset, options, dtype=dtype, base_sha256=base_sha256)
+    rows = list_training_rows(
+        dataset,
+        steps=count_steps(options, len(dataset)),
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    missing = cache.list_missing(rows)
+    if ranks.is_first:
+        logger.info(describe_cache(cache, rows, missing))
+    own = missing[ranks.rank :: ranks.size]
+    if own:
+        device, half = ranks.device, DTYPES[dtype] != torch.float32
+        fill_cache(
+            cache,
+            load_model(source.folder, dtype=dtype, device=str(device), load_in=options.load_in),
+            own,
+            batch_size=options.micro_batch_size,
+            autocast=partial(torch.autocast, device.type, DTYPES[dtype], enabled=half),
+            on_progress=on_progress if ranks.is_first else None,
+        )
+    ranks.sum([torch.zeros(1, device=ranks.device)])  # nobody reads before all have written
+    return cache
+
+
+def _find_teacher(
+    source: Source, dataset: TokenDataset, options: PruneConfig, *, dtype: str, base_sha256: str
+) -> TeacherCache:
+    assert options.distill is not None
+    vocabulary = source.config.vocab_size
+    temperature = options.distill_temperature or 1.0
+    top_k = min(options.distill_top_k or _TOP_K, vocabulary)
+    identity = {
+        "base": base_sha256,
+        "data": dataset.sha256,
+        "temperature": temperature,
+        "top_k": top_k,
+        "precision": [dtype, options.load_in],
+    }
+    return TeacherCache(
+        folder=find_teacher_folder(find_cache(), identity),
+        dataset=dataset,
+        top_k=top_k,
+        wide=vocabulary > 1 << 16,
+        weight=options.distill,
+        temperature=temperature,
+    )
+
+
 def build_training(
     source: Source,
     dataset: TokenDataset,
@@ -157,6 +245,7 @@ def build_training(
     checkpoint: Checkpoint | None,
     ranks: Ranks | None = None,
     *,
+    teacher: TeacherCache | None = None,
     load: Callable[..., Any] = load_model,
 ) -> Training:
     """Load the base on its device, put LoRA on it, and go to where a checkpoint left off.
@@ -167,6 +256,7 @@ def build_training(
         options: How to prune.
         checkpoint: Where to go on from; None for a new run.
         ranks: The processes that share each batch; None for this one alone.
+        teacher: What the unpruned model expects in the rows; None without distillation.
         load: What gives the base; called as ``load_model`` is.
 
     Raises:
@@ -206,6 +296,7 @@ def build_training(
         options=options,
         steps=count_steps(options, len(dataset)),
         ranks=ranks,
+        teacher=teacher,
     )
     if checkpoint is not None:
         apply_checkpoint(checkpoint, training)

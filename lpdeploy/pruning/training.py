@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,12 @@ from lpdeploy.errors import NonFiniteError
 from lpdeploy.machine import measure_peak_bytes
 from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.log import StepInfo
-from lpdeploy.pruning.loss import compute_loss
+from lpdeploy.pruning.loss import Taught, compute_loss
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import Calibration, count_refit_rows, hold_out
 from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState, apply_event
+from lpdeploy.pruning.teacher import TeacherCache
 from lpdeploy.ramps import RAMPS
 
 
@@ -39,6 +40,7 @@ class Training:
         options: What the user asked for.
         steps: Optimizer steps of the whole run.
         ranks: The processes that share each batch.
+        teacher: What the unpruned model expects in the rows; None without distillation.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class Training:
     options: PruneConfig
     steps: int
     ranks: Ranks = field(default_factory=Ranks)
+    teacher: TeacherCache | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -173,7 +176,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
     )
     scored = step <= events[-1]
     with training.state.scorer.observe() if scored else nullcontext():
-        loss, tokens = _accumulate_gradients(training, rows)
+        loss, tokens = _accumulate_gradients(training, rows, teacher=training.teacher)
     norm = _compute_norm(training)
     mean_loss = _check_finite(step, loss=loss, norm=norm)
     score = partial(training.state.update_average, decay=options.ema_decay)
@@ -209,35 +212,55 @@ def _seed(training: Training, step: int) -> None:
     torch.manual_seed(training.options.seed * 1_000_003 + step + (training.ranks.rank << 40))
 
 
-def _accumulate_gradients(training: Training, rows: list[int]) -> tuple[Tensor, int]:
+def _accumulate_gradients(
+    training: Training, rows: list[int], *, teacher: TeacherCache | None = None
+) -> tuple[Tensor, int]:
     """Run forward and backward over a batch; return its mean loss a token, and its tokens.
 
-    The host does not wait for the device: the loss is a number that is still to come.
+    Before the first step, the model is its own teacher, so calibration does without. The host does
+    not wait for the device: the loss is a number that is still to come.
     """
     size, dataset = training.options.micro_batch_size, training.dataset
     split = split_batch(rows, dataset.lengths, micro_batch_size=size)
-    micros = [dataset.collate(micro) for micro in split]
+    micros = [{**dataset.collate(micro), "rows": torch.tensor(micro)} for micro in split]
     # Dividing by the targets of the whole batch makes the gradient independent of how it is
     # split into micro-batches of unequal lengths.
     targets = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in micros)
     total = torch.zeros((), device=training.device)
     for micro in training.ranks.deal(micros):
-        loss = _compute_loss(training, micro, targets=targets)
+        loss = _compute_loss(training, micro, targets=targets, teacher=teacher)
         loss.backward()
         total += loss.detach()
     training.ranks.sum([total, *(p.grad for p in training.trainable if p.grad is not None)])
     return total, sum(micro["input_ids"].numel() for micro in micros)
 
 
-def _compute_loss(training: Training, micro: Mapping[str, Tensor], *, targets: int) -> Tensor:
+def _compute_loss(
+    training: Training,
+    micro: Mapping[str, Tensor],
+    *,
+    targets: int,
+    teacher: TeacherCache | None,
+) -> Tensor:
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
     training.state.scorer.attention_mask = micro["attention_mask"]
     ids, labels = (_move(micro[name], training.device) for name in ("input_ids", "labels"))
-    return run_forward(training, ids, labels, targets=targets)
+    taught = None if teacher is None else teacher.load(micro["rows"].tolist())
+    if taught is not None:
+        log_probs, tokens = (_move(t, training.device) for t in (taught.log_probs, taught.ids))
+        taught = replace(taught, log_probs=log_probs, ids=tokens)
+    return run_forward(training, ids, labels, targets=targets, taught=taught)
 
 
-def run_forward(training: Training, ids: Tensor, labels: Tensor, *, targets: int) -> Tensor:
+def run_forward(
+    training: Training,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    targets: int,
+    taught: Taught | None = None,
+) -> Tensor:
     """Compute the loss of rows of tokens, ready for ``backward``.
 
     Args:
@@ -245,11 +268,12 @@ def run_forward(training: Training, ids: Tensor, labels: Tensor, *, targets: int
         ids: Shape (B, T), on its device.
         labels: Likewise; -100 is left out.
         targets: What the sum over the tokens is divided by.
+        taught: What the unpruned model expects behind each token; None without distillation.
     """
     model = training.state.model
     with training.autocast():
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    return compute_loss(hidden, model.lm_head.weight, labels, targets=targets)
+    return compute_loss(hidden, model.lm_head.weight, labels, targets=targets, taught=taught)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

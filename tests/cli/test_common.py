@@ -116,6 +116,16 @@ def test_a_recipe_gives_nothing_else(options, sentence, tmp_path):
     assert sentence in result.stderr
 
 
+@pytest.mark.parametrize("started", ["lpdeploy", "python -m lpdeploy", "torchrun -m lpdeploy"])
+@pytest.mark.parametrize("words", [("prune", "m"), ("bench", "latency", "m")])
+def test_a_recipe_is_read_however_lpdeploy_was_started(tmp_path, started, words):
+    (tmp_path / "recipe.yaml").write_text(f"{' '.join(words[:-1])}: {{bogus: 1}}")
+    words = [*words, "--recipe", str(tmp_path / "recipe.yaml")]
+    result = CliRunner().invoke(main, words, prog_name=started)
+    assert result.exit_code == 2
+    assert "an unknown option 'bogus'" in result.stderr
+
+
 def test_a_recipe_may_have_the_sections_of_every_command(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     names = [name for name in main.list_commands(None) if name != "bench"]

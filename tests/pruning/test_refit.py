@@ -416,12 +416,13 @@ class TestRows:
 
     def test_little_data_is_said_and_too_little_refused(self, told):
         with pytest.raises(
-            LpdeployError, match=r"A refit of 100 columns over 150 tokens .* Use 2,000 or more"
+            LpdeployError,
+            match="A refit of 100 columns over 150 tokens .* At least 200 are",
         ):
             check_refit_rows(PruneConfig(refit=True), np.full(3, 50), columns=100)
         check_refit_rows(PruneConfig(refit=True), np.full(10, 50), columns=100)
         assert len(told) == 1
-        assert "500 tokens for 100 columns, and may help little. Use 2,000 or more" in told[0]
+        assert "500 tokens for 100 columns, and may help little. At least 200" in told[0]
         check_refit_rows(PruneConfig(refit=True), np.full(60, 50), columns=100)
         assert len(told) == 1
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lpdeploy.cli.signals import stop_on_signal
-from lpdeploy.config import BUDGETS, LATENCY, RENAMED
+from lpdeploy.config import RENAMED
+from lpdeploy.conflicts import BUDGETS, LATENCY
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, RunEndedError
 from lpdeploy.run_folder import RunFolder
