@@ -130,7 +130,7 @@ def _lock_folder(folder: Path, kind: int) -> Iterator[None]:
 
 def check_untouched(
     folder: Path, *, fix: str, only: Iterable[Path] | None = None, always_hash: bool = False
-) -> None:
+) -> int:
     """Refuse a folder of ours of which a file is not what was written.
 
     A file of the same size and time is taken for the same; otherwise its hash decides, so that a
@@ -142,29 +142,35 @@ def check_untouched(
         only: Files in it to check; by default all that were written.
         always_hash: Hash every file.
 
+    Returns:
+        How many files were checked.
+
     Raises:
         ArtifactError: A file is missing or has changed, or the record cannot be read; names it.
     """
     with _lock_folder(folder, fcntl.LOCK_SH):
         if (folder / FOLDER_RECORD).exists():
             record = load_record(FolderRecord, folder / FOLDER_RECORD, fix=fix)
-            _check_files(folder, record, fix=fix, only=only, always_hash=always_hash)
+            return _check_files(folder, record, fix=fix, only=only, always_hash=always_hash)
+    return 0
 
 
 def _check_files(
     folder: Path, record: FolderRecord, *, fix: str, only: Iterable[Path] | None, always_hash: bool
-) -> None:
-    asked = None if only is None else set(only)
+) -> int:
+    asked, count = None if only is None else set(only), 0
     for name, stamp in record.files.items():
         path = folder / name
         if stamp is None or path.name in _EDITED or (asked is not None and path not in asked):
             continue
+        count += 1
         if not path.is_file():
             raise ArtifactError(f"'{path}' is missing. {fix}")
         if not always_hash and _looks_untouched(path, stamp, record.written_ns):
             continue
         if compute_sha256(path) != stamp.sha256:
             raise ArtifactError(f"'{path}' has changed since it was written. {fix}")
+    return count
 
 
 def _looks_untouched(path: Path, stamp: FileStamp, written_ns: int) -> bool:

@@ -37,6 +37,7 @@ EXPORT, PACKAGE = "export", "package"
 _UNMERGED_EXPORT = "{engine}-unmerged"
 _LOCK = ".lock"
 _BENCH = (".json", ".md", ".svg")
+_WRITERS = {name: name for name in ("eval", "verify", "report")} | {"bench": "bench latency"}
 
 
 @dataclass(frozen=True, init=False)
@@ -211,8 +212,8 @@ class RunFolder:
         """Let files of the run be written or removed, and record what they are afterwards."""
         return recorded_files(self.path, *files)
 
-    def check_files(self, *files: Path) -> None:
-        """Refuse a file of the run that lpdeploy wrote and that has changed since then.
+    def check_files(self, *files: Path) -> int:
+        """Refuse files of the run that have changed since lpdeploy wrote them; count the others.
 
         They are small, so they are always hashed. A file that is gone is as good as one of a stage
         that has not run.
@@ -223,13 +224,13 @@ class RunFolder:
         Raises:
             ArtifactError: One has changed.
         """
-        measured = {self.evaluation: "eval", self.verification: "verify", self.page: "report"}
-        measured |= {self.benchmark.with_suffix(end): "bench latency" for end in _BENCH}
-        for file in files or self._files:
-            again = f"delete it and run 'lpdeploy {measured.get(file)} {self}' again"
-            fix = f"Restore it, or {again if file in measured else 'prune again'}."
-            if file.is_file():
-                check_untouched(self.path, only=[file], fix=fix)
+        count = 0
+        for file in filter(Path.is_file, files or self._files):
+            writer = _WRITERS.get(file.stem)
+            again = f"delete it and run 'lpdeploy {writer} {self}'" if writer else "prune"
+            fix = f"Restore it, or {again} again."
+            count += check_untouched(self.path, only=[file], fix=fix)
+        return count
 
     # Who holds it.
 
@@ -252,9 +253,8 @@ class RunFolder:
         with open_lock(lock, shared=shared) as stream:
             try:
                 if stream is not None:
-                    fcntl.flock(
-                        stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-                    )
+                    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                    fcntl.flock(stream, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunInUseError(
                     f"'{self}' is in use by another lpdeploy process. Wait until that has ended, "

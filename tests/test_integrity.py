@@ -309,6 +309,17 @@ def test_a_folder_without_a_record_is_named(root, caplog):
     with caplog.at_level("WARNING"):
         verify(root / "run", engine="torch", integrity=True)
     assert f"'{root / 'run' / 'model'}' has no record of its files" in caplog.text
+    (root / "run" / FOLDER_RECORD).unlink()
+    with caplog.at_level("WARNING"):
+        verify(root / "run", engine="torch", integrity=True)
+    assert f"'{root / 'run'}' has no record of its files" in caplog.text
+
+
+def test_a_check_says_how_many_files_it_hashed(root):
+    result = invoke("verify", root / "run", "--engine", "torch", "--integrity")
+    edited = ("README.md", "genai_config.json")
+    files = [path for path in list_run_files(root / "run") if path.name not in edited]
+    assert f"{len(files)} files have their recorded hashes." in result.stderr
 
 
 @pytest.mark.parametrize("name", ["plan.json", "adapter/adapter_model.safetensors"])

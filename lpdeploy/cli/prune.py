@@ -107,5 +107,6 @@ def _describe(result: Any) -> str:
     return (
         f"{result.run}: {achieved['heads']:.1%} of the heads, {achieved['channels']:.1%} of the "
         f"channels and {achieved['parameters']:.1%} of the parameters removed in {result.steps} "
-        f"steps, {result.seconds:.0f} s, {format_bytes(result.peak_bytes)}; loss {result.loss:.3f}"
+        f"steps, {result.seconds:.0f} s, {format_bytes(result.peak_bytes)}; "
+        f"loss {'' if result.steps else 'before the removal '}{result.loss:.3f}"
     )

@@ -195,14 +195,15 @@ def verify(
 
 
 def _check_integrity(place: ModelPlace) -> None:
-    if place.run is not None:
-        place.run.check_files()
-    recorded = {found for part in place.list_parts() for found in find_recorded_folders(part)}
-    if place.run is not None:
-        recorded |= set(find_recorded_folders(place.run.path)) - {place.run.path}
-    for folder in sorted(recorded):
-        check_untouched(folder, fix="Make it again, or restore the file.", always_hash=True)
-    for folder in place.list_parts():
+    run = place.run
+    parts = [*place.list_parts(), *([run.path] if run else [])]
+    recorded = {found for part in parts for found in find_recorded_folders(part)}
+    count = run.check_files() if run else 0
+    for folder in sorted(recorded - ({run.path} if run else set())):
+        fix = "Make it again, or restore the file."
+        count += check_untouched(folder, fix=fix, always_hash=True)
+    logger.info("%s files have their recorded hashes.", count)
+    for folder in parts:
         if folder not in recorded:
             logger.warning("'%s' has no record of its files: they were not checked.", folder)
 

@@ -1,6 +1,8 @@
 """The refit: against independent loops and solvers, through every stage, and what is refused."""
 
+import dataclasses
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from functools import partial
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lpdeploy.artifacts import compute_sha256
 from lpdeploy.config import PruneConfig
 from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, LpdeployError
@@ -357,6 +360,32 @@ class TestRuns:
             save_file(tensors, path)
         with pytest.raises(ArtifactError, match=r"refit\.safetensors' (is missing|has changed)"):
             compact(tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ("shape", "in shape [32, 20], and the plan leaves 24 columns of it"),
+            ("name", "and the plan leaves 0 columns of it"),
+            ("nan", "NaN"),
+            ("text", "cannot be read"),
+        ],
+    )
+    def test_a_refit_that_does_not_fit_is_refused(self, base, data, tmp_path, change, sentence):
+        folder = RunFolder(tmp_path / "run")
+        run(base, folder.path, data, options=ONE_SHOT)
+        tensors, name = load_file(folder.refit), "model.layers.0.mlp.down_proj"
+        if change == "shape":
+            tensors[name] = tensors[name][:, :20].contiguous()
+        elif change == "name":
+            tensors["model.norm"] = tensors.pop(name)
+        elif change == "nan":
+            tensors[name][3, 4] = float("nan")
+        save_file(tensors, folder.refit)
+        if change == "text":
+            folder.refit.write_text("no tensors")
+        plan = dataclasses.replace(folder.load_plan(), refit_sha256=compute_sha256(folder.refit))
+        with pytest.raises(ArtifactError, match=re.escape(sentence)):
+            load_run_weights(folder, plan)
 
     @pytest.mark.parametrize("step", [4, 5])
     @pytest.mark.parametrize("removal", ["cut", "mask"])
