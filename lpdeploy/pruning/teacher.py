@@ -1,8 +1,8 @@
 """What the unpruned model expects behind each token, on disk: computed once, before training.
 
-A teacher beside the student would double the memory, and its pass would be half of a step. So the
-unpruned model runs once over the rows that training will see, before anything else is loaded, and
-its most probable tokens are kept in a file that later runs with the same model, data and settings
+A teacher beside the student would double the memory, and its pass would slow down every step. So
+the unpruned model runs once over the rows that training will see, before anything else is loaded.
+Its most probable tokens are kept in a file that later runs with the same model, data and settings
 use again. Rows are written one after the other, so a run that was stopped goes on where it was.
 """
 
