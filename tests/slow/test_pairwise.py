@@ -73,9 +73,6 @@ LEFT_OUT = {
     "latency_phase": "belongs to a budget, which becomes ratios before anything else",
     "engine": "belongs to a budget",
     "ignore_memory": "changes no computation",
-    "distill_temperature": "is a number, and belongs to distill",
-    "distill_top_k": "is a number of tokens, and belongs to distill",
-    "refit_samples": "is a number of rows, and belongs to refit",
 }
 FIXED = {"steps": 4, "micro_batch_size": 1, "seq_len": 128, "device": "cpu", "lr": 1e-2}
 BYTES = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -110,7 +110,8 @@ def list_damages(path: Path, *, few: bool = False) -> Iterator[Damage]:
 
     Args:
         path: The file, as it should be.
-        few: Give each key two other values in turn, so that all keys together meet all values.
+        few: Give each key two other values in turn, so that all keys together meet all values; one
+            in a recipe, whose commands take longest.
     """
     yield Damage("a folder", None)
     for name, content in WHOLE.items():
@@ -120,7 +121,8 @@ def list_damages(path: Path, *, few: bool = False) -> Iterator[Damage]:
         left = {name: value for name, value in data.items() if name != key}
         yield Damage(f"no {key}", _write(path, left))
         names = list(VALUES)
-        for name in (names[number % 6], names[(number + 3) % 6]) if few else names:
+        some = (names[number % 6], names[(number + 3) % 6])[: 1 if path.suffix == ".yaml" else 2]
+        for name in some if few else names:
             if type(VALUES[name]) is not type(data[key]):
                 yield Damage(f"{key} is {name}", _write(path, data | {key: VALUES[name]}))
 
