@@ -188,6 +188,8 @@ def prepare_teacher(
     """
     if not options.distill:
         return None
+    if options.refit:
+        _prepare_refit(source, dataset, options)  # refuses too few rows before hours of work
     dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
     cache = _find_teacher(source, dataset, options, dtype=dtype, base_sha256=base_sha256)
     rows = list_training_rows(

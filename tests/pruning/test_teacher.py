@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, list_batch
-from lpdeploy.errors import ArtifactError, DiskFullError
+from lpdeploy.errors import ArtifactError, DiskFullError, LpdeployError
 from lpdeploy.models.loading import load_model
 from lpdeploy.pruning import setup
 from lpdeploy.pruning.ranks import Ranks
@@ -204,6 +204,13 @@ def test_a_large_vocabulary_takes_ids_of_four_bytes(data, tmp_path):
     narrow = make_tiny_model(tmp_path / "narrow")
     cache, _, _ = prepare(narrow, data, steps=1, batch_size=2)
     assert cache.bytes_a_token == 8 * (2 + 2) + 2
+
+
+def test_too_few_rows_for_a_refit_are_refused_before_the_pass(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "load_model", lambda *_, **__: 1 / 0)
+    (tmp_path / "text.txt").write_text("w1 w2 w3 " * 10)
+    with pytest.raises(LpdeployError, match="would only fit these tokens"):
+        prepare(base, tmp_path / "text.txt", refit=True)
 
 
 def test_options_that_cannot_go_with_it_are_refused():
