@@ -42,6 +42,7 @@ from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
     build_training,
+    check_refit_data,
     describe_start,
     load_dataset,
     load_source,
@@ -137,6 +138,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         with recording if ranks.is_first else nullcontext(Stage()) as stage:
             stage.planned = memory.to_json()
             dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+            check_refit_data(source, dataset, options)
             stage.inputs = {
                 "base": compute_model_sha256(source.folder),
                 "data": dataset.sha256,

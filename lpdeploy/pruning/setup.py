@@ -188,8 +188,6 @@ def prepare_teacher(
     """
     if not options.distill:
         return None
-    if options.refit:
-        _prepare_refit(source, dataset, options)  # refuses too few rows before hours of work
     dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
     cache = _find_teacher(source, dataset, options, dtype=dtype, base_sha256=base_sha256)
     rows = list_training_rows(
@@ -286,7 +284,9 @@ def build_training(
         options,
         ranks=ranks,
         kept=kept,
-        stored=_prepare_refit(source, dataset, options) if options.refit else None,
+        stored=list_stored(source.folder, source.config, source.prunable)
+        if options.refit
+        else None,
     )
     training = Training(
         model=wrapped,
@@ -305,15 +305,18 @@ def build_training(
     return training
 
 
-def _prepare_refit(
-    source: Source, dataset: TokenDataset, options: PruneConfig
-) -> dict[str, torch.dtype]:
-    """Check that there is data to refit over, and return how the base stores what is refitted."""
+def check_refit_data(source: Source, dataset: TokenDataset, options: PruneConfig) -> None:
+    """Check that there are enough rows for the refit that the options ask for, if any.
+
+    Raises:
+        LpdeployError: There are too few.
+    """
+    if not options.refit:
+        return
     counts = count_kept(source.config, options.widths)
     outputs = {spec.kind: get_output(spec) for spec in source.prunable}
     columns = max(counts[kind] * piece.block for kind, piece in outputs.items())
     check_refit_rows(options, dataset.lengths, columns=columns)
-    return list_stored(source.folder, source.config, source.prunable)
 
 
 def _load_base(

@@ -210,7 +210,7 @@ def test_too_few_rows_for_a_refit_are_refused_before_the_pass(base, tmp_path, mo
     monkeypatch.setattr(setup, "load_model", lambda *_, **__: 1 / 0)
     (tmp_path / "text.txt").write_text("w1 w2 w3 " * 10)
     with pytest.raises(LpdeployError, match="would only fit these tokens"):
-        prepare(base, tmp_path / "text.txt", refit=True)
+        run(base, tmp_path / "run", tmp_path / "text.txt", options={**DISTILL, "refit": True})
 
 
 def test_options_that_cannot_go_with_it_are_refused():
