@@ -88,6 +88,16 @@ class PruneConfig:
     )
     round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, **_COUNT)
     round_heads_to: int = _remove("Round kept KV heads to a multiple of this.", default=1, **_COUNT)
+    drop_layers: int | None = _remove(
+        "Drop this many whole layers before training, those whose absence raises the loss least. "
+        "Ratios are then shares of the layers that stay.",
+        default=None, **_COUNT_FROM_0, unset="0, or as `depth` says",
+    )
+    depth: str | None = _remove(
+        "Choose the number of dropped layers (auto): several are tried with a one-shot pruning, "
+        "each with the widths that leave as many parameters as asked.",
+        default=None, choices=("auto",), unset="`drop_layers`",
+    )
     removal: str | None = _remove(
         "Cut groups out at each event, or mask them until the end.",
         default=None, choices=("cut", "mask"), unset="cut; mask with `load_in='4bit'` or `shard`",
@@ -238,6 +248,11 @@ class PruneConfig:
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it is still to be decided what is left: by a budget, or by the depth."""
+        return self.budget is not None or self.depth == "auto"
+
+    @property
     def effective_removal(self) -> str:
         """``cut`` or ``mask``: ``removal``, or what the base model allows if that is None."""
         return self.removal or ("mask" if self.load_in == "4bit" or self.shard else "cut")
@@ -247,7 +262,7 @@ class PruneConfig:
         """Share to remove of each kind of group.
 
         Raises:
-            ValueError: A budget decides, and has not been turned into ratios yet.
+            ValueError: A budget decides, or the depth is open, and ratios do not yet.
         """
         self.check_resolved()
         assert self.ratio is not None  # only a budget leaves it out
@@ -255,19 +270,23 @@ class PruneConfig:
         return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
 
     def with_ratios(self, **ratios: float) -> "PruneConfig":
-        """Return a copy in which ratios decide what is left, in place of a budget."""
-        changes: dict[str, Any] = {**dict.fromkeys((*BUDGETS, *LATENCY)), **ratios}
-        return dataclasses.replace(self, **changes)
+        """Return a copy in which ratios decide what is left, in place of a budget.
+
+        Args:
+            ratios: ``ratio`` or ``head_ratio`` and ``channel_ratio``, and perhaps ``drop_layers``.
+        """
+        changes: dict[str, Any] = dict.fromkeys((*BUDGETS, *LATENCY))
+        return dataclasses.replace(self, **{**changes, "depth": None, **ratios})
 
     def check_resolved(self) -> None:
         """Check that ratios decide what is left.
 
         Raises:
-            ValueError: A budget decides, and has not been turned into ratios yet.
+            ValueError: A budget decides, or the depth is open, and ratios do not yet.
         """
-        if self.budget:
+        if self.is_open:
             raise ValueError(
-                f"`{self.budget}` has not been turned into ratios yet; call "
+                f"`{self.budget or 'depth'}` has not been turned into ratios yet; call "
                 "lpdeploy.benchmark.target.resolve_budget first."
             )
 
@@ -280,11 +299,12 @@ class PruneConfig:
     def widths(self) -> WidthRequest:
         """What decides the widths of the pruned model, before its scores are known."""
         return WidthRequest(
-            ratios={} if self.budget else self.ratios,
+            ratios={} if self.is_open else self.ratios,
             multiples=self.multiples,
             protect_first=self.protect_first,
             protect_last=self.protect_last,
             scope=self.scope,
+            drop_layers=self.drop_layers or 0,
         )
 
     def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:

@@ -15,7 +15,12 @@ LATENCY = ("engine", "latency_phase", "latency_tokens")
 
 def list_conflicts(config: Any) -> Iterator[str]:
     """Yield a sentence for each pair of fields that contradict each other."""
-    rules = (_list_shape_conflicts, _list_training_conflicts, _list_base_conflicts)
+    rules = (
+        _list_shape_conflicts,
+        _list_depth_conflicts,
+        _list_training_conflicts,
+        _list_base_conflicts,
+    )
     return chain.from_iterable(rule(config) for rule in rules)
 
 
@@ -37,6 +42,24 @@ def _list_shape_conflicts(config: Any) -> Iterator[str]:
         yield (
             "`target_latency` measures shapes whose layers are alike, and `scope='global'` makes "
             "them differ; use `scope='layer'` or a `ratio`."
+        )
+
+
+def _list_depth_conflicts(config: Any) -> Iterator[str]:
+    if config.depth is None:
+        return
+    given = [name for name in ("head_ratio", "channel_ratio") if getattr(config, name) is not None]
+    for name in (*given, *(["drop_layers"] if config.drop_layers else [])):
+        yield f"`depth='auto'` chooses what `{name}` says; give one of them."
+    if config.target_latency is not None:
+        yield (
+            "`depth='auto'` chooses for a number of parameters, and `target_latency` for a "
+            "time; give `drop_layers` instead, or another target."
+        )
+    if config.shard:
+        yield (
+            "`depth='auto'` tries several depths in one process, and `shard` is for models "
+            "that do not fit; give `drop_layers` instead."
         )
 
 

@@ -3,7 +3,8 @@
 It loads no heavy library, so that a plan can be read without torch.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class WidthRequest:
         protect_first: Layers at the input that stay whole.
         protect_last: Layers at the output that stay whole.
         scope: ``layer`` (every layer keeps as many) or ``global`` (scores decide how many).
+        drop_layers: Number of layers that go as wholes, before groups of the others do.
     """
 
     ratios: Mapping[str, float]
@@ -85,6 +87,7 @@ class WidthRequest:
     protect_first: int = 0
     protect_last: int = 0
     scope: str = "layer"
+    drop_layers: int = 0
 
 
 Kept = dict[str, list[int]]
@@ -100,8 +103,9 @@ class PruningPlan:
         base_sha256: Hash of that model's weights and config.
         ratio: Share of groups that was asked to be removed.
         specs: All groups of the base model.
-        kept: Kept indices of every spec.
-        achieved: Share removed, of ``groups``, ``heads``, ``channels`` and ``parameters``.
+        kept: Kept indices of every spec. A layer of which no group is kept is dropped.
+        achieved: Share removed, of ``groups``, ``heads``, ``channels``, ``layers`` and
+            ``parameters``.
         refit_sha256: Hash of the refitted weights of the run; None if there are none.
         schema_version: Version of this file format.
     """
@@ -119,12 +123,53 @@ class PruningPlan:
         names = {spec.name for spec in self.specs}
         if unknown := self.kept.keys() - names:
             raise ValueError(f"kept names '{min(unknown)}', which is no group of specs")
+        stay = self.layers
+        if not stay:
+            raise ValueError("no layer keeps a group; at least one must stay")
         for spec in self.specs:
-            check_kept(spec, self.kept.get(spec.name, []))
+            if spec.layer in stay:
+                check_kept(spec, self.kept.get(spec.name, []))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that are not dropped, ascending, counted in the unpruned model."""
+        return tuple(dict.fromkeys(spec.layer for spec in self.specs if self.kept.get(spec.name)))
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Layers that are dropped, ascending."""
+        return tuple(sorted({spec.layer for spec in self.specs} - set(self.layers)))
+
+    @property
+    def kept_specs(self) -> tuple[GroupSpec, ...]:
+        """The groups of the layers that are not dropped."""
+        layers = self.layers
+        return tuple(spec for spec in self.specs if spec.layer in layers)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict; ``load_plan`` reads it back."""
         return asdict(self)
+
+
+_LAYER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
+
+
+def rename_layer(name: str, stay: Sequence[int]) -> str | None:
+    """Return what a weight or module is called in a model of whose layers only some stay.
+
+    Args:
+        name: Its name in the unpruned model, such as ``model.layers.3.mlp.up_proj.weight``.
+        stay: Layers that stay, ascending.
+
+    Returns:
+        Its new name; None if its layer is dropped.
+    """
+    found = _LAYER.search(name)
+    if found is None:
+        return name
+    if int(found[0]) not in stay:
+        return None
+    return _LAYER.sub(str(stay.index(int(found[0]))), name, count=1)
 
 
 def check_kept(spec: GroupSpec, kept: list[int]) -> None:
@@ -169,5 +214,6 @@ def describe_method(recorded: Mapping[str, Any]) -> str:
         )
     # A criterion from outside the package may not be known to the process that writes a card.
     words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
+    layers = f"; {n} whole layers were dropped first" if (n := recorded.get("drop_layers")) else ""
     refit = "; the remaining weights were refitted" if recorded.get("refit") else ""
-    return f"chosen by {words}, {SCHEDULES[schedule]}{refit}"
+    return f"chosen by {words}, {SCHEDULES[schedule]}{layers}{refit}"

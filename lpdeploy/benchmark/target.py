@@ -2,9 +2,14 @@
 
 import bisect
 import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from transformers import PretrainedConfig
+
+from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.latency_target import choose_widths
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
@@ -12,8 +17,11 @@ from lpdeploy.environment import count_ranks
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import format_bytes
 from lpdeploy.models.loading import find_config
-from lpdeploy.models.shapes import build_counter, get_itemsize
+from lpdeploy.models.shapes import build_counter, count_parameters, get_itemsize
+from lpdeploy.pruning.fit import check_memory
+from lpdeploy.pruning.setup import Source, load_dataset, load_source
 from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target
+from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +42,14 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
     overwrite: bool = False,
     on_tokenize: Progress | None = None,
 ) -> tuple[PruneConfig, TargetRecord | None]:
-    """Turn ``target_params``, ``target_memory`` or ``target_latency`` into ratios.
+    """Turn a budget (``target_params``, ``target_memory`` or ``target_latency``) into ratios.
+
+    Where the depth is open, ``drop_layers`` is chosen with them.
 
     Args:
-        model: Hugging Face folder or hub name. For a size only the config is read.
+        model: Hugging Face folder or hub name. For a size alone only the config is read.
         options: How the model will be pruned. They are returned as they are if ratios decide.
-        data: What groups are scored with; only needed for a latency.
+        data: What groups are scored with; only needed for a latency or an open depth.
         output: The run folder to be, if there is one. Nothing is written.
         cache: Keep the tokens of ``data``, and use those of an earlier run.
         resume: Read from ``output`` what was chosen when the run began.
@@ -52,20 +62,17 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
     Raises:
         LpdeployError: The model is small or fast enough already, or cannot become so; or a
             latency cannot be measured here.
-        ValueError: ``data`` is missing for a latency, or ``output`` for ``resume``.
+        ValueError: ``data`` is missing where it is needed, or ``output`` for ``resume``.
     """
-    if options.budget is None:
+    if not options.is_open:
         return options, None
     if resume:
         record = load_target(_require(output, "output"), describe_asked(options))
-    elif options.target_latency is None:
-        record = _choose_ratio(model, options)
     else:
-        _refuse_ranks()
-        record = choose_widths(
+        record = _choose(
             model,
             options,
-            data=_require(data, "data"),
+            data=data,
             output=output,
             cache=cache,
             overwrite=overwrite,
@@ -77,54 +84,128 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
     return options.with_ratios(**record.ratios), record
 
 
+def _choose(
+    model: str,
+    options: PruneConfig,
+    *,
+    data: str | None,
+    output: Path | None,
+    cache: bool,
+    overwrite: bool,
+    on_tokenize: Progress | None,
+) -> TargetRecord:
+    if options.target_latency is None and options.depth is None:
+        return _fit_ratio(find_config(model), options, name=model)
+    _refuse_ranks(options)
+    data = _require(data, "data")
+    if options.depth is None:
+        return choose_widths(
+            model,
+            options,
+            data=data,
+            output=output,
+            cache=cache,
+            overwrite=overwrite,
+            on_tokenize=on_tokenize,
+        )
+    source = load_source(model, options)
+    if output is not None:
+        RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
+    check_memory(source.config, replace(options, depth=None))
+    limit = _get_limit(source.config, options)
+    depths = _list_depths(source, options, limit=limit)
+    dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+    choose = partial(_fit_ratio, source.config, name=model, limit=limit)
+    return choose_depth(source, dataset, options, depths=depths, choose=choose)
+
+
+def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[int]:
+    """List numbers of dropped layers with which some widths leave no more than a limit."""
+    layers = len({spec.layer for spec in source.prunable})
+    depths = []
+    for drop_layers in range(layers):
+        request = replace(options.widths, drop_layers=drop_layers)
+        count = build_counter(source.config, request)
+        if count(1 - 1 / _STEPS) <= limit:
+            depths.append(drop_layers)
+        if count(0) <= limit:
+            break
+    if not depths or depths == [0]:  # out of reach, or there already
+        fixed = replace(options, depth=None, drop_layers=layers - 1)
+        _refuse_unreachable(source.name, source.config, fixed, limit=limit)
+    return spread(depths)
+
+
 def _require(value: _Value | None, name: str) -> _Value:
     if value is None:
         raise ValueError(f"`{name}` is needed to resolve this target; give it.")
     return value
 
 
-def _choose_ratio(model: str, options: PruneConfig) -> TargetRecord:
-    """Find the smallest ratio whose rounded shape has at most so many parameters or bytes."""
-    config = find_config(model)
+def _fit_ratio(
+    config: PretrainedConfig, options: PruneConfig, *, name: str, limit: int | None = None
+) -> TargetRecord:
+    """Find the smallest ratio whose rounded shape is small enough.
+
+    Args:
+        config: Of the unpruned model.
+        options: They say how large it may be, unless ``limit`` does.
+        name: What the user calls the model.
+        limit: Most parameters that may be left.
+    """
     itemsize = 1 if options.target_memory is None else get_itemsize(config)
-    limit = options.target_params or options.target_memory or 0
+    if limit is None:
+        limit = _get_limit(config, options)
+        _refuse_unreachable(name, config, options, limit=limit)
     count = build_counter(config, options.widths)
-    before, least = itemsize * count(0), itemsize * count(1 - 1 / _STEPS)
-    _refuse_unreachable(model, options, limit=limit, before=before, least=least)
-    step = bisect.bisect_left(range(_STEPS), -limit, key=lambda s: -itemsize * count(s / _STEPS))
+    step = bisect.bisect_left(range(_STEPS), -limit, key=lambda s: -count(s / _STEPS))
     ratio = step / _STEPS
     return TargetRecord(
         asked=describe_asked(options),
         ratios={"ratio": ratio},
-        found=SizeFound(before, itemsize * count(ratio)),
+        found=SizeFound(itemsize * count_parameters(config), itemsize * count(ratio)),
     )
 
 
+def _get_limit(config: PretrainedConfig, options: PruneConfig) -> int:
+    """Return the most parameters that may be left."""
+    if options.target_params is not None:
+        return options.target_params
+    if options.target_memory is not None:
+        return options.target_memory // get_itemsize(config)
+    assert options.ratio is not None  # set where there is no budget
+    return build_counter(config, options.widths)(options.ratio)
+
+
 def _refuse_unreachable(
-    model: str, options: PruneConfig, *, limit: int, before: int, least: int
+    name: str, config: PretrainedConfig, options: PruneConfig, *, limit: int
 ) -> None:
     def write(size: int) -> str:
         if options.target_memory is not None:
+            size *= get_itemsize(config)
             return f"{format_bytes(size)} ({size:,} bytes)"
         return f"{size:,} parameters"
 
+    asked = f"`{options.budget}` of {write(limit)}"
+    before = count_parameters(config)
+    least = build_counter(config, options.widths)(1 - 1 / _STEPS)
     if before <= limit:
         raise LpdeployError(
-            f"`{options.budget}` of {write(limit)}: '{model}' has {write(before)} already. Give "
-            "less, or prune to a `ratio`."
+            f"{asked}: '{name}' has {write(before)} already. Give less, or prune to a `ratio`."
         )
     if least > limit:
         raise LpdeployError(
-            f"`{options.budget}` of {write(limit)} is out of reach: embeddings, head, norms, "
+            f"{asked} is out of reach: embeddings, head, norms, "
             "protected layers and the fewest groups that every layer keeps are "
-            f"{write(least)} of '{model}'. Give at least that."
+            f"{write(least)} of '{name}'. Give at least that."
         )
 
 
-def _refuse_ranks() -> None:
+def _refuse_ranks(options: PruneConfig) -> None:
     if count_ranks() > 1:
+        open_option = "target_latency" if options.target_latency is not None else "depth"
         raise LpdeployError(
-            "`target_latency` is measured by one process, and a launcher started several. Start "
+            f"`{open_option}` is measured by one process, and a launcher started several. Start "
             "the command once without the launcher, stop it when it has told the ratios, and give "
             "those to the launcher."
         )

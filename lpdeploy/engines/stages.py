@@ -24,7 +24,7 @@ from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
 from lpdeploy.engines.weight_checks import WeightsCheck, check_checkpoint
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
 from lpdeploy.models.compact import find_base
-from lpdeploy.models.cutting import apply_cut, apply_masks
+from lpdeploy.models.cutting import apply_cut, apply_masks, close_gaps, drop_layers
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.models.run_weights import RunWeights, apply_refit, load_run_weights
@@ -201,20 +201,25 @@ def _get_model(runner: Runner) -> torch.nn.Module:
 def _build_masked(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
     """The unpruned base with refit and adapter, its removed groups masked as in Eq. 13."""
     weights, model = load_run_weights(run, plan), load_model(base, dtype="fp32")
+    drop_layers(model, plan.dropped)
     apply_refit(model, weights.refit, plan)
     wrapped = _attach(model, expand_lora(weights.lora, plan))
     masks = {}
-    for spec in plan.specs:
+    for spec in plan.kept_specs:
         masks[spec.name] = torch.zeros(spec.num_groups, dtype=torch.bool)
         masks[spec.name][plan.kept[spec.name]] = True
-    apply_masks(wrapped.get_base_model(), plan.specs, masks)
+    apply_masks(wrapped.get_base_model(), plan.kept_specs, masks)
+    close_gaps(model)
     return TorchRunner(wrapped)
 
 
 def _build_cut(run: RunFolder, base: Path, plan: PruningPlan) -> Runner:
     """The base cut in memory, as training cuts it, with the adapter unmerged."""
     weights = load_run_weights(run, plan)
-    return TorchRunner(_attach(_load_cut(base, plan, weights), weights.lora))
+    model = _load_cut(base, plan, weights)
+    wrapped = _attach(model, weights.lora)
+    close_gaps(model)
+    return TorchRunner(wrapped)
 
 
 def _build_merged(
@@ -234,14 +239,18 @@ def _build_merged(
         for name, lora in weights.lora.items():
             weight = model.get_submodule(name).weight
             weight += lora.scaling * lora.lora_b.float() @ lora.lora_a.float()
+        close_gaps(model)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(stored.get(name, torch.float32)).float()
     return TorchRunner(model)
 
 
 def _load_cut(base: Path, plan: PruningPlan, weights: RunWeights) -> Any:
+    """Load the base as training has it, where the layers that stay keep their names."""
     model = load_model(base, dtype="fp32")
-    apply_cut(model, plan.specs, {name: torch.tensor(kept) for name, kept in plan.kept.items()})
+    drop_layers(model, plan.dropped)
+    kept = {name: torch.tensor(kept) for name, kept in plan.kept.items()}
+    apply_cut(model, plan.kept_specs, kept)
     apply_refit(model, weights.refit, plan)
     return model
 

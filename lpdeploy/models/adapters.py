@@ -153,7 +153,7 @@ def check_adapter(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> None
     """
     widths = {
         piece.module: (piece.dim, len(plan.kept[spec.name]) * piece.block)
-        for spec in plan.specs
+        for spec in plan.kept_specs
         for piece in spec.slices
     }
     odd = sorted(widths.keys() ^ weights.keys())
@@ -202,7 +202,7 @@ def expand_lora(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> dict[s
         Adapter of the base, that computes the same where the removed groups are masked.
     """
     expanded = {}
-    for spec in plan.specs:
+    for spec in plan.kept_specs:
         for piece in spec.slices:
             source = weights[piece.module]
             index = expand_index(torch.tensor(plan.kept[spec.name]), piece.block)

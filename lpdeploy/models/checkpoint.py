@@ -21,7 +21,7 @@ from lpdeploy.models.tensor_files import (
     write_tensors,
 )
 from lpdeploy.models.weight_files import index_weights, list_weight_files
-from lpdeploy.plan import GroupSpec, PruningPlan, Slice
+from lpdeploy.plan import GroupSpec, PruningPlan, Slice, rename_layer
 from lpdeploy.run_folder import ADAPTER
 
 _OVERFLOW = "Save the base model in bfloat16, and prune that."
@@ -82,12 +82,14 @@ def compute_pruned_layout(base: Path, plan: PruningPlan, weights: RunWeights) ->
     layout: Layout = {}
     for file in list_weight_files(base):
         for name, info in load_layout(file).items():
-            if not _is_table(name):
+            new = None if _is_table(name) else rename_layer(name, plan.layers)
+            if new is not None:
                 module, _, leaf = name.rpartition(".")
-                layout[name] = _cut_info(info, cuts.get(module), leaf=leaf)
+                layout[new] = _cut_info(info, cuts.get(module), leaf=leaf)
                 if leaf == "weight":
-                    _check_fit(layout[name], weights, module)
-    missing = {f"{module}.weight" for module in cuts} - layout.keys()
+                    _check_fit(layout[new], weights, module)
+    wanted = (rename_layer(f"{module}.weight", plan.layers) for module in cuts)
+    missing = {name for name in wanted if name} - layout.keys()
     if missing:
         raise ArtifactError(
             f"'{base}' lacks {len(missing)} weights of its plan, first {min(missing)}. "
@@ -112,8 +114,8 @@ def stream_pruned_blocks(
         hashes: Gets the SHA-256 of each file of the base, under its name, when it was read.
 
     Yields:
-        (name, rows): cut to the plan, refitted, and merged, ``W + scaling B A`` in float32. The
-        rows are overwritten by the third ones after them.
+        (name in the pruned model, rows): cut to the plan, refitted, and merged,
+        ``W + scaling B A`` in float32. The rows are overwritten by the third ones after them.
 
     Raises:
         ArtifactError: A file is missing or damaged, or a weight holds NaN or infinity.
@@ -122,7 +124,8 @@ def stream_pruned_blocks(
     cuts = _index_cuts(plan)
     for file in list_weight_files(base):
         for name, first, block in iterate_blocks(file, hashes=hashes):
-            if _is_table(name):
+            new = None if _is_table(name) else rename_layer(name, plan.layers)
+            if new is None:
                 continue
             module, _, leaf = name.rpartition(".")
             check_finite(block, name=name)
@@ -130,7 +133,7 @@ def stream_pruned_blocks(
             if leaf == "weight":
                 rows = _change(rows, weights, module, start=start)
             if rows.numel():
-                yield name, rows
+                yield new, rows
 
 
 def _is_table(name: str) -> bool:
@@ -145,7 +148,7 @@ def _index_cuts(plan: PruningPlan) -> dict[str, _Cut]:
     """Map each module to its slice and the rows or columns of it that stay."""
     return {
         piece.module: (piece, expand_index(torch.tensor(plan.kept[spec.name]), piece.block))
-        for spec in plan.specs
+        for spec in plan.kept_specs
         for piece in spec.slices
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256, save_json
@@ -39,9 +40,10 @@ from lpdeploy.models.shapes import (
     build_pruned_config,
     compute_widths,
     count_parameters,
+    list_widths,
 )
 from lpdeploy.models.weight_files import list_weight_files
-from lpdeploy.plan import PruningPlan
+from lpdeploy.plan import PruningPlan, rename_layer
 from lpdeploy.records import load_record
 from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output
 
@@ -150,12 +152,12 @@ def _save_rest(
         merged: Whether LoRA is in the weights.
     """
     config = load_config(base)
-    widths = compute_widths(config, plan.specs, plan.kept)
-    pruned = build_pruned_config(config, widths)
+    pruned = build_pruned_config(config, compute_widths(config, plan.specs, plan.kept))
+    widths = list_widths(pruned)
     pruned.save_pretrained(folder)
     _carry_files(base, folder, before=config, after=pruned)
     if not merged:
-        _copy_adapter(run, folder, base=output)
+        _copy_adapter(run, folder, plan, base=output)
     record = ModelRecord(
         base_model=plan.base_model,
         base_sha256=plan.base_sha256,
@@ -301,8 +303,12 @@ def _check_groups(base: Path, plan: PruningPlan) -> None:
         raise ArtifactError(f"plan.json lists other groups than '{base}' has. Prune again.")
 
 
-def _copy_adapter(run: RunFolder, folder: Path, *, base: Path) -> None:
+def _copy_adapter(run: RunFolder, folder: Path, plan: PruningPlan, *, base: Path) -> None:
     shutil.copytree(run.adapter, folder / ADAPTER, ignore=shutil.ignore_patterns(FOLDER_RECORD))
+    if plan.dropped:  # the pruned base numbers its layers anew
+        weights = folder / ADAPTER / "adapter_model.safetensors"
+        renamed = {rename_layer(name, plan.layers): t for name, t in load_file(weights).items()}
+        save_file({name: t for name, t in renamed.items() if name}, weights, {"format": "pt"})
     path = folder / ADAPTER / "adapter_config.json"
     config = load_record(dict[str, Any], path, fix="Prune again.")
     config["base_model_name_or_path"] = str(base)  # its shapes are those of the pruned base

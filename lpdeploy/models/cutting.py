@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.quantized import cut_quantized, get_quantization
+from lpdeploy.models.shapes import set_depth
 from lpdeploy.plan import GroupSpec, Slice
 
 
@@ -29,6 +30,37 @@ class CutParameter:
     new: nn.Parameter
     dim: int
     index: Tensor
+
+
+class DroppedLayer(nn.Module):
+    """Stands in the place of a layer that was dropped, so that the others keep their names."""
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        """Return what it is given."""
+        return hidden
+
+
+def drop_layers(model: Any, layers: Iterable[int]) -> None:
+    """Drop whole layers of a live model, of which the others keep their names.
+
+    Args:
+        model: The causal LM (not the peft wrapper around it).
+        layers: Their indices.
+    """
+    for index in layers:
+        model.model.layers[index] = DroppedLayer()
+
+
+def close_gaps(model: Any) -> None:
+    """Number the layers anew, where some were dropped: as a checkpoint has them, and a KV cache."""
+    layers = [each for each in model.model.layers if not isinstance(each, DroppedLayer)]
+    if len(layers) == len(model.model.layers):
+        return
+    stay = [layer.self_attn.layer_idx for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.model.layers = nn.ModuleList(layers)
+    set_depth(model.config, stay)
 
 
 def apply_cut(

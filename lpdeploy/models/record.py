@@ -23,7 +23,7 @@ class ModelRecord:
         base_sha256: Hash of that model's weights and config.
         plan_sha256: Hash of the plan file that the model was cut by.
         ratio: Share of groups that was asked to be removed.
-        achieved: Share removed, of groups, heads, channels and parameters.
+        achieved: Share removed, of groups, heads, channels, layers and parameters.
         merged: Whether LoRA is in the weights; otherwise it lies in the folder ``adapter``.
         architecture: Class that loads the model.
         parameters: Number of parameters, ``before`` and ``after``, without an adapter.

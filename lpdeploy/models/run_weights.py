@@ -67,7 +67,7 @@ def _load_refit(run: RunFolder, plan: PruningPlan) -> dict[str, Tensor]:
 
 def _list_columns(plan: PruningPlan) -> Iterator[tuple[str, Tensor]]:
     """Yield each module whose columns are cut, with those of the base that stay."""
-    for spec in plan.specs:
+    for spec in plan.kept_specs:
         for piece in spec.slices:
             if piece.dim == 1:
                 yield piece.module, expand_index(torch.tensor(plan.kept[spec.name]), piece.block)

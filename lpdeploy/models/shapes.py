@@ -4,11 +4,12 @@ Nothing else computes widths. What is asked is a ``WidthRequest``; widths become
 pruned model, and the number of its parameters and bytes.
 """
 
+import copy
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Widths of one decoder layer.
+    """Widths of one decoder layer; all are 0 if it is dropped.
 
     Attributes:
         heads: Query heads.
@@ -61,8 +62,10 @@ def list_counts(num_groups: int, *, multiple: int) -> list[int]:
 def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[GroupSpec, ...]:
     """List the groups that may be removed: those of the layers that are not protected.
 
+    Which layers are dropped is not known yet, so these are among them.
+
     Raises:
-        LpdeployError: All layers are protected.
+        LpdeployError: All layers are protected, or as many are dropped as are not.
     """
     last = config.num_hidden_layers - request.protect_last
     specs = list_group_specs(config)
@@ -71,6 +74,13 @@ def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[Grou
         raise LpdeployError(
             f"`protect_first` {request.protect_first} and `protect_last` {request.protect_last} "
             f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
+        )
+    layers = len({spec.layer for spec in prunable})
+    if request.drop_layers >= layers:
+        protected = config.num_hidden_layers - layers
+        raise LpdeployError(
+            f"`drop_layers` {request.drop_layers} leaves none of the {layers} layers"
+            f"{' that are not protected' if protected else ''}. Drop at most {layers - 1}."
         )
     return prunable
 
@@ -99,17 +109,20 @@ def forecast_widths(config: PretrainedConfig, request: WidthRequest) -> list[Lay
     """Return the widths of every layer as far as they are known before groups are scored.
 
     With ``scope`` ``global`` the scores decide the width of each layer. The first layer is left
-    whole in the forecast then, so that layers differ, which is all that servers look at.
+    whole in the forecast then, so that layers differ, which is all that servers look at. Likewise
+    it drops the last layers that may be dropped, as all are of one size.
     """
     n_rep = config.num_attention_heads // config.num_key_value_heads
     kept = count_kept(config, request)
     pruned = LayerWidths(kept["heads"] * n_rep, kept["heads"], kept["channels"])
     first = max(request.protect_first, int(request.scope == "global"))
     last = config.num_hidden_layers - request.protect_last
-    return [
+    widths = [
         pruned if first <= layer < last else whole
         for layer, whole in enumerate(list_widths(config))
     ]
+    widths[last - request.drop_layers : last] = [LayerWidths(0, 0, 0)] * request.drop_layers
+    return widths
 
 
 def forecast_config(config: PretrainedConfig, request: WidthRequest) -> PretrainedConfig:
@@ -159,9 +172,17 @@ def build_pruned_config(
     A class of the project's own states widths that differ between layers, or a head count that no
     stock class of the family allows.
 
+    Args:
+        config: Of the unpruned model.
+        widths: Of each of its layers.
+
     Raises:
         LpdeployError: It takes such a class, and the family has none.
     """
+    stay = [layer for layer, width in enumerate(widths) if width.channels]
+    widths = [widths[layer] for layer in stay]
+    config = copy.deepcopy(config)
+    set_depth(config, stay)
     values = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(name, None)
@@ -173,6 +194,18 @@ def build_pruned_config(
     pruned = config_class(**values)
     pruned.architectures = [model_class.__name__]
     return pruned
+
+
+def set_depth(config: PretrainedConfig, stay: Sequence[int]) -> None:
+    """Let a config state that only some of its layers stay.
+
+    Args:
+        config: Of the unpruned model; changed in place.
+        stay: Layers that stay, ascending.
+    """
+    config.num_hidden_layers = len(stay)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in stay]
 
 
 def _state_uniform(
@@ -231,8 +264,11 @@ def build_counter(config: PretrainedConfig, request: WidthRequest) -> Callable[[
     Raises:
         LpdeployError: All layers are protected.
     """
-    dense = count_parameters(config)
-    ordered = sorted(list_prunable(config, request), key=lambda spec: spec.kind)
+    whole = replace(request, ratios={"heads": 0.0, "channels": 0.0}, scope="layer")
+    dense = count_parameters(forecast_config(config, whole))
+    prunable = list_prunable(config, request)
+    stay = prunable[2 * request.drop_layers :]  # two specs a layer; all layers are of one size
+    ordered = sorted(stay, key=lambda spec: spec.kind)
     families = [list(specs) for _, specs in itertools.groupby(ordered, key=lambda spec: spec.kind)]
 
     def count(ratio: float) -> int:
@@ -262,7 +298,7 @@ def _count_most(specs: Sequence[GroupSpec], ratio: float, request: WidthRequest)
 def compute_achieved(
     config: PretrainedConfig, specs: Sequence[GroupSpec], kept: Kept
 ) -> Mapping[str, float]:
-    """Return the share removed of all ``groups``, of ``heads``, ``channels`` and ``parameters``.
+    """Return the share removed: of ``groups``, ``heads``, ``channels``, ``layers``, ``parameters``.
 
     Shares are of the whole model, protected layers, embeddings and head included.
     """
@@ -271,13 +307,25 @@ def compute_achieved(
         total = sum(spec.num_groups for spec in chosen)
         return 1 - sum(len(kept[spec.name]) for spec in chosen) / total
 
+    dropped = [width.channels == 0 for width in compute_widths(config, specs, kept)]
     removed = sum(
         (spec.num_groups - len(kept[spec.name])) * count_group_parameters(spec, config)
         for spec in specs
     )
+    removed += sum(dropped) * (_count_beside_groups(config, specs) if any(dropped) else 0)
     return {
         "groups": share(specs),
         "heads": share([spec for spec in specs if spec.kind == "heads"]),
         "channels": share([spec for spec in specs if spec.kind == "channels"]),
+        "layers": sum(dropped) / len(dropped),
         "parameters": removed / count_parameters(config),
     }
+
+
+def _count_beside_groups(config: PretrainedConfig, specs: Sequence[GroupSpec]) -> int:
+    """Count the parameters of a layer that belong to no group, such as its norms."""
+    fewer = copy.deepcopy(config)
+    set_depth(fewer, range(config.num_hidden_layers - 1))
+    layer = count_parameters(config) - count_parameters(fewer)
+    own = [spec for spec in specs if spec.layer == 0]
+    return layer - sum(spec.num_groups * count_group_parameters(spec, config) for spec in own)

@@ -16,10 +16,11 @@ from lpdeploy.manifest import record_stage
 from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.models.shapes import list_prunable
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.refit import Calibration, hold_out, list_stored
+from lpdeploy.pruning.refit import list_stored
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.schedule import build_schedule
 from lpdeploy.pruning.state import apply_event, build_state
+from lpdeploy.pruning.walk import Calibration, hold_out
 from lpdeploy.run_folder import RunFolder
 
 
@@ -74,6 +75,11 @@ class LoRAPruner:
         if self.config.refit != bool(refit_batches):
             raise ValueError(
                 "`refit` solves over batches: give both `refit=True` and refit_batches, or neither"
+            )
+        if self.config.drop_layers:
+            raise ValueError(
+                "`drop_layers` drops layers before LoRA is attached, and this model has LoRA; use "
+                "lpdeploy.prune, or leave `drop_layers` out"
             )
         self.step_count = 0
         self._causal = get_causal_model(model)

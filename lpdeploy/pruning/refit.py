@@ -18,8 +18,7 @@ Source:
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,18 @@ from transformers import PretrainedConfig
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError, RankLostError
 from lpdeploy.models.adapters import get_base_linear
+from lpdeploy.models.cutting import DroppedLayer
 from lpdeploy.models.run_weights import copy_columns
 from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.least_squares import make_sums, solve
-from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.walk import Calibration, enter_layers, evaluating
 
 logger = logging.getLogger(__name__)
 
 TOKENS_A_COLUMN = 20
 """Calibration tokens for each column that is solved; fewer fit the calibration data only."""
 _FEWEST_TOKENS_A_COLUMN = 2
-_HELD_OUT = 8  # every eighth batch decides the ridge
 
 
 def count_refit_rows(options: PruneConfig, lengths: npt.NDArray[Any], *, columns: int) -> int:
@@ -102,29 +101,6 @@ def list_stored(
     return {module: stored[f"{module}.weight"].info.torch_dtype for module in modules}
 
 
-def hold_out(num_batches: int) -> list[bool]:
-    """Say of each batch whether it decides the ridge: every eighth, or the last of fewer."""
-    every = min(_HELD_OUT, num_batches)
-    return [every > 1 and place % every == every - 1 for place in range(num_batches)]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The rows that a refit is solved over.
-
-    Attributes:
-        batches: ``input_ids`` and ``attention_mask`` of each batch of this rank, shape (B, T).
-        held_out: Of each batch, whether it decides the ridge.
-        autocast: Makes the context in which the model computes.
-        ranks: The processes that have the other batches.
-    """
-
-    batches: Sequence[Mapping[str, Tensor]]
-    held_out: Sequence[bool]
-    autocast: Callable[[], AbstractContextManager[Any]]
-    ranks: Ranks
-
-
 @dataclass(frozen=True)
 class Part:
     """A weight that is to be solved again.
@@ -151,80 +127,58 @@ class _Stream:
     """
 
     real: Tensor
-    keywords: list[dict[str, Any]]
+    keywords: list[Mapping[str, Any]]
     before: Tensor
     pruned: Tensor
     middle: Tensor
 
 
-@torch.no_grad()
 def refit_layers(
-    model: Any, calibration: Calibration, *, remove: Callable[[int], Mapping[str, Part]]
+    model: Any, calibration: Calibration, *, remove: Callable[[int], Mapping[str, Part] | None]
 ) -> None:
     """Remove groups layer by layer, and solve what stays of each layer before going to the next.
 
     Args:
         model: The causal LM inside peft.
         calibration: Rows to solve over.
-        remove: Removes the groups of a layer by its index, and returns those of ``o_proj`` and
-            ``down_proj`` that have lost columns.
+        remove: Removes the groups of a layer by its index, and returns which of ``o_proj`` and
+            ``down_proj`` are to be solved; None if the whole layer goes.
 
     Raises:
         LpdeployError: Hidden states are not finite, or another rank is gone. Groups are removed
             from some layers by then, so the model is of no use any more.
     """
-    was_training = model.training
-    model.eval()  # no dropout
     try:
-        streams = _begin(model, calibration)
-        changed = False
-        for index, layer in enumerate(model.model.layers):
-            for stream in streams:
-                _run_before(layer, index, stream, calibration)
-            parts = remove(index)
-            changed = changed or bool(parts)
-            for stream in () if changed else streams:
-                stream.pruned = stream.before
-            if changed:
-                _refit_attention(layer, index, streams, parts.get("o_proj"), calibration)
-                _refit_ffn(layer, streams, parts.get("down_proj"), calibration)
+        with evaluating(model):
+            streams = _begin(model, calibration)
+            changed = False
+            for index, layer in enumerate(model.model.layers):
+                if isinstance(layer, DroppedLayer):
+                    continue
+                for stream in streams:
+                    _run_before(layer, index, stream, calibration)
+                parts = remove(index)
+                changed = changed or parts is None or bool(parts)
+                if not changed:
+                    for stream in streams:
+                        stream.pruned = stream.before
+                elif parts is not None:
+                    _refit_attention(layer, index, streams, parts.get("o_proj"), calibration)
+                    _refit_ffn(layer, streams, parts.get("down_proj"), calibration)
     except RankLostError as error:
         raise LpdeployError(
             f"{error} Groups were being removed: go on from the last checkpoint with `resume=True`."
         ) from error
-    finally:
-        model.train(was_training)
 
 
 def _begin(model: Any, calibration: Calibration) -> list[_Stream]:
-    """Embed the batches, and note what the model calls each layer with."""
     streams = []
     for batch in calibration.batches:
-        with _bypass(model.model.layers) as calls, calibration.autocast():
-            model.model(input_ids=batch["input_ids"], use_cache=False)
-        hidden = calls[0][0]
-        keywords = [keywords for _, keywords in calls]
+        with calibration.autocast():
+            hidden, keywords = enter_layers(model, batch["input_ids"])
         real = batch["attention_mask"].bool()
         streams.append(_Stream(real, keywords, hidden, hidden, hidden))
     return streams
-
-
-@contextmanager
-def _bypass(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Let layers return what they are given, and note with what they are called."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def pass_on(hidden: Tensor, **keywords: Any) -> Tensor:
-        calls.append((hidden, keywords))
-        return hidden
-
-    for layer in layers:
-        layer.forward = pass_on
-    try:
-        yield calls
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _run_before(layer: Any, index: int, stream: _Stream, calibration: Calibration) -> None:

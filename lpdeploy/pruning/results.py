@@ -37,11 +37,18 @@ def build_plan(
     return PruningPlan(
         base_model=base,
         base_sha256=stage.inputs["base"],
-        ratio=options.compute_ratio(state.specs),
+        ratio=_compute_ratio(state, options),
         specs=specs,
         kept=kept,
         achieved=compute_achieved(config, specs, kept),
     )
+
+
+def _compute_ratio(state: PruningState, options: PruneConfig) -> float:
+    """Return the share of the groups that were to go, those of dropped layers included."""
+    ratio = options.compute_ratio(state.specs)
+    dropped = (options.drop_layers or 0) / (len(state.kept) / 2)  # two specs a layer
+    return ratio if not dropped else 1 - (1 - ratio) * (1 - dropped)
 
 
 def save_results(

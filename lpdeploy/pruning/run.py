@@ -36,6 +36,7 @@ from lpdeploy.pruning.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.log import StepInfo, append_log, load_losses, trim_log
 from lpdeploy.pruning.ranks import Ranks, join_ranks
@@ -46,7 +47,6 @@ from lpdeploy.pruning.setup import (
     describe_start,
     load_dataset,
     load_source,
-    prepare_teacher,
 )
 from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.pruning.training import Training, run_steps
@@ -64,7 +64,7 @@ class PruneResult:
     Attributes:
         run: The folder it wrote.
         ratio: Share of groups asked to be removed.
-        achieved: Share removed, of groups, heads, channels and parameters.
+        achieved: Share removed, of groups, heads, channels, layers and parameters.
         steps: Optimizer steps.
         seconds: Of the whole stage.
         peak_bytes: Peak memory of the device or the process.

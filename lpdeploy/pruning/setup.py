@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,21 +47,15 @@ from lpdeploy.pruning.checkpoint import (
     apply_checkpoint,
 )
 from lpdeploy.pruning.compilation import check_compile
+from lpdeploy.pruning.depth import apply_depth, restore_depth
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import check_refit_rows, list_stored
 from lpdeploy.pruning.state import build_state
-from lpdeploy.pruning.teacher import (
-    TeacherCache,
-    describe_cache,
-    fill_cache,
-    find_teacher_folder,
-    list_training_rows,
-)
+from lpdeploy.pruning.teacher import TeacherCache
 from lpdeploy.pruning.training import Training, count_steps
 
 logger = logging.getLogger(__name__)
 
-_TOP_K = 128  # of tokens that a teacher keeps, unless the options say otherwise
 # All that a tokenizer may be made of.
 _TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
 
@@ -162,82 +155,6 @@ def load_dataset(
     return load_or_build(find_cache(), identity, build=build)
 
 
-def prepare_teacher(
-    source: Source,
-    dataset: TokenDataset,
-    options: PruneConfig,
-    ranks: Ranks,
-    *,
-    base_sha256: str,
-    on_progress: Progress | None = None,
-) -> TeacherCache | None:
-    """Let the unpruned model say what it expects in the rows of the training, as far as needed.
-
-    It is loaded and freed again before the training has its own.
-
-    Args:
-        source: The base.
-        dataset: Tokens.
-        options: How to prune.
-        ranks: The processes that share the rows.
-        base_sha256: Hash of the base.
-        on_progress: Is told (rows done, all rows).
-
-    Returns:
-        Where it lies; None without distillation.
-    """
-    if not options.distill:
-        return None
-    dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
-    cache = _find_teacher(source, dataset, options, dtype=dtype, base_sha256=base_sha256)
-    rows = list_training_rows(
-        dataset,
-        steps=count_steps(options, len(dataset)),
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    missing = cache.list_missing(rows)
-    if ranks.is_first:
-        logger.info(describe_cache(cache, rows, missing))
-    own = missing[ranks.rank :: ranks.size]
-    if own:
-        device, half = ranks.device, DTYPES[dtype] != torch.float32
-        fill_cache(
-            cache,
-            load_model(source.folder, dtype=dtype, device=str(device), load_in=options.load_in),
-            own,
-            batch_size=options.micro_batch_size,
-            autocast=partial(torch.autocast, device.type, DTYPES[dtype], enabled=half),
-            on_progress=on_progress if ranks.is_first else None,
-        )
-    ranks.sum([torch.zeros(1, device=ranks.device)])  # nobody reads before all have written
-    return cache
-
-
-def _find_teacher(
-    source: Source, dataset: TokenDataset, options: PruneConfig, *, dtype: str, base_sha256: str
-) -> TeacherCache:
-    assert options.distill is not None
-    vocabulary = source.config.vocab_size
-    temperature = options.distill_temperature or 1.0
-    top_k = min(options.distill_top_k or _TOP_K, vocabulary)
-    identity = {
-        "base": base_sha256,
-        "data": dataset.sha256,
-        "temperature": temperature,
-        "top_k": top_k,
-        "precision": [dtype, options.load_in],
-    }
-    return TeacherCache(
-        folder=find_teacher_folder(find_cache(), identity),
-        dataset=dataset,
-        top_k=top_k,
-        wide=vocabulary > 1 << 16,
-        weight=options.distill,
-        temperature=temperature,
-    )
-
-
 def build_training(
     source: Source,
     dataset: TokenDataset,
@@ -267,9 +184,19 @@ def build_training(
     if options.compile:
         check_compile(ranks.device)
     model = _load_base(source, options, load, dtype=dtype, device=ranks.device)
+    stored = list_stored(source.folder, source.config, source.prunable) if options.refit else {}
     kept = {} if checkpoint is None else checkpoint.select("kept")
+    depth = (
+        apply_depth(
+            *(model, source.prunable, dataset, options),
+            ranks=ranks, dtype=DTYPES[dtype], stored=stored,
+        )
+        if checkpoint is None
+        else restore_depth(model, source.prunable, kept)
+    )  # fmt: skip
+    specs = tuple(spec for spec in source.prunable if spec.layer not in depth.layers)
     if options.effective_removal == "cut":
-        apply_cut(model, source.prunable, kept)
+        apply_cut(model, specs, kept)
     if options.gradient_checkpointing:
         apply_checkpointing(model)
     wrapped = _attach_lora(model, source.name, options)
@@ -279,15 +206,9 @@ def build_training(
         [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
     state = build_state(
-        model,
-        source.prunable,
-        options,
-        ranks=ranks,
-        kept=kept,
-        stored=list_stored(source.folder, source.config, source.prunable)
-        if options.refit
-        else None,
+        model, specs, options, ranks=ranks, kept={**kept, **depth.kept}, stored=stored
     )
+    state.refitted.update(depth.refitted)
     training = Training(
         model=wrapped,
         optimizer=optimizer,
@@ -314,6 +235,8 @@ def check_refit_data(source: Source, dataset: TokenDataset, options: PruneConfig
     if not options.refit:
         return
     counts = count_kept(source.config, options.widths)
+    if options.drop_layers:  # the other layers are refitted as wide as they are
+        counts = {spec.kind: spec.num_groups for spec in source.prunable}
     outputs = {spec.kind: get_output(spec) for spec in source.prunable}
     columns = max(counts[kind] * piece.block for kind, piece in outputs.items())
     check_refit_rows(options, dataset.lengths, columns=columns)
@@ -385,11 +308,12 @@ def describe_start(source: Source, training: Training) -> str:
     if (size := training.ranks.size) > 1:
         where = f"{size} ranks on {training.device.type}"
         base += ", sharded" if options.shard else ""
+    dropped_layers = f"{options.drop_layers} layers are dropped; " if options.drop_layers else ""
     scored = options.num_calibration_rows
     first = f"{scored} rows are scored before the first step; " if scored else ""
     return (
         f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
         f"of at most {options.seq_len} tokens{dropped}{padding}; {first}{training.steps} steps, "
-        f"pruning events: {len(training.schedule.list_events())}; a layer keeps {kept}"
-        + (" on average" if options.scope == "global" else "")
+        f"pruning events: {len(training.schedule.list_events())}; {dropped_layers}"
+        f"a layer keeps {kept}" + (" on average" if options.scope == "global" else "")
     )

@@ -23,9 +23,10 @@ from lpdeploy.models.run_weights import copy_columns
 from lpdeploy.plan import GroupSpec, Kept, get_output
 from lpdeploy.pruning.importance import Importance, apply_moving_average
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.refit import Calibration, Part, refit_layers
+from lpdeploy.pruning.refit import Part, refit_layers
 from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from lpdeploy.pruning.selection import select_globally, select_per_layer
+from lpdeploy.pruning.walk import Calibration
 
 SELECTIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "layer": select_per_layer,

@@ -11,7 +11,8 @@ from lpdeploy.records import load_record, read_record
 from lpdeploy.run_folder import RunFolder
 
 Asked = Mapping[str, int | float | str]
-"""``parameters``, ``bytes``, or the fields of ``LatencyTarget`` -> what the user asked for."""
+"""``parameters``, ``bytes``, ``ratio`` with ``depth``, or the fields of ``LatencyTarget`` -> what
+the user asked for."""
 
 _PHASE, _TOKENS = "prefill", 512
 
@@ -74,6 +75,19 @@ class LatencyFound:
 
 
 @dataclass(frozen=True)
+class DepthTrial:
+    """A number of dropped layers that was tried with a one-shot pruning.
+
+    Attributes:
+        ratios: Fields of ``PruneConfig`` -> what met the target, ``drop_layers`` among them.
+        loss: Mean loss of rows that were held out, in nats a token, before any fine-tuning.
+    """
+
+    ratios: Mapping[str, float]
+    loss: float
+
+
+@dataclass(frozen=True)
 class TargetRecord:
     """How the ratios of a run were chosen.
 
@@ -81,15 +95,20 @@ class TargetRecord:
         asked: What the user asked for.
         ratios: Fields of ``PruneConfig`` -> what was chosen for them.
         found: What that gives.
+        trials: The depths that were tried, if the depth was open.
     """
 
     asked: Asked
     ratios: Mapping[str, float]
     found: SizeFound | LatencyFound
+    trials: tuple[DepthTrial, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``target.json`` holds."""
-        return {"asked": dict(self.asked), "ratios": dict(self.ratios), **asdict(self.found)}
+        data = {"asked": dict(self.asked), "ratios": dict(self.ratios), **asdict(self.found)}
+        if self.trials:
+            data["trials"] = [asdict(trial) for trial in self.trials]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TargetRecord":
@@ -115,13 +134,18 @@ def get_latency_target(options: PruneConfig) -> LatencyTarget | None:
 
 
 def describe_asked(options: PruneConfig) -> Asked:
-    """Return what a budget asks for, as ``target.json`` records it."""
+    """Return what a budget or an open depth asks for, as ``target.json`` records it."""
     latency = get_latency_target(options)
+    asked: dict[str, int | float | str] = {}
     if latency is not None:
-        return asdict(latency)
-    if options.target_params is not None:
-        return {"parameters": options.target_params}
-    return {} if options.target_memory is None else {"bytes": options.target_memory}
+        asked = asdict(latency)
+    elif options.target_params is not None:
+        asked = {"parameters": options.target_params}
+    elif options.target_memory is not None:
+        asked = {"bytes": options.target_memory}
+    elif options.ratio is not None:
+        asked = {"ratio": options.ratio}
+    return {**asked, "depth": "auto"} if options.depth == "auto" else asked
 
 
 def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:

@@ -19,10 +19,11 @@ from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.log import StepInfo
 from lpdeploy.pruning.loss import Taught, compute_loss
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.refit import Calibration, count_refit_rows, hold_out
+from lpdeploy.pruning.refit import count_refit_rows
 from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState, apply_event
 from lpdeploy.pruning.teacher import TeacherCache
+from lpdeploy.pruning.walk import Calibration, collect_calibration, make_autocast
 from lpdeploy.ramps import RAMPS
 
 
@@ -69,8 +70,7 @@ class Training:
 
     def autocast(self) -> torch.autocast:
         """Make the context in which the model computes, in half precision if its base is."""
-        half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=half)
+        return make_autocast(self.device, self.dtype)
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -320,21 +320,19 @@ def _remove(training: Training, step: int) -> None:
 
 def _calibrate_refit(training: Training, step: int, columns: int) -> Calibration:
     """Choose the rows that an event refits over; each event has other ones."""
-    options, dataset, ranks = training.options, training.dataset, training.ranks
+    options, dataset = training.options, training.dataset
     rows = list_batch(
         len(dataset),
         step=step,
         batch_size=count_refit_rows(options, dataset.lengths, columns=columns),
         seed=options.seed,
     )
-    split = split_batch(rows, dataset.lengths, micro_batch_size=options.micro_batch_size)
-    own = ranks.deal([dataset.collate(micro) for micro in split])
-    held_out = hold_out(len(split)) + [False] * (-len(split) % ranks.size)  # as dealt
-    return Calibration(
-        batches=[{name: _move(t, training.device) for name, t in micro.items()} for micro in own],
-        held_out=held_out[ranks.rank :: ranks.size],
+    return collect_calibration(
+        dataset,
+        rows,
+        micro_batch_size=options.micro_batch_size,
         autocast=training.autocast,
-        ranks=ranks,
+        ranks=training.ranks,
     )
 
 

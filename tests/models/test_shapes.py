@@ -154,6 +154,7 @@ def test_the_achieved_share_is_what_the_cut_model_lost(bases, family):
             "groups": (3 + 45) / (8 + 96),
             "heads": 3 / 8,
             "channels": 45 / 96,
+            "layers": 0.0,
             "parameters": (before - after) / before,
         },
         rel=1e-12,  # one division in float64

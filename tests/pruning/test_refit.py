@@ -27,13 +27,9 @@ from lpdeploy.plan import get_output
 from lpdeploy.pruning.least_squares import RIDGES, Sums, solve, solve_ridge
 from lpdeploy.pruning.pruner import LoRAPruner
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.refit import (
-    Calibration,
-    check_refit_rows,
-    count_refit_rows,
-    hold_out,
-)
+from lpdeploy.pruning.refit import check_refit_rows, count_refit_rows
 from lpdeploy.pruning.state import build_state
+from lpdeploy.pruning.walk import Calibration, hold_out
 from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_lora_model, make_tiny_model
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after

@@ -13,9 +13,10 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, list_batch
 from lpdeploy.errors import ArtifactError, DiskFullError, LpdeployError
 from lpdeploy.models.loading import load_model
-from lpdeploy.pruning import setup
+from lpdeploy.pruning import distillation
+from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.ranks import Ranks
-from lpdeploy.pruning.setup import load_dataset, load_source, prepare_teacher
+from lpdeploy.pruning.setup import load_dataset, load_source
 from lpdeploy.pruning.teacher import list_training_rows
 from tests.helpers import make_tiny_model
 from tests.pruning.test_resume import make_pairs
@@ -76,7 +77,7 @@ def test_rows_of_the_training_are_kept_and_no_others(base, data):
 
 def test_a_second_run_does_not_need_the_unpruned_model_again(base, data, monkeypatch):
     first, _, _ = prepare(base, data)
-    monkeypatch.setattr(setup, "load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(distillation, "load_model", lambda *_, **__: 1 / 0)
     again, _, _ = prepare(base, data)
     assert again.folder == first.folder
     with pytest.raises(ZeroDivisionError):  # another temperature is another cache
@@ -85,7 +86,7 @@ def test_a_second_run_does_not_need_the_unpruned_model_again(base, data, monkeyp
 
 def test_a_pass_that_was_stopped_goes_on(base, data, monkeypatch):
     passed = []
-    save = setup.TeacherCache.save
+    save = distillation.TeacherCache.save
 
     def save_three(cache, row, *found):
         if len(passed) == 3:
@@ -93,12 +94,12 @@ def test_a_pass_that_was_stopped_goes_on(base, data, monkeypatch):
         passed.append(row)
         save(cache, row, *found)
 
-    monkeypatch.setattr(setup.TeacherCache, "save", save_three)
+    monkeypatch.setattr(distillation.TeacherCache, "save", save_three)
     with pytest.raises(KeyboardInterrupt):
         prepare(base, data)
     written = []
     monkeypatch.setattr(
-        setup.TeacherCache, "save", lambda *given: (written.append(given[1]), save(*given))
+        distillation.TeacherCache, "save", lambda *given: (written.append(given[1]), save(*given))
     )
     cache, dataset, options = prepare(base, data)
     rows = list_training_rows(dataset, steps=8, batch_size=4, seed=options.seed)
@@ -207,7 +208,7 @@ def test_a_large_vocabulary_takes_ids_of_four_bytes(data, tmp_path):
 
 
 def test_too_few_rows_for_a_refit_are_refused_before_the_pass(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(distillation, "load_model", lambda *_, **__: 1 / 0)
     (tmp_path / "text.txt").write_text("w1 w2 w3 " * 10)
     with pytest.raises(LpdeployError, match="would only fit these tokens"):
         run(base, tmp_path / "run", tmp_path / "text.txt", options={**DISTILL, "refit": True})

@@ -36,6 +36,7 @@ OPTIONS = {
     "channel_ratio": (None, 0.6),
     "scope": ("layer", "global"),
     "protect_first": (0, 1),
+    "drop_layers": (None, 1),
     "round_to": (4, 16),
     "round_heads_to": (1, 2),
     "removal": (None, "cut", "mask"),
@@ -72,6 +73,7 @@ LEFT_OUT = {
     "device": "is cpu here",
     "latency_phase": "belongs to a budget, which becomes ratios before anything else",
     "engine": "belongs to a budget",
+    "depth": "becomes `drop_layers` before anything else, as a budget becomes ratios",
     "ignore_memory": "changes no computation",
 }
 FIXED = {"steps": 4, "micro_batch_size": 1, "seq_len": 128, "device": "cpu", "lr": 1e-2}
@@ -114,7 +116,7 @@ ROWS = list_rows()
 def make_base(folder, row):
     make_tiny_model(
         folder, model_type=row["family"], vocab_size=len(BYTES) + 8, kv_heads=2, hidden_size=64,
-        head_dim=16, intermediate_size=64, tie_word_embeddings=row["tied"],
+        head_dim=16, intermediate_size=64, tie_word_embeddings=row["tied"], num_hidden_layers=3,
     )  # fmt: skip
     # For Qwen2, transformers makes bytes of text, whatever the files say; so all have bytes.
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(BYTES)}, []))

@@ -21,7 +21,7 @@ from tools.servers import triton_server
 MODEL = ROOT / "lpdeploy" / "demo" / "assets" / "story-llama-1M"
 PYTHON = ROOT / ".triton" / "bin" / "python"
 NAME = "story"
-SECONDS = 120
+SECONDS = 30
 BEGINNINGS = ("Once upon a time", "Tom and Lily went", "The dog", "One day, a girl", "A", "Lily")
 
 

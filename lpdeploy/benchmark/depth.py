@@ -1,0 +1,100 @@
+"""How many layers to drop: several numbers are tried, each with the widths that meet the target.
+
+Each trial is a whole one-shot pruning of a fresh model with the options of the run, and the one
+after which rows that were held out have the lowest loss is taken. What a layer or a group is worth
+by itself would not tell: the two are scored differently, and a refit makes up for more of one than
+of the other. A trial costs as much as a few steps of training.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from lpdeploy.config import PruneConfig
+from lpdeploy.data.batches import TokenDataset, list_batch
+from lpdeploy.pruning.setup import Source, build_training
+from lpdeploy.pruning.target import DepthTrial, TargetRecord
+from lpdeploy.pruning.training import run_steps
+from lpdeploy.pruning.walk import collect_calibration, measure_loss
+
+logger = logging.getLogger(__name__)
+
+_MOST = 6
+_HELD_OUT_ROWS = 64
+
+
+def spread(depths: Sequence[int]) -> list[int]:
+    """Return at most six of some ascending numbers, evenly spaced, with the first and the last."""
+    if len(depths) <= _MOST:
+        return list(depths)
+    last = len(depths) - 1
+    return [depths[round(place * last / (_MOST - 1))] for place in range(_MOST)]
+
+
+def choose_depth(
+    source: Source,
+    dataset: TokenDataset,
+    options: PruneConfig,
+    *,
+    depths: Sequence[int],
+    choose: Callable[[PruneConfig], TargetRecord],
+) -> TargetRecord:
+    """Choose the number of dropped layers that loses least.
+
+    Args:
+        source: The base.
+        dataset: Tokens.
+        options: How to prune.
+        depths: Numbers of layers to try.
+        choose: Finds the widths that meet the target, for options whose depth is fixed.
+
+    Returns:
+        The record of the best number, with all that were tried.
+    """
+    records: list[TargetRecord] = []
+    trials: list[DepthTrial] = []
+    for drop_layers in depths:
+        record = choose(replace(options, depth=None, drop_layers=drop_layers))
+        ratios = {**record.ratios, "drop_layers": drop_layers}
+        loss = _try(source, dataset, options.with_ratios(**ratios))
+        chosen = " ".join(f"`{name}={value:g}`" for name, value in ratios.items())
+        logger.info("%s: loss %.3f on held-out rows, without fine-tuning", chosen, loss)
+        records.append(replace(record, asked={**record.asked, "depth": "auto"}, ratios=ratios))
+        trials.append(DepthTrial(ratios, loss))
+    best = min(range(len(trials)), key=lambda place: trials[place].loss)
+    return replace(records[best], trials=tuple(trials))
+
+
+def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
+    """Prune a fresh model at once, and return its loss on rows that had no part in it."""
+    options = replace(
+        options,
+        schedule="one-shot",
+        calibration_samples=options.num_calibration_rows or None,
+        distill=None,
+        distill_temperature=None,
+        distill_top_k=None,
+        compile=False,
+    )
+    training = build_training(source, dataset, options, None)
+    for _ in run_steps(training):
+        pass
+    # The last rows of the order in which training takes them; calibrations take the first ones.
+    size = min(_HELD_OUT_ROWS, len(dataset))
+    last = len(dataset) // size - 1
+    held_out = collect_calibration(
+        dataset,
+        list_batch(len(dataset), step=last, batch_size=size, seed=options.seed),
+        micro_batch_size=options.micro_batch_size,
+        autocast=training.autocast,
+        ranks=training.ranks,
+    )
+    loss = measure_loss(training.state.model, held_out)
+    del training
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return loss

@@ -1,0 +1,102 @@
+"""What distillation needs before the first step: what the unpruned model expects of the rows."""
+
+import logging
+from functools import partial
+
+import torch
+
+from lpdeploy.config import PruneConfig
+from lpdeploy.data.batches import Progress, TokenDataset
+from lpdeploy.data.cache import find_cache
+from lpdeploy.models.loading import DTYPES, load_model, resolve_dtype
+from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.setup import Source
+from lpdeploy.pruning.teacher import (
+    TeacherCache,
+    describe_cache,
+    fill_cache,
+    find_teacher_folder,
+    list_training_rows,
+)
+from lpdeploy.pruning.training import count_steps
+from lpdeploy.pruning.walk import make_autocast
+
+logger = logging.getLogger(__name__)
+
+_TOP_K = 128  # of tokens that a teacher keeps, unless the options say otherwise
+
+
+def prepare_teacher(
+    source: Source,
+    dataset: TokenDataset,
+    options: PruneConfig,
+    ranks: Ranks,
+    *,
+    base_sha256: str,
+    on_progress: Progress | None = None,
+) -> TeacherCache | None:
+    """Let the unpruned model say what it expects in the rows of the training, as far as needed.
+
+    It is loaded and freed again before the training has its own.
+
+    Args:
+        source: The base.
+        dataset: Tokens.
+        options: How to prune.
+        ranks: The processes that share the rows.
+        base_sha256: Hash of the base.
+        on_progress: Is told (rows done, all rows).
+
+    Returns:
+        Where it lies; None without distillation.
+    """
+    if not options.distill:
+        return None
+    dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
+    cache = _find_teacher(source, dataset, options, dtype=dtype, base_sha256=base_sha256)
+    rows = list_training_rows(
+        dataset,
+        steps=count_steps(options, len(dataset)),
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    missing = cache.list_missing(rows)
+    if ranks.is_first:
+        logger.info(describe_cache(cache, rows, missing))
+    own = missing[ranks.rank :: ranks.size]
+    if own:
+        device = ranks.device
+        fill_cache(
+            cache,
+            load_model(source.folder, dtype=dtype, device=str(device), load_in=options.load_in),
+            own,
+            batch_size=options.micro_batch_size,
+            autocast=partial(make_autocast, device, DTYPES[dtype]),
+            on_progress=on_progress if ranks.is_first else None,
+        )
+    ranks.sum([torch.zeros(1, device=ranks.device)])  # nobody reads before all have written
+    return cache
+
+
+def _find_teacher(
+    source: Source, dataset: TokenDataset, options: PruneConfig, *, dtype: str, base_sha256: str
+) -> TeacherCache:
+    assert options.distill is not None
+    vocabulary = source.config.vocab_size
+    temperature = options.distill_temperature or 1.0
+    top_k = min(options.distill_top_k or _TOP_K, vocabulary)
+    identity = {
+        "base": base_sha256,
+        "data": dataset.sha256,
+        "temperature": temperature,
+        "top_k": top_k,
+        "precision": [dtype, options.load_in],
+    }
+    return TeacherCache(
+        folder=find_teacher_folder(find_cache(), identity),
+        dataset=dataset,
+        top_k=top_k,
+        wide=vocabulary > 1 << 16,
+        weight=options.distill,
+        temperature=temperature,
+    )

@@ -1,0 +1,165 @@
+"""The number of dropped layers, where it is chosen by trial."""
+
+import json
+
+import pytest
+
+from lpdeploy.benchmark.depth import choose_depth, spread
+from lpdeploy.benchmark.target import resolve_budget
+from lpdeploy.config import PruneConfig
+from lpdeploy.errors import LpdeployError
+from lpdeploy.models.compact import compact
+from lpdeploy.models.loading import load_config
+from lpdeploy.models.shapes import build_counter, count_parameters
+from lpdeploy.pruning import run as pruning
+from lpdeploy.pruning import training
+from lpdeploy.pruning.target import SizeFound, TargetRecord
+from tests.helpers import make_text, make_tiny_model, set_launcher
+
+OPTIONS = {
+    "batch_size": 4, "micro_batch_size": 2, "seq_len": 24, "steps": 2, "round_to": 4,
+    "device": "cpu", "calibration_samples": 4, "depth": "auto",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("deep") / "base", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("depths", "expected"),
+    [
+        ([0], [0]),
+        ([1, 2, 3], [1, 2, 3]),
+        (list(range(6)), [0, 1, 2, 3, 4, 5]),
+        (list(range(8)), [0, 1, 3, 4, 6, 7]),
+        (list(range(17)), [0, 3, 6, 10, 13, 16]),
+    ],
+    ids=str,
+)
+def test_some_numbers_are_tried(depths, expected):
+    assert spread(depths) == expected
+
+
+@pytest.mark.parametrize("best", [0, 2, 3])
+def test_the_number_that_loses_least_is_taken(monkeypatch, best):
+    losses = {n: 3.0 + abs(n - best) for n in range(4)}
+    tried = []
+
+    def measure(_, __, options):
+        tried.append((options.drop_layers, options.ratio, options.depth))
+        return losses[options.drop_layers]
+
+    def choose(options):
+        ratio = 0.5 - options.drop_layers / 10
+        return TargetRecord({"ratio": 0.5}, {"ratio": ratio}, SizeFound(100, 50))
+
+    monkeypatch.setattr("lpdeploy.benchmark.depth._try", measure)
+    options = PruneConfig(**OPTIONS)
+    record = choose_depth(None, None, options, depths=range(4), choose=choose)
+    assert tried == [(n, 0.5 - n / 10, None) for n in range(4)]
+    assert record.ratios == {"ratio": 0.5 - best / 10, "drop_layers": best}
+    assert record.asked == {"ratio": 0.5, "depth": "auto"}
+    assert [trial.loss for trial in record.trials] == list(losses.values())
+    assert TargetRecord.from_json(record.to_json()) == record
+
+
+@pytest.mark.parametrize(
+    "asked", [{"ratio": 0.5}, {"target_params": 23_000}, {"target_memory": 92_000}], ids=str
+)
+def test_every_number_leaves_no_more_than_asked(deep, text, asked):
+    options = PruneConfig(**OPTIONS, **asked)
+    chosen, record = resolve_budget(str(deep), options, data=str(text))
+    config = load_config(deep)
+    limit = asked.get("target_params") or asked.get("target_memory", 0) // 4
+    if not limit:
+        plain = PruneConfig(**{**OPTIONS, "depth": None}, **asked)
+        limit = build_counter(config, plain.widths)(0.5)
+    assert limit < count_parameters(config)
+    for trial in record.trials:
+        request = options.with_ratios(**trial.ratios).widths
+        assert build_counter(config, request)(trial.ratios["ratio"]) <= limit
+    assert [trial.ratios["drop_layers"] for trial in record.trials] == list(
+        range(len(record.trials))
+    )
+    assert record.trials[-1].ratios["ratio"] == 0  # to drop one more would be too much
+    best = min(record.trials, key=lambda trial: trial.loss)
+    assert record.ratios == best.ratios
+    assert (chosen.depth, chosen.drop_layers) == (None, best.ratios["drop_layers"])
+
+
+def test_a_trial_is_judged_by_rows_that_it_was_not_fitted_to(deep, text, monkeypatch):
+    judged, fitted = set(), set()
+
+    def judge(_, calibration):
+        judged.update(map(tuple, calibration.batches[0]["input_ids"].tolist()))
+        return 1.0
+
+    accumulate = training._accumulate_gradients
+
+    def watch(own, rows, **keywords):
+        fitted.update(map(tuple, own.dataset.collate(rows)["input_ids"].tolist()))
+        return accumulate(own, rows, **keywords)
+
+    monkeypatch.setattr("lpdeploy.benchmark.depth._HELD_OUT_ROWS", 4)
+    monkeypatch.setattr("lpdeploy.benchmark.depth.measure_loss", judge)
+    monkeypatch.setattr(training, "_accumulate_gradients", watch)
+    resolve_budget(str(deep), PruneConfig(**OPTIONS), data=str(text))
+    assert judged
+    assert fitted
+    assert not judged & fitted
+
+
+def test_a_run_records_what_was_tried_and_goes_on_with_it(deep, text, tmp_path):
+    options, run = PruneConfig(**OPTIONS, target_params=23_000), tmp_path / "run"
+    given = {"data": str(text), "output": run}
+    chosen, record = resolve_budget(str(deep), options, **given)
+    pruning.prune(str(deep), **given, options=chosen, target=record)
+    assert json.loads((run / "target.json").read_text())["trials"]
+    assert resolve_budget(str(deep), options, **given, resume=True) == (chosen, record)
+    parameters = compact(run).record.parameters["after"]
+    assert parameters <= 23_000
+    with pytest.raises(LpdeployError, match="began with another target"):
+        other = PruneConfig(**OPTIONS, target_params=22_000)
+        resolve_budget(str(deep), other, **given, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drop_layers": 1}, "chooses what `drop_layers` says"),
+        ({"head_ratio": 0.0}, "chooses what `head_ratio` says"),
+        ({"target_latency": 3.0, "engine": "ort"}, "`target_latency` for a time"),
+        ({"shard": True}, "give `drop_layers` instead"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_it_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        PruneConfig(**OPTIONS, **options)
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"), [(100, "out of reach"), (10**6, "has .* parameters already")]
+)
+def test_targets_that_cannot_be_met(deep, text, limit, words):
+    options = PruneConfig(**OPTIONS, target_params=limit)
+    with pytest.raises(LpdeployError, match=words):
+        resolve_budget(str(deep), options, data=str(text))
+
+
+def test_several_processes_are_refused(deep, text, monkeypatch):
+    set_launcher(monkeypatch)
+    with pytest.raises(LpdeployError, match="`depth` is measured by one process"):
+        resolve_budget(str(deep), PruneConfig(**OPTIONS), data=str(text))
+
+
+def test_until_it_is_chosen_there_are_no_ratios():
+    with pytest.raises(ValueError, match="`depth` has not been turned into ratios yet"):
+        PruneConfig(**OPTIONS).ratios  # noqa: B018
