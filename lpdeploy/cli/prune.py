@@ -107,7 +107,8 @@ def _describe(result: Any) -> str:
     layers = f"{achieved['layers']:.1%} of the layers, " if achieved["layers"] else ""
     return (
         f"{result.run}: {layers}{achieved['heads']:.1%} of the heads, "
-        f"{achieved['channels']:.1%} of the channels and {achieved['parameters']:.1%} of the parameters removed in {result.steps} "
-        f"steps, {result.seconds:.0f} s, {format_bytes(result.peak_bytes)}; "
+        f"{achieved['channels']:.1%} of the channels and {achieved['parameters']:.1%} of the "
+        f"parameters removed in {result.steps} steps, {result.seconds:.0f} s, "
+        f"{format_bytes(result.peak_bytes)}; "
         f"loss {'' if result.steps else 'before the removal '}{result.loss:.3f}"
     )

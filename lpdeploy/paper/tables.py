@@ -100,7 +100,16 @@ _COLD = {"calibration_samples": 0}
 _EARLY_HOLD = round(1 - RAMPS["early"].cooldown, 6)
 _REFIT = {"refit": True}
 _SLOW, _FAST = {"lr": 1e-3}, {"lr": 3e-3}
+_GATE, _DISTILL, _DEPTH = {"criterion": "gate"}, {"distill": 0.5}, {"depth": "auto"}
+_ALL: Mapping[str, Any] = {**_JOINT, **_GATE, **_REFIT, **_DISTILL, **_DEPTH, **_FAST}
 _ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
+
+_AT_ONCE = {"schedule": "one-shot"}
+
+
+def _leave_out(option: str) -> Mapping[str, Any]:
+    return {name: value for name, value in _ALL.items() if name != option}
+
 
 TABLES: dict[str, Table] = {
     table.name: table
@@ -281,6 +290,37 @@ TABLES: dict[str, Table] = {
                     "joint, gate, refit, learning rate 3e-3",
                     {"criterion": "gate", **_JOINT, **_REFIT, **_FAST},
                 ),
+            ),
+            (0.2, 0.5, 0.7),
+        ),
+        Table(
+            "recovery",
+            "What each part of the recipe gives",
+            "Not in the paper. The recipe is the gate criterion, a refit at each event, "
+            "distillation from the unpruned model, dropped layers (--depth auto) and a learning "
+            "rate of 3e-3. All rows of a ratio leave as many parameters, but for rounding. "
+            "One-shot rows are not fine-tuned.",
+            (
+                Row("one-shot", "one-shot, lora", _AT_ONCE),
+                Row("one-shot-refit", "one-shot, lora, refit", {**_AT_ONCE, **_REFIT}),
+                Row("one-shot-width", "one-shot, gate, refit", {**_AT_ONCE, **_GATE, **_REFIT}),
+                Row(
+                    "one-shot-depth",
+                    "one-shot, gate, refit, depth",
+                    {**_AT_ONCE, **_GATE, **_REFIT, **_DEPTH},
+                ),
+                Row("slow", "LoRAPrune, learning rate 1e-3", {**_JOINT, **_SLOW}),
+                Row("fast", "LoRAPrune", {**_JOINT, **_FAST}),
+                Row("gate", "with gate alone", {**_JOINT, **_FAST, **_GATE}),
+                Row("refit", "with the refit alone", {**_JOINT, **_FAST, **_REFIT}),
+                Row("distill", "with distillation alone", {**_JOINT, **_FAST, **_DISTILL}),
+                Row("depth", "with depth alone", {**_JOINT, **_FAST, **_DEPTH}),
+                Row("all", "the recipe", _ALL),
+                Row("all-lora", "the recipe, lora for gate", {**_ALL, "criterion": "lora"}),
+                Row("all-no-refit", "the recipe without the refit", _leave_out("refit")),
+                Row("all-no-distill", "the recipe without distillation", _leave_out("distill")),
+                Row("all-width", "the recipe without depth", _leave_out("depth")),
+                Row("all-slow", "the recipe, learning rate 1e-3", {**_ALL, **_SLOW}),
             ),
             (0.2, 0.5, 0.7),
         ),

@@ -17,6 +17,7 @@ PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-l
 PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
 CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
 RAMPS = "early,separate,separate-hold"
+RECOVERY = "one-shot,one-shot-refit,one-shot-depth,slow,fast,all"
 
 # Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`, the
 # most wanted first. A table with another number of steps has its own folder.
@@ -34,6 +35,8 @@ STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
     "average": ("figure-6", 200, "", []),
     "refit-50": ("refit", 200, "", ["--ratios", "0.5"]),
     "refit": ("refit", 200, "", []),
+    "recovery-50": ("recovery", 200, "recovery", ["--ratios", "0.5"]),
+    "recovery": ("recovery", 200, "recovery", ["--rows", RECOVERY]),
     "ramps-2000": ("ramps", 2000, "steps-2000", ["--rows", "early,separate"]),
     "cost": ("4", 30, "cost", []),
     "cost-offload": ("6", 30, "cost", []),
@@ -51,8 +54,9 @@ def list_words(name: str, options: argparse.Namespace) -> list[str]:
     if table not in ("4", "6"):  # these hold times, so their cells run alone
         words += ["--jobs", str(options.jobs)]
     prune = f"{PRUNE.format(steps=steps, batch=options.batch_size)} {PRUNE_REST}"
-    rate = [] if table == "refit" else ["--lr", "1e-3"]  # whose rows have rates of their own
-    return [*words, "--", *prune.split(), *rate, *options.prune_options]
+    # The rows of these have learning rates of their own.
+    own = {"refit": [], "recovery": ["--round-to", "16"]}.get(table, ["--lr", "1e-3"])
+    return [*words, "--", *prune.split(), *own, *options.prune_options]
 
 
 def main() -> None:
