@@ -125,6 +125,11 @@ class PruneConfig:
         unset="enough for 20 tokens per remaining column; in a one-shot or separate run, at least "
         "`calibration_samples`",
     )
+    max_loss_increase: float | None = _choose(
+        "Stop before an event that raises the loss of held-out rows by more than this, in nats "
+        "per token, and finish with the groups that are left.",
+        default=None, above=0,
+    )
     ema_decay: float = _choose(
         "Decay of the moving average of the scores (lambda of Eq. 11).", default=0.9, **_SHARE,
     )

@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 
 from lpdeploy.config import PruneConfig
-from lpdeploy.data.batches import TokenDataset, list_batch
+from lpdeploy.data.batches import TokenDataset
+from lpdeploy.pruning.guard import collect_held_out
 from lpdeploy.pruning.setup import Source, build_training
 from lpdeploy.pruning.target import DepthTrial, TargetRecord
 from lpdeploy.pruning.training import run_steps
-from lpdeploy.pruning.walk import collect_calibration, measure_loss
+from lpdeploy.pruning.walk import measure_loss
 
 logger = logging.getLogger(__name__)
 
@@ -78,20 +79,12 @@ def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
         distill_temperature=None,
         distill_top_k=None,
         compile=False,
+        max_loss_increase=None,
     )
     training = build_training(source, dataset, options, None)
     for _ in run_steps(training):
         pass
-    # The last rows of the order in which training takes them; calibrations take the first ones.
-    size = min(_HELD_OUT_ROWS, len(dataset))
-    last = len(dataset) // size - 1
-    held_out = collect_calibration(
-        dataset,
-        list_batch(len(dataset), step=last, batch_size=size, seed=options.seed),
-        micro_batch_size=options.micro_batch_size,
-        autocast=training.autocast,
-        ranks=training.ranks,
-    )
+    held_out = collect_held_out(training, count=_HELD_OUT_ROWS)
     loss = measure_loss(training.state.model, held_out)
     del training
     gc.collect()

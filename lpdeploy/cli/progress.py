@@ -32,20 +32,22 @@ def _open_progress(*columns: str) -> Iterator[Any]:
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[Any], None]]:
-    """Yield a callback for ``StepInfo`` that shows loss, ratio, tokens/s and memory."""
+    """Yield a callback for ``StepInfo`` that shows losses, ratio, tokens/s and memory."""
     columns = (
         "loss {task.fields[loss]:.3f}",
-        "removed {task.fields[ratio]:.1%}",
+        "removed {task.fields[ratio]:.1%}{task.fields[event]}",
         "{task.fields[tokens_per_s]:,.0f} tokens/s",
         "{task.fields[memory]}",
     )
-    fields = {"loss": float("nan"), "ratio": 0.0, "tokens_per_s": 0.0, "memory": ""}
+    fields = {"loss": float("nan"), "ratio": 0.0, "event": "", "tokens_per_s": 0.0, "memory": ""}
     with _open_progress(*columns) as progress:
         task = progress.add_task("prune", total=None, **fields)
 
         def show(info: Any) -> None:
             own = {name: getattr(info, name) for name in ("loss", "ratio", "tokens_per_s")}
             memory = format_bytes(info.peak_bytes)
+            if info.removed and info.loss_before is not None:
+                own["event"] = f" (held-out loss {info.loss_before:.3f} to {info.loss_after:.3f})"
             progress.update(task, total=info.steps, completed=info.step, memory=memory, **own)
             progress.start()  # not earlier, because another bar may still be shown
 

@@ -44,6 +44,7 @@ _FREE_OPTIONS = (
     "ignore_memory",
     "lr",
     "max_grad_norm",
+    "max_loss_increase",
     "micro_batch_size",
     "offload_gradients",
     "shard",
@@ -93,15 +94,7 @@ def save_checkpoint(
     run: RunFolder, *, step: int, training: Any, options: PruneConfig, inputs: Mapping[str, str]
 ) -> None:
     """Write ``run/checkpoint/state.safetensors``, whole or not at all."""
-    state: PruningState = training.state
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _named_trainable(state.model).items():
-        tensors[f"lora.{name}"] = parameter
-        for key, value in training.optimizer.state[parameter].items():
-            tensors[f"moments.{name}.{key}"] = value
-    for kind, values in (*_list_scores(state).items(), ("refit", state.list_refit())):
-        tensors |= {f"{kind}.{name}": value for name, value in values.items()}
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    plain = {name: t.detach().cpu().contiguous() for name, t in _list_tensors(training).items()}
     metadata = _Metadata(
         step=step,
         inputs=dict(inputs),
@@ -114,6 +107,24 @@ def save_checkpoint(
     written["sha256"] = json.dumps(_hash(plain, written))
     with atomic_file(run.checkpoint, durable=True) as temporary:
         save_file(plain, temporary, metadata=written)
+
+
+def capture_checkpoint(training: Any, step: int) -> Checkpoint:
+    """Copy the state of a training in memory, as a checkpoint would hold it."""
+    tensors = {name: t.detach().cpu().clone() for name, t in _list_tensors(training).items()}
+    return Checkpoint(step, {}, None, tensors)
+
+
+def _list_tensors(training: Any) -> dict[str, Tensor]:
+    state: PruningState = training.state
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _named_trainable(state.model).items():
+        tensors[f"lora.{name}"] = parameter
+        for key, value in training.optimizer.state[parameter].items():
+            tensors[f"moments.{name}.{key}"] = value
+    for kind, values in (*_list_scores(state).items(), ("refit", state.list_refit())):
+        tensors |= {f"{kind}.{name}": value for name, value in values.items()}
+    return tensors
 
 
 def _check_hash(written: dict[str, str], tensors: Mapping[str, Tensor]) -> None:

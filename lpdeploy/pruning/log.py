@@ -32,6 +32,9 @@ class StepInfo:
         peak_bytes: Peak memory so far, of the device or the process.
         removed: Whether groups were removed after the step.
         padding: Share of padding among the tokens of the batch.
+        loss_before: Mean loss a token of held-out rows before groups were removed, in nats; None
+            if none were.
+        loss_after: Likewise, after.
     """
 
     step: int
@@ -46,6 +49,8 @@ class StepInfo:
     peak_bytes: int
     removed: bool
     padding: float = 0.0
+    loss_before: float | None = None
+    loss_after: float | None = None
 
 
 def append_log(run: RunFolder, info: StepInfo) -> None:

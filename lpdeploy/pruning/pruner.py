@@ -81,6 +81,11 @@ class LoRAPruner:
                 "`drop_layers` drops layers before LoRA is attached, and this model has LoRA; use "
                 "lpdeploy.prune, or leave `drop_layers` out"
             )
+        if self.config.max_loss_increase is not None:
+            raise ValueError(
+                "`max_loss_increase` needs rows that are held out, which only lpdeploy.prune has; "
+                "leave it out"
+            )
         self.step_count = 0
         self._causal = get_causal_model(model)
         self._base = os.fspath(base) if base is not None else str(self._causal.name_or_path)

@@ -38,6 +38,7 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.fit import check_memory
+from lpdeploy.pruning.guard import LossIncreaseError
 from lpdeploy.pruning.log import StepInfo, append_log, load_losses, trim_log
 from lpdeploy.pruning.ranks import Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
@@ -144,15 +145,11 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 "data": dataset.sha256,
             }
             checkpoint = _load_checkpoint(run, record, options, stage) if resume else None
+            given = (source, dataset, options)
             teacher = prepare_teacher(
-                source,
-                dataset,
-                options,
-                ranks,
-                base_sha256=stage.inputs["base"],
-                on_progress=on_distill,
+                *given, ranks, base_sha256=stage.inputs["base"], on_progress=on_distill
             )
-            training = build_training(source, dataset, options, checkpoint, ranks, teacher=teacher)
+            training = build_training(*given, checkpoint, ranks, teacher=teacher)
             _check_same_start(ranks, options, stage, checkpoint)
             if ranks.is_first:
                 logger.info(describe_start(source, training))
@@ -161,7 +158,10 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             on_start()
             if ranks.is_first:
                 _prepare_output(run, source.folder, record, checkpoint, target)
-            losses = _run(run, training, checkpoint, stage=stage, on_step=on_step)
+            losses, last_good = _run(run, training, checkpoint, stage=stage, on_step=on_step)
+            if last_good is not None:
+                del training  # there may be no room for two
+                training = build_training(*given, last_good, ranks)
             plan = build_plan(training.state, options, source.config, base=source.base, stage=stage)
             if ranks.is_first:
                 plan = save_results(run, training.model, training.state, plan=plan, stage=stage)
@@ -246,8 +246,13 @@ def _run(
     *,
     stage: Stage,
     on_step: Callable[[StepInfo], None],
-) -> list[float]:
-    """Run the steps, log each, save checkpoints; return the last losses."""
+) -> tuple[list[float], Checkpoint | None]:
+    """Run the steps, log each, save checkpoints.
+
+    Returns:
+        The last losses, and the state to end with if not the present one.
+    """
+    last_good = None
     done = None if checkpoint is None else checkpoint.step
     losses = [] if done is None else load_losses(run, done)
     options, ranks = training.options, training.ranks
@@ -265,9 +270,30 @@ def _run(
                 _save_checkpoint(run, training, done, stage)
             if done < training.steps:  # else nothing is left to break off
                 ranks.check_stop()
+    except LossIncreaseError as error:
+        last_good = _accept_last_good(error, training)
     except (NonFiniteError, RankLostError, RunEndedError) as error:
         raise _break_off(error, run, training, done, stage) from error
-    return losses[-_LOSS_WINDOW:]
+    return losses[-_LOSS_WINDOW:], last_good
+
+
+def _accept_last_good(error: LossIncreaseError, training: Training) -> Checkpoint:
+    """Return the state before an event that cost too much, unless it is the unpruned model."""
+    kept, step = error.last_good.select("kept"), error.last_good.step
+    whole = [spec for spec in training.state.specs if len(kept[spec.name]) == spec.num_groups]
+    if len(whole) == len(training.state.specs):
+        raise LpdeployError(
+            f"{error} It was the first event, so there is no pruned model to end with. Allow more, "
+            "remove less, or let the events remove less at a time with a smaller `prune_every`."
+        )
+    if training.ranks.is_first:
+        logger.warning(
+            "%s The run ends with the groups that were left before it, after step %s of %s.",
+            error,
+            step,
+            training.steps,
+        )
+    return error.last_good
 
 
 def _check_same_groups(training: Training, step: int) -> None:

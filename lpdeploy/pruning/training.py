@@ -16,6 +16,7 @@ from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.machine import measure_peak_bytes
 from lpdeploy.pruning.compilation import apply_compile
+from lpdeploy.pruning.guard import EventLoss, watch_event
 from lpdeploy.pruning.log import StepInfo
 from lpdeploy.pruning.loss import Taught, compute_loss
 from lpdeploy.pruning.ranks import Ranks
@@ -101,6 +102,7 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
         NonFiniteError: Loss or gradient is NaN or infinite. The weights are still those after
             the previous step.
         RankLostError: Another rank is gone; the same is true.
+        LossIncreaseError: An event cost more than ``max_loss_increase``; it holds the state before.
     """
     training.model.train()
     calibrate = start is None and training.options.num_calibration_rows
@@ -140,8 +142,7 @@ def _calibrate(training: Training) -> StepInfo:
         training.optimizer.zero_grad()
         tokens += count
     removed = 0 in schedule.list_events()
-    remove = partial(_remove, training, 0)
-    cutting = _time(training, remove) if removed else None
+    cutting, event = _remove(training, 0) if removed else (None, None)
     seconds = _finish(training, start)
     return StepInfo(
         step=0,
@@ -156,6 +157,8 @@ def _calibrate(training: Training) -> StepInfo:
         peak_bytes=measure_peak_bytes(),
         removed=removed,
         padding=_compute_padding(training, rows, tokens),
+        loss_before=event.before if event else None,
+        loss_after=event.after if event else None,
     )
 
 
@@ -183,8 +186,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
     scoring = _time(training, score) if scored else None
     _apply_step(training, lr=lr, norm=norm)
     removed = step in events
-    remove = partial(_remove, training, step)
-    cutting = _time(training, remove) if removed else None
+    cutting, event = _remove(training, step) if removed else (None, None)
     seconds = _finish(training, start)
     return StepInfo(
         step=step,
@@ -199,6 +201,8 @@ def _run_step(training: Training, step: int) -> StepInfo:
         peak_bytes=measure_peak_bytes(),
         removed=removed,
         padding=_compute_padding(training, rows, tokens),
+        loss_before=event.before if event else None,
+        loss_after=event.after if event else None,
     )
 
 
@@ -307,15 +311,20 @@ def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
     training.optimizer.zero_grad()
 
 
-def _remove(training: Training, step: int) -> None:
+def _remove(training: Training, step: int) -> tuple["_Seconds", EventLoss]:
+    """Remove groups; return how long it took, and what it cost."""
     refit = training.options.refit
-    apply_event(
+    remove = partial(
+        apply_event,
         training.state,
         training.options,
         progress=training.schedule.compute_progress(step),
         optimizer=training.optimizer,
         calibrate=partial(_calibrate_refit, training, step) if refit else None,
     )
+    seconds: list[_Seconds] = []
+    loss = watch_event(training, step, lambda: seconds.append(_time(training, remove)))
+    return seconds[0], loss
 
 
 def _calibrate_refit(training: Training, step: int, columns: int) -> Calibration:

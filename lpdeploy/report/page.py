@@ -92,7 +92,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
     record = load_model_record(run.model)
     _check_exports(run)
     bench = _load(LatencyResult, run.benchmark)
-    stages = load_stages(run.path)
+    stages, log = load_stages(run.path), load_log(run)
     pruned = stages["prune"].options if "prune" in stages else {}
     return {
         "run": run.path.name,
@@ -100,7 +100,8 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "method": describe_method(pruned),
         "base": Path(plan.base_model).name,
         "model": record,
-        "training": _draw_training(load_log(run)),
+        "training": _draw_training(log),
+        "events": [info for info in log if info.loss_after is not None],
         "verify": _load(VerifyResult, run.verification),
         "evaluations": _list_evaluations(run, record),
         "bench": bench,
