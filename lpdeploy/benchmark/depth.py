@@ -8,7 +8,7 @@ of the other. A trial costs as much as a few steps of training.
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,12 +23,12 @@ from lpdeploy.pruning.walk import measure_loss
 
 logger = logging.getLogger(__name__)
 
-_MOST = 6
+_MOST = 4
 _HELD_OUT_ROWS = 64
 
 
 def spread(depths: Sequence[int]) -> list[int]:
-    """Return at most six of some ascending numbers, evenly spaced, with the first and the last."""
+    """Return at most four of some ascending numbers, evenly spaced, with the first and the last."""
     if len(depths) <= _MOST:
         return list(depths)
     last = len(depths) - 1
@@ -39,34 +39,27 @@ def choose_depth(
     source: Source,
     dataset: TokenDataset,
     options: PruneConfig,
-    *,
-    depths: Sequence[int],
-    choose: Callable[[PruneConfig], TargetRecord],
+    candidates: Sequence[TargetRecord],
 ) -> TargetRecord:
-    """Choose the number of dropped layers that loses least.
+    """Choose the candidate that loses least.
 
     Args:
         source: The base.
         dataset: Tokens.
         options: How to prune.
-        depths: Numbers of layers to try.
-        choose: Finds the widths that meet the target, for options whose depth is fixed.
+        candidates: Numbers of dropped layers, each with ratios that meet the target.
 
     Returns:
-        The record of the best number, with all that were tried.
+        The record of the best one, with all that were tried.
     """
-    records: list[TargetRecord] = []
     trials: list[DepthTrial] = []
-    for drop_layers in depths:
-        record = choose(replace(options, depth=None, drop_layers=drop_layers))
-        ratios = {**record.ratios, "drop_layers": drop_layers}
-        loss = _try(source, dataset, options.with_ratios(**ratios))
-        chosen = " ".join(f"`{name}={value:g}`" for name, value in ratios.items())
+    for record in candidates:
+        loss = _try(source, dataset, options.with_ratios(**record.ratios))
+        chosen = " ".join(f"`{name}={value:g}`" for name, value in record.ratios.items())
         logger.info("%s: loss %.3f on held-out rows, without fine-tuning", chosen, loss)
-        records.append(replace(record, asked={**record.asked, "depth": "auto"}, ratios=ratios))
-        trials.append(DepthTrial(ratios, loss))
+        trials.append(DepthTrial(record.ratios, loss))
     best = min(range(len(trials)), key=lambda place: trials[place].loss)
-    return replace(records[best], trials=tuple(trials))
+    return replace(candidates[best], trials=tuple(trials))
 
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:

@@ -2,10 +2,10 @@
 
 import bisect
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
@@ -17,7 +17,13 @@ from lpdeploy.environment import count_ranks
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import format_bytes
 from lpdeploy.models.loading import find_config
-from lpdeploy.models.shapes import build_counter, count_parameters, get_itemsize
+from lpdeploy.models.shapes import (
+    KINDS,
+    build_counter,
+    count_kept,
+    count_parameters,
+    get_itemsize,
+)
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.setup import Source, load_dataset, load_source
 from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target
@@ -95,7 +101,10 @@ def _choose(
     on_tokenize: Progress | None,
 ) -> TargetRecord:
     if options.target_latency is None and options.depth is None:
-        return _fit_ratio(find_config(model), options, name=model)
+        config = find_config(model)
+        limit = _get_limit(config, options)
+        _refuse_unreachable(model, config, options, limit=limit)
+        return _fit_ratio(config, options, limit=limit)
     _refuse_ranks(options)
     data = _require(data, "data")
     if options.depth is None:
@@ -115,8 +124,30 @@ def _choose(
     limit = _get_limit(source.config, options)
     depths = _list_depths(source, options, limit=limit)
     dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
-    choose = partial(_fit_ratio, source.config, name=model, limit=limit)
-    return choose_depth(source, dataset, options, depths=depths, choose=choose)
+    candidates = _list_candidates(source.config, options, depths=depths, limit=limit)
+    return choose_depth(source, dataset, options, candidates)
+
+
+def _list_candidates(
+    config: PretrainedConfig, options: PruneConfig, *, depths: Sequence[int], limit: int
+) -> list[TargetRecord]:
+    """List what to try: for each depth the same ratio for all groups, and one for channels alone.
+
+    Where a layer has few KV heads, one of them is a large step.
+    """
+    found: dict[tuple[Any, ...], TargetRecord] = {}
+    for drop_layers in depths:
+        fixed = replace(options, depth=None, drop_layers=drop_layers)
+        for kinds in (KINDS, ("channels",)):
+            if build_counter(config, fixed.widths, kinds=kinds)(1 - 1 / _STEPS) > limit:
+                continue  # channels alone may not be enough
+            record = _fit_ratio(config, fixed, limit=limit, kinds=kinds)
+            ratios = {**record.ratios, "drop_layers": drop_layers}
+            shape = count_kept(config, fixed.with_ratios(**ratios).widths)
+            asked = {**record.asked, "depth": "auto"}
+            record = replace(record, asked=asked, ratios=ratios)
+            found.setdefault((drop_layers, *shape.values()), record)
+    return list(found.values())
 
 
 def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[int]:
@@ -143,26 +174,24 @@ def _require(value: _Value | None, name: str) -> _Value:
 
 
 def _fit_ratio(
-    config: PretrainedConfig, options: PruneConfig, *, name: str, limit: int | None = None
+    config: PretrainedConfig, options: PruneConfig, *, limit: int, kinds: Sequence[str] = KINDS
 ) -> TargetRecord:
-    """Find the smallest ratio whose rounded shape is small enough.
+    """Find the smallest ratio whose rounded shape is small enough, if there is one.
 
     Args:
         config: Of the unpruned model.
-        options: They say how large it may be, unless ``limit`` does.
-        name: What the user calls the model.
+        options: How it will be pruned.
         limit: Most parameters that may be left.
+        kinds: Kinds of groups that go; the others stay.
     """
     itemsize = 1 if options.target_memory is None else get_itemsize(config)
-    if limit is None:
-        limit = _get_limit(config, options)
-        _refuse_unreachable(name, config, options, limit=limit)
-    count = build_counter(config, options.widths)
+    count = build_counter(config, options.widths, kinds=kinds)
     step = bisect.bisect_left(range(_STEPS), -limit, key=lambda s: -count(s / _STEPS))
     ratio = step / _STEPS
+    own = {"head_ratio": 0.0, "channel_ratio": ratio}
     return TargetRecord(
         asked=describe_asked(options),
-        ratios={"ratio": ratio},
+        ratios={"ratio": ratio} if kinds == KINDS else own,
         found=SizeFound(itemsize * count_parameters(config), itemsize * count(ratio)),
     )
 

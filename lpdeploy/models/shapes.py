@@ -255,8 +255,19 @@ def get_itemsize(config: PretrainedConfig) -> int:
     return get_dtype(config).itemsize
 
 
-def build_counter(config: PretrainedConfig, request: WidthRequest) -> Callable[[float], int]:
+KINDS = ("heads", "channels")
+"""Kinds of groups."""
+
+
+def build_counter(
+    config: PretrainedConfig, request: WidthRequest, *, kinds: Sequence[str] = KINDS
+) -> Callable[[float], int]:
     """Return a function that counts the parameters that one ratio for all groups leaves.
+
+    Args:
+        config: Of the unpruned model.
+        request: What decides the widths, but for the ratios.
+        kinds: Kinds of groups that the ratio is for; all others stay.
 
     With ``scope`` ``global`` scores decide where groups are removed, and the number of parameters
     may vary by less than a rounding step. The function returns the most that may be left.
@@ -269,7 +280,11 @@ def build_counter(config: PretrainedConfig, request: WidthRequest) -> Callable[[
     prunable = list_prunable(config, request)
     stay = prunable[2 * request.drop_layers :]  # two specs a layer; all layers are of one size
     ordered = sorted(stay, key=lambda spec: spec.kind)
-    families = [list(specs) for _, specs in itertools.groupby(ordered, key=lambda spec: spec.kind)]
+    families = [
+        list(specs)
+        for kind, specs in itertools.groupby(ordered, key=lambda spec: spec.kind)
+        if kind in kinds
+    ]
 
     def count(ratio: float) -> int:
         removed = 0

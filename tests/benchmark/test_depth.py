@@ -1,6 +1,7 @@
 """The number of dropped layers, where it is chosen by trial."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
-from lpdeploy.models.shapes import build_counter, count_parameters
+from lpdeploy.models.shapes import build_counter, count_parameters, forecast_config
 from lpdeploy.pruning import run as pruning
 from lpdeploy.pruning import training
 from lpdeploy.pruning.target import SizeFound, TargetRecord
@@ -37,9 +38,9 @@ def text(tmp_path_factory):
     [
         ([0], [0]),
         ([1, 2, 3], [1, 2, 3]),
-        (list(range(6)), [0, 1, 2, 3, 4, 5]),
-        (list(range(8)), [0, 1, 3, 4, 6, 7]),
-        (list(range(17)), [0, 3, 6, 10, 13, 16]),
+        (list(range(4)), [0, 1, 2, 3]),
+        (list(range(7)), [0, 2, 4, 6]),
+        (list(range(17)), [0, 5, 11, 16]),
     ],
     ids=str,
 )
@@ -48,25 +49,23 @@ def test_some_numbers_are_tried(depths, expected):
 
 
 @pytest.mark.parametrize("best", [0, 2, 3])
-def test_the_number_that_loses_least_is_taken(monkeypatch, best):
-    losses = {n: 3.0 + abs(n - best) for n in range(4)}
+def test_what_loses_least_is_taken(monkeypatch, best):
     tried = []
 
     def measure(_, __, options):
         tried.append((options.drop_layers, options.ratio, options.depth))
-        return losses[options.drop_layers]
-
-    def choose(options):
-        ratio = 0.5 - options.drop_layers / 10
-        return TargetRecord({"ratio": 0.5}, {"ratio": ratio}, SizeFound(100, 50))
+        return 3.0 + abs(options.drop_layers - best)
 
     monkeypatch.setattr("lpdeploy.benchmark.depth._try", measure)
-    options = PruneConfig(**OPTIONS)
-    record = choose_depth(None, None, options, depths=range(4), choose=choose)
+    asked = {"ratio": 0.5, "depth": "auto"}
+    candidates = [
+        TargetRecord(asked, {"ratio": 0.5 - n / 10, "drop_layers": n}, SizeFound(100, 50 - n))
+        for n in range(4)
+    ]
+    record = choose_depth(None, None, PruneConfig(**OPTIONS), candidates)
     assert tried == [(n, 0.5 - n / 10, None) for n in range(4)]
-    assert record.ratios == {"ratio": 0.5 - best / 10, "drop_layers": best}
-    assert record.asked == {"ratio": 0.5, "depth": "auto"}
-    assert [trial.loss for trial in record.trials] == list(losses.values())
+    assert record == replace(candidates[best], trials=record.trials)
+    assert [trial.loss for trial in record.trials] == [3.0 + abs(n - best) for n in range(4)]
     assert TargetRecord.from_json(record.to_json()) == record
 
 
@@ -84,10 +83,13 @@ def test_every_number_leaves_no_more_than_asked(deep, text, asked):
     assert limit < count_parameters(config)
     for trial in record.trials:
         request = options.with_ratios(**trial.ratios).widths
-        assert build_counter(config, request)(trial.ratios["ratio"]) <= limit
-    assert [trial.ratios["drop_layers"] for trial in record.trials] == list(
-        range(len(record.trials))
-    )
+        assert count_parameters(forecast_config(config, request)) <= limit
+    tried = [trial.ratios["drop_layers"] for trial in record.trials]
+    assert sorted(set(tried)) == list(range(max(tried) + 1))
+    kinds = {(t.ratios["drop_layers"], "ratio" in t.ratios) for t in record.trials}
+    assert (0, True) in kinds
+    # At half of all groups, the channels alone are not enough.
+    assert ((0, False) in kinds) == ("ratio" not in asked)
     assert record.trials[-1].ratios["ratio"] == 0  # to drop one more would be too much
     best = min(record.trials, key=lambda trial: trial.loss)
     assert record.ratios == best.ratios
