@@ -10,6 +10,7 @@ from lpdeploy.conflicts import BUDGETS, LATENCY, list_conflicts
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.fields import MAX_COUNT, check_fields, option
 from lpdeploy.plan import SCHEDULES, GroupSpec, WidthRequest
+from lpdeploy.presets import PRESETS, list_preset
 from lpdeploy.ramps import RAMPS
 
 REMOVE = "What to remove"
@@ -242,6 +243,21 @@ class PruneConfig:
             object.__setattr__(self, "ratio", _DEFAULT_RATIO)
         for conflict in list_conflicts(self):
             raise ValueError(conflict)
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> "PruneConfig":
+        """Return the options of a preset, with others that override it.
+
+        Args:
+            name: ``best`` or ``loraprune``; see ``lpdeploy.presets``.
+            options: Fields of this class.
+
+        Raises:
+            ValueError: There is no such preset, or as the class.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset '{name}'; choose from {', '.join(PRESETS)}")
+        return cls(**{**list_preset(name, options, chosen=options), **options})
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as recipes, manifests and checkpoints record them."""

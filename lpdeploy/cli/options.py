@@ -13,6 +13,7 @@ from lpdeploy.cli.common import ENGINE, Count, NameChoice, log, write_flags
 from lpdeploy.config import GROUPS, RENAMED, PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.fields import get_kind, get_option
+from lpdeploy.presets import list_preset
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -146,7 +147,8 @@ def _make_option(name: str, defaults: Mapping[str, Any]) -> Callable[[_Function]
     shared = {"group": rules.group, "former": former, "help": write_flags(text)}
     flag = write_flags(f"`{name}`")
     if get_kind(own) is bool:
-        return click.option(flag, cls=GroupedOption, is_flag=True, **shared)
+        both = f"{flag}/--no-{flag.removeprefix('--')}"
+        return click.option(both, cls=GroupedOption, default=default, show_default=False, **shared)
     return click.option(
         flag,
         cls=GroupedOption,
@@ -189,6 +191,18 @@ def build_config(values: Mapping[str, Any]) -> PruneConfig:
         return PruneConfig(**{**values, **numbers})
     except ValueError as error:
         raise click.UsageError(write_flags(str(error))) from error
+
+
+def apply_preset(values: dict[str, Any], name: str | None) -> None:
+    """Set what a preset says, where neither the command line nor a recipe says something else."""
+    if name is not None:
+        context = click.get_current_context()
+        chosen = {
+            option
+            for option in values
+            if context.get_parameter_source(option) is not ParameterSource.DEFAULT
+        }
+        values |= list_preset(name, values, chosen=chosen)
 
 
 def drop_overruled(values: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.tables import TABLES, Table
 
 # The options of prune that this command sets itself.
-_GIVEN = {"data", "output", "resume", "overwrite", "as_json", "seed"}
+_GIVEN = {"data", "output", "resume", "overwrite", "as_json", "seed", "preset"}
 _GIVEN |= {*RATIOS, *BUDGETS, *LATENCY}
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, log, print_result, shared_options
+from lpdeploy.cli.common import FOLDER, NameChoice, log, print_result, shared_options
 from lpdeploy.cli.options import (
     GroupedCommand,
     GroupedOption,
+    apply_preset,
     build_config,
     config_options,
     drop_overruled,
 )
-from lpdeploy.config import DATA
+from lpdeploy.config import CHOOSE, DATA
 from lpdeploy.machine import format_bytes
+from lpdeploy.presets import PRESETS
 
 
 @click.command("prune", cls=GroupedCommand)
@@ -36,6 +38,14 @@ from lpdeploy.machine import format_bytes
     group=DATA,
     default=True,
     help="Cache the tokens of SOURCE for later runs, in $LPDEPLOY_CACHE or beside the hub's cache.",
+)
+@click.option(
+    "--preset",
+    cls=GroupedOption,
+    group=CHOOSE,
+    type=NameChoice(lambda: PRESETS),
+    help="Start from named options, which all others override. best: what measured best, at the "
+    "cost of some steps of training. loraprune: the paper's method to the letter.",
 )
 @config_options()
 @click.option(
@@ -63,6 +73,7 @@ def command(
     the smaller model.
     """
     drop_overruled(values)
+    apply_preset(values, values.pop("preset"))
     config = build_config(values)
     if config.removal is None and config.effective_removal == "mask":
         log("Groups are masked until the end: 4-bit and sharded weights cannot be cut in place.")

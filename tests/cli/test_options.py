@@ -36,7 +36,7 @@ def test_the_help_lists_every_field_once_in_its_group():
     sections = read_help("prune")
     assert list(sections) == [*GROUPS, "Options"]
     for own in dataclasses.fields(PruneConfig):
-        start = re.compile(rf"(?:^|(?<= ))--{own.name.replace('_', '-')}(?= [A-Z\[])")
+        start = re.compile(rf"(?:^|(?<= ))--{own.name.replace('_', '-')}(?= (?:/ --no|[A-Z\[]))")
         own_section = sections[get_option(own).group]
         listed = [p for p in prune.command.params if p.name == own.name]
         assert len(listed) == 1

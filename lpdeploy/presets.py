@@ -1,0 +1,63 @@
+"""Named sets of options of ``prune``, which give way to what the user says."""
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "best": {"criterion": "gate", "refit": True, "distill": 0.5, "depth": "auto"},
+        "loraprune": {
+            "criterion": "lora",
+            "score_form": "squared",
+            "normalize": False,
+            "refit": False,
+            "ema_decay": 0.9,
+            "schedule": "joint",
+            "ramp": "paper",
+            "prune_every": 10,
+            "calibration_samples": 0,
+            "scope": "layer",
+            "epochs": 2,
+            "batch_size": 128,
+            "lr": 1e-4,
+            "lora_rank": 8,
+        },
+    }
+)
+"""Name -> options. ``best`` is what measured best on our models; see docs/results.md, "Recovery".
+``loraprune`` is the paper's method to the letter: Algorithm 1, equations 4, 10 and 11 with the
+lambda of section 4.1, and the batch size, the learning rate, the epochs and the rank given there;
+groups go in equal portions every ten steps."""
+
+# What an option of a preset cannot go with, since the two decide the same or exclude each other.
+_GIVES_WAY = {
+    "depth": ("drop_layers", "head_ratio", "channel_ratio", "target_latency", "shard"),
+    "refit": ("shard",),
+    "distill": ("shard",),
+}
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def list_preset(
+    name: str, given: Mapping[str, Any], *, chosen: Collection[str]
+) -> Mapping[str, Any]:
+    """Return the options of a preset that hold beside what the user chose.
+
+    Args:
+        name: Of the preset.
+        given: All options and their values.
+        chosen: Names of those that the user chose, and that the preset leaves as they are.
+    """
+    options = {
+        option: value
+        for option, value in PRESETS[name].items()
+        if option not in chosen
+        and not any(_is_given(given.get(other)) for other in _GIVES_WAY.get(option, ()))
+    }
+    if given.get("schedule") == "one-shot":
+        options.pop("distill", None)  # which changes the loss of a training that there is not
+    return options

@@ -1,0 +1,87 @@
+"""Presets: what they set, and that they give way."""
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from lpdeploy.cli.main import main
+from lpdeploy.config import PruneConfig
+from lpdeploy.presets import PRESETS
+
+SMALL = [
+    "--steps=2", "--batch-size=2", "--micro-batch-size=2", "--seq-len=24", "--round-to=4",
+    "--device=cpu", "--calibration-samples=4", "--prune-every=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_holds_where_nothing_else_is_said(name):
+    config = PruneConfig.from_preset(name)
+    for option, value in PRESETS[name].items():
+        assert getattr(config, option) == value
+
+
+def test_the_paper_to_the_letter():
+    config = PruneConfig.from_preset("loraprune")
+    # Section 4.1: batch 128, learning rate 1e-4, two epochs, rank 8, lambda 0.9.
+    assert (config.batch_size, config.lr, config.epochs, config.lora_rank) == (128, 1e-4, 2, 8)
+    assert config.ema_decay == 0.9
+    assert config.num_calibration_rows == 0
+    assert config.pauses == (0.0, 0.0)
+    assert not config.refit
+    assert config.distill is config.depth is None
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({}, set()),
+        ({"schedule": "one-shot"}, {"distill"}),
+        ({"drop_layers": 0}, {"depth"}),
+        ({"channel_ratio": 0.0}, {"depth"}),
+        ({"target_latency": 3.0, "engine": "ort"}, {"depth"}),
+        ({"shard": True}, {"depth", "refit", "distill"}),
+    ],
+    ids=str,
+)
+def test_it_gives_way_to_what_it_cannot_go_with(options, left_out):
+    config = PruneConfig.from_preset("best", **options)
+    for option, value in PRESETS["best"].items():
+        default = getattr(PruneConfig(), option)
+        assert getattr(config, option) == (default if option in left_out else value)
+
+
+def test_what_is_said_overrides_it():
+    config = PruneConfig.from_preset("best", criterion="wanda", refit=False)
+    assert (config.criterion, config.refit, config.distill) == ("wanda", False, 0.5)
+    with pytest.raises(ValueError, match="no preset 'worst'; choose from best, loraprune"):
+        PruneConfig.from_preset("worst")
+
+
+def prune(base, data, output, *words):
+    words = ["prune", str(base), "--data", str(data), "--output", str(output), *SMALL, *words]
+    result = CliRunner().invoke(main, [*words, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return yaml.safe_load((output / "recipe.yaml").read_text())["prune"]
+
+
+def test_on_the_command_line(base, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"prune": {"criterion": "magnitude"}}))
+    words = ["--preset=best", "--recipe", str(recipe), "--no-refit", "--ratio=0.3"]
+    options = prune(base, data, tmp_path / "run", *words)
+    assert options["criterion"] == "magnitude"  # a recipe counts as said
+    assert options["refit"] is False
+    assert options["distill"] == 0.5
+    assert "preset" not in options
+    assert json.loads((tmp_path / "run" / "target.json").read_text())["asked"] == {
+        "ratio": 0.3,
+        "depth": "auto",
+    }
+
+
+def test_best_without_training(base, data, tmp_path):
+    options = prune(base, data, tmp_path / "run", "--preset=best", "--schedule=one-shot")
+    assert (options["criterion"], options["refit"], options["distill"]) == ("gate", True, None)
