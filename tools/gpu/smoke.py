@@ -51,8 +51,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prune once, then train": {"schedule": "separate"},
     "dropout": {"lora_dropout": 0.05},
     "compiled layers": {"compile": True},
+    "refit": {"refit": True, "refit_samples": 32},
+    "refit over an 8-bit base": {"refit": True, "refit_samples": 32, "load_in": "8bit"},
+    "refit with masks": {"refit": True, "refit_samples": 32, "removal": "mask"},
+    "distillation": {"distill": 0.5},
+    "dropped layers": {"drop_layers": 1, "refit": True, "refit_samples": 32},
+    "a guard": {"max_loss_increase": 100.0},
 }
-NEEDS = {"8-bit base": "bitsandbytes", "4-bit base": "bitsandbytes"}
+NEEDS = dict.fromkeys(("8-bit base", "4-bit base", "refit over an 8-bit base"), "bitsandbytes")
 
 
 @dataclass(frozen=True)
