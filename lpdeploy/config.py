@@ -189,6 +189,11 @@ class PruneConfig:
         "Number of tokens that `distill` keeps for each position; all others count as one.",
         default=None, **_COUNT, unset="128",
     )
+    distill_live: bool = _train(
+        "Keep the unpruned model in memory during training instead of what it expects on disk: "
+        "slower, with more memory. It is loaded as the base is, so `load_in` makes it smaller.",
+        default=False,
+    )
     lora_rank: int = _train("Rank of LoRA's matrices A and B.", default=8, **_COUNT)
     lora_alpha: float = _train(
         "LoRA adds this, divided by `lora_rank`, times BA to each weight.", default=16.0, above=0,

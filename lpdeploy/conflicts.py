@@ -74,8 +74,8 @@ def _list_training_conflicts(config: Any) -> Iterator[str]:
             "`distill` changes the loss of the fine-tuning, and `schedule='one-shot'` has none; "
             "change one of them."
         )
-    for name in ("distill_temperature", "distill_top_k"):
-        if getattr(config, name) is not None and config.distill is None:
+    for name in ("distill_temperature", "distill_top_k", "distill_live"):
+        if getattr(config, name) not in (None, False) and config.distill is None:
             yield f"`{name}` belongs to `distill`; give that too, or leave `{name}` out."
     if config.distill and config.shard:
         yield (

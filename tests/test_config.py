@@ -19,6 +19,7 @@ FIELDS = dataclasses.fields(PruneConfig)
 BESIDE = {
     "distill_temperature": {"distill": 0.5},
     "distill_top_k": {"distill": 0.5},
+    "distill_live": {"distill": 0.5},
     "refit_samples": {"refit": True},
     "engine": {"target_latency": 5.0},
     "latency_phase": {"target_latency": 5.0, "engine": "ort"},

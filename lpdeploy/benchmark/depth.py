@@ -71,6 +71,7 @@ def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
         distill=None,
         distill_temperature=None,
         distill_top_k=None,
+        distill_live=False,
         compile=False,
         max_loss_increase=None,
     )

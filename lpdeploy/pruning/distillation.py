@@ -1,7 +1,9 @@
 """What distillation needs before the first step: what the unpruned model expects of the rows."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,6 +14,8 @@ from lpdeploy.models.loading import DTYPES, load_model, resolve_dtype
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.setup import Source
 from lpdeploy.pruning.teacher import (
+    LiveTeacher,
+    Teacher,
     TeacherCache,
     describe_cache,
     fill_cache,
@@ -34,10 +38,11 @@ def prepare_teacher(
     *,
     base_sha256: str,
     on_progress: Progress | None = None,
-) -> TeacherCache | None:
+) -> Teacher | None:
     """Let the unpruned model say what it expects in the rows of the training, as far as needed.
 
-    It is loaded and freed again before the training has its own.
+    It is loaded and freed again before the training has its own; or it stays, with
+    ``distill_live``.
 
     Args:
         source: The base.
@@ -48,11 +53,17 @@ def prepare_teacher(
         on_progress: Is told (rows done, all rows).
 
     Returns:
-        Where it lies; None without distillation.
+        What tells it; None without distillation.
     """
     if not options.distill:
         return None
     dtype = resolve_dtype(options.dtype, source.config, device=ranks.device.type)
+    if options.distill_live:
+        return LiveTeacher(
+            _load_teacher(source, options, ranks, dtype=dtype),
+            **_list_settings(source, options),
+            autocast=partial(make_autocast, ranks.device, DTYPES[dtype]),
+        )
     cache = _find_teacher(source, dataset, options, dtype=dtype, base_sha256=base_sha256)
     rows = list_training_rows(
         dataset,
@@ -65,38 +76,45 @@ def prepare_teacher(
         logger.info(describe_cache(cache, rows, missing))
     own = missing[ranks.rank :: ranks.size]
     if own:
-        device = ranks.device
         fill_cache(
             cache,
-            load_model(source.folder, dtype=dtype, device=str(device), load_in=options.load_in),
+            _load_teacher(source, options, ranks, dtype=dtype),
             own,
             batch_size=options.micro_batch_size,
-            autocast=partial(make_autocast, device, DTYPES[dtype]),
+            autocast=partial(make_autocast, ranks.device, DTYPES[dtype]),
             on_progress=on_progress if ranks.is_first else None,
         )
     ranks.sum([torch.zeros(1, device=ranks.device)])  # nobody reads before all have written
     return cache
 
 
+def _load_teacher(source: Source, options: PruneConfig, ranks: Ranks, *, dtype: str) -> Any:
+    device, load_in = str(ranks.device), options.load_in
+    return load_model(source.folder, dtype=dtype, device=device, load_in=load_in)
+
+
+def _list_settings(source: Source, options: PruneConfig) -> Mapping[str, Any]:
+    return {
+        "top_k": min(options.distill_top_k or _TOP_K, source.config.vocab_size),
+        "weight": options.distill,
+        "temperature": options.distill_temperature or 1.0,
+    }
+
+
 def _find_teacher(
     source: Source, dataset: TokenDataset, options: PruneConfig, *, dtype: str, base_sha256: str
 ) -> TeacherCache:
-    assert options.distill is not None
-    vocabulary = source.config.vocab_size
-    temperature = options.distill_temperature or 1.0
-    top_k = min(options.distill_top_k or _TOP_K, vocabulary)
+    settings = _list_settings(source, options)
     identity = {
         "base": base_sha256,
         "data": dataset.sha256,
-        "temperature": temperature,
-        "top_k": top_k,
+        "temperature": settings["temperature"],
+        "top_k": settings["top_k"],
         "precision": [dtype, options.load_in],
     }
     return TeacherCache(
         folder=find_teacher_folder(find_cache(), identity),
         dataset=dataset,
-        top_k=top_k,
-        wide=vocabulary > 1 << 16,
-        weight=options.distill,
-        temperature=temperature,
+        wide=source.config.vocab_size > 1 << 16,
+        **settings,
     )

@@ -96,11 +96,16 @@ def plan_memory(
     gradients = _plan_gradients(layers, options, activations, dtype, device)
     if options.refit:  # nothing else is kept while groups are removed
         activations = max(activations, _plan_refit(config, layers, options, _ITEMSIZE[dtype]))
+    weights = _plan_weights(config, layers, options, dtype, shards=shards)
+    if options.distill_live:
+        # The teacher is quantized as a whole, which is less where a refit leaves parts of the base.
+        weights += _plan_weights(config, layers, replace(options, refit=False, refit_samples=None),
+                                 dtype, shards=shards)  # fmt: skip
     # Autocast keeps a copy of A and B in half precision through a forward pass.
     copies = factors * 2 if dtype != "fp32" else 0
     return MemoryPlan(
         process=process,
-        weights=_plan_weights(config, layers, options, dtype, shards=shards),
+        weights=weights,
         adapters=4 * _FLOAT * factors + copies,
         gradients=gradients,
         activations=activations,

@@ -51,7 +51,7 @@ from lpdeploy.pruning.depth import apply_depth, restore_depth
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import check_refit_rows, list_stored
 from lpdeploy.pruning.state import build_state
-from lpdeploy.pruning.teacher import TeacherCache
+from lpdeploy.pruning.teacher import Teacher
 from lpdeploy.pruning.training import Training, count_steps
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def build_training(
     checkpoint: Checkpoint | None,
     ranks: Ranks | None = None,
     *,
-    teacher: TeacherCache | None = None,
+    teacher: Teacher | None = None,
     load: Callable[..., Any] = load_model,
 ) -> Training:
     """Load the base on its device, put LoRA on it, and go to where a checkpoint left off.

@@ -1,9 +1,10 @@
 """What the unpruned model expects behind each token, on disk: computed once, before training.
 
-A teacher beside the student would double the memory, and its pass would slow down every step. So
-the unpruned model runs once over the rows that training will see, before anything else is loaded.
-Its most probable tokens are kept in a file that later runs with the same model, data and settings
-use again. Rows are written one after the other, so a run that was stopped goes on where it was.
+A teacher beside the student doubles the memory, and its pass slows down every step; ``LiveTeacher``
+is for those who have the memory, and no space on disk. Otherwise, the unpruned model runs once over
+the rows that training will see, before anything else is loaded. Its most probable tokens are kept
+in a file that later runs with the same model, data and settings use again. Rows are written one
+after the other, so a run that was stopped goes on where it was.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,46 @@ _VERSION = 1
 _LOG_PROB = np.dtype(np.float16)
 _CHECK = np.dtype(np.uint32)
 _LEAST = torch.finfo(torch.float16).min  # 0 times minus infinity would be no number
+
+
+class Teacher(Protocol):
+    """What tells a training what the unpruned model expects."""
+
+    def teach(self, micro: Mapping[str, Tensor]) -> Taught:
+        """Return what it expects behind each token of a micro-batch.
+
+        Args:
+            micro: ``input_ids`` as ``TokenDataset.collate`` pads them, and their numbers, ``rows``.
+        """
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """The unpruned model in memory, which runs beside the one in training.
+
+    Attributes:
+        model: A causal LM in eval mode.
+        top_k: Tokens that it tells behind each token.
+        weight: Of the divergence in the loss.
+        temperature: By which its logits are divided.
+        autocast: Makes the context in which it computes.
+    """
+
+    model: Any
+    top_k: int
+    weight: float
+    temperature: float
+    autocast: Callable[[], Any]
+
+    @torch.no_grad()
+    def teach(self, micro: Mapping[str, Tensor]) -> Taught:
+        """Run the model over a micro-batch; see ``Teacher``."""
+        ids = micro["input_ids"].to(self.model.lm_head.weight.device)
+        with self.autocast():
+            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        found = _find_top(self.model, hidden.flatten(0, 1), self.top_k, self.temperature)
+        log_probs, tokens = (tensor.unflatten(0, ids.shape) for tensor in found)
+        return Taught(log_probs, tokens, weight=self.weight, temperature=self.temperature)
 
 
 @dataclass(frozen=True)
@@ -84,6 +125,10 @@ class TeacherCache:
             # After the data, so that a row whose check is there is whole.
             check = np.array([zlib.crc32(data) or 1], _CHECK).tobytes()
             _write_at(self.folder / "checks", check, at=row * _CHECK.itemsize)
+
+    def teach(self, micro: Mapping[str, Tensor]) -> Taught:
+        """Read the rows of a micro-batch; see ``Teacher`` and ``load``."""
+        return self.load(micro["rows"].tolist())
 
     def load(self, rows: Sequence[int]) -> Taught:
         """Read some rows, padded on the right as ``TokenDataset.collate`` pads them.
@@ -185,19 +230,20 @@ def fill_cache(
         with autocast():
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         for row, states in zip(micro, hidden, strict=True):
-            cache.save(row, *_find_top(cache, model, states[: cache.dataset.lengths[row]]))
+            real = states[: cache.dataset.lengths[row]]
+            cache.save(row, *_find_top(model, real, cache.top_k, cache.temperature))
         done += len(micro)
         if on_progress is not None:
             on_progress(done, len(rows))
 
 
-def _find_top(cache: TeacherCache, model: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+def _find_top(model: Any, states: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     head = model.lm_head.weight
     size = count_chunk_tokens(head.shape[0], head.device.type)
     parts = []
     for part in states.to(head.dtype).split(size):
-        logs = ((part @ head.t()).float() / cache.temperature).log_softmax(dim=-1)
-        top = logs.topk(cache.top_k, dim=-1)
+        logs = ((part @ head.t()).float() / temperature).log_softmax(dim=-1)
+        top = logs.topk(top_k, dim=-1)
         others = logs.scatter_(1, top.indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
         parts.append((torch.cat([top.values, others], dim=1), top.indices))
     log_probs, ids = zip(*parts, strict=True)

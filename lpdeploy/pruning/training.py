@@ -23,7 +23,7 @@ from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import count_refit_rows
 from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState, apply_event
-from lpdeploy.pruning.teacher import TeacherCache
+from lpdeploy.pruning.teacher import Teacher
 from lpdeploy.pruning.walk import Calibration, collect_calibration, make_autocast
 from lpdeploy.ramps import RAMPS
 
@@ -54,7 +54,7 @@ class Training:
     options: PruneConfig
     steps: int
     ranks: Ranks = field(default_factory=Ranks)
-    teacher: TeacherCache | None = None
+    teacher: Teacher | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -217,7 +217,7 @@ def _seed(training: Training, step: int) -> None:
 
 
 def _accumulate_gradients(
-    training: Training, rows: list[int], *, teacher: TeacherCache | None = None
+    training: Training, rows: list[int], *, teacher: Teacher | None = None
 ) -> tuple[Tensor, int]:
     """Run forward and backward over a batch; return its mean loss a token, and its tokens.
 
@@ -244,13 +244,13 @@ def _compute_loss(
     micro: Mapping[str, Tensor],
     *,
     targets: int,
-    teacher: TeacherCache | None,
+    teacher: Teacher | None,
 ) -> Tensor:
     # Padding stands on the right, where causal attention never looks from a real token, so no
     # attention mask is needed and the fast causal kernel is used.
     training.state.scorer.attention_mask = micro["attention_mask"]
     ids, labels = (_move(micro[name], training.device) for name in ("input_ids", "labels"))
-    taught = None if teacher is None else teacher.load(micro["rows"].tolist())
+    taught = None if teacher is None else teacher.teach(micro)
     if taught is not None:
         log_probs, tokens = (_move(t, training.device) for t in (taught.log_probs, taught.ids))
         taught = replace(taught, log_probs=log_probs, ids=tokens)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, list_batch
 from lpdeploy.errors import ArtifactError, DiskFullError, LpdeployError
-from lpdeploy.models.loading import load_model
+from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.pruning import distillation
 from lpdeploy.pruning.distillation import prepare_teacher
+from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.setup import load_dataset, load_source
 from lpdeploy.pruning.teacher import list_training_rows
@@ -180,6 +181,55 @@ def test_a_resumed_run_is_the_same_to_the_bit(base, data, tmp_path):
     run(base, tmp_path / "run", data, options=options, resume=True)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class TestLive:
+    @pytest.mark.parametrize("temperature", [1.0, 2.0])
+    def test_it_tells_what_the_cache_holds(self, base, tmp_path, temperature):
+        text = make_pairs(tmp_path / "pairs.json")  # rows of several lengths
+        own = {"distill_temperature": temperature, "seq_len": 64}
+        cache, dataset, options = prepare(base, text, **own)
+        live, _, _ = prepare(base, text, **own, distill_live=True)
+        rows = list_training_rows(dataset, steps=1, batch_size=4, seed=options.seed)
+        micro = {**dataset.collate(rows), "rows": torch.tensor(rows)}
+        told, kept = live.teach(micro), cache.teach(micro)
+        real = micro["attention_mask"].bool()
+        assert (told.weight, told.temperature) == (kept.weight, kept.temperature)
+        torch.testing.assert_close(
+            told.log_probs[real], kept.log_probs[real].float(), rtol=2e-3, atol=2e-3
+        )
+        assert (told.ids[real] == kept.ids[real]).float().mean() > 0.99  # ties
+
+    def test_a_run_learns_what_one_with_the_cache_learns(self, base, data, tmp_path):
+        for name, live in (("cache", False), ("live", True)):
+            run(base, tmp_path / name, data, options={**DISTILL, "distill_live": live})
+        losses = [[line["loss"] for line in load_log(tmp_path / n)] for n in ("cache", "live")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+    def test_it_leaves_nothing_on_disk(self, base, data, tmp_path):
+        run(base, tmp_path / "run", data, options={**DISTILL, "distill_live": True})
+        assert not list((tmp_path / "cache").glob("teachers/*"))
+
+    def test_a_resumed_run_is_the_same_to_the_bit(self, base, data, tmp_path):
+        options = {**DISTILL, "distill_live": True}
+        run(base, tmp_path / "whole", data, options=options)
+        with pytest.raises(StoppedError):
+            run(base, tmp_path / "run", data, options=options, on_step=stop_after(4))
+        run(base, tmp_path / "run", data, options=options, resume=True)
+        weights = "adapter/adapter_model.safetensors"
+        assert (tmp_path / "run" / weights).read_bytes() == (
+            tmp_path / "whole" / weights
+        ).read_bytes()
+
+    def test_the_memory_that_is_planned_has_room_for_it(self, base):
+        config = load_config(base)
+        plans = [
+            plan_memory(
+                config, PruneConfig(distill=0.5, distill_live=live), dtype="fp32", device="cpu"
+            )
+            for live in (False, True)
+        ]
+        assert plans[1].weights == 2 * plans[0].weights
 
 
 def test_only_the_answers_of_instructions_are_learnt(base, tmp_path):

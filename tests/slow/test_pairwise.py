@@ -46,6 +46,7 @@ OPTIONS = {
     "schedule": tuple(SCHEDULES),
     "refit": (False, True),
     "distill": (None, 0.5),
+    "distill_live": (False, True),
     "calibration_samples": (None, 0, 3),
     "prune_every": (1, 2),
     "ramp": tuple(RAMPS),
