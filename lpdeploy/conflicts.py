@@ -51,11 +51,6 @@ def _list_depth_conflicts(config: Any) -> Iterator[str]:
     given = [name for name in ("head_ratio", "channel_ratio") if getattr(config, name) is not None]
     for name in (*given, *(["drop_layers"] if config.drop_layers else [])):
         yield f"`depth='auto'` chooses what `{name}` says; give one of them."
-    if config.target_latency is not None:
-        yield (
-            "`depth='auto'` chooses for a number of parameters, and `target_latency` for a "
-            "time; give `drop_layers` instead, or another target."
-        )
     if config.shard:
         yield (
             "`depth='auto'` tries several depths in one process, and `shard` is for models "

@@ -32,7 +32,7 @@ groups go in equal portions every ten steps."""
 
 # What an option of a preset cannot go with, since the two decide the same or exclude each other.
 _GIVES_WAY = {
-    "depth": ("drop_layers", "head_ratio", "channel_ratio", "target_latency", "shard"),
+    "depth": ("drop_layers", "head_ratio", "channel_ratio", "shard"),
     "refit": ("shard",),
     "distill": ("shard",),
 }

@@ -55,12 +55,14 @@ def choose_widths(
 ) -> TargetRecord:
     """Choose heads and channels of the pruned model separately, by measured latency.
 
-    Args and errors as in ``resolve_budget``.
+    Args and errors as in ``resolve_budget``. Layers that the options drop are gone in every shape
+    that is measured.
 
     Returns:
         The record, with ``head_ratio`` and ``channel_ratio``.
 
     Raises:
+        OutOfReachError: No shape is fast enough.
         MissingDependencyError: The engine is not installed.
         LpdeployError: The target is met already or out of reach, or as ``prune``.
         ValueError: ``options`` ask for no latency, or for an unknown engine.
@@ -80,12 +82,17 @@ def choose_widths(
         _start_worker() as worker,
     ):
         bench = _Bench(source, options, target, device, Path(scratch), worker)
-        bench.check_reachable()
+        if bench.check_reachable():
+            return bench.finish(bench.whole)
         dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
         logger.info("scoring the groups, to know which pair of heads and channels loses least")
         importance = score_groups(source, dataset, options)
         found = bench.search(importance)
         return bench.finish(found)
+
+
+class OutOfReachError(LpdeployError):
+    """A target of latency that no shape meets."""
 
 
 def build_workload(target: LatencyTarget) -> Workload:
@@ -175,15 +182,26 @@ class _Bench:
         self.channels = list_counts(config.intermediate_size, multiple=multiples["channels"])
         self._dense = self._build_variant(TimedModel(self.source.name, self.source.folder), "dense")
 
-    def check_reachable(self) -> None:
-        """Measure the unpruned and the smallest shape; refuse a target that is not between them."""
-        last = (len(self.heads) - 1, len(self.channels) - 1)
-        dense, least = self._measure(*last), self._measure(0, 0)
+    @property
+    def whole(self) -> Found:
+        """All heads and channels."""
+        return Found(len(self.heads) - 1, len(self.channels) - 1, loss=0.0, bound=0.0)
+
+    def check_reachable(self) -> bool:
+        """Measure the largest and the smallest shape; refuse a target that is not between them.
+
+        Returns:
+            Whether the layers that are dropped are enough.
+        """
+        whole = self.whole
+        dense, least = self._measure(whole.heads, whole.channels), self._measure(0, 0)
         limit = self.target.latency_ms
+        if dense <= limit and self.options.drop_layers:
+            return True
         if least <= limit < dense:
-            return
+            return False
         wrong = "is met already" if dense <= limit else "is out of reach"
-        raise LpdeployError(
+        raise (LpdeployError if dense <= limit else OutOfReachError)(
             f"`target_latency` of {limit:g} ms {wrong}: '{self.source.name}' takes {dense:.3g} ms "
             f"for {_describe_target(self.target)}, and its smallest shape ({self._describe(0, 0)}) "
             f"takes {least:.3g} ms. Give a target between them, or prune to a `ratio`."
@@ -191,9 +209,8 @@ class _Bench:
 
     def search(self, importance: Importance) -> Found:
         """Find the pair of counts that meets the target with the least expected loss."""
-        losses = compute_losses(
-            importance, self.source.prunable, heads=self.heads, channels=self.channels
-        )
+        specs = [spec for spec in self.source.prunable if spec.name in importance]  # not dropped
+        losses = compute_losses(importance, specs, heads=self.heads, channels=self.channels)
 
         def is_quick(heads: int, channels: int) -> bool:
             return self._measure(heads, channels) <= self.target.latency_ms
@@ -251,7 +268,8 @@ class _Bench:
     @contextmanager
     def _make(self, heads: int, channels: int) -> Iterator[Variant]:
         """Write a model of random weights of a shape; delete it again."""
-        if (heads, channels) == (len(self.heads) - 1, len(self.channels) - 1):
+        whole = (heads, channels) == (self.whole.heads, self.whole.channels)
+        if whole and not self.options.drop_layers:
             yield self._dense
             return
         request = replace(self.options.widths, ratios=self._compute_ratios(heads, channels))
@@ -281,7 +299,8 @@ class _Bench:
 
     def _describe(self, heads: int, channels: int) -> str:
         config = self.source.config
+        layers = f"{n} layers dropped, " if (n := self.options.drop_layers) else ""
         return (
-            f"{self.heads[heads]} of {config.num_key_value_heads} KV heads, "
+            f"{layers}{self.heads[heads]} of {config.num_key_value_heads} KV heads, "
             f"{self.channels[channels]:,} of {config.intermediate_size:,} channels"
         )

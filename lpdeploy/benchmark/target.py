@@ -2,15 +2,16 @@
 
 import bisect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
 from lpdeploy.benchmark.depth import choose_depth, spread
-from lpdeploy.benchmark.latency_target import choose_widths
+from lpdeploy.benchmark.latency_target import OutOfReachError, choose_widths
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.environment import count_ranks
@@ -107,25 +108,52 @@ def _choose(
         return _fit_ratio(config, options, limit=limit)
     _refuse_ranks(options)
     data = _require(data, "data")
+    measure = partial(
+        choose_widths,
+        model,
+        data=data,
+        output=output,
+        cache=cache,
+        overwrite=overwrite,
+        on_tokenize=on_tokenize,
+    )
     if options.depth is None:
-        return choose_widths(
-            model,
-            options,
-            data=data,
-            output=output,
-            cache=cache,
-            overwrite=overwrite,
-            on_tokenize=on_tokenize,
-        )
+        return measure(options)
     source = load_source(model, options)
     if output is not None:
         RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
     check_memory(source.config, replace(options, depth=None))
-    limit = _get_limit(source.config, options)
-    depths = _list_depths(source, options, limit=limit)
+    if options.target_latency is None:
+        limit = _get_limit(source.config, options)
+        depths = _list_depths(source, options, limit=limit)
+        candidates = _list_candidates(source.config, options, depths=depths, limit=limit)
+    else:
+        candidates = _list_quick(source, options, measure)
     dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
-    candidates = _list_candidates(source.config, options, depths=depths, limit=limit)
     return choose_depth(source, dataset, options, candidates)
+
+
+def _list_quick(
+    source: Source, options: PruneConfig, measure: Callable[[PruneConfig], TargetRecord]
+) -> list[TargetRecord]:
+    """List what to try for a latency: the best widths of each depth up to half of the layers."""
+    layers = len({spec.layer for spec in source.prunable})
+    found: list[TargetRecord] = []
+    for drop_layers in spread(range(layers // 2 + 1)):
+        try:
+            record = measure(replace(options, depth=None, drop_layers=drop_layers))
+        except OutOfReachError as error:
+            logger.info("%s", error)
+            unreachable = error
+            continue
+        ratios = {**record.ratios, "drop_layers": drop_layers}
+        asked = {**record.asked, "depth": "auto"}
+        found.append(replace(record, asked=asked, ratios=ratios))
+        if not any(record.ratios.values()):
+            break  # the dropped layers are enough
+    if not found:
+        raise unreachable
+    return found
 
 
 def _list_candidates(

@@ -137,7 +137,6 @@ def test_a_run_records_what_was_tried_and_goes_on_with_it(deep, text, tmp_path):
     [
         ({"drop_layers": 1}, "chooses what `drop_layers` says"),
         ({"head_ratio": 0.0}, "chooses what `head_ratio` says"),
-        ({"target_latency": 3.0, "engine": "ort"}, "`target_latency` for a time"),
         ({"shard": True}, "give `drop_layers` instead"),
     ],
     ids=str,

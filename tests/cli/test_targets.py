@@ -203,6 +203,57 @@ def test_a_shape_is_chosen_by_what_was_measured(wide, data, tmp_path, told_times
     assert [len(plan.kept[f"layers.1.{kind}"]) for kind in ("heads", "channels")] == [*chosen]
 
 
+@pytest.fixture(scope="module")
+def deep(base):
+    return make_tiny_model(base.parent / "deep", heads=4, kv_heads=2, num_hidden_layers=4)
+
+
+@pytest.mark.slow
+def test_dropped_layers_are_gone_from_what_is_measured(deep, data, tmp_path, told_times):
+    dense, layer = count_deep(4), count_deep(1) - count_deep(0)
+    asked = ["--target-latency", f"{dense - 1.5 * layer:.0f}ms", "--engine", "torch"]
+    words = [*asked, "--latency-tokens", "32", "--schedule", "one-shot", "--round-to", "8"]
+    words += ["--calibration-samples", "4"]
+    result = prune(deep, data, tmp_path / "run", *words, "--drop-layers", "1")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "run" / "target.json").read_text())
+    first = record["measurements"][0]
+    assert (first["kv_heads"], first["channels"]) == (2, 48)
+    assert first["median_ms"] == count_deep(3)
+    assert record["again"]["dense_ms"] == dense
+    assert record["again"]["chosen_ms"] <= dense - 1.5 * layer
+    # Two are enough by themselves.
+    result = prune(deep, data, tmp_path / "two", *words, "--drop-layers", "2")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "two" / "target.json").read_text())
+    assert record["ratios"] == {"head_ratio": 0.0, "channel_ratio": 0.0}
+    assert RunFolder(tmp_path / "two").load_plan().achieved["layers"] == 0.5
+
+
+@pytest.mark.slow
+def test_depth_and_widths_are_chosen_for_a_latency(deep, data, tmp_path, told_times):
+    dense, layer = count_deep(4), count_deep(1) - count_deep(0)
+    words = ["--target-latency", f"{dense - 1.5 * layer:.0f}ms", "--engine", "torch"]
+    words += ["--latency-tokens", "32", "--schedule", "one-shot", "--round-to", "8"]
+    words += ["--calibration-samples", "4", "--depth", "auto"]
+    result = prune(deep, data, tmp_path / "run", *words)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "run" / "target.json").read_text())
+    assert [trial["ratios"]["drop_layers"] for trial in record["trials"]] == [0, 1, 2]
+    assert record["asked"]["depth"] == "auto"
+    best = min(record["trials"], key=lambda trial: trial["loss"])
+    assert record["ratios"] == best["ratios"]
+    assert record["again"]["chosen_ms"] <= dense - 1.5 * layer
+    plan = RunFolder(tmp_path / "run").load_plan()
+    assert len(plan.dropped) == best["ratios"]["drop_layers"]
+
+
+def count_deep(layers):
+    """By hand: hidden 32, two KV heads of 8 with two query heads each, FFN 48."""
+    layer = (2 * 2 + 2) * 2 * 8 * 32 + 3 * 48 * 32 + 2 * 32
+    return layers * layer + 2 * 72 * 32 + 32
+
+
 @pytest.mark.slow
 def test_a_target_outside_of_what_shapes_take_is_refused_with_both_numbers(
     wide, data, tmp_path, told_times
