@@ -115,7 +115,7 @@ def stream_pruned_blocks(
 
     Yields:
         (name in the pruned model, rows): cut to the plan, refitted, and merged,
-        ``W + scaling B A`` in float32. The rows are overwritten by the third ones after them.
+        ``W + scaling B A`` in float32.
 
     Raises:
         ArtifactError: A file is missing or damaged, or a weight holds NaN or infinity.
@@ -132,6 +132,8 @@ def stream_pruned_blocks(
             start, rows = _cut_rows(block, first, cuts.get(module), leaf=leaf)
             if leaf == "weight":
                 rows = _change(rows, weights, module, start=start)
+            if rows is block:  # of a buffer that blocks which are left out overwrite, too
+                rows = rows.clone()
             if rows.numel():
                 yield new, rows
 

@@ -167,7 +167,9 @@ def test_in_an_export_that_no_cpu_runs(run, fault, engine):
 
 
 @pytest.mark.parametrize("made", ["bf16"], indirect=True)
-@pytest.mark.parametrize(("engine", "precision"), EXPORTS)
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnx", "fp16"), ("ort", "fp32"), ("ort", "int8"), ("ort", "int4")]
+)
 def test_what_is_right_passes_with_and_without_its_adapter(run, engine, precision):
     export(str(run), engine=engine, precision=precision)
     export(str(run), engine=engine, precision=precision, unmerged=True)

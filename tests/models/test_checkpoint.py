@@ -45,7 +45,7 @@ def stream(base, plan, lora):
     weights = RunWeights(lora)
     layout, parts = compute_pruned_layout(base, plan, weights), {}
     for name, rows in stream_pruned_blocks(base, plan, weights, hashes={}):
-        parts.setdefault(name, []).append(rows.clone())
+        parts.setdefault(name, []).append(rows)  # which must stay as they are
     tensors = {name: torch.cat(rows) for name, rows in parts.items()}
     assert {name: info.shape for name, info in layout.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
@@ -81,17 +81,37 @@ def test_without_an_adapter_the_weights_that_stay_are_copied(bases, family, dtyp
     base = bases(family, dtype)
     kept = choose_kept(base, heads=[3, 2], channels=[20, 31])
     plan = make_plan(base, kept)
-    streamed = stream(base, plan, {})
+    assert_same_tensors(stream(base, plan, {}), cut_by_hand(base, plan))
+
+
+@every_family
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_a_layer_of_which_no_group_stays_is_left_out(bases, family, dropped):
+    base = bases(family, torch.float32)
+    counts = [[3, 20], [3, 20]]
+    counts[dropped] = [0, 0]
+    heads, channels = zip(*counts, strict=True)
+    plan = make_plan(base, choose_kept(base, heads=list(heads), channels=list(channels)))
+    left = {
+        name.replace("layers.1.", "layers.0."): tensor
+        for name, tensor in cut_by_hand(base, plan).items()
+        if f"layers.{dropped}." not in name
+    }
+    assert_same_tensors(stream(base, plan, {}), left)
+
+
+def cut_by_hand(base, plan):
+    """Take what stays of each weight of a base, one row or column after the other."""
     expected = load_file(base / "model.safetensors")
-    for spec in plan.specs:
+    for spec in plan.kept_specs:
         for piece in spec.slices:
-            positions = list_positions(kept[spec.name], piece.block)
+            positions = list_positions(plan.kept[spec.name], piece.block)
             for leaf in ("weight", "bias"):
                 name = f"{piece.module}.{leaf}"
                 if name in expected and not (leaf == "bias" and piece.dim == 1):
                     rows = expected[name].unbind(piece.dim)
                     expected[name] = torch.stack([rows[p] for p in positions], dim=piece.dim)
-    assert_same_tensors(streamed, expected)
+    return expected
 
 
 @every_family

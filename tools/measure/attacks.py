@@ -35,6 +35,8 @@ SMALL = [
     "--steps", "2", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
     "--prune-every", "1", "--round-to", "4", "--calibration-samples", "2", "--device", "cpu",
 ]  # fmt: skip
+# A run that has every file: one with a target, dropped layers and refitted weights.
+SHAPE = ("--target-params", "700K", "--drop-layers", "1", "--refit", "--refit-samples", "80")
 EVAL = ("eval", "run", "--perplexity", "text.txt", "--seq-len", "16", "--engine", "ort")
 COMMANDS = {
     "prune": ("prune", "base", "--data", "text.txt", "--output", "other", *SMALL),
@@ -63,6 +65,8 @@ READERS = {
     "run/.lpdeploy.json": ("compact", "report"),
     "run/recipe.yaml": ("report",),
     "run/importance.safetensors": ("report",),
+    "run/refit.safetensors": ("compact", "verify"),
+    "run/target.json": ("report",),
     "run/adapter/adapter_config.json": ("compact", "verify"),
     "run/adapter/adapter_model.safetensors": ("compact", "verify"),
     "run/model/model.safetensors": ("export", "eval"),
@@ -151,7 +155,7 @@ def make(root: Path, *, bench: bool = True) -> None:
     (root / "text.txt").write_text(text, encoding="utf-8")
     with contextlib.chdir(root):
         for words in (
-            ("prune", "base", "--data", "text.txt", "--output", "run", *SMALL),
+            ("prune", "base", "--data", "text.txt", "--output", "run", *SMALL, *SHAPE),
             ("compact", "run"),
             ("export", "run", "--engine", "ort"),
             ("verify", "run", "--engine", "ort"),

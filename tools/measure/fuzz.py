@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +23,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from lpdeploy.artifacts import compute_sha256
 from lpdeploy.data.sources import load_corpus
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.contract import load_contract
@@ -35,11 +36,14 @@ from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.generation import load_generation_settings
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.record import load_model_record
+from lpdeploy.models.run_weights import load_run_weights
 from lpdeploy.models.shapes import count_parameters, list_widths
 from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning.log import load_log
+from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.recipe import load_sections
+from lpdeploy.records import load_record
 from lpdeploy.run_folder import RunFolder
 from tools.measure.attacks import make
 from tools.measure.common import build_parser, save_measurement
@@ -67,6 +71,17 @@ def _read_weights(root: Path) -> None:
         weight.load()
 
 
+def _read_target(root: Path) -> None:
+    load_record(TargetRecord, root / "run/target.json", fix="Prune again.")
+
+
+def _read_refit(root: Path) -> None:
+    run = RunFolder(root / "run")
+    # With its hash as it is: a changed file is refused before it is read.
+    plan = replace(run.load_plan(), refit_sha256=compute_sha256(run.refit))
+    load_run_weights(run, plan)
+
+
 def _read_tokenizer(root: Path) -> None:
     load_tokenizer(root / "base", load_config(root / "base"))("once upon a time")
 
@@ -79,6 +94,8 @@ READERS = (
     Reader("run/plan.json", lambda root: load_plan(root / "run/plan.json")),
     Reader("run/manifest.json", lambda root: load_stages(root / "run")),
     Reader("run/eval.json", lambda root: load_evaluation(root / "run/eval.json", fix="Delete it.")),
+    Reader("run/target.json", _read_target),
+    Reader("run/refit.safetensors", _read_refit),
     Reader("run/log.jsonl", lambda root: load_log(RunFolder(root / "run"))),
     Reader("run/.lpdeploy.json", lambda root: load_folder_record(root / "run")),
     Reader("run/model/lpdeploy.json", lambda root: load_model_record(root / "run/model")),
