@@ -101,7 +101,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "base": Path(plan.base_model).name,
         "model": record,
         "training": _draw_training(log),
-        "events": [info for info in log if info.loss_after is not None],
+        "events": [i for i in log if i.loss_before is not None and i.loss_after is not None],
         "verify": _load(VerifyResult, run.verification),
         "evaluations": _list_evaluations(run, record),
         "bench": bench,
