@@ -123,6 +123,8 @@ class PruningPlan:
         names = {spec.name for spec in self.specs}
         if unknown := self.kept.keys() - names:
             raise ValueError(f"kept names '{min(unknown)}', which is no group of specs")
+        if missing := names - self.kept.keys():
+            raise ValueError(f"kept lacks '{min(missing)}'")
         stay = self.layers
         if not stay:
             raise ValueError("no layer keeps a group; at least one must stay")

@@ -58,6 +58,9 @@ def list_preset(
         if option not in chosen
         and not any(_is_given(given.get(other)) for other in _GIVES_WAY.get(option, ()))
     }
-    if given.get("schedule") == "one-shot":
+    schedule = given.get("schedule", "joint")
+    if schedule == "one-shot":
         options.pop("distill", None)  # which changes the loss of a training that there is not
+    if schedule != "joint" and "schedule" in chosen:
+        options.pop("calibration_samples", None)  # which such a run cannot do without
     return options

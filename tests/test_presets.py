@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from lpdeploy.cli.main import main
 from lpdeploy.config import PruneConfig
 from lpdeploy.presets import PRESETS
+from tests.helpers import make_tiny_model
 
 SMALL = [
     "--steps=2", "--batch-size=2", "--micro-batch-size=2", "--seq-len=24", "--round-to=4",
@@ -37,12 +38,12 @@ def test_the_paper_to_the_letter():
 @pytest.mark.parametrize(
     ("options", "left_out"),
     [
-        ({}, set()),
-        ({"schedule": "one-shot"}, {"distill"}),
-        ({"drop_layers": 0}, {"depth"}),
-        ({"channel_ratio": 0.0}, {"depth"}),
-        ({"target_latency": 3.0, "engine": "ort"}, set()),
-        ({"shard": True}, {"depth", "refit", "distill"}),
+        ({}, ()),
+        ({"schedule": "one-shot"}, ("distill",)),
+        ({"drop_layers": 0}, ("depth",)),
+        ({"channel_ratio": 0.0}, ("depth",)),
+        ({"target_latency": 3.0, "engine": "ort"}, ()),
+        ({"shard": True}, ("depth", "refit", "distill")),
     ],
     ids=str,
 )
@@ -69,10 +70,11 @@ def prune(base, data, output, *words):
 
 def test_on_the_command_line(base, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"prune": {"criterion": "magnitude"}}))
+    recipe.write_text(yaml.safe_dump({"prune": {"criterion": "magnitude", "lora_rank": 2}}))
     words = ["--preset=best", "--recipe", str(recipe), "--no-refit", "--ratio=0.3"]
     options = prune(base, data, tmp_path / "run", *words)
-    assert options["criterion"] == "magnitude"  # a recipe counts as said
+    assert options["criterion"] == "gate"  # what is typed overrides a recipe
+    assert options["lora_rank"] == 2
     assert options["refit"] is False
     assert options["distill"] == 0.5
     assert "preset" not in options
@@ -85,3 +87,39 @@ def test_on_the_command_line(base, data, tmp_path):
 def test_best_without_training(base, data, tmp_path):
     options = prune(base, data, tmp_path / "run", "--preset=best", "--schedule=one-shot")
     assert (options["criterion"], options["refit"], options["distill"]) == ("gate", True, None)
+
+
+def test_in_a_recipe_it_gives_way_to_the_rest_of_it(base, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    options = {"preset": "best", "criterion": "wanda", "schedule": "one-shot", "drop_layers": 0}
+    recipe.write_text(yaml.safe_dump({"prune": options}))
+    options = prune(base, data, tmp_path / "run", "--recipe", str(recipe))
+    assert (options["criterion"], options["refit"], options["distill"]) == ("wanda", True, None)
+
+
+def test_the_papers_method_prunes_once_with_rows_to_score():
+    for schedule in ("separate", "one-shot"):
+        config = PruneConfig.from_preset("loraprune", schedule=schedule)
+        assert config.num_calibration_rows == 128
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "depth", "layers"),
+    [
+        ({"depth": "auto"}, ["--drop-layers=1"], None, 1),
+        ({"drop_layers": 1, "head_ratio": 0.5}, ["--depth=auto", "--ratio=0.3"], "auto", None),
+        ({"depth": "auto"}, ["--head-ratio=0.5"], None, None),
+    ],
+    ids=str,
+)
+def test_the_command_line_says_otherwise_how_many_layers_go(
+    data, tmp_path, recipe, words, depth, layers
+):
+    deep = make_tiny_model(tmp_path / "deep", num_hidden_layers=3)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"prune": recipe}))
+    words = ["--recipe", str(path), "--schedule=one-shot", *words]
+    options = prune(deep, data, tmp_path / "run", *words)
+    assert (tmp_path / "run" / "target.json").exists() == (depth == "auto")
+    if depth is None:
+        assert options["drop_layers"] == layers

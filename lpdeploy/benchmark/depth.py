@@ -78,8 +78,7 @@ def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
     training = build_training(source, dataset, options, None)
     for _ in run_steps(training):
         pass
-    held_out = collect_held_out(training, count=_HELD_OUT_ROWS)
-    loss = measure_loss(training.state.model, held_out)
+    loss = measure_loss(training.state.model, collect_held_out(training, count=_HELD_OUT_ROWS))
     del training
     gc.collect()
     if torch.cuda.is_available():

@@ -15,7 +15,7 @@ from lpdeploy.benchmark.latency_target import OutOfReachError, choose_widths
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.environment import count_ranks
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError, quote_error
 from lpdeploy.machine import format_bytes
 from lpdeploy.models.loading import find_config
 from lpdeploy.models.shapes import (
@@ -85,10 +85,16 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
             overwrite=overwrite,
             on_tokenize=on_tokenize,
         )
+    try:
+        resolved = options.with_ratios(**record.ratios)
+    except ValueError as error:
+        raise ArtifactError(
+            f"target.json cannot be used: {quote_error(error)}. Use `overwrite=True` to start anew."
+        ) from error
     chosen = " ".join(f"`{name}={ratio:g}`" for name, ratio in record.ratios.items())
     when = "as chosen when the run began" if resume else "chosen for the target"
     logger.info("%s: %s", when, chosen)
-    return options.with_ratios(**record.ratios), record
+    return resolved, record
 
 
 def _choose(
@@ -244,6 +250,8 @@ def _refuse_unreachable(
         return f"{size:,} parameters"
 
     asked = f"`{options.budget}` of {write(limit)}"
+    if options.budget is None:
+        raise LpdeployError(f"`ratio` {options.ratio:g} removes nothing of '{name}'. Give more.")
     before = count_parameters(config)
     least = build_counter(config, options.widths)(1 - 1 / _STEPS)
     if before <= limit:

@@ -197,11 +197,10 @@ def apply_preset(values: dict[str, Any], name: str | None) -> None:
     """Set what a preset says, where neither the command line nor a recipe says something else."""
     if name is not None:
         context = click.get_current_context()
-        chosen = {
-            option
-            for option in values
-            if context.get_parameter_source(option) is not ParameterSource.DEFAULT
-        }
+        # What is typed overrides a recipe, a preset as well; one in a recipe gives way to its rest.
+        weaker = {ParameterSource.DEFAULT}
+        weaker |= {ParameterSource.DEFAULT_MAP} if _is_typed("preset") else set()
+        chosen = {n for n in values if context.get_parameter_source(n) not in weaker}
         values |= list_preset(name, values, chosen=chosen)
 
 
@@ -215,6 +214,15 @@ def drop_overruled(values: dict[str, Any]) -> None:
     dropped = {*RATIOS, *BUDGETS} - typed if typed & {"ratio", *BUDGETS} else {*BUDGETS}
     for name in dropped if typed else ():
         values[name] = None
+    # How many layers go is said by one of these.
+    if _is_typed("depth"):
+        dropped = {"drop_layers", "head_ratio", "channel_ratio"}
+    elif any(map(_is_typed, ("drop_layers", "head_ratio", "channel_ratio"))):
+        dropped = {"depth"}
+    else:
+        dropped = set()
+    for name in dropped:
+        values[name] = values[name] if _is_typed(name) else None
     if values["target_latency"] is None:
         for name in LATENCY:
             values[name] = values[name] if _is_typed(name) else None

@@ -23,7 +23,7 @@ tags:
 
 # {name}
 
-{base}, with {heads:.0%} of its attention heads and {channels:.0%} of its FFN channels removed by
+{base}, with {removed} removed by
 lpdeploy, after [LoRAPrune](https://arxiv.org/abs/2305.18403){method}. {merging} The licence is that
 of the base model.
 
@@ -31,6 +31,7 @@ of the base model.
 |---|---|---|
 | parameters | {parameters_before:,} | {parameters_after:,} |
 | bytes of weights | {bytes_before:,} | {bytes_after:,} |
+| layers | {layers_before} | {layers_after} |
 | query heads | {heads_before} | {heads_after} |
 | KV heads | {kv_before} | {kv_after} |
 | FFN channels | {channels_before} | {channels_after} |
@@ -86,9 +87,8 @@ def build_model_card(
     return _CARD.format(
         base=base,
         quoted_base=json.dumps(base),  # YAML reads a JSON string; a bare colon would break it
-        name=f"{base}, {record.ratio:.0%} pruned",
-        heads=record.achieved["heads"],
-        channels=record.achieved["channels"],
+        name=f"{base}, {record.achieved['groups']:.0%} pruned",
+        removed=_describe_removed(record),
         method=f": {describe_method(recorded)}" if recorded else "",
         merging="LoRA is merged into the weights."
         if record.merged
@@ -97,6 +97,8 @@ def build_model_card(
         parameters_after=record.parameters["after"],
         bytes_before=record.bytes["before"],
         bytes_after=record.bytes["after"],
+        layers_before=config.num_hidden_layers,
+        layers_after=len(record.channels),
         heads_before=config.num_attention_heads,
         heads_after=_describe(record.heads),
         kv_before=config.num_key_value_heads,
@@ -105,6 +107,17 @@ def build_model_card(
         channels_after=_describe(record.channels),
         loading=loading.format(folder=output),
         servers=_describe_servers(config, record, stock=stock),
+    )
+
+
+def _describe_removed(record: ModelRecord) -> str:
+    """Say how much is gone of the layers, and of the heads and channels of all of them together."""
+    layers, heads, channels = (record.achieved.get(k, 0.0) for k in ("layers", "heads", "channels"))
+    if not layers:
+        return f"{heads:.0%} of its attention heads and {channels:.0%} of its FFN channels"
+    return (
+        f"{layers:.0%} of its layers and in all {heads:.0%} of its attention heads and "
+        f"{channels:.0%} of its FFN channels"
     )
 
 

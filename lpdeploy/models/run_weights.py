@@ -42,6 +42,11 @@ def load_run_weights(run: RunFolder, plan: PruningPlan) -> RunWeights:
     check_unchanged(run.adapter, expected, fix="Prune again, or restore the folder.")
     lora = load_adapter(run.adapter)
     check_adapter(lora, plan)
+    if run.refit.exists() and not plan.refit_sha256:
+        raise ArtifactError(
+            f"'{run.refit}' is there, and the plan knows of no refit. Restore the plan, or prune "
+            "again."
+        )
     return RunWeights(lora, _load_refit(run, plan) if plan.refit_sha256 else {})
 
 

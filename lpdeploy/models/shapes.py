@@ -75,14 +75,18 @@ def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[Grou
             f"`protect_first` {request.protect_first} and `protect_last` {request.protect_last} "
             f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
         )
-    layers = len({spec.layer for spec in prunable})
-    if request.drop_layers >= layers:
-        protected = config.num_hidden_layers - layers
+    _check_depth(config, request)
+    return prunable
+
+
+def _check_depth(config: PretrainedConfig, request: WidthRequest) -> None:
+    protected = min(config.num_hidden_layers, request.protect_first + request.protect_last)
+    layers = config.num_hidden_layers - protected
+    if request.drop_layers and request.drop_layers >= layers:
         raise LpdeployError(
             f"`drop_layers` {request.drop_layers} leaves none of the {layers} layers"
             f"{' that are not protected' if protected else ''}. Drop at most {layers - 1}."
         )
-    return prunable
 
 
 def count_kept(config: PretrainedConfig, request: WidthRequest) -> dict[str, int]:
@@ -112,6 +116,7 @@ def forecast_widths(config: PretrainedConfig, request: WidthRequest) -> list[Lay
     whole in the forecast then, so that layers differ, which is all that servers look at. Likewise
     it drops the last layers that may be dropped, as all are of one size.
     """
+    _check_depth(config, request)
     n_rep = config.num_attention_heads // config.num_key_value_heads
     kept = count_kept(config, request)
     pruned = LayerWidths(kept["heads"] * n_rep, kept["heads"], kept["channels"])

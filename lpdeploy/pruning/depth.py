@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lpdeploy.config import PruneConfig
-from lpdeploy.data.batches import TokenDataset, list_batch
+from lpdeploy.data.batches import TokenDataset
 from lpdeploy.models.cutting import DroppedLayer, drop_layers
 from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.ranks import Ranks
@@ -32,6 +32,7 @@ from lpdeploy.pruning.walk import (
     collect_calibration,
     enter_layers,
     evaluating,
+    list_calibration_rows,
     make_autocast,
     sum_losses,
 )
@@ -99,7 +100,7 @@ def apply_depth(
     """
 
     def collect(num_rows: int) -> Calibration:
-        rows = list_batch(len(dataset), step=0, batch_size=num_rows, seed=options.seed)
+        rows = list_calibration_rows(dataset, step=0, num_rows=num_rows, seed=options.seed)
         size = options.micro_batch_size
         autocast = partial(make_autocast, ranks.device, dtype)
         return collect_calibration(

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lpdeploy.data.batches import TokenDataset, list_batch
 from lpdeploy.errors import LpdeployError
 from lpdeploy.pruning.checkpoint import Checkpoint, capture_checkpoint
-from lpdeploy.pruning.walk import Calibration, collect_calibration, measure_loss
+from lpdeploy.pruning.walk import Calibration, collect_calibration, list_held_out, measure_loss
 
 _ROWS = 16
 
@@ -32,32 +31,20 @@ class LossIncreaseError(LpdeployError):
     """An event raised the loss by more than was allowed.
 
     Attributes:
+        loss: What the event cost.
         last_good: The state before the event.
     """
 
-    def __init__(self, message: str, last_good: Checkpoint) -> None:
+    def __init__(self, message: str, loss: EventLoss, last_good: Checkpoint) -> None:
         super().__init__(message)
-        self.last_good = last_good
-
-
-def list_held_out(dataset: TokenDataset, *, seed: int, count: int = _ROWS) -> list[int]:
-    """List the rows that training comes to last: a first pass over the data ends with them.
-
-    Args:
-        dataset: Tokens.
-        seed: Of the run.
-        count: How many rows; all there are if they are fewer.
-    """
-    size = min(count, len(dataset))
-    last = len(dataset) // size - 1
-    return list_batch(len(dataset), step=last, batch_size=size, seed=seed)
+        self.loss, self.last_good = loss, last_good
 
 
 def collect_held_out(training: Any, *, count: int = _ROWS) -> Calibration:
-    """Load the held-out rows of a training, and deal them to its ranks."""
+    """Load the last held-out rows of a training, and deal them to its ranks."""
     return collect_calibration(
         training.dataset,
-        list_held_out(training.dataset, seed=training.options.seed, count=count),
+        list_held_out(training.dataset, seed=training.options.seed)[-count:],
         micro_batch_size=training.options.micro_batch_size,
         autocast=training.autocast,
         ranks=training.ranks,
@@ -82,11 +69,13 @@ def watch_event(training: Any, step: int, remove: Callable[[], None]) -> EventLo
     before = measure_loss(model, rows)
     remove()
     after = measure_loss(model, rows)
+    loss = EventLoss(before, after)
     # A NaN is no more allowed than a large number.
     if last_good is not None and not after - before <= limit:
         raise LossIncreaseError(
             f"The pruning event after step {step} raised the loss of held-out rows from "
             f"{before:.3f} to {after:.3f}, by more than `max_loss_increase` {limit:g}.",
+            loss,
             last_good,
         )
-    return EventLoss(before, after)
+    return loss

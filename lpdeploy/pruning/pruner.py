@@ -76,10 +76,10 @@ class LoRAPruner:
             raise ValueError(
                 "`refit` solves over batches: give both `refit=True` and refit_batches, or neither"
             )
-        if self.config.drop_layers:
+        if self.config.drop_layers or self.config.depth:
             raise ValueError(
-                "`drop_layers` drops layers before LoRA is attached, and this model has LoRA; use "
-                "lpdeploy.prune, or leave `drop_layers` out"
+                "`drop_layers` and `depth` drop layers before LoRA is attached, and this model has "
+                "LoRA; use lpdeploy.prune, or leave them out"
             )
         if self.config.max_loss_increase is not None:
             raise ValueError(

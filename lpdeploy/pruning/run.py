@@ -167,7 +167,8 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                 plan = save_results(run, training.model, training.state, plan=plan, stage=stage)
         if ranks.is_first:
             complete_run(run, plan)
-    return _build_result(run, plan, stage, steps=training.steps, losses=losses)
+    steps = training.steps if last_good is None else last_good.step
+    return _build_result(run, plan, stage, steps=steps, losses=losses)
 
 
 def _build_result(
@@ -264,14 +265,15 @@ def _run(
             if ranks.is_first:
                 append_log(run, info)
                 on_step(info)
+            if training.refused is not None:
+                last_good = _accept_last_good(training.refused, training)
+                break
             if info.removed:
                 _check_same_groups(training, done)
             if ranks.is_first and _is_checkpoint_due(options, training, done):
                 _save_checkpoint(run, training, done, stage)
             if done < training.steps:  # else nothing is left to break off
                 ranks.check_stop()
-    except LossIncreaseError as error:
-        last_good = _accept_last_good(error, training)
     except (NonFiniteError, RankLostError, RunEndedError) as error:
         raise _break_off(error, run, training, done, stage) from error
     return losses[-_LOSS_WINDOW:], last_good
@@ -280,11 +282,14 @@ def _run(
 def _accept_last_good(error: LossIncreaseError, training: Training) -> Checkpoint:
     """Return the state before an event that cost too much, unless it is the unpruned model."""
     kept, step = error.last_good.select("kept"), error.last_good.step
-    whole = [spec for spec in training.state.specs if len(kept[spec.name]) == spec.num_groups]
-    if len(whole) == len(training.state.specs):
+    specs = training.state.specs
+    untouched = all(len(kept[spec.name]) == spec.num_groups for spec in specs)
+    if untouched and not training.options.drop_layers:
+        how = "Allow more, or remove less"
+        if training.options.schedule == "joint":
+            how += ", or remove less at a time with a smaller `prune_every`"
         raise LpdeployError(
-            f"{error} It was the first event, so there is no pruned model to end with. Allow more, "
-            "remove less, or let the events remove less at a time with a smaller `prune_every`."
+            f"{error} It was the first event, so there is no pruned model to end with. {how}."
         )
     if training.ranks.is_first:
         logger.warning(

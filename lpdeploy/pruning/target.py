@@ -14,6 +14,7 @@ Asked = Mapping[str, int | float | str]
 """``parameters``, ``bytes``, ``ratio`` with ``depth``, or the fields of ``LatencyTarget`` -> what
 the user asked for."""
 
+_CHOSEN = ("ratio", "head_ratio", "channel_ratio", "drop_layers")
 _PHASE, _TOKENS = "prefill", 512
 
 
@@ -118,7 +119,10 @@ class TargetRecord:
             ValueError: A key is missing, or a value has the wrong type.
         """
         kind = SizeFound if "before" in data else LatencyFound
-        return read_record(cls, data, known={"found": read_record(kind, data)})
+        record = read_record(cls, data, known={"found": read_record(kind, data)})
+        if unknown := record.ratios.keys() - set(_CHOSEN):
+            raise ValueError(f"`{min(unknown)}` is no ratio")
+        return record
 
 
 def get_latency_target(options: PruneConfig) -> LatencyTarget | None:
@@ -156,6 +160,10 @@ def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:
     """
     folder = RunFolder(run)
     path = folder.target
+    if not folder.recipe.exists():
+        raise ArtifactError(
+            f"Nothing to resume: '{run}' holds no run. Run without `resume=True` to start anew."
+        )
     if not path.is_file():
         raise ArtifactError(
             f"No {path.name} in '{path.parent}'. The run began with a `ratio`: resume it with the "

@@ -74,6 +74,7 @@ class LiveTeacher:
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
         found = _find_top(self.model, hidden.flatten(0, 1), self.top_k, self.temperature)
         log_probs, tokens = (tensor.unflatten(0, ids.shape) for tensor in found)
+        log_probs = log_probs.clamp_min(_LEAST)  # of no others, if it tells all tokens
         return Taught(log_probs, tokens, weight=self.weight, temperature=self.temperature)
 
 

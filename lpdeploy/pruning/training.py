@@ -16,7 +16,7 @@ from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.machine import measure_peak_bytes
 from lpdeploy.pruning.compilation import apply_compile
-from lpdeploy.pruning.guard import EventLoss, watch_event
+from lpdeploy.pruning.guard import EventLoss, LossIncreaseError, watch_event
 from lpdeploy.pruning.log import StepInfo
 from lpdeploy.pruning.loss import Taught, compute_loss
 from lpdeploy.pruning.ranks import Ranks
@@ -24,7 +24,12 @@ from lpdeploy.pruning.refit import count_refit_rows
 from lpdeploy.pruning.schedule import Schedule, build_schedule, compute_learning_rate
 from lpdeploy.pruning.state import PruningState, apply_event
 from lpdeploy.pruning.teacher import Teacher
-from lpdeploy.pruning.walk import Calibration, collect_calibration, make_autocast
+from lpdeploy.pruning.walk import (
+    Calibration,
+    collect_calibration,
+    list_calibration_rows,
+    make_autocast,
+)
 from lpdeploy.ramps import RAMPS
 
 
@@ -43,6 +48,7 @@ class Training:
         steps: Optimizer steps of the whole run.
         ranks: The processes that share each batch.
         teacher: What the unpruned model expects in the rows; None without distillation.
+        refused: Why the last event is not to stand, with the state before it; None if it is.
     """
 
     model: Any
@@ -55,6 +61,7 @@ class Training:
     steps: int
     ranks: Ranks = field(default_factory=Ranks)
     teacher: Teacher | None = None
+    refused: LossIncreaseError | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -96,13 +103,14 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
         start: The last step that was done already (0: the calibration); None for a new run.
 
     Yields:
-        One ``StepInfo`` after each step; model, optimizer and state may be saved there.
+        One ``StepInfo`` after each step; model, optimizer and state may be saved there, unless
+        ``training.refused`` says that an event cost more than ``max_loss_increase``. Nothing is to
+        follow then.
 
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite. The weights are still those after
             the previous step.
         RankLostError: Another rank is gone; the same is true.
-        LossIncreaseError: An event cost more than ``max_loss_increase``; it holds the state before.
     """
     training.model.train()
     calibrate = start is None and training.options.num_calibration_rows
@@ -121,11 +129,8 @@ def _calibrate(training: Training) -> StepInfo:
     options, schedule = training.options, training.schedule
     _seed(training, 0)
     start = time.perf_counter()
-    rows = list_batch(
-        len(training.dataset),
-        step=0,
-        batch_size=options.num_calibration_rows,
-        seed=options.seed,
+    rows = list_calibration_rows(
+        training.dataset, step=0, num_rows=options.num_calibration_rows, seed=options.seed
     )
     losses: list[float] = []
     scoring: list[_Seconds] = []
@@ -155,7 +160,7 @@ def _calibrate(training: Training) -> StepInfo:
         scoring_seconds=sum(part() for part in scoring),
         cutting_seconds=cutting() if cutting else 0.0,
         peak_bytes=measure_peak_bytes(),
-        removed=removed,
+        removed=removed and training.refused is None,
         padding=_compute_padding(training, rows, tokens),
         loss_before=event.before if event else None,
         loss_after=event.after if event else None,
@@ -199,7 +204,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
         scoring_seconds=scoring() if scoring else 0.0,
         cutting_seconds=cutting() if cutting else 0.0,
         peak_bytes=measure_peak_bytes(),
-        removed=removed,
+        removed=removed and training.refused is None,
         padding=_compute_padding(training, rows, tokens),
         loss_before=event.before if event else None,
         loss_after=event.after if event else None,
@@ -323,17 +328,20 @@ def _remove(training: Training, step: int) -> tuple["_Seconds", EventLoss]:
         calibrate=partial(_calibrate_refit, training, step) if refit else None,
     )
     seconds: list[_Seconds] = []
-    loss = watch_event(training, step, lambda: seconds.append(_time(training, remove)))
+    try:
+        loss = watch_event(training, step, lambda: seconds.append(_time(training, remove)))
+    except LossIncreaseError as error:
+        training.refused, loss = error, error.loss
     return seconds[0], loss
 
 
 def _calibrate_refit(training: Training, step: int, columns: int) -> Calibration:
     """Choose the rows that an event refits over; each event has other ones."""
     options, dataset = training.options, training.dataset
-    rows = list_batch(
-        len(dataset),
+    rows = list_calibration_rows(
+        dataset,
         step=step,
-        batch_size=count_refit_rows(options, dataset.lengths, columns=columns),
+        num_rows=count_refit_rows(options, dataset.lengths, columns=columns),
         seed=options.seed,
     )
     return collect_calibration(

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpdeploy.data.batches import IGNORED, TokenDataset, split_batch
+from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.ranks import Ranks
 
 _HELD_OUT = 8  # every eighth batch
+_HELD_OUT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,36 @@ def collect_calibration(
         autocast=autocast,
         ranks=ranks,
     )
+
+
+def list_held_out(dataset: TokenDataset, *, seed: int) -> list[int]:
+    """List the last rows of the first pass over the data: nothing is fitted to them before.
+
+    They are 64 rows, or a quarter of all where that is less.
+
+    Args:
+        dataset: Tokens.
+        seed: Of the run.
+    """
+    size = max(1, min(_HELD_OUT_ROWS, len(dataset) // 4))
+    return list_batch(len(dataset), step=0, batch_size=len(dataset), seed=seed)[-size:]
+
+
+def list_calibration_rows(
+    dataset: TokenDataset, *, step: int, num_rows: int, seed: int
+) -> list[int]:
+    """List rows to score or to fit to, none of which is held out.
+
+    Args:
+        dataset: Tokens.
+        step: Other steps take other rows.
+        num_rows: How many there are at most.
+        seed: Of the run.
+    """
+    rows = list_batch(len(dataset), step=step, batch_size=num_rows, seed=seed)
+    held_out = set(list_held_out(dataset, seed=seed))
+    # With very few rows, some of them serve for both.
+    return [row for row in rows if row not in held_out] or rows
 
 
 def hold_out(num_batches: int) -> list[bool]:

@@ -8,13 +8,14 @@ import pytest
 from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.target import resolve_budget
 from lpdeploy.config import PruneConfig
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import build_counter, count_parameters, forecast_config
 from lpdeploy.pruning import run as pruning
 from lpdeploy.pruning import training
 from lpdeploy.pruning.target import SizeFound, TargetRecord
+from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, make_tiny_model, set_launcher
 
 OPTIONS = {
@@ -164,3 +165,32 @@ def test_several_processes_are_refused(deep, text, monkeypatch):
 def test_until_it_is_chosen_there_are_no_ratios():
     with pytest.raises(ValueError, match="`depth` has not been turned into ratios yet"):
         PruneConfig(**OPTIONS).ratios  # noqa: B018
+
+
+def test_a_ratio_that_removes_nothing_is_refused(deep, text):
+    with pytest.raises(LpdeployError, match="`ratio` 0 removes nothing of"):
+        resolve_budget(str(deep), PruneConfig(**OPTIONS, ratio=0.0), data=str(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("drop_layers", 1.5), ("drop_layers", -1), ("ratio", 1.5), ("batch_size", 1)],
+)
+def test_a_target_that_was_changed_is_refused(deep, text, tmp_path, name, value):
+    given = {"data": str(text), "output": tmp_path / "run"}
+    options = PruneConfig(**OPTIONS)
+    chosen, record = resolve_budget(str(deep), options, **given)
+    pruning.prune(str(deep), **given, options=chosen, target=record)
+    path = tmp_path / "run" / "target.json"
+    data = json.loads(path.read_text())
+    data["ratios"][name] = value
+    with RunFolder(tmp_path / "run").recorded(path):
+        path.write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=r"target\.json.* cannot be used"):
+        resolve_budget(str(deep), options, **given, resume=True)
+
+
+def test_without_a_run_there_is_nothing_to_resume(deep, text, tmp_path):
+    given = {"data": str(text), "output": tmp_path / "run"}
+    with pytest.raises(ArtifactError, match="holds no run"):
+        resolve_budget(str(deep), PruneConfig(**OPTIONS), **given, resume=True)

@@ -6,11 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.cli.main import main
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED
 from lpdeploy.engines.export import export
@@ -287,6 +289,12 @@ class TestRefusals:
             run(deep, tmp_path / "run", data, options=options)
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.parametrize("count", [5, 6, 9])
+    def test_a_forecast_without_layers(self, deep, count):
+        result = CliRunner().invoke(main, ["check", str(deep), "--drop-layers", str(count)])
+        assert result.exit_code == 1
+        assert f"--drop-layers {count} leaves none of the 5 layers" in result.stderr
+
     def test_a_live_model_that_has_lora(self, tmp_path):
         model = make_lora_model(tmp_path)
         with pytest.raises(ValueError, match="before LoRA is attached"):
@@ -301,6 +309,9 @@ class TestRefusals:
             PruningPlan("base", "0", 0.5, specs, kept)
         with pytest.raises(ValueError, match=r"layers\.1\.heads keeps no group"):
             PruningPlan("base", "0", 0.5, specs, kept | {"layers.1.channels": [0]})
+        del kept["layers.2.heads"]
+        with pytest.raises(ValueError, match=r"kept lacks 'layers\.2\.heads'"):
+            PruningPlan("base", "0", 0.5, specs, kept)
 
 
 class TestShapes:

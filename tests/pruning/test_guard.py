@@ -16,12 +16,11 @@ from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
 from lpdeploy.plan import load_plan
 from lpdeploy.pruning import training as steps
-from lpdeploy.pruning.guard import list_held_out
 from lpdeploy.pruning.pruner import LoRAPruner
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.setup import load_dataset, load_source
-from lpdeploy.pruning.walk import collect_calibration
-from tests.helpers import make_lora_model
+from lpdeploy.pruning.walk import collect_calibration, list_calibration_rows, list_held_out
+from tests.helpers import make_lora_model, make_tiny_model
 from tests.pruning.test_depth import compute_mean_loss
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after
 
@@ -30,15 +29,24 @@ def read_events(folder):
     return [line for line in load_log(folder) if line["removed"]]
 
 
-def test_the_rows_are_the_last_of_the_first_pass(base, data):
-    options = PruneConfig(seq_len=24, seed=3)
-    dataset = load_dataset(load_source(str(base), options), str(data), options)
-    held_out = list_held_out(dataset, seed=3)
-    assert len(held_out) == len(set(held_out)) == 16
-    order = list_batch(len(dataset), step=0, batch_size=len(dataset), seed=3)
-    first = len(dataset) // 16 * 16 - 16
-    assert order[first : first + 16] == held_out
-    assert len(list_held_out(dataset, seed=3, count=10**6)) == len(dataset)
+class TestRows:
+    @pytest.fixture
+    def dataset(self, base, data):
+        options = PruneConfig(seq_len=24, seed=3)
+        return load_dataset(load_source(str(base), options), str(data), options)
+
+    def test_they_are_the_last_of_the_first_pass(self, dataset):
+        held_out = list_held_out(dataset, seed=3)
+        order = list_batch(len(dataset), step=0, batch_size=len(dataset), seed=3)
+        assert len(held_out) == len(dataset) // 4
+        assert order[-len(held_out) :] == held_out
+
+    @pytest.mark.parametrize("num_rows", [4, 16, 10_000])
+    @pytest.mark.parametrize("step", range(4))
+    def test_nothing_is_fitted_to_them(self, dataset, step, num_rows):
+        rows = list_calibration_rows(dataset, step=step, num_rows=num_rows, seed=3)
+        assert rows
+        assert not set(rows) & set(list_held_out(dataset, seed=3))
 
 
 @pytest.mark.parametrize("options", [{}, {"removal": "mask"}, {"refit": True}], ids=str)
@@ -62,7 +70,7 @@ def test_the_losses_are_those_of_the_models(base, data, tmp_path):
     dataset = load_dataset(load_source(str(base), config), str(data), config)
     rows = collect_calibration(
         dataset,
-        list_held_out(dataset, seed=0),
+        list_held_out(dataset, seed=0)[-16:],
         micro_batch_size=2,
         autocast=nullcontext,
         ranks=Ranks(),
@@ -100,10 +108,13 @@ def test_the_run_ends_with_the_state_before_the_event(base, data, tmp_path, cost
     with pytest.raises(StoppedError):
         run(base, tmp_path / "other", data, options=options, on_step=stop_after(3))
     costly(4)
-    run(base, tmp_path / "run", data, options={"max_loss_increase": 0.9, **options})
+    result = run(base, tmp_path / "run", data, options={"max_loss_increase": 0.9, **options})
     plan = load_plan(tmp_path / "run" / "plan.json")
     assert 0 < plan.achieved["groups"] < 0.45
-    assert [line["step"] for line in load_log(tmp_path / "run")][-1] == 3
+    last = load_log(tmp_path / "run")[-1]
+    assert (last["step"], last["removed"]) == (4, False)
+    assert (last["loss_before"], last["loss_after"]) == (2.0, 3.0)
+    assert result.steps == 4
     assert any("from 2.000 to 3.000, by more than `max_loss_increase` 0.9" in s for s in told)
     assert any("after step 4 of 8" in line for line in told)
     scores = load_file(tmp_path / "run" / "importance.safetensors")
@@ -117,6 +128,19 @@ def test_with_room_enough_the_run_is_the_same(base, data, tmp_path):
     run(base, tmp_path / "run", data, options={"max_loss_increase": 100.0})
     for name in ("adapter/adapter_model.safetensors", "importance.safetensors", "plan.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_dropped_layers_are_something_to_end_with(data, tmp_path, costly):
+    base = make_tiny_model(tmp_path / "deep", num_hidden_layers=3)
+    costly(0)
+    options = {"max_loss_increase": 0.9, "schedule": "separate", "drop_layers": 1, "refit": True}
+    run(base, tmp_path / "run", data, options=options)
+    plan = load_plan(tmp_path / "run" / "plan.json")
+    assert plan.achieved["layers"] == pytest.approx(1 / 3)
+    assert plan.achieved["groups"] == pytest.approx(1 / 3)
+    compact(tmp_path / "run")
+    verify(tmp_path / "run", engine="torch").check()
+    assert "33% of its layers" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("schedule", ["joint", "one-shot"])

@@ -206,6 +206,12 @@ class TestLive:
         losses = [[line["loss"] for line in load_log(tmp_path / n)] for n in ("cache", "live")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
+    @pytest.mark.parametrize("live", [False, True])
+    def test_it_may_tell_every_token(self, base, data, tmp_path, live):
+        options = {**DISTILL, "distill_top_k": 10_000, "distill_live": live}
+        run(base, tmp_path / "run", data, options=options)
+        assert all(line["loss"] < 10 for line in load_log(tmp_path / "run"))
+
     def test_it_leaves_nothing_on_disk(self, base, data, tmp_path):
         run(base, tmp_path / "run", data, options={**DISTILL, "distill_live": True})
         assert not list((tmp_path / "cache").glob("teachers/*"))
