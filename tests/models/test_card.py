@@ -93,6 +93,7 @@ def test_the_figures_are_those_of_the_models(bases, tmp_path):
         for folder in (bases("llama-gqa"), tmp_path / "run" / "model")
     ]
     assert read_table(card) == {
+        "layers": ("2", "2"),
         "parameters": (f"{before:,}", f"{after:,}"),
         "bytes of weights": (f"{sizes[0]:,}", f"{sizes[1]:,}"),
         "query heads": ("8", "6"),
@@ -140,7 +141,7 @@ def test_the_front_matter_is_yaml(bases, tmp_path):
         "library_name": "transformers",
         "tags": ["lpdeploy", "pruned"],
     }
-    assert body.lstrip().startswith("# my: model {7B} #1, 50% pruned")
+    assert body.lstrip().startswith("# my: model {7B} #1, 58% pruned")
 
 
 def test_a_base_of_bf16_keeps_half_the_bytes(tmp_path):
