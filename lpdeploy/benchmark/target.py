@@ -195,7 +195,7 @@ def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[in
             depths.append(drop_layers)
         if count(0) <= limit:
             break
-    if not depths or depths == [0]:  # out of reach, or there already
+    if not depths or count_parameters(source.config) <= limit:  # out of reach, or there already
         fixed = replace(options, depth=None, drop_layers=layers - 1)
         _refuse_unreachable(source.name, source.config, fixed, limit=limit)
     return spread(depths)

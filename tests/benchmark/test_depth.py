@@ -194,3 +194,9 @@ def test_without_a_run_there_is_nothing_to_resume(deep, text, tmp_path):
     given = {"data": str(text), "output": tmp_path / "run"}
     with pytest.raises(ArtifactError, match="holds no run"):
         resolve_budget(str(deep), PruneConfig(**OPTIONS), **given, resume=True)
+
+
+def test_where_no_layer_may_go_none_does(deep, text):
+    options = PruneConfig(**OPTIONS, ratio=0.5, protect_first=3)
+    _, record = resolve_budget(str(deep), options, data=str(text))
+    assert {trial.ratios["drop_layers"] for trial in record.trials} == {0}
