@@ -14,6 +14,7 @@ from lpdeploy.models.loading import load_tokenizer
 from lpdeploy.pruning.scoring import ScoreForm, Scorer
 from lpdeploy.pruning.state import PruningState
 from lpdeploy.pruning.training import Training, _accumulate_gradients, count_steps, run_steps
+from lpdeploy.pruning.walk import list_held_out
 from tests.helpers import make_lora_model, make_text
 
 
@@ -249,7 +250,13 @@ def test_calibration_may_take_more_rows_than_there_are(tmp_path):
     )
     assert len(training.dataset) < 128
     (info,) = run_steps(training)
-    assert info.tokens_per_s * info.seconds == pytest.approx(128 * 24)
+    # 128 times a row in turn, but for those that are held out.
+    seed = training.options.seed
+    rows = list_batch(len(training.dataset), step=0, batch_size=128, seed=seed)
+    held_out = list_held_out(training.dataset, seed=seed)
+    scored = [row for row in rows if row not in held_out]
+    assert len(scored) > len(set(scored)) == len(training.dataset) - len(held_out)
+    assert info.tokens_per_s * info.seconds == pytest.approx(len(scored) * 24)
     assert info.removed
 
 
