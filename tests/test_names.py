@@ -16,6 +16,7 @@ PACKAGES = {
 }
 # Rows of the paper's tables are criteria; a checkpoint has a section for LoRA's weights.
 ROWS = {"paper/tables.py", "paper/figures.py", "paper/cells.py", "pruning/checkpoint.py"}
+ROWS |= {"presets.py"}  # which choose one
 # Records of exports have a field of that name.
 FIELDS = {"publish/files.py"}
 
