@@ -66,6 +66,31 @@ def render_memory(data: dict[str, Any]) -> str:
     return write_table(header, rows, about, describe(data, "peft"))
 
 
+def render_refit(data: dict[str, Any]) -> str:
+    """Say what the events of a run cost with a refit, and what one layer of a 7B does."""
+    rows = [
+        (
+            f"event after step {event['step']}",
+            f"{event['seconds']:.2f}",
+            f"{event['steps_worth']:.1f}",
+        )
+        for event in data["events"]
+    ]
+    layer = data["layer"]
+    rows += [
+        ("down_proj of a 7B: sums over the tokens", f"{layer['sums_seconds']:.1f}", ""),
+        ("down_proj of a 7B: ridges and solution", f"{layer['solve_seconds']:.1f}", ""),
+    ]
+    about = (
+        "Events of a joint run of 100 steps of 16 x 256 tokens; an event may remove nothing, where "
+        f"counts are rounded. The layer keeps {layer['kept']:,} columns, has "
+        f"{layer['tokens']:,} tokens (sums over fewer are scaled up) and a Gram matrix of "
+        f"{layer['gram_bytes'] / 1e6:.0f} MB. The process peaked at "
+        f"{layer['peak_bytes'] / 1e9:.2f} GB, libraries included."
+    )
+    return write_table(("work", "s", "in steps"), rows, about, describe(data, "peft"))
+
+
 def render_run(data: dict[str, Any]) -> str:
     """Compare a whole run that cuts with one that masks."""
     header = (
@@ -208,6 +233,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,
+    "refit": render_refit,
     "memory": render_memory,
     "messages": render_messages,
     "paper": lambda data: strip_heading(render_markdown(read_record(TableResult, data))),
