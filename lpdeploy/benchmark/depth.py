@@ -8,6 +8,7 @@ of the other. A trial costs as much as a few steps of training.
 
 import gc
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import torch
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset
+from lpdeploy.errors import NonFiniteError
 from lpdeploy.pruning.guard import collect_held_out
 from lpdeploy.pruning.setup import Source, build_training
 from lpdeploy.pruning.target import DepthTrial, TargetRecord
@@ -51,15 +53,24 @@ def choose_depth(
 
     Returns:
         The record of the best one, with all that were tried.
+
+    Raises:
+        NonFiniteError: No candidate has a loss.
     """
-    trials: list[DepthTrial] = []
+    tried: list[tuple[float, TargetRecord]] = []
     for record in candidates:
         loss = _try(source, dataset, options.with_ratios(**record.ratios))
         chosen = " ".join(f"`{name}={value:g}`" for name, value in record.ratios.items())
         logger.info("%s: loss %.3f on held-out rows, without fine-tuning", chosen, loss)
-        trials.append(DepthTrial(record.ratios, loss))
-    best = min(range(len(trials)), key=lambda place: trials[place].loss)
-    return replace(candidates[best], trials=tuple(trials))
+        if math.isfinite(loss):
+            tried.append((loss, record))
+    if not tried:
+        raise NonFiniteError(
+            "The loss of held-out rows is not finite with any number of dropped layers. Check the "
+            "model and the data, or use `dtype='fp32'`."
+        )
+    _, best = min(tried, key=lambda pair: pair[0])
+    return replace(best, trials=tuple(DepthTrial(record.ratios, loss) for loss, record in tried))
 
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:

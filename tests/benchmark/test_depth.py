@@ -8,7 +8,7 @@ import pytest
 from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.target import resolve_budget
 from lpdeploy.config import PruneConfig
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import build_counter, count_parameters, forecast_config
@@ -68,6 +68,21 @@ def test_what_loses_least_is_taken(monkeypatch, best):
     assert record == replace(candidates[best], trials=record.trials)
     assert [trial.loss for trial in record.trials] == [3.0 + abs(n - best) for n in range(4)]
     assert TargetRecord.from_json(record.to_json()) == record
+
+
+def test_a_loss_that_is_no_number_is_not_the_least(monkeypatch):
+    losses = {0: 3.0, 1: float("nan"), 2: 4.0}
+    monkeypatch.setattr(
+        "lpdeploy.benchmark.depth._try", lambda *given: losses[given[2].drop_layers]
+    )
+    candidates = [
+        TargetRecord({}, {"ratio": 0.5, "drop_layers": n}, SizeFound(100, 50)) for n in losses
+    ]
+    record = choose_depth(None, None, PruneConfig(**OPTIONS), candidates)
+    assert record.ratios["drop_layers"] == 0
+    assert [trial.loss for trial in record.trials] == [3.0, 4.0]
+    with pytest.raises(NonFiniteError, match="with any number of dropped layers"):
+        choose_depth(None, None, PruneConfig(**OPTIONS), candidates[1:2])
 
 
 @pytest.mark.parametrize(
