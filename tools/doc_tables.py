@@ -91,6 +91,26 @@ def render_refit(data: dict[str, Any]) -> str:
     return write_table(("work", "s", "in steps"), rows, about, describe(data, "peft"))
 
 
+def render_one_shot(data: dict[str, Any]) -> str:
+    """Compare ways to prune without training."""
+    rows = [("unpruned", "", "", f"{data['dense']:.1f}", "")]
+    for name, row in data["rows"].items():
+        achieved = row["achieved"]
+        removed = (f"{achieved[kind]:.0%} of the {kind}" for kind in ("layers", "heads", "channels")
+                   if achieved[kind])  # fmt: skip
+        rows.append((
+            name.replace("-refit", ", refit"), ", ".join(removed), f"-{achieved['parameters']:.1%}",
+            f"{row['perplexity']:.1f}", f"{row['seconds'] / 60:.0f}",
+        ))  # fmt: skip
+    documents = data["shared_options"]["documents"]
+    about = (
+        f"Perplexity of the last {documents} documents of the second text, in segments of 256 "
+        "tokens. Criterion gate, 128 rows of 256 tokens to score and to refit over."
+    )
+    header = ("way", "removed", "parameters", "perplexity", "min")
+    return write_table(header, rows, about, describe(data, "peft"))
+
+
 def render_run(data: dict[str, Any]) -> str:
     """Compare a whole run that cuts with one that masks."""
     header = (
@@ -233,6 +253,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,
+    "one_shot": render_one_shot,
     "refit": render_refit,
     "memory": render_memory,
     "messages": render_messages,

@@ -27,10 +27,12 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def describe_command() -> str:
-    """Return the running command; absolute paths are cut to their last part."""
+    """Return the running command; paths out of the checkout are cut to their last part."""
     spec = sys.modules["__main__"].__spec__
     script = ["-m", spec.name] if spec else [sys.argv[0]]
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    outside = [Path(word).is_absolute() or ".." in Path(word).parts for word in sys.argv[1:]]
+    pairs = zip(sys.argv[1:], outside, strict=True)
+    words = [Path(word).name if cut else word for word, cut in pairs]
     return shlex.join(["python", *script, *words])
 
 
