@@ -9,8 +9,9 @@ of the other. A trial costs as much as a few steps of training.
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -20,13 +21,14 @@ from lpdeploy.errors import NonFiniteError
 from lpdeploy.pruning.guard import collect_held_out
 from lpdeploy.pruning.setup import Source, build_training
 from lpdeploy.pruning.target import DepthTrial, TargetRecord
-from lpdeploy.pruning.training import run_steps
+from lpdeploy.pruning.training import Training, run_steps
 from lpdeploy.pruning.walk import measure_loss
 
 logger = logging.getLogger(__name__)
 
 _MOST = 4
 _HELD_OUT_ROWS = 64
+_Found = TypeVar("_Found")
 
 
 def spread(depths: Sequence[int]) -> list[int]:
@@ -86,12 +88,24 @@ def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
         compile=False,
         max_loss_increase=None,
     )
+
+    def measure(training: Training) -> float:
+        for _ in run_steps(training):
+            pass
+        held_out = collect_held_out(training, count=_HELD_OUT_ROWS)
+        return measure_loss(training.state.model, held_out)
+
+    return use_training(source, dataset, options, measure)
+
+
+def use_training(
+    source: Source, dataset: TokenDataset, options: PruneConfig, use: Callable[[Training], _Found]
+) -> _Found:
+    """Return what ``use`` finds out from a training of its own, whose memory is free afterwards."""
     training = build_training(source, dataset, options, None)
-    for _ in run_steps(training):
-        pass
-    loss = measure_loss(training.state.model, collect_held_out(training, count=_HELD_OUT_ROWS))
+    found = use(training)
     del training
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # another process may want the GPU
         torch.cuda.empty_cache()
-    return loss
+    return found

@@ -1,7 +1,6 @@
 """A target of latency: shapes are measured on this machine, and the best one is chosen."""
 
 import functools
-import gc
 import logging
 import os
 import shutil
@@ -13,8 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lpdeploy.benchmark.depth import use_training
 from lpdeploy.benchmark.latency import time_interleaved
 from lpdeploy.benchmark.pairs import Found, compute_losses, find_pair
 from lpdeploy.benchmark.random_models import save_random_model
@@ -29,9 +27,9 @@ from lpdeploy.models.loading import PRECISIONS, get_dtype, resolve_device
 from lpdeploy.models.shapes import compute_ratios, forecast_config, list_counts
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.importance import Importance
-from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
+from lpdeploy.pruning.setup import Source, load_dataset, load_source
 from lpdeploy.pruning.target import LatencyFound, LatencyTarget, TargetRecord, get_latency_target
-from lpdeploy.pruning.training import run_steps
+from lpdeploy.pruning.training import Training, run_steps
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -122,14 +120,12 @@ def score_groups(source: Source, dataset: Any, options: PruneConfig) -> Importan
     # Joint, so that nothing is removed behind the calibration.
     options = options.with_ratios(ratio=0.0)
     options = replace(options, schedule="joint", calibration_samples=rows, shard=False)
-    training = build_training(source, dataset, options, None)
-    next(run_steps(training))
-    scores = {name: score.cpu() for name, score in training.state.average.items()}
-    del training
-    gc.collect()
-    if torch.cuda.is_available():  # the process that is timed has the GPU to itself
-        torch.cuda.empty_cache()
-    return scores
+
+    def score(training: Training) -> Importance:
+        next(run_steps(training))
+        return {name: scores.cpu() for name, scores in training.state.average.items()}
+
+    return use_training(source, dataset, options, score)
 
 
 @contextmanager
