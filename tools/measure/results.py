@@ -15,9 +15,9 @@ from pathlib import Path
 
 PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-len 256"
 PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
+OWN_RATES = ("refit", "recovery", "rates", "recipe")  # their rows have learning rates
 CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
 RAMPS = "early,separate,separate-hold"
-RECOVERY = "one-shot,one-shot-refit,one-shot-depth,slow,fast,all"
 
 # Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`, the
 # most wanted first. A table with another number of steps has its own folder.
@@ -35,8 +35,11 @@ STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
     "average": ("figure-6", 200, "", []),
     "refit-50": ("refit", 200, "", ["--ratios", "0.5"]),
     "refit": ("refit", 200, "", []),
-    "recovery-50": ("recovery", 200, "recovery", ["--ratios", "0.5"]),
-    "recovery": ("recovery", 200, "recovery", ["--rows", RECOVERY]),
+    "recovery": ("recovery", 200, "recovery", []),
+    "rates": ("rates", 200, "recovery", []),
+    "recipe": ("recipe", 200, "recovery", []),
+    "recipe-100": ("recipe", 100, "recovery/steps-100", ["--ratios", "0.5"]),
+    "recipe-600": ("recipe", 600, "recovery/steps-600", ["--ratios", "0.5"]),
     "ramps-2000": ("ramps", 2000, "steps-2000", ["--rows", "early,separate"]),
     "cost": ("4", 30, "cost", []),
     "cost-offload": ("6", 30, "cost", []),
@@ -54,8 +57,8 @@ def list_words(name: str, options: argparse.Namespace) -> list[str]:
     if table not in ("4", "6"):  # these hold times, so their cells run alone
         words += ["--jobs", str(options.jobs)]
     prune = f"{PRUNE.format(steps=steps, batch=options.batch_size)} {PRUNE_REST}"
-    # The rows of these have learning rates of their own.
-    own = {"refit": [], "recovery": ["--round-to", "16"]}.get(table, ["--lr", "1e-3"])
+    own = [] if table in OWN_RATES else ["--lr", "1e-3"]
+    own += ["--round-to", "16"] if folder.startswith("recovery") else []
     return [*words, "--", *prune.split(), *own, *options.prune_options]
 
 
