@@ -63,7 +63,7 @@ def prune(  # noqa: PLR0913 - what the command takes
         RunEndedError: ``stop`` was set.
         ValueError: A model in memory has no tokenizer beside it, or carries an adapter.
     """
-    from lpdeploy.benchmark.target import resolve_budget
+    from lpdeploy.benchmark.target import resolve_options
     from lpdeploy.pruning.run import prune as run_prune
 
     run, config = Run(output), config or PruneConfig()
@@ -75,7 +75,7 @@ def prune(  # noqa: PLR0913 - what the command takes
         "resume": resume,
         "overwrite": overwrite,
     }
-    config, target = resolve_budget(os.fspath(model), config, **given)
+    config, target = resolve_options(os.fspath(model), config, **given)
     run_prune(os.fspath(model), **given, options=config, target=target, stop=stop, on_step=on_step)
     return run
 

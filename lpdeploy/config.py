@@ -30,6 +30,7 @@ _COUNT = {"low": 1, "high": MAX_COUNT}
 _COUNT_FROM_0 = {"low": 0, "high": MAX_COUNT}
 _DEFAULT_RATIO = 0.5
 _CALIBRATION_ROWS = 128
+_UNRESOLVED = "is still open; call lpdeploy.benchmark.target.resolve_options first."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class PruneConfig:
 
     Each field carries its range and its help text; see ``lpdeploy.fields``. ``ratio`` becomes 0.5
     where neither it nor a budget (``target_params``, ``target_memory``, ``target_latency``) is
-    given. ``lpdeploy.benchmark.target.resolve_budget`` turns a budget into ratios.
+    given. ``lpdeploy.benchmark.target.resolve_options`` turns a budget into ratios.
 
     Raises:
         ValueError: A field has a wrong type or value, or two fields contradict each other.
@@ -168,7 +169,10 @@ class PruneConfig:
     micro_batch_size: int = _train(
         "Number of sequences per forward pass. It must divide `batch_size`.", default=4, **_COUNT,
     )
-    lr: float = _train("Peak learning rate of AdamW.", default=1e-4, above=0)
+    lr: float | str = _train(
+        "Peak learning rate of AdamW. auto tries several for a tenth of the steps each and takes "
+        "the one with the lowest loss of held-out rows.", default=1e-4, above=0, words=("auto",),
+    )
     lr_warmup: float = _train(
         "Share of the steps over which the learning rate rises to `lr`.", default=0.03, **_SHARE,
     )
@@ -275,8 +279,24 @@ class PruneConfig:
 
     @property
     def is_open(self) -> bool:
+        """Whether something is still to be chosen: what is left, or the learning rate."""
+        return self.has_open_shape or isinstance(self.lr, str)
+
+    @property
+    def has_open_shape(self) -> bool:
         """Whether it is still to be decided what is left: by a budget, or by the depth."""
         return self.budget is not None or self.depth == "auto"
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate.
+
+        Raises:
+            ValueError: It is still to be chosen.
+        """
+        if isinstance(self.lr, str):
+            raise ValueError(f"`lr={self.lr!r}` {_UNRESOLVED}")  # noqa: TRY004
+        return self.lr
 
     @property
     def effective_removal(self) -> str:
@@ -290,7 +310,8 @@ class PruneConfig:
         Raises:
             ValueError: A budget decides, or the depth is open, and ratios do not yet.
         """
-        self.check_resolved()
+        if self.has_open_shape:
+            raise ValueError(f"`{self.budget or 'depth'}` {_UNRESOLVED}")
         assert self.ratio is not None  # only a budget leaves it out
         own = {"heads": self.head_ratio, "channels": self.channel_ratio}
         return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
@@ -300,21 +321,21 @@ class PruneConfig:
 
         Args:
             ratios: ``ratio`` or ``head_ratio`` and ``channel_ratio``, and perhaps ``drop_layers``.
+                As they are if there are none.
         """
+        if not ratios:
+            return self
         changes: dict[str, Any] = dict.fromkeys((*BUDGETS, *LATENCY))
         return dataclasses.replace(self, **{**changes, "depth": None, **ratios})
 
     def check_resolved(self) -> None:
-        """Check that ratios decide what is left.
+        """Check that nothing is left to be chosen.
 
         Raises:
-            ValueError: A budget decides, or the depth is open, and ratios do not yet.
+            ValueError: A budget decides and ratios do not yet, or the depth or the learning rate is
+                open.
         """
-        if self.is_open:
-            raise ValueError(
-                f"`{self.budget or 'depth'}` has not been turned into ratios yet; call "
-                "lpdeploy.benchmark.target.resolve_budget first."
-            )
+        _ = self.ratios, self.peak_lr
 
     @property
     def multiples(self) -> dict[str, int]:
@@ -325,7 +346,7 @@ class PruneConfig:
     def widths(self) -> WidthRequest:
         """What decides the widths of the pruned model, before its scores are known."""
         return WidthRequest(
-            ratios={} if self.is_open else self.ratios,
+            ratios={} if self.has_open_shape else self.ratios,
             multiples=self.multiples,
             protect_first=self.protect_first,
             protect_last=self.protect_last,

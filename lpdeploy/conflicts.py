@@ -64,6 +64,11 @@ def _list_training_conflicts(config: Any) -> Iterator[str]:
             f"`micro_batch_size` {config.micro_batch_size} does not divide `batch_size` "
             f"{config.batch_size}; choose a divisor of it."
         )
+    if isinstance(config.lr, str) and config.schedule == "one-shot":
+        yield (
+            f"`lr={config.lr!r}` tries learning rates, and `schedule='one-shot'` trains nothing; "
+            "change one of them."
+        )
     if config.distill and config.schedule == "one-shot":
         yield (
             "`distill` changes the loss of the fine-tuning, and `schedule='one-shot'` has none; "

@@ -22,6 +22,7 @@ class Option:
         help: A full phrase that says what the field does. It names other fields in backticks.
         group: Heading under which the command line lists the field.
         choices: Names that are allowed; empty if any value of the type is. A table may grow.
+        words: Names that a number's field takes as well.
         low: Least value allowed.
         high: Largest value allowed.
         above: Lower bound that is not allowed itself.
@@ -32,6 +33,7 @@ class Option:
     help: str
     group: str
     choices: Collection[str] = ()
+    words: Collection[str] = ()
     low: float | None = None
     high: float | None = None
     above: float | None = None
@@ -71,6 +73,8 @@ def check_fields(config: Any) -> None:
     for own in fields(config):
         value = getattr(config, own.name)
         if value is None and is_optional(own):
+            continue
+        if isinstance(value, str) and value in get_option(own).words:
             continue
         kind = get_kind(own)
         if not (_is_kind(value, kind) and _is_allowed(value, get_option(own))):
@@ -116,5 +120,5 @@ def _describe_allowed(own: Field[Any]) -> str:
         limits = " and ".join(
             f"{words} {_write_bound(bound)}" for words, bound in bounds if bound is not None
         )
-        said = f"{_NOUNS[kind]} {limits}".rstrip()
+        said = ", or ".join([f"{_NOUNS[kind]} {limits}".rstrip(), *rules.words])
     return f"{said}, or None" if is_optional(own) else said

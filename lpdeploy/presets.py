@@ -6,7 +6,13 @@ from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "best": {"criterion": "gate", "refit": True, "distill": 0.5, "depth": "auto"},
+        "best": {
+            "criterion": "gate",
+            "refit": True,
+            "distill": 0.5,
+            "depth": "auto",
+            "lr": "auto",
+        },
         "loraprune": {
             "criterion": "lora",
             "score_form": "squared",
@@ -60,7 +66,8 @@ def list_preset(
     }
     schedule = given.get("schedule", "joint")
     if schedule == "one-shot":
-        options.pop("distill", None)  # which changes the loss of a training that there is not
+        for trained in ("distill", "lr"):  # there is no training to change
+            options.pop(trained, None)
     if schedule != "joint" and "schedule" in chosen:
         options.pop("calibration_samples", None)  # which such a run cannot do without
     return options

@@ -39,7 +39,7 @@ def test_the_paper_to_the_letter():
     ("options", "left_out"),
     [
         ({}, ()),
-        ({"schedule": "one-shot"}, ("distill",)),
+        ({"schedule": "one-shot"}, ("distill", "lr")),
         ({"drop_layers": 0}, ("depth",)),
         ({"channel_ratio": 0.0}, ("depth",)),
         ({"target_latency": 3.0, "engine": "ort"}, ()),
@@ -81,7 +81,9 @@ def test_on_the_command_line(base, data, tmp_path):
     assert json.loads((tmp_path / "run" / "target.json").read_text())["asked"] == {
         "ratio": 0.3,
         "depth": "auto",
+        "lr": "auto",
     }
+    assert isinstance(options["lr"], float)
 
 
 def test_best_without_training(base, data, tmp_path):

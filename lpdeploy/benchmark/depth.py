@@ -6,20 +6,17 @@ by itself would not tell: the two are scored differently, and a refit makes up f
 of the other. A trial costs as much as a few steps of training.
 """
 
-import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
-import torch
-
+from lpdeploy.benchmark.trial import HELD_OUT_ROWS, simplify, use_training
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset
 from lpdeploy.errors import NonFiniteError
 from lpdeploy.pruning.guard import collect_held_out
-from lpdeploy.pruning.setup import Source, build_training
+from lpdeploy.pruning.setup import Source
 from lpdeploy.pruning.target import DepthTrial, TargetRecord
 from lpdeploy.pruning.training import Training, run_steps
 from lpdeploy.pruning.walk import measure_loss
@@ -27,8 +24,6 @@ from lpdeploy.pruning.walk import measure_loss
 logger = logging.getLogger(__name__)
 
 _MOST = 4
-_HELD_OUT_ROWS = 64
-_Found = TypeVar("_Found")
 
 
 def spread(depths: Sequence[int]) -> list[int]:
@@ -77,35 +72,12 @@ def choose_depth(
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
     """Prune a fresh model at once, and return its loss on rows that had no part in it."""
-    options = replace(
-        options,
-        schedule="one-shot",
-        calibration_samples=options.num_calibration_rows or None,
-        distill=None,
-        distill_temperature=None,
-        distill_top_k=None,
-        distill_live=False,
-        compile=False,
-        max_loss_increase=None,
-    )
+    options = simplify(options, schedule="one-shot")
 
     def measure(training: Training) -> float:
         for _ in run_steps(training):
             pass
-        held_out = collect_held_out(training, count=_HELD_OUT_ROWS)
+        held_out = collect_held_out(training, count=HELD_OUT_ROWS)
         return measure_loss(training.state.model, held_out)
 
     return use_training(source, dataset, options, measure)
-
-
-def use_training(
-    source: Source, dataset: TokenDataset, options: PruneConfig, use: Callable[[Training], _Found]
-) -> _Found:
-    """Return what ``use`` finds out from a training of its own, whose memory is free afterwards."""
-    training = build_training(source, dataset, options, None)
-    found = use(training)
-    del training
-    gc.collect()
-    if torch.cuda.is_available():  # another process may want the GPU
-        torch.cuda.empty_cache()
-    return found

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.benchmark.depth import use_training
 from lpdeploy.benchmark.latency import time_interleaved
 from lpdeploy.benchmark.pairs import Found, compute_losses, find_pair
 from lpdeploy.benchmark.random_models import save_random_model
+from lpdeploy.benchmark.trial import use_training
 from lpdeploy.benchmark.variants import TimedModel, Variant, build_variant
 from lpdeploy.benchmark.worker import Served, Worker, Workload, load_timed
 from lpdeploy.config import PruneConfig
@@ -53,7 +53,7 @@ def choose_widths(
 ) -> TargetRecord:
     """Choose heads and channels of the pruned model separately, by measured latency.
 
-    Args and errors as in ``resolve_budget``. Layers that the options drop are gone in every shape
+    Args and errors as in ``resolve_options``. Layers that the options drop are gone in every shape
     that is measured.
 
     Returns:

@@ -1,4 +1,7 @@
-"""From the size or latency that a user asked for to the ratios that meet it."""
+"""From what a user asked for or left open to options that say it all.
+
+A size or a latency becomes ratios, an open depth a number of layers, an open rate a number.
+"""
 
 import bisect
 import logging
@@ -12,6 +15,7 @@ from transformers import PretrainedConfig
 
 from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.latency_target import OutOfReachError, choose_widths
+from lpdeploy.benchmark.rate import choose_rate
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.environment import count_ranks
@@ -26,8 +30,15 @@ from lpdeploy.models.shapes import (
     get_itemsize,
 )
 from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.setup import Source, load_dataset, load_source
-from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target
+from lpdeploy.pruning.ranks import join_ranks
+from lpdeploy.pruning.setup import Source, check_refit_data, load_dataset, load_source
+from lpdeploy.pruning.target import (
+    RateTrial,
+    SizeFound,
+    TargetRecord,
+    describe_asked,
+    load_target,
+)
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -38,7 +49,7 @@ _STEPS = 1_000_000
 _Value = TypeVar("_Value")
 
 
-def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
+def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
     model: str,
     options: PruneConfig,
     *,
@@ -51,12 +62,13 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
 ) -> tuple[PruneConfig, TargetRecord | None]:
     """Turn a budget (``target_params``, ``target_memory`` or ``target_latency``) into ratios.
 
-    Where the depth is open, ``drop_layers`` is chosen with them.
+    Where the depth is open, ``drop_layers`` is chosen with them. An open learning rate is chosen
+    last, for the shape that is then known.
 
     Args:
         model: Hugging Face folder or hub name. For a size alone only the config is read.
-        options: How the model will be pruned. They are returned as they are if ratios decide.
-        data: What groups are scored with; only needed for a latency or an open depth.
+        options: How the model will be pruned. They are returned as they are if nothing is open.
+        data: What groups are scored with; not needed for a size alone.
         output: The run folder to be, if there is one. Nothing is written.
         cache: Keep the tokens of ``data``, and use those of an earlier run.
         resume: Read from ``output`` what was chosen when the run began.
@@ -64,7 +76,8 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
         on_tokenize: Is told (examples tokenized, all examples).
 
     Returns:
-        The options with ratios in place of the budget, and the record for ``target.json``.
+        The options with what was chosen in place of what was open, and the record for
+        ``target.json``.
 
     Raises:
         LpdeployError: The model is small or fast enough already, or cannot become so; or a
@@ -85,16 +98,54 @@ def resolve_budget(  # noqa: PLR0913 - what prune takes, and callbacks
             overwrite=overwrite,
             on_tokenize=on_tokenize,
         )
+    resolved = _fill_in(options, record)
+    if not resume and isinstance(options.lr, str):
+        rates = _choose_rate(
+            model,
+            resolved,
+            data=_require(data, "data"),
+            output=output,
+            cache=cache,
+            overwrite=overwrite,
+            on_tokenize=on_tokenize,
+        )
+        record = replace(record, rates=tuple(rates))
+        resolved = _fill_in(options, record)
+    chosen = {**record.ratios, **({"lr": resolved.lr} if record.rates else {})}
+    words = " ".join(f"`{name}={value:g}`" for name, value in chosen.items())
+    logger.info("%s: %s", "as chosen when the run began" if resume else "chosen", words)
+    return resolved, record
+
+
+def _fill_in(options: PruneConfig, record: TargetRecord) -> PruneConfig:
+    """Return options with what a record says was chosen for them."""
     try:
         resolved = options.with_ratios(**record.ratios)
+        return replace(resolved, lr=record.rates[0].lr) if record.rates else resolved
     except ValueError as error:
         raise ArtifactError(
             f"target.json cannot be used: {quote_error(error)}. Use `overwrite=True` to start anew."
         ) from error
-    chosen = " ".join(f"`{name}={ratio:g}`" for name, ratio in record.ratios.items())
-    when = "as chosen when the run began" if resume else "chosen for the target"
-    logger.info("%s: %s", when, chosen)
-    return resolved, record
+
+
+def _choose_rate(
+    model: str,
+    options: PruneConfig,
+    *,
+    data: str,
+    output: Path | None,
+    cache: bool,
+    overwrite: bool,
+    on_tokenize: Progress | None,
+) -> list[RateTrial]:
+    ranks = join_ranks(options)
+    source = load_source(model, options)
+    if output is not None:
+        RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
+    check_memory(source.config, options, ranks=ranks.size)
+    dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+    check_refit_data(source, dataset, options)
+    return choose_rate(source, dataset, options, ranks=ranks)
 
 
 def _choose(
@@ -107,6 +158,8 @@ def _choose(
     overwrite: bool,
     on_tokenize: Progress | None,
 ) -> TargetRecord:
+    if not options.has_open_shape:
+        return TargetRecord(asked=describe_asked(options), ratios={})
     if options.target_latency is None and options.depth is None:
         config = find_config(model)
         limit = _get_limit(config, options)

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,6 +68,21 @@ class NameChoice(click.Choice[str]):
     @choices.setter
     def choices(self, _: object) -> None:
         """Ignore the value: the names come from ``read``."""
+
+
+class NumberOrWord(click.ParamType):
+    """A number, or one of a few words."""
+
+    name = "float"
+
+    def __init__(self, number: click.ParamType, words: Collection[str]) -> None:
+        self._number, self._words = number, words
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        """Take a word as it is, and anything else as a number."""
+        return value if value in self._words else self._number.convert(value, param, ctx)
 
 
 class ListOf(click.ParamType):

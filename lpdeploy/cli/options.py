@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from lpdeploy.cli.common import ENGINE, Count, NameChoice, log, write_flags
+from lpdeploy.cli.common import ENGINE, Count, NameChoice, NumberOrWord, log, write_flags
 from lpdeploy.config import GROUPS, RENAMED, PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.fields import get_kind, get_option
@@ -67,7 +67,12 @@ _TYPES: dict[str, click.ParamType] = {
     "target_latency": MILLISECONDS,
     "engine": ENGINE,
 }
-_METAVARS = {"target_params": "COUNT", "target_memory": "SIZE", "target_latency": "TIME"}
+_METAVARS = {
+    "target_params": "COUNT",
+    "target_memory": "SIZE",
+    "target_latency": "TIME",
+    "lr": "RATE|auto",
+}
 
 
 class GroupedOption(click.Option):
@@ -171,9 +176,10 @@ def _choose_type(name: str) -> click.ParamType:
         assert rules.high is not None
         return Count(int(rules.low), int(rules.high))
     low = rules.low if rules.above is None else rules.above
-    return click.FloatRange(
+    number = click.FloatRange(
         low, rules.below, min_open=rules.above is not None, max_open=rules.below is not None
     )
+    return NumberOrWord(number, rules.words) if rules.words else number
 
 
 def build_config(values: Mapping[str, Any]) -> PruneConfig:

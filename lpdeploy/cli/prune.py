@@ -78,7 +78,7 @@ def command(
     if config.removal is None and config.effective_removal == "mask":
         log("Groups are masked until the end: 4-bit and sharded weights cannot be cut in place.")
 
-    from lpdeploy.benchmark.target import resolve_budget
+    from lpdeploy.benchmark.target import resolve_options
     from lpdeploy.cli.progress import counting_progress, training_progress
     from lpdeploy.cli.signals import stop_on_signal
     from lpdeploy.pruning.ranks import leave_ranks
@@ -105,7 +105,7 @@ def command(
             "overwrite": overwrite,
             "on_tokenize": on_tokenize,
         }
-        config, target = resolve_budget(model, config, **given)
+        config, target = resolve_options(model, config, **given)
         calls: dict[str, Any] = {"on_distill": on_distill, "on_start": start, "on_step": on_step}
         result = prune(model, **given, **calls, options=config, target=target, stop=stop)
     leave_ranks()

@@ -68,17 +68,18 @@ def solve_ridge(sums: Sums, ridge: float) -> Tensor:
     )
 
 
-def solve(fitted: Sums, held_out: Sums) -> Tensor:
+def solve(fitted: Sums, held_out: Sums) -> tuple[Tensor, float | None]:
     """Solve with the ridge that is best on tokens that were held out, then over all tokens.
 
     Returns:
-        The change D, shape (kept, hidden); zeros where every ridge would do harm.
+        The change D, shape (kept, hidden), and the ridge; zeros and None where every ridge would
+        do harm.
     """
     losses = {ridge: held_out.compute_loss(solve_ridge(fitted, ridge)) for ridge in RIDGES}
     best = min(losses, key=lambda ridge: losses[ridge])
     if losses[best] > 0:
-        return torch.zeros_like(fitted.cross)
-    return solve_ridge(fitted + held_out, best)
+        return torch.zeros_like(fitted.cross), None
+    return solve_ridge(fitted + held_out, best), best
 
 
 def make_sums(weight: Tensor) -> Sums:

@@ -18,6 +18,7 @@ Source:
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,7 @@ def refit_layers(
         LpdeployError: Hidden states are not finite, or another rank is gone. Groups are removed
             from some layers by then, so the model is of no use any more.
     """
+    ridges: list[float | None] = []
     try:
         with evaluating(model):
             streams = _begin(model, calibration)
@@ -163,12 +165,31 @@ def refit_layers(
                     for stream in streams:
                         stream.pruned = stream.before
                 elif parts is not None:
-                    _refit_attention(layer, index, streams, parts.get("o_proj"), calibration)
-                    _refit_ffn(layer, streams, parts.get("down_proj"), calibration)
+                    own = parts.get("o_proj")
+                    ridges += _refit_attention(layer, index, streams, own, calibration)
+                    ridges += _refit_ffn(layer, streams, parts.get("down_proj"), calibration)
     except RankLostError as error:
         raise LpdeployError(
             f"{error} Groups were being removed: go on from the last checkpoint with `resume=True`."
         ) from error
+    _report(calibration, ridges)
+
+
+def _report(calibration: Calibration, ridges: list[float | None]) -> None:
+    """Say what the solutions were fitted to, and which ridges were chosen."""
+    counts = torch.zeros(2, dtype=torch.float64, device=calibration.ranks.device)
+    for batch in calibration.batches:
+        mask = batch["attention_mask"]
+        counts += torch.tensor([len(mask), float(mask.sum())]).to(counts)
+    calibration.ranks.sum([counts])
+    rows, tokens = (int(count) for count in counts.tolist())
+    chosen = [
+        f"ridge {ridge:g} for {number}" if ridge else f"{number} left as they were"
+        for ridge, number in sorted(Counter(ridges).items(), key=lambda pair: -pair[1])
+    ]
+    if calibration.ranks.is_first and chosen:
+        weights = f"{len(ridges)} weights refitted over {rows:,} rows ({tokens:,} tokens)"
+        logger.info("%s: %s", weights, ", ".join(chosen))
 
 
 def _begin(model: Any, calibration: Calibration) -> list[_Stream]:
@@ -195,7 +216,7 @@ def _run_before(layer: Any, index: int, stream: _Stream, calibration: Calibratio
 
 def _refit_attention(
     layer: Any, index: int, streams: list[_Stream], part: Part | None, calibration: Calibration
-) -> None:
+) -> list[float | None]:
     attention = layer.self_attn
 
     def attend(stream: _Stream) -> Any:
@@ -204,28 +225,32 @@ def _refit_attention(
 
     # As large as a stream at most; to compute them twice would cost more.
     inputs = [_take_inputs(attention.o_proj, attend, stream, calibration) for stream in streams]
+    ridges = []
     if part is not None:
         missing = (stream.middle - stream.pruned for stream in streams)
-        _solve_linear(attention.o_proj, part, streams, inputs, missing, calibration)
+        ridges += [_solve_linear(attention.o_proj, part, streams, inputs, missing, calibration)]
     for stream, own in zip(streams, inputs, strict=True):
         with calibration.autocast():
             stream.pruned = stream.pruned + attention.o_proj(own)
+    return ridges
 
 
 def _refit_ffn(
     layer: Any, streams: list[_Stream], part: Part | None, calibration: Calibration
-) -> None:
+) -> list[float | None]:
     def feed(stream: _Stream) -> Any:
         return layer.mlp(layer.post_attention_layernorm(stream.pruned))
 
+    ridges = []
     if part is not None:
         down = layer.mlp.down_proj
         inputs = (_take_inputs(down, feed, stream, calibration) for stream in streams)
         missing = (stream.before - stream.pruned for stream in streams)
-        _solve_linear(down, part, streams, inputs, missing, calibration)
+        ridges += [_solve_linear(down, part, streams, inputs, missing, calibration)]
     for stream in streams:
         with calibration.autocast():
             stream.pruned = stream.pruned + feed(stream)
+    return ridges
 
 
 class _Taken(Exception):  # noqa: N818 - no error: the pass has given what was wanted of it
@@ -260,7 +285,7 @@ def _solve_linear(
     inputs: Iterable[Tensor],
     missing: Iterable[Tensor],
     calibration: Calibration,
-) -> None:
+) -> float | None:
     """Solve a Linear over all batches, and round its weight to what the checkpoint stores."""
     weight = get_base_linear(linear).weight
     kept = weight if part.columns is None else weight[:, part.columns]
@@ -271,7 +296,7 @@ def _solve_linear(
         tokens = own[stream.real] if part.columns is None else own[stream.real][:, part.columns]
         sums[held].add(tokens.float(), rest.float())
     calibration.ranks.sum([tensor for one in sums.values() for tensor in (one.gram, one.cross)])
-    change = solve(sums[False], sums[True])
+    change, ridge = solve(sums[False], sums[True])
     new = (kept.float() + change.T).to(part.dtype)
     if not new.isfinite().all():
         raise LpdeployError(
@@ -280,3 +305,4 @@ def _solve_linear(
         )
     columns = torch.arange(weight.shape[1]) if part.columns is None else part.columns
     copy_columns(weight, new, columns)
+    return ridge

@@ -329,7 +329,7 @@ def _break_off(
     _save_checkpoint(run, training, done, stage)
     match error:
         case NonFiniteError():
-            how = f"Lower `lr` (it was {training.options.lr:g}) and go on with `resume=True`."
+            how = f"Lower `lr` (it was {training.options.peak_lr:g}) and go on with `resume=True`."
         case RankLostError():
             how = "Go on with `resume=True`, with as many ranks as you like."
         case _:

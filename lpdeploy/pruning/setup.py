@@ -203,7 +203,7 @@ def build_training(
     if not options.shard:  # which is where it belongs, and cannot be moved
         wrapped = wrapped.to(ranks.device)
     optimizer = torch.optim.AdamW(
-        [p for p in wrapped.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
+        [p for p in wrapped.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0
     )
     state = build_state(
         model, specs, options, ranks=ranks, kept={**kept, **depth.kept}, stored=stored

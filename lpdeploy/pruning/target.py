@@ -1,4 +1,4 @@
-"""The record of how a size or latency that the user asked for became ratios: ``target.json``."""
+"""The record of how what a user left open was chosen, such as ratios: ``target.json``."""
 
 import os
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from lpdeploy.records import load_record, read_record
 from lpdeploy.run_folder import RunFolder
 
 Asked = Mapping[str, int | float | str]
-"""``parameters``, ``bytes``, ``ratio`` with ``depth``, or the fields of ``LatencyTarget`` -> what
-the user asked for."""
+"""``parameters``, ``bytes``, ``ratio``, or the fields of ``LatencyTarget`` -> what the user asked
+for; ``depth`` and ``lr`` where they were left open."""
 
 _CHOSEN = ("ratio", "head_ratio", "channel_ratio", "drop_layers")
 _PHASE, _TOKENS = "prefill", 512
@@ -89,26 +89,45 @@ class DepthTrial:
 
 
 @dataclass(frozen=True)
+class RateTrial:
+    """A learning rate that was tried for a few steps.
+
+    Attributes:
+        lr: The rate.
+        loss: Mean loss of rows that were held out, in nats a token; infinity where it diverged.
+    """
+
+    lr: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class TargetRecord:
-    """How the ratios of a run were chosen.
+    """How what was left open was chosen.
 
     Attributes:
         asked: What the user asked for.
         ratios: Fields of ``PruneConfig`` -> what was chosen for them.
-        found: What that gives.
+        found: What that gives; None if the ratios were given.
         trials: The depths that were tried, if the depth was open.
+        rates: The learning rates that were tried, the chosen one first, if the rate was open.
     """
 
     asked: Asked
     ratios: Mapping[str, float]
-    found: SizeFound | LatencyFound
+    found: SizeFound | LatencyFound | None = None
     trials: tuple[DepthTrial, ...] = ()
+    rates: tuple[RateTrial, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``target.json`` holds."""
-        data = {"asked": dict(self.asked), "ratios": dict(self.ratios), **asdict(self.found)}
+        data: dict[str, Any] = {"asked": dict(self.asked), "ratios": dict(self.ratios)}
+        if self.found is not None:
+            data |= asdict(self.found)
         if self.trials:
             data["trials"] = [asdict(trial) for trial in self.trials]
+        if self.rates:
+            data["rates"] = [asdict(trial) for trial in self.rates]
         return data
 
     @classmethod
@@ -118,8 +137,10 @@ class TargetRecord:
         Raises:
             ValueError: A key is missing, or a value has the wrong type.
         """
-        kind = SizeFound if "before" in data else LatencyFound
-        record = read_record(cls, data, known={"found": read_record(kind, data)})
+        found = None
+        if data.get("ratios"):
+            found = read_record(SizeFound if "before" in data else LatencyFound, data)
+        record = read_record(cls, data, known={"found": found})
         if unknown := record.ratios.keys() - set(_CHOSEN):
             raise ValueError(f"`{min(unknown)}` is no ratio")
         return record
@@ -138,7 +159,7 @@ def get_latency_target(options: PruneConfig) -> LatencyTarget | None:
 
 
 def describe_asked(options: PruneConfig) -> Asked:
-    """Return what a budget or an open depth asks for, as ``target.json`` records it."""
+    """Return what is asked for or left open, as ``target.json`` records it."""
     latency = get_latency_target(options)
     asked: dict[str, int | float | str] = {}
     if latency is not None:
@@ -149,7 +170,8 @@ def describe_asked(options: PruneConfig) -> Asked:
         asked = {"bytes": options.target_memory}
     elif options.ratio is not None:
         asked = {"ratio": options.ratio}
-    return {**asked, "depth": "auto"} if options.depth == "auto" else asked
+    left_open = {"depth": options.depth, "lr": options.lr}
+    return asked | {name: value for name, value in left_open.items() if value == "auto"}
 
 
 def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:

@@ -175,7 +175,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
     lr = compute_learning_rate(
         step,
         steps=training.steps,
-        peak=options.lr,
+        peak=options.peak_lr,
         warmup_steps=round(options.lr_warmup * training.steps),
         hold_steps=training.hold_steps,
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lpdeploy.benchmark.depth import choose_depth, spread
-from lpdeploy.benchmark.target import resolve_budget
+from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError
 from lpdeploy.models.compact import compact
@@ -90,7 +90,7 @@ def test_a_loss_that_is_no_number_is_not_the_least(monkeypatch):
 )
 def test_every_number_leaves_no_more_than_asked(deep, text, asked):
     options = PruneConfig(**OPTIONS, **asked)
-    chosen, record = resolve_budget(str(deep), options, data=str(text))
+    chosen, record = resolve_options(str(deep), options, data=str(text))
     config = load_config(deep)
     limit = asked.get("target_params") or asked.get("target_memory", 0) // 4
     if not limit:
@@ -125,10 +125,10 @@ def test_a_trial_is_judged_by_rows_that_it_was_not_fitted_to(deep, text, monkeyp
         fitted.update(map(tuple, own.dataset.collate(rows)["input_ids"].tolist()))
         return accumulate(own, rows, **keywords)
 
-    monkeypatch.setattr("lpdeploy.benchmark.depth._HELD_OUT_ROWS", 4)
+    monkeypatch.setattr("lpdeploy.benchmark.depth.HELD_OUT_ROWS", 4)
     monkeypatch.setattr("lpdeploy.benchmark.depth.measure_loss", judge)
     monkeypatch.setattr(training, "_accumulate_gradients", watch)
-    resolve_budget(str(deep), PruneConfig(**OPTIONS), data=str(text))
+    resolve_options(str(deep), PruneConfig(**OPTIONS), data=str(text))
     assert judged
     assert fitted
     assert not judged & fitted
@@ -137,15 +137,15 @@ def test_a_trial_is_judged_by_rows_that_it_was_not_fitted_to(deep, text, monkeyp
 def test_a_run_records_what_was_tried_and_goes_on_with_it(deep, text, tmp_path):
     options, run = PruneConfig(**OPTIONS, target_params=23_000), tmp_path / "run"
     given = {"data": str(text), "output": run}
-    chosen, record = resolve_budget(str(deep), options, **given)
+    chosen, record = resolve_options(str(deep), options, **given)
     pruning.prune(str(deep), **given, options=chosen, target=record)
     assert json.loads((run / "target.json").read_text())["trials"]
-    assert resolve_budget(str(deep), options, **given, resume=True) == (chosen, record)
+    assert resolve_options(str(deep), options, **given, resume=True) == (chosen, record)
     parameters = compact(run).record.parameters["after"]
     assert parameters <= 23_000
     with pytest.raises(LpdeployError, match="began with another target"):
         other = PruneConfig(**OPTIONS, target_params=22_000)
-        resolve_budget(str(deep), other, **given, resume=True)
+        resolve_options(str(deep), other, **given, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -168,23 +168,23 @@ def test_options_that_contradict_it_are_refused(options, words):
 def test_targets_that_cannot_be_met(deep, text, limit, words):
     options = PruneConfig(**OPTIONS, target_params=limit)
     with pytest.raises(LpdeployError, match=words):
-        resolve_budget(str(deep), options, data=str(text))
+        resolve_options(str(deep), options, data=str(text))
 
 
 def test_several_processes_are_refused(deep, text, monkeypatch):
     set_launcher(monkeypatch)
     with pytest.raises(LpdeployError, match="`depth` is measured by one process"):
-        resolve_budget(str(deep), PruneConfig(**OPTIONS), data=str(text))
+        resolve_options(str(deep), PruneConfig(**OPTIONS), data=str(text))
 
 
 def test_until_it_is_chosen_there_are_no_ratios():
-    with pytest.raises(ValueError, match="`depth` has not been turned into ratios yet"):
+    with pytest.raises(ValueError, match="`depth` is still open"):
         PruneConfig(**OPTIONS).ratios  # noqa: B018
 
 
 def test_a_ratio_that_removes_nothing_is_refused(deep, text):
     with pytest.raises(LpdeployError, match="`ratio` 0 removes nothing of"):
-        resolve_budget(str(deep), PruneConfig(**OPTIONS, ratio=0.0), data=str(text))
+        resolve_options(str(deep), PruneConfig(**OPTIONS, ratio=0.0), data=str(text))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_ratio_that_removes_nothing_is_refused(deep, text):
 def test_a_target_that_was_changed_is_refused(deep, text, tmp_path, name, value):
     given = {"data": str(text), "output": tmp_path / "run"}
     options = PruneConfig(**OPTIONS)
-    chosen, record = resolve_budget(str(deep), options, **given)
+    chosen, record = resolve_options(str(deep), options, **given)
     pruning.prune(str(deep), **given, options=chosen, target=record)
     path = tmp_path / "run" / "target.json"
     data = json.loads(path.read_text())
@@ -202,16 +202,16 @@ def test_a_target_that_was_changed_is_refused(deep, text, tmp_path, name, value)
     with RunFolder(tmp_path / "run").recorded(path):
         path.write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match=r"target\.json.* cannot be used"):
-        resolve_budget(str(deep), options, **given, resume=True)
+        resolve_options(str(deep), options, **given, resume=True)
 
 
 def test_without_a_run_there_is_nothing_to_resume(deep, text, tmp_path):
     given = {"data": str(text), "output": tmp_path / "run"}
     with pytest.raises(ArtifactError, match="holds no run"):
-        resolve_budget(str(deep), PruneConfig(**OPTIONS), **given, resume=True)
+        resolve_options(str(deep), PruneConfig(**OPTIONS), **given, resume=True)
 
 
 def test_where_no_layer_may_go_none_does(deep, text):
     options = PruneConfig(**OPTIONS, ratio=0.5, protect_first=3)
-    _, record = resolve_budget(str(deep), options, data=str(text))
+    _, record = resolve_options(str(deep), options, data=str(text))
     assert {trial.ratios["drop_layers"] for trial in record.trials} == {0}

@@ -6,7 +6,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from lpdeploy.benchmark.target import resolve_budget
+from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
@@ -73,7 +73,7 @@ def test_the_run_meets_it_and_the_next_larger_shape_would_not(base, data, tmp_pa
     asked = ask(options, target_params=limit)
     with pytest.raises(ValueError, match="`target_params` has not been turned into ratios yet"):
         prune(str(base), tmp_path / "run", data=str(data), options=asked)
-    resolved, chosen = resolve_budget(str(base), asked)
+    resolved, chosen = resolve_options(str(base), asked)
     ratio = resolved.ratio
     assert resolved == dataclasses.replace(options, ratio=ratio)
     prune(str(base), tmp_path / "run", data=str(data), target=chosen, options=resolved)
@@ -115,15 +115,15 @@ def test_bytes_are_those_of_the_checkpoints_precision(tmp_path, data):
     config = load_config(base)
     config.dtype = "bfloat16"
     config.save_pretrained(base)
-    _, half = resolve_budget(str(base), ask(SMALL, target_memory=20_000))
-    _, whole = resolve_budget(str(base), ask(SMALL, target_params=10_000))
+    _, half = resolve_options(str(base), ask(SMALL, target_memory=20_000))
+    _, whole = resolve_options(str(base), ask(SMALL, target_params=10_000))
     assert half.ratios == whole.ratios
     assert half.found.after == 2 * whole.found.after <= 20_000
 
 
 def test_bytes_of_a_run(base, data, tmp_path):
     _, dense = count_saved(base)
-    options, chosen = resolve_budget(str(base), ask(SMALL, target_memory=int(0.7 * dense)))
+    options, chosen = resolve_options(str(base), ask(SMALL, target_memory=int(0.7 * dense)))
     prune(str(base), tmp_path / "run", data=str(data), options=options)
     compact(tmp_path / "run")
     assert count_saved(tmp_path / "run" / "model")[1] == chosen.found.after <= 0.7 * dense
@@ -134,24 +134,24 @@ def test_what_cannot_be_met_is_refused_with_what_could_be(base):
     least = count_by_hand(config, [(1, 4)] * 2)
     dense = count_by_hand(config, [(4, 48)] * 2)
     with pytest.raises(LpdeployError, match=f"out of reach: .* are {least:,} parameters of"):
-        resolve_budget(str(base), ask(SMALL, target_params=least - 1))
-    _, chosen = resolve_budget(str(base), ask(SMALL, target_params=least))
+        resolve_options(str(base), ask(SMALL, target_params=least - 1))
+    _, chosen = resolve_options(str(base), ask(SMALL, target_params=least))
     assert chosen.found.after == least
     with pytest.raises(LpdeployError, match=f"has {dense:,} parameters already. Give less"):
-        resolve_budget(str(base), ask(SMALL, target_params=dense))
+        resolve_options(str(base), ask(SMALL, target_params=dense))
     with pytest.raises(LpdeployError, match=rf"has .* \({4 * dense:,} bytes\) already"):
-        resolve_budget(str(base), ask(SMALL, target_memory=4 * dense))
+        resolve_options(str(base), ask(SMALL, target_memory=4 * dense))
 
 
 def test_ratios_are_returned_as_they_are(base):
-    assert resolve_budget(str(base), SMALL) == (SMALL, None)
+    assert resolve_options(str(base), SMALL) == (SMALL, None)
     latency = ask(SMALL, target_latency=5.0, engine="torch")
     with pytest.raises(ValueError, match="`engine` is 'fast'; it must be one of torch, "):
-        resolve_budget(str(base), ask(SMALL, target_latency=5.0, engine="fast"), data="text.txt")
+        resolve_options(str(base), ask(SMALL, target_latency=5.0, engine="fast"), data="text.txt")
     with pytest.raises(ValueError, match="`data` is needed"):
-        resolve_budget(str(base), latency)
+        resolve_options(str(base), latency)
     with pytest.raises(ValueError, match="`output` is needed"):
-        resolve_budget(str(base), latency, resume=True)
+        resolve_options(str(base), latency, resume=True)
 
 
 @pytest.mark.parametrize("removal", ["cut", "mask"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lpdeploy.benchmark import latency_target
 from lpdeploy.benchmark import target as budgets
-from lpdeploy.benchmark.target import resolve_budget
+from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.pruning.run import prune as run_prune
@@ -266,7 +266,7 @@ def test_a_target_outside_of_what_shapes_take_is_refused_with_both_numbers(
         config = PruneConfig(
             **options, device="cpu", target_latency=limit, latency_tokens=32, **target
         )
-        resolve_budget(str(wide), config, data=str(data), output=tmp_path / "r")
+        resolve_options(str(wide), config, data=str(data), output=tmp_path / "r")
 
     with pytest.raises(LpdeployError) as caught:
         resolve(dense, engine="ort", latency_phase="decode")

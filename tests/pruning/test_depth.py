@@ -162,7 +162,7 @@ def test_numbered_anew_it_is_the_model_without_these_layers(tmp_path, family):
 
 def test_the_refit_is_what_an_independent_loop_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "lpdeploy.pruning.refit.solve", lambda *sums: solve_ridge(sums[0] + sums[1], 1e-2)
+        "lpdeploy.pruning.refit.solve", lambda *sums: (solve_ridge(sums[0] + sums[1], 1e-2), 1e-2)
     )
     folder = make_tiny_model(tmp_path, num_hidden_layers=4)
     model, dense, expected = (load_model(folder) for _ in range(3))

@@ -84,18 +84,23 @@ class TestLeastSquares:
 
         assert min(RIDGES, key=measure) == best
         assert measure(best) < float((held_out[1] ** 2).sum())
-        found = solve(sum_up(*fitted), sum_up(*held_out))
+        found, ridge = solve(sum_up(*fitted), sum_up(*held_out))
+        assert ridge == best
         both = [torch.cat(pair) for pair in zip(fitted, held_out, strict=True)]
         torch.testing.assert_close(found, solve_ridge(sum_up(*both), best), rtol=1e-3, atol=1e-4)
 
     def test_nothing_is_changed_where_every_ridge_does_harm(self):
         inputs, missing = make_example()
-        assert not solve(sum_up(inputs, missing), sum_up(inputs, -missing)).any()
+        change, ridge = solve(sum_up(inputs, missing), sum_up(inputs, -missing))
+        assert not change.any()
+        assert ridge is None
 
     def test_without_tokens_held_out_the_first_ridge_is_taken(self):
         sums = sum_up(*make_example(noise=0.5))
         none = Sums(torch.zeros(5, 5), torch.zeros(5, 3))
-        torch.testing.assert_close(solve(sums, none), solve_ridge(sums, RIDGES[0]))
+        change, ridge = solve(sums, none)
+        assert ridge == RIDGES[0]
+        torch.testing.assert_close(change, solve_ridge(sums, ridge))
 
     def test_the_ridge_grows_until_a_singular_matrix_can_be_solved(self):
         inputs, missing = make_example()
@@ -208,7 +213,7 @@ FAMILIES = {
 @pytest.mark.parametrize("removal", ["cut", "mask"])
 def test_it_is_what_an_independent_loop_finds(tmp_path, monkeypatch, family, removal):
     monkeypatch.setattr(
-        "lpdeploy.pruning.refit.solve", lambda *sums: solve_ridge(sums[0] + sums[1], 1e-2)
+        "lpdeploy.pruning.refit.solve", lambda *sums: (solve_ridge(sums[0] + sums[1], 1e-2), 1e-2)
     )
     config, batches = FAMILIES[family], make_batches(padding=3)
     model, state = prune_state(tmp_path / "a", removal=removal, batches=batches, **config)
@@ -321,6 +326,18 @@ class TestRuns:
         compact(tmp_path / "run")
         compact(tmp_path / "run", keep_adapter=True)
         verify(tmp_path / "run", engine="torch").check()
+
+    def test_it_says_what_it_was_fitted_to(self, base, data, tmp_path, told):
+        run(base, tmp_path / "run", data, options={**ONE_SHOT, "refit_samples": 32})
+        lines = [line for line in told if "weights refitted" in line]
+        assert len(lines) == 1
+        found = re.fullmatch(
+            r"4 weights refitted over (\d+) rows \(([\d,]+) tokens\): (.*)", lines[0]
+        )
+        assert int(found[1]) <= 32
+        assert int(found[2].replace(",", "")) == 24 * int(found[1])
+        numbers = re.findall(r"ridge [\d.e-]+ for (\d+)|(\d+) left as they were", found[3])
+        assert sum(int(a or b) for a, b in numbers) == 4
 
     def test_one_shot_loses_less_with_it(self, base, data, tmp_path):
         for name, options in {"plain": {**ONE_SHOT, "refit": False}, "refit": ONE_SHOT}.items():

@@ -1,20 +1,26 @@
 """Measure what a refit costs: an event against the steps beside it, and one layer of a 7B model.
 
     python -m tools.measure.refit MODEL --train train.txt --output docs/measurements/refit-cost.json
+    python -m tools.measure.refit MODEL --train train.txt --memory --output x.json
 
 Events are compared with the steps before them in the same run, since the machine is as busy for
 both. The layer is the down_proj of a LLaMA-7B at 50 %, with random inputs: the sums are timed over
 a few thousand tokens and scaled to those that a refit takes; the solution does not depend on them.
+
+With `--memory`, the peak memory of a process with a refit is compared with that of one without.
 """
 
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.machine import measure_peak_bytes
@@ -24,6 +30,10 @@ from lpdeploy.pruning.run import prune
 from tools.measure.common import build_parser, save_measurement
 
 KEPT, HIDDEN, BATCH, BATCHES = 5504, 4096, 2048, 4
+MEMORY = {
+    "steps": 2, "prune_every": 1, "batch_size": 4, "micro_batch_size": 4, "seq_len": 256,
+    "criterion": "gate", "calibration_samples": 4, "lora_dropout": 0.0, "device": "cpu",
+}  # fmt: skip
 STEPS = {"steps": 100, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lr": 1e-3}
 
 
@@ -45,6 +55,22 @@ def time_events(model: str, data: str) -> list[dict[str, float]]:
         }
         for place in events
     ]
+
+
+def compare_memory(model: str, data: str) -> dict[str, Any]:
+    """Prune in processes of their own, with and without a refit, and compare their memory."""
+    found: dict[str, Any] = {"options": MEMORY}
+    for name, own in {"plain": {}, "refit": {"refit": True}}.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            recipe, run = Path(scratch) / "recipe.yaml", Path(scratch) / "run"
+            recipe.write_text(yaml.safe_dump({"prune": {**MEMORY, **own}}))
+            words = [sys.executable, "-m", "lpdeploy", "prune", model, "--data", data]
+            words += ["--recipe", str(recipe), "--output", str(run)]
+            subprocess.run(words, check=True)
+            stage = json.loads((run / "manifest.json").read_text())["stages"]["prune"]
+            found[name] = {"peak_bytes": stage["peak_bytes"], "planned": stage["planned"]}
+    found["ratio"] = found["refit"]["peak_bytes"] / found["plain"]["peak_bytes"]
+    return found
 
 
 def measure_layer(kept: int, hidden: int, *, batch: int, batches: int) -> dict[str, Any]:
@@ -86,7 +112,15 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--train", required=True)
+    parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
+    if arguments.memory:
+        document = {
+            "model": Path(arguments.model).name,
+            **compare_memory(arguments.model, arguments.train),
+        }
+        save_measurement(arguments.output, document)
+        return
     layer = measure_layer(KEPT, HIDDEN, batch=BATCH, batches=BATCHES)
     events = time_events(arguments.model, arguments.train)
     worth = [event["steps_worth"] for event in events]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError, OtherRankError
 from lpdeploy.models.loading import load_model
@@ -65,6 +66,14 @@ def prune(root, name, output, *, on_step=lambda _: None, stop=None, **changes):
     run.prune(str(root / model), root / output, **given)
 
 
+def choose_rates(root, name, **changes):
+    """Return the losses after trials of learning rates."""
+    model, data, options = CASES[name]
+    config = PruneConfig(**{**OPTIONS, **options, "lr": "auto", **changes})
+    _, record = resolve_options(str(root / model), config, data=str(root / data))
+    return {trial.lr: trial.loss for trial in record.rates}
+
+
 def run_alone(root):
     for name in CASES:
         prune(root, name, f"one/{name}", shard=False)
@@ -83,6 +92,7 @@ def run_with_others(root, rank):
         "refused": catch(prune, root, "mha-lora", "two/refused", micro_batch_size=8),
         "infinite": catch(prune, root, "mha-lora", "two/infinite", lr=1e30, lr_warmup=0.0),
         "ended": catch(stop_at_step_3, root),
+        "rates": {name: choose_rates(root, name) for name in ("gqa-refit", "gqa-shard-gate")},
         "options": catch(prune, root, "mha-lora", "two/options", seed=rank),
     }
     # A rank that does not take part in what makes random scores the same.

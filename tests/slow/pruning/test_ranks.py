@@ -92,6 +92,14 @@ def test_two_ranks_do_what_one_process_does(root, name):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gqa-refit", "gqa-shard-gate"])
+def test_ranks_try_learning_rates_together(root, name):
+    alone = rank_worker.choose_rates(root, name, shard=False)
+    for answers in read_answers(root):
+        rates = {float(lr): loss for lr, loss in answers["rates"][name].items()}
+        assert rates == pytest.approx(alone, rel=1e-4)
+
+
 def test_what_two_ranks_wrote_is_compacted_as_always(root):
     for name in ("gqa-lora-mask", "gqa-shard-gate"):
         compact(root / "one" / name)
