@@ -123,7 +123,8 @@ class PruneConfig:
         default=False,
     )
     refit_samples: int | None = _choose(
-        "Number of rows to refit over.", default=None, **_COUNT,
+        "Number of rows to refit over, and to score over with `criterion='obs'`.",
+        default=None, **_COUNT,
         unset="enough for 20 tokens per remaining column; in a one-shot or separate run, at least "
         "`calibration_samples`",
     )
@@ -370,6 +371,11 @@ class PruneConfig:
             ramp.warmup if self.prune_warmup is None else self.prune_warmup,
             ramp.cooldown if self.prune_cooldown is None else self.prune_cooldown,
         )
+
+    @property
+    def runs_rows_at_events(self) -> bool:
+        """Whether an event runs rows of its own: to score outputs, or for a refit."""
+        return self.refit or CRITERIA[self.criterion].score_outputs is not None
 
     @property
     def num_calibration_rows(self) -> int:

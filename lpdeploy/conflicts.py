@@ -108,9 +108,20 @@ def _list_base_conflicts(config: Any) -> Iterator[str]:
             "`removal='cut'` cannot go with `load_in='4bit'`, whose weights share scales across "
             "rows; use `removal='mask'` or `load_in='8bit'`."
         )
+    outputs = CRITERIA[config.criterion].score_outputs is not None
+    if outputs and config.scope == "global":
+        yield (
+            f"`criterion='{config.criterion}'` compares the groups of one layer, and "
+            "`scope='global'` those of all layers; use `scope='layer'` or `criterion='gate'`."
+        )
+    if outputs and config.shard:
+        yield (
+            f"`criterion='{config.criterion}'` needs whole weights, and `shard` divides them; "
+            "change one of them."
+        )
     if config.refit and config.shard:
         yield "`refit` needs whole weights, and `shard` divides them; change one of them."
-    if config.refit_samples is not None and not config.refit:
+    if config.refit_samples is not None and not (config.refit or outputs):
         yield "`refit_samples` belongs to `refit`; give that too, or leave `refit_samples` out."
     for refused, why in (
         (config.removal == "cut" and "removal='cut'", "divided weights cannot be cut"),

@@ -29,7 +29,7 @@ from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.importance import Importance
 from lpdeploy.pruning.setup import Source, load_dataset, load_source
 from lpdeploy.pruning.target import LatencyFound, LatencyTarget, TargetRecord, get_latency_target
-from lpdeploy.pruning.training import Training, run_steps
+from lpdeploy.pruning.training import Training, load_event_rows, run_steps
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def score_groups(source: Source, dataset: Any, options: PruneConfig) -> Importan
 
     def score(training: Training) -> Importance:
         next(run_steps(training))
+        training.state.score_outputs(functools.partial(load_event_rows, training, 0))
         return {name: scores.cpu() for name, scores in training.state.average.items()}
 
     return use_training(source, dataset, options, score)

@@ -8,6 +8,7 @@ from lpdeploy.criteria.gate import GATE
 from lpdeploy.criteria.gradient import GRADIENT
 from lpdeploy.criteria.lora import LORA
 from lpdeploy.criteria.magnitude import MAGNITUDE
+from lpdeploy.criteria.obs import OBS
 from lpdeploy.criteria.random import RANDOM
 from lpdeploy.criteria.record import Criterion, ScoredLinear, ScoreRows
 from lpdeploy.criteria.wanda import WANDA
@@ -15,6 +16,6 @@ from lpdeploy.criteria.wanda import WANDA
 __all__ = ["CRITERIA", "Criterion", "ScoreRows", "ScoredLinear"]
 
 CRITERIA: dict[str, Criterion] = {
-    criterion.name: criterion for criterion in (LORA, GATE, GRADIENT, MAGNITUDE, WANDA, RANDOM)
+    criterion.name: criterion for criterion in (LORA, GATE, GRADIENT, OBS, MAGNITUDE, WANDA, RANDOM)
 }
 """Name -> criterion. It is looked up whenever it is needed, so it may grow at any time."""

@@ -54,9 +54,26 @@ class ScoreFeatures(Protocol):
         """
 
 
+class ScoreOutputs(Protocol):
+    """Scores the groups of an output projection by what its output would lose."""
+
+    def __call__(self, weight: "Tensor", gram: "Tensor", *, block: int) -> "Tensor":
+        """Score the groups of one layer, when some of them are to go.
+
+        Args:
+            weight: Of o_proj or down_proj with LoRA merged, shape (out, G * block), float32.
+            gram: X'X of its inputs over all calibration tokens, shape (G * block, G * block),
+                float32.
+            block: Columns a group.
+
+        Returns:
+            Shape (G,), float32; comparable within the layer.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """A way to score groups. It gives exactly one of the three ``score_`` functions.
+    """A way to score groups. It gives exactly one of the four ``score_`` functions.
 
     What a run needs in memory, sends between ranks and refuses follows from these fields.
 
@@ -68,6 +85,8 @@ class Criterion:
             are squared (or made absolute) and summed over each group (Eq. 4).
         score_features: Scores groups from the input of their output projection.
         score_groups: Scores a number of groups without looking at them, shape (G,).
+        score_outputs: Scores the groups of a layer when some are to go, from rows that run through
+            the model layer by layer. Steps observe nothing.
         weight_gradients: Accumulate the gradient of every weight over the batch. This takes a base
             in full precision, whole on every rank, and as much memory again.
         measure_inputs: Takes the input of a Linear, shape (B, T, in), float32, and returns numbers
@@ -82,16 +101,17 @@ class Criterion:
     score_weights: "Callable[[ScoredLinear], ScoreRows] | None" = None
     score_features: ScoreFeatures | None = None
     score_groups: "Callable[[int], Tensor] | None" = None
+    score_outputs: ScoreOutputs | None = None
     weight_gradients: bool = False
     measure_inputs: "Callable[[Tensor], Tensor] | None" = None
     rank_products: int = 0
 
     def __post_init__(self) -> None:
-        given = (self.score_weights, self.score_features, self.score_groups)
+        given = (self.score_weights, self.score_features, self.score_groups, self.score_outputs)
         if sum(score is not None for score in given) != 1:
             raise ValueError(
                 f"criterion '{self.name}' must give exactly one of `score_weights`, "
-                "`score_features` and `score_groups`"
+                "`score_features`, `score_groups` and `score_outputs`"
             )
         observed = (self.weight_gradients, self.measure_inputs is not None)
         if sum(observed) > (self.score_weights is not None):

@@ -100,6 +100,7 @@ _COLD = {"calibration_samples": 0}
 _EARLY_HOLD = round(1 - RAMPS["early"].cooldown, 6)
 _REFIT = {"refit": True}
 _SLOW, _FAST = {"lr": 1e-3}, {"lr": 3e-3}
+_OBS = {"criterion": "obs"}
 _GATE, _DISTILL, _DEPTH = {"criterion": "gate"}, {"distill": 0.5}, {"depth": "auto"}
 _ALL: Mapping[str, Any] = {**_JOINT, **_GATE, **_REFIT, **_DISTILL, **_DEPTH, **_FAST}
 _ONE_SHOT = {"schedule": "one-shot", "calibration_samples": SIMILARITY_SAMPLES}
@@ -306,6 +307,12 @@ TABLES: dict[str, Table] = {
                 Row("one-shot-refit", "one-shot, lora, refit", {**_AT_ONCE, **_REFIT}),
                 Row("one-shot-width", "one-shot, gate, refit", {**_AT_ONCE, **_GATE, **_REFIT}),
                 Row("one-shot-depth", "one-shot, gate, refit, depth", _RECIPE_AT_ONCE),
+                Row("one-shot-obs", "one-shot, obs, refit", {**_AT_ONCE, **_OBS, **_REFIT}),
+                Row(
+                    "one-shot-obs-depth",
+                    "one-shot, obs, refit, depth",
+                    {**_RECIPE_AT_ONCE, **_OBS},
+                ),
                 Row("slow", "LoRAPrune, learning rate 1e-3", {**_JOINT, **_SLOW}),
                 Row("fast", "LoRAPrune", {**_JOINT, **_FAST}),
                 Row("gate", "with gate alone", {**_JOINT, **_FAST, **_GATE}),
@@ -314,6 +321,7 @@ TABLES: dict[str, Table] = {
                 Row("depth", "with depth alone", {**_JOINT, **_FAST, **_DEPTH}),
                 Row("all", "the recipe", _ALL),
                 Row("all-lora", "the recipe, lora for gate", {**_ALL, "criterion": "lora"}),
+                Row("all-obs", "the recipe, obs for gate", {**_ALL, **_OBS}),
                 Row("all-no-refit", "the recipe without the refit", _leave_out("refit")),
                 Row("all-no-distill", "the recipe without distillation", _leave_out("distill")),
                 Row("all-width", "the recipe without depth", _leave_out("depth")),
@@ -331,10 +339,17 @@ TABLES: dict[str, Table] = {
                 Row("dense", "unpruned", dense=True),
                 Row("one-shot", "one-shot, lora", _AT_ONCE),
                 Row("one-shot-width", "one-shot, gate, refit", {**_AT_ONCE, **_GATE, **_REFIT}),
-                Row("one-shot-depth", "one-shot, the recipe", _RECIPE_AT_ONCE),
+                Row("one-shot-depth", "one-shot, gate, refit, depth", _RECIPE_AT_ONCE),
+                Row("one-shot-obs", "one-shot, obs, refit", {**_AT_ONCE, **_OBS, **_REFIT}),
+                Row(
+                    "one-shot-obs-depth",
+                    "one-shot, obs, refit, depth",
+                    {**_RECIPE_AT_ONCE, **_OBS},
+                ),
                 Row("fast", "LoRAPrune", {**_JOINT, **_FAST}),
                 Row("all-width", "the recipe without depth", _leave_out("depth")),
                 Row("all", "the recipe", _ALL),
+                Row("all-obs", "the recipe, obs for gate", {**_ALL, **_OBS}),
             ),
             (0.2, 0.5, 0.7),
         ),

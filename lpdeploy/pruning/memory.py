@@ -94,7 +94,7 @@ def plan_memory(
     factors = sum(options.lora_rank * (i + o) for layer in layers for i, o in layer.sizes)
     activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype], device=device)
     gradients = _plan_gradients(layers, options, activations, dtype, device)
-    if options.refit:  # nothing else is kept while groups are removed
+    if options.runs_rows_at_events:  # nothing else is kept while groups are removed
         activations = max(activations, _plan_refit(config, layers, options, _ITEMSIZE[dtype]))
     weights = _plan_weights(config, layers, options, dtype, shards=shards)
     if options.distill_live:

@@ -72,9 +72,10 @@ class LoRAPruner:
             raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
         self.model = model
         self.config = config or PruneConfig()
-        if self.config.refit != bool(refit_batches):
+        if self.config.runs_rows_at_events != bool(refit_batches):
             raise ValueError(
-                "`refit` solves over batches: give both `refit=True` and refit_batches, or neither"
+                "`refit` and `criterion='obs'` run batches of their own: give one of these and "
+                "refit_batches, or neither"
             )
         if self.config.drop_layers or self.config.depth:
             raise ValueError(
@@ -178,7 +179,7 @@ class LoRAPruner:
         if step not in self._events_left:
             return False
         progress = self.schedule.compute_progress(step)
-        calibrate = self._calibrate_refit if self.config.refit else None
+        calibrate = self._calibrate_refit if self.config.runs_rows_at_events else None
         apply_event(
             self.state, self.config, progress=progress, optimizer=optimizer, calibrate=calibrate
         )

@@ -22,6 +22,7 @@ from lpdeploy.models.cutting import (
 from lpdeploy.models.run_weights import copy_columns
 from lpdeploy.plan import GroupSpec, Kept, get_output
 from lpdeploy.pruning.importance import Importance, apply_moving_average
+from lpdeploy.pruning.outputs import score_layers
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import Part, refit_layers
 from lpdeploy.pruning.scoring import ScoreForm, Scorer
@@ -73,6 +74,19 @@ class PruningState:
         # A masked model still has the groups that are gone.
         scores = self.scorer.compute_importance(self.kept if self.removal == "mask" else None)
         apply_moving_average(self.average, scores, decay=decay)
+
+    def score_outputs(self, calibrate: Callable[[int], Calibration]) -> None:
+        """Score the live groups by the rows of an event, if the criterion does.
+
+        Args:
+            calibrate: Gives the rows, for a number of columns.
+        """
+        score = self.scorer.criterion.score_outputs
+        if score is not None:
+            columns = max(len(self.kept[s.name]) * get_output(s).block for s in self.specs)
+            kept = self.kept if self.removal == "mask" else None
+            rows = calibrate(columns)
+            self.average = score_layers(self.model, self.specs, rows, score, kept=kept)
 
     def remove_groups(
         self,
@@ -234,13 +248,16 @@ def apply_event(
         options: How many are removed in the end.
         progress: The part of what is to go that is gone after this event, in (0, 1].
         optimizer: Holds the parameters that are cut, and their moments; None if there is none.
-        calibrate: Gives the rows to refit over, for a number of columns; None for no refit.
+        calibrate: Gives the rows to score outputs and to refit over, for a number of columns; None
+            where neither is asked for.
     """
+    if calibrate is not None:
+        state.score_outputs(calibrate)
     replaced = state.remove_groups(
         {kind: ratio * progress for kind, ratio in options.ratios.items()},
         scope=options.scope,
         multiples=options.multiples,
-        calibrate=calibrate,
+        calibrate=calibrate if options.refit else None,
     )
     if optimizer is not None:
         apply_cut_to_optimizer(optimizer, replaced)

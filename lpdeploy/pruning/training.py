@@ -318,14 +318,14 @@ def _apply_step(training: Training, *, lr: float, norm: Tensor) -> None:
 
 def _remove(training: Training, step: int) -> tuple["_Seconds", EventLoss]:
     """Remove groups; return how long it took, and what it cost."""
-    refit = training.options.refit
+    rows = training.options.runs_rows_at_events
     remove = partial(
         apply_event,
         training.state,
         training.options,
         progress=training.schedule.compute_progress(step),
         optimizer=training.optimizer,
-        calibrate=partial(_calibrate_refit, training, step) if refit else None,
+        calibrate=partial(load_event_rows, training, step) if rows else None,
     )
     seconds: list[_Seconds] = []
     try:
@@ -335,8 +335,8 @@ def _remove(training: Training, step: int) -> tuple["_Seconds", EventLoss]:
     return seconds[0], loss
 
 
-def _calibrate_refit(training: Training, step: int, columns: int) -> Calibration:
-    """Choose the rows that an event refits over; each event has other ones."""
+def load_event_rows(training: Training, step: int, columns: int) -> Calibration:
+    """Choose the rows that an event scores outputs and refits over; each event has other ones."""
     options, dataset = training.options, training.dataset
     rows = list_calibration_rows(
         dataset,

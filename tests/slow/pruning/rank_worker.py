@@ -41,6 +41,7 @@ CASES = {
     "gqa-gate": ("gqa", "pairs.jsonl", {"criterion": "gate", "calibration_samples": 10}),
     "gqa-wanda": ("gqa", "pairs.jsonl", {"criterion": "wanda", "calibration_samples": 10}),
     "gqa-refit": ("gqa", "pairs.jsonl", {"refit": True}),
+    "gqa-obs": ("gqa", "text.txt", {"criterion": "obs", "refit": True}),
     "gqa-distill": ("gqa", "pairs.jsonl", {"distill": 0.5}),
     "mha-refit-mask": ("mha", "text.txt", {"refit": True, "removal": "mask"}),
     "gqa-lora-mask": ("gqa", "text.txt", {"removal": "mask"}),
