@@ -13,4 +13,5 @@ MAGNITUDE = Criterion(
     words="the magnitude of the weights",
     help="from the weights",
     score_weights=score_weights,
+    forward_only=True,
 )

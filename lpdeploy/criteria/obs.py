@@ -94,4 +94,5 @@ OBS = Criterion(
     words="what the outputs of the layers lose when the remaining weights make up for it",
     help="from what a layer's output loses after a refit (Optimal Brain Surgeon), group by group",
     score_outputs=score_outputs,
+    forward_only=True,
 )

@@ -15,4 +15,6 @@ def draw(groups: int) -> "Tensor":
     return torch.rand(groups)
 
 
-RANDOM = Criterion(name="random", words="chance", help="at random", score_groups=draw)
+RANDOM = Criterion(
+    name="random", words="chance", help="at random", score_groups=draw, forward_only=True
+)

@@ -91,6 +91,7 @@ class Criterion:
             in full precision, whole on every rank, and as much memory again.
         measure_inputs: Takes the input of a Linear, shape (B, T, in), float32, and returns numbers
             of the same shape. Their sums over the real tokens of the batch are observed.
+        forward_only: Scores need no gradient, so rows that are only scored run forward alone.
         rank_products: Products of LoRA's rank and a weight's size that scoring takes beside
             ``B A``; counted as operations.
     """
@@ -104,6 +105,7 @@ class Criterion:
     score_outputs: ScoreOutputs | None = None
     weight_gradients: bool = False
     measure_inputs: "Callable[[Tensor], Tensor] | None" = None
+    forward_only: bool = False
     rank_products: int = 0
 
     def __post_init__(self) -> None:

@@ -92,7 +92,10 @@ def plan_memory(
     """
     layers = [_Layer(config, width, options, dtype, device) for width in list_widths(config)]
     factors = sum(options.lora_rank * (i + o) for layer in layers for i, o in layer.sizes)
-    activations = _plan_activations(config, layers, options, _ITEMSIZE[dtype], device=device)
+    held = options
+    if options.schedule == "one-shot" and CRITERIA[options.criterion].forward_only:
+        held = replace(options, gradient_checkpointing=True)  # no more than the layer that runs
+    activations = _plan_activations(config, layers, held, _ITEMSIZE[dtype], device=device)
     gradients = _plan_gradients(layers, options, activations, dtype, device)
     if options.runs_rows_at_events:  # nothing else is kept while groups are removed
         activations = max(activations, _plan_refit(config, layers, options, _ITEMSIZE[dtype]))

@@ -135,10 +135,11 @@ def _calibrate(training: Training) -> StepInfo:
     losses: list[float] = []
     scoring: list[_Seconds] = []
     tokens = 0
+    backward = not training.state.scorer.criterion.forward_only
     for start_row in range(0, len(rows), options.batch_size):
         with training.state.scorer.observe():
             loss, count = _accumulate_gradients(
-                training, rows[start_row : start_row + options.batch_size]
+                training, rows[start_row : start_row + options.batch_size], backward=backward
             )
         losses.append(_check_finite(0, loss=loss, norm=_compute_norm(training)))
         # The plain mean over the batches, whatever the moving average forgets later.
@@ -222,7 +223,7 @@ def _seed(training: Training, step: int) -> None:
 
 
 def _accumulate_gradients(
-    training: Training, rows: list[int], *, teacher: Teacher | None = None
+    training: Training, rows: list[int], *, teacher: Teacher | None = None, backward: bool = True
 ) -> tuple[Tensor, int]:
     """Run forward and backward over a batch; return its mean loss a token, and its tokens.
 
@@ -237,8 +238,10 @@ def _accumulate_gradients(
     targets = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in micros)
     total = torch.zeros((), device=training.device)
     for micro in training.ranks.deal(micros):
-        loss = _compute_loss(training, micro, targets=targets, teacher=teacher)
-        loss.backward()
+        with torch.set_grad_enabled(backward):
+            loss = _compute_loss(training, micro, targets=targets, teacher=teacher)
+        if backward:
+            loss.backward()
         total += loss.detach()
     training.ranks.sum([total, *(p.grad for p in training.trainable if p.grad is not None)])
     return total, sum(micro["input_ids"].numel() for micro in micros)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria.obs import score_outputs
@@ -14,6 +15,7 @@ from lpdeploy.models.compact import compact
 from lpdeploy.models.cutting import apply_masks
 from lpdeploy.models.loading import load_model
 from lpdeploy.plan import get_output
+from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.outputs import score_layers
 from lpdeploy.pruning.pruner import LoRAPruner
 from lpdeploy.pruning.run import prune
@@ -97,6 +99,30 @@ def test_a_quantized_base_is_scored_by_what_it_computes_with(data, tmp_path, loa
     prune(str(base), tmp_path / "run", data=str(data), options=config)
     compact(tmp_path / "run")
     verify(tmp_path / "run", engine="torch").check()
+
+
+@pytest.mark.parametrize("criterion", ["obs", "magnitude", "random"])
+def test_without_training_there_is_no_backward_pass(base, data, tmp_path, monkeypatch, criterion):
+    def refuse(*_):
+        raise AssertionError("a backward pass")
+
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    config = PruneConfig(**{**SMALL, "criterion": criterion, "schedule": "one-shot"}, refit=True)
+    prune(str(base), tmp_path / "run", data=str(data), options=config)
+    other = PruneConfig(**{**SMALL, "criterion": "gate", "schedule": "one-shot"})
+    with pytest.raises(AssertionError, match="a backward pass"):
+        prune(str(base), tmp_path / "other", data=str(data), options=other)
+
+
+def test_it_is_planned_with_less_memory():
+    config = LlamaConfig(num_hidden_layers=32)
+    plans = {
+        name: plan_memory(
+            config, PruneConfig(criterion=name, schedule="one-shot"), dtype="bf16", device="cuda"
+        ).activations
+        for name in ("gate", "magnitude")
+    }
+    assert plans["magnitude"] < 0.2 * plans["gate"]
 
 
 def test_what_was_removed_was_worth_least_when_it_went(base, data, tmp_path):
