@@ -305,6 +305,11 @@ TABLES: dict[str, Table] = {
             (
                 Row("one-shot", "one-shot, lora", _AT_ONCE),
                 Row("one-shot-refit", "one-shot, lora, refit", {**_AT_ONCE, **_REFIT}),
+                Row(
+                    "one-shot-refit-8bit",
+                    "one-shot, lora, refit, 8-bit base",
+                    {**_AT_ONCE, **_REFIT, "load_in": "8bit"},
+                ),
                 Row("one-shot-width", "one-shot, gate, refit", {**_AT_ONCE, **_GATE, **_REFIT}),
                 Row("one-shot-depth", "one-shot, gate, refit, depth", _RECIPE_AT_ONCE),
                 Row("one-shot-obs", "one-shot, obs, refit", {**_AT_ONCE, **_OBS, **_REFIT}),
