@@ -70,11 +70,12 @@ def render_refit(data: dict[str, Any]) -> str:
     """Say what the events of a run cost with a refit, and what one layer of a 7B does."""
     rows = [
         (
-            f"event after step {event['step']}",
+            f"event after step {event['step']}, {criterion}",
             f"{event['seconds']:.2f}",
             f"{event['steps_worth']:.1f}",
         )
-        for event in data["events"]
+        for criterion, events in data["events"].items()
+        for event in events
     ]
     layer = data["layer"]
     rows += [
@@ -91,6 +92,42 @@ def render_refit(data: dict[str, Any]) -> str:
     return write_table(("work", "s", "in steps"), rows, about, describe(data, "peft"))
 
 
+def render_refit_memory(data: dict[str, Any]) -> str:
+    """Compare the peak memory of a run with that of one with a refit."""
+    rows = [
+        (
+            name,
+            f"{data[key]['planned']['total'] / 1e6:,.0f}",
+            f"{data[key]['peak_bytes'] / 1e6:,.0f}",
+        )
+        for key, name in {"plain": "without a refit", "refit": "with a refit"}.items()
+    ]
+    options = data["options"]
+    about = (
+        f"{data['model']}, {options['steps']} steps of {options['batch_size']} x "
+        f"{options['seq_len']} tokens, criterion {options['criterion']}, fp32, in a process of its "
+        "own, libraries included."
+    )
+    return write_table(("run", "planned, MB", "measured, MB"), rows, about, describe(data, "peft"))
+
+
+def render_distill(data: dict[str, Any]) -> str:
+    """Say what distillation costs a step, and before the steps."""
+    ratio, options = data["step_ratio"], data["options"]
+    low, high = ratio["quartiles"]
+    rows = [
+        ("a step, against one without", f"{ratio['median']:.3f} (quartiles {low:.3f}, {high:.3f})"),
+        ("the pass of the unpruned model, against all steps", f"{data['teacher_share']:.2f}"),
+        ("its cache", f"{data['teacher_bytes'] / 1e6:,.0f} MB"),
+    ]
+    about = (
+        f"{data['model']}, {options['steps']} steps of {options['batch_size']} x "
+        f"{options['seq_len']} tokens to 50 %, each row seen once. The two runs take turns step by "
+        f"step; the ratio is that of {ratio['steps']} steps after the last event."
+    )
+    return write_table(("what", "cost"), rows, about, describe(data, "peft"))
+
+
 def render_one_shot(data: dict[str, Any]) -> str:
     """Compare ways to prune without training."""
     rows = [("unpruned", "", "", f"{data['dense']:.1f}", "")]
@@ -99,13 +136,14 @@ def render_one_shot(data: dict[str, Any]) -> str:
         removed = (f"{achieved[kind]:.0%} of the {kind}" for kind in ("layers", "heads", "channels")
                    if achieved[kind])  # fmt: skip
         rows.append((
-            name.replace("-refit", ", refit"), ", ".join(removed), f"-{achieved['parameters']:.1%}",
+            name.replace("-", ", "), ", ".join(removed), f"-{achieved['parameters']:.1%}",
             f"{row['perplexity']:.1f}", f"{row['seconds'] / 60:.0f}",
         ))  # fmt: skip
     documents = data["shared_options"]["documents"]
     about = (
         f"Perplexity of the last {documents} documents of the second text, in segments of 256 "
-        "tokens. Criterion gate, 128 rows of 256 tokens to score and to refit over."
+        "tokens. Criterion gate unless another is named, 128 rows of 256 tokens to score and to "
+        "refit over."
     )
     header = ("way", "removed", "parameters", "perplexity", "min")
     return write_table(header, rows, about, describe(data, "peft"))
@@ -255,6 +293,8 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "load": render_load,
     "one_shot": render_one_shot,
     "refit": render_refit,
+    "refit_memory": render_refit_memory,
+    "distill": render_distill,
     "memory": render_memory,
     "messages": render_messages,
     "paper": lambda data: strip_heading(render_markdown(read_record(TableResult, data))),

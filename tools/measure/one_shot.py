@@ -28,16 +28,19 @@ REFIT = {"refit": True, "refit_samples": 128}
 # About a fifth and a third of the weights of SmolLM2's layers.
 CHANNELS, MORE_CHANNELS = ({"head_ratio": 0.0, "channel_ratio": share} for share in (0.29, 0.44))
 LAYERS, MORE_LAYERS = ({"ratio": 0.0, "drop_layers": count} for count in (7, 10))
+OBS = {"criterion": "obs", **REFIT}
 ROWS: dict[str, dict[str, Any]] = {
     "channels-refit": {**CHANNELS, **REFIT},
+    "channels-obs-refit": {**CHANNELS, **OBS},
     "layers-refit": {**LAYERS, **REFIT},
     "channels": CHANNELS,
     "layers": LAYERS,
     "more-channels-refit": {**MORE_CHANNELS, **REFIT},
     "more-layers-refit": {**MORE_LAYERS, **REFIT},
     "heads-refit": {"ratio": 0.2, **REFIT},
-    "auto": {"ratio": 0.2, "depth": "auto", **REFIT},
-    "more-auto": {"ratio": 0.33, "depth": "auto", **REFIT},
+    "auto-obs-refit": {"ratio": 0.2, "depth": "auto", **OBS},
+    "more-channels-obs-refit": {**MORE_CHANNELS, **OBS},
+    "more-auto-obs-refit": {"ratio": 0.33, "depth": "auto", **OBS},
 }
 
 

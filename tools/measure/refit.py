@@ -37,11 +37,13 @@ MEMORY = {
 STEPS = {"steps": 100, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lr": 1e-3}
 
 
-def time_events(model: str, data: str) -> list[dict[str, float]]:
+def time_events(model: str, data: str, criterion: str) -> list[dict[str, float]]:
     """Run a joint pruning with a refit, and compare each event with the steps before it."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
-        config = PruneConfig(**STEPS, refit=True, lora_dropout=0.0, device="cpu")  # type: ignore[arg-type]
+        config = PruneConfig(
+            **STEPS, criterion=criterion, refit=True, lora_dropout=0.0, device="cpu"
+        )  # type: ignore[arg-type]
         prune(model, run, data=data, options=config)
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [line["seconds"] - line["cutting_seconds"] for line in lines]
@@ -122,9 +124,11 @@ def main() -> None:
         save_measurement(arguments.output, document)
         return
     layer = measure_layer(KEPT, HIDDEN, batch=BATCH, batches=BATCHES)
-    events = time_events(arguments.model, arguments.train)
-    worth = [event["steps_worth"] for event in events]
-    document = {"layer": layer, "events": events, "median_steps_worth": statistics.median(worth)}
+    events = {
+        criterion: time_events(arguments.model, arguments.train, criterion)
+        for criterion in ("lora", "obs")
+    }
+    document = {"layer": layer, "events": events}
     save_measurement(arguments.output, document)
 
 
