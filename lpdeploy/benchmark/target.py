@@ -6,8 +6,7 @@ A size or a latency becomes ratios, an open depth a number of layers, an open ra
 import bisect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.latency_target import OutOfReachError, choose_widths
 from lpdeploy.benchmark.rate import choose_rate
 from lpdeploy.config import PruneConfig
-from lpdeploy.data.batches import Progress
+from lpdeploy.data.batches import Progress, TokenDataset
 from lpdeploy.environment import count_ranks
 from lpdeploy.errors import ArtifactError, LpdeployError, quote_error
 from lpdeploy.machine import format_bytes
@@ -86,35 +85,58 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
     """
     if not options.is_open:
         return options, None
+    given = _Given(model, data, output, cache, overwrite, on_tokenize)
     if resume:
         record = load_target(_require(output, "output"), describe_asked(options))
     else:
-        record = _choose(
-            model,
-            options,
-            data=data,
-            output=output,
-            cache=cache,
-            overwrite=overwrite,
-            on_tokenize=on_tokenize,
-        )
-    resolved = _fill_in(options, record)
+        record = _choose_shape(given, options)
     if not resume and isinstance(options.lr, str):
-        rates = _choose_rate(
-            model,
-            resolved,
-            data=_require(data, "data"),
-            output=output,
-            cache=cache,
-            overwrite=overwrite,
-            on_tokenize=on_tokenize,
-        )
-        record = replace(record, rates=tuple(rates))
-        resolved = _fill_in(options, record)
+        record = replace(record, rates=tuple(_try_rates(given, _fill_in(options, record))))
+    resolved = _fill_in(options, record)
+    if isinstance(resolved.lr, str):
+        raise ArtifactError("target.json has no learning rate. Use `overwrite=True` to start anew.")
     chosen = {**record.ratios, **({"lr": resolved.lr} if record.rates else {})}
     words = " ".join(f"`{name}={value:g}`" for name, value in chosen.items())
     logger.info("%s: %s", "as chosen when the run began" if resume else "chosen", words)
     return resolved, record
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What trials are made with; as in ``resolve_options``."""
+
+    model: str
+    data: str | None
+    output: Path | None
+    cache: bool
+    overwrite: bool
+    on_tokenize: Progress | None
+
+    def load_source(self, options: PruneConfig, *, ranks: int = 1) -> Source:
+        """Find the base, and refuse a run that could not begin."""
+        source = load_source(self.model, options)
+        if self.output is not None:
+            folder = RunFolder(self.output)
+            folder.check_free(base=source.folder, resume=False, overwrite=self.overwrite)
+        check_memory(source.config, replace(options, depth=None), ranks=ranks)
+        return source
+
+    def load_dataset(self, source: Source, options: PruneConfig) -> TokenDataset:
+        """Tokenize the data."""
+        data = _require(self.data, "data")
+        return load_dataset(source, data, options, cache=self.cache, on_progress=self.on_tokenize)
+
+    def choose_widths(self, options: PruneConfig) -> TargetRecord:
+        """Choose the ratios for a target of latency."""
+        return choose_widths(
+            self.model,
+            options,
+            data=_require(self.data, "data"),
+            output=self.output,
+            cache=self.cache,
+            overwrite=self.overwrite,
+            on_tokenize=self.on_tokenize,
+        )
 
 
 def _fill_in(options: PruneConfig, record: TargetRecord) -> PruneConfig:
@@ -128,68 +150,34 @@ def _fill_in(options: PruneConfig, record: TargetRecord) -> PruneConfig:
         ) from error
 
 
-def _choose_rate(
-    model: str,
-    options: PruneConfig,
-    *,
-    data: str,
-    output: Path | None,
-    cache: bool,
-    overwrite: bool,
-    on_tokenize: Progress | None,
-) -> list[RateTrial]:
+def _try_rates(given: _Given, options: PruneConfig) -> list[RateTrial]:
     ranks = join_ranks(options)
-    source = load_source(model, options)
-    if output is not None:
-        RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
-    check_memory(source.config, options, ranks=ranks.size)
-    dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+    source = given.load_source(options, ranks=ranks.size)
+    dataset = given.load_dataset(source, options)
     check_refit_data(source, dataset, options)
     return choose_rate(source, dataset, options, ranks=ranks)
 
 
-def _choose(
-    model: str,
-    options: PruneConfig,
-    *,
-    data: str | None,
-    output: Path | None,
-    cache: bool,
-    overwrite: bool,
-    on_tokenize: Progress | None,
-) -> TargetRecord:
+def _choose_shape(given: _Given, options: PruneConfig) -> TargetRecord:
     if not options.has_open_shape:
         return TargetRecord(asked=describe_asked(options), ratios={})
     if options.target_latency is None and options.depth is None:
-        config = find_config(model)
+        config = find_config(given.model)
         limit = _get_limit(config, options)
-        _refuse_unreachable(model, config, options, limit=limit)
+        _refuse_unreachable(given.model, config, options, limit=limit)
         return _fit_ratio(config, options, limit=limit)
     _refuse_ranks(options)
-    data = _require(data, "data")
-    measure = partial(
-        choose_widths,
-        model,
-        data=data,
-        output=output,
-        cache=cache,
-        overwrite=overwrite,
-        on_tokenize=on_tokenize,
-    )
+    _require(given.data, "data")  # before anything is read
     if options.depth is None:
-        return measure(options)
-    source = load_source(model, options)
-    if output is not None:
-        RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
-    check_memory(source.config, replace(options, depth=None))
+        return given.choose_widths(options)
+    source = given.load_source(options)
     if options.target_latency is None:
         limit = _get_limit(source.config, options)
         depths = _list_depths(source, options, limit=limit)
         candidates = _list_candidates(source.config, options, depths=depths, limit=limit)
     else:
-        candidates = _list_quick(source, options, measure)
-    dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
-    return choose_depth(source, dataset, options, candidates)
+        candidates = _list_quick(source, options, given.choose_widths)
+    return choose_depth(source, given.load_dataset(source, options), options, candidates)
 
 
 def _list_quick(

@@ -20,6 +20,7 @@ from lpdeploy.pruning.setup import build_training, load_dataset, load_source
 from lpdeploy.pruning.target import RateTrial, TargetRecord
 from lpdeploy.pruning.training import run_steps
 from lpdeploy.pruning.walk import measure_loss
+from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, make_tiny_model
 
 OPTIONS = {
@@ -154,3 +155,16 @@ def test_on_the_command_line_and_in_a_recipe(base, text, tmp_path):
     result = CliRunner().invoke(main, [*words, "--lr", "best"])
     assert result.exit_code == 2
     assert "'best' is not a valid float" in result.stderr
+
+
+@pytest.mark.parametrize("rates", [[], [{"lr": -1.0, "loss": 2.0}], [{"lr": "NaN", "loss": 2.0}]])
+def test_a_damaged_record_is_refused(base, text, tmp_path, rates):
+    config = PruneConfig(**OPTIONS)
+    given = {"data": str(text), "output": tmp_path / "run"}
+    chosen, record = resolve_options(str(base), config, **given)
+    prune(str(base), tmp_path / "run", data=str(text), options=chosen, target=record)
+    run = RunFolder(tmp_path / "run")
+    with run.recorded(run.target):
+        run.target.write_text(json.dumps({**record.to_json(), "rates": rates}))
+    with pytest.raises(ArtifactError, match=r"target\.json (cannot be used|has no learning rate)"):
+        resolve_options(str(base), config, **given, resume=True)

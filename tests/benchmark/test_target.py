@@ -71,7 +71,7 @@ def test_the_run_meets_it_and_the_next_larger_shape_would_not(base, data, tmp_pa
     dense, _ = count_saved(base)
     limit = int(share * dense)
     asked = ask(options, target_params=limit)
-    with pytest.raises(ValueError, match="`target_params` has not been turned into ratios yet"):
+    with pytest.raises(ValueError, match="`target_params` is still open"):
         prune(str(base), tmp_path / "run", data=str(data), options=asked)
     resolved, chosen = resolve_options(str(base), asked)
     ratio = resolved.ratio
