@@ -75,7 +75,7 @@ def prune(  # noqa: PLR0913 - what the command takes
         "resume": resume,
         "overwrite": overwrite,
     }
-    config, target = resolve_options(os.fspath(model), config, **given)
+    config, target = resolve_options(os.fspath(model), config, **given, stop=stop)
     run_prune(os.fspath(model), **given, options=config, target=target, stop=stop, on_step=on_step)
     return run
 

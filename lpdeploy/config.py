@@ -382,6 +382,8 @@ class PruneConfig:
         """Number of rows scored before the first step."""
         if self.calibration_samples is None:
             at_once = self.schedule != "joint"
+            if not at_once and CRITERIA[self.criterion].score_outputs is not None:
+                return 0  # which scores groups when they go
             return _CALIBRATION_ROWS if at_once or RAMPS[self.ramp].calibrate else 0
         return self.calibration_samples
 

@@ -87,8 +87,15 @@ def _is_kind(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or kind is bool:  # a bool is an int in Python, and a mistake here
         return isinstance(value, bool) and kind is bool
     if kind is float:
-        return isinstance(value, Real) and math.isfinite(value)
+        return isinstance(value, Real) and _is_finite(value)
     return isinstance(value, Integral if kind is int else kind)
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def _is_allowed(value: Any, rules: Option) -> bool:

@@ -2,8 +2,8 @@
 
 Which rate is best depends on the model, the data and the steps, and no rule that we know foretells
 it. So the model is pruned at once, and from there LoRA is trained anew with each rate, with the
-warmup and the decay of the run, and judged by the loss of rows that were held out. Three trials are
-usual: they go up from 1e-3 as long as the loss falls, or else down.
+same warmup and decay as in the run, and judged by the loss of rows that were held out. Three trials
+are usual: they go up from 1e-3 as long as the loss falls, or else down.
 
 Few steps favour high rates: on our models, the best rate of a trial was up to three times that of
 the whole run, but hardly better than the next lower one. So of the rates that are about as good as
@@ -18,16 +18,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lpdeploy.benchmark.trial import HELD_OUT_ROWS, simplify, use_training
+from lpdeploy.benchmark.trial import simplify, use_training
 from lpdeploy.config import PruneConfig
-from lpdeploy.data.batches import TokenDataset
-from lpdeploy.errors import NonFiniteError
-from lpdeploy.pruning.guard import collect_held_out
+from lpdeploy.data.batches import TokenDataset, list_batch
+from lpdeploy.errors import LpdeployError, NonFiniteError
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.setup import Source
 from lpdeploy.pruning.target import RateTrial
-from lpdeploy.pruning.training import Training, count_steps, run_steps
-from lpdeploy.pruning.walk import Calibration, measure_loss
+from lpdeploy.pruning.training import Training, count_hold_steps, count_steps, run_steps
+from lpdeploy.pruning.walk import (
+    Calibration,
+    collect_calibration,
+    list_held_out,
+    measure_loss,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ _FIRST = RATES.index(1e-3)
 _ABOUT = 0.01  # of the loss
 _SHARE = 0.1
 _FEWEST_STEPS, _MOST_STEPS = 10, 100
+_FEWEST_ROWS, _MOST_REFIT_ROWS = 8, 4096
+_MOST_HOLD = 0.9  # of the steps
 
 
 def choose_rate(
@@ -54,14 +60,25 @@ def choose_rate(
         What was tried, the chosen one first.
 
     Raises:
+        LpdeployError: There are too few rows.
         NonFiniteError: No rate has a finite loss.
+        RunEndedError: A rank was told to stop.
     """
-    steps = count_trial_steps(count_steps(options, len(dataset)))
-    options = simplify(options, schedule="separate", steps=steps)
+    total = count_steps(options, len(dataset))
+    steps = count_trial_steps(total)
+    hold = count_hold_steps(options, source.prunable, steps=total) / total
+    options = simplify(options, schedule="separate", steps=steps, lr_hold=min(hold, _MOST_HOLD))
+    rows, judges = split_held_out(dataset, options)
 
     def try_rates(training: Training) -> list[RateTrial]:
         next(iter(run_steps(training)))  # scores and removes
-        held_out = collect_held_out(training, count=HELD_OUT_ROWS)
+        held_out = collect_calibration(
+            dataset,
+            judges,
+            micro_batch_size=options.micro_batch_size,
+            autocast=training.autocast,
+            ranks=training.ranks,
+        )
         initial = [parameter.detach().clone() for parameter in training.trainable]
 
         def measure(rate: float) -> float:
@@ -74,13 +91,43 @@ def choose_rate(
 
         return put_chosen_first(climb(measure))
 
-    trials = use_training(source, dataset, options, try_rates, ranks=ranks)
+    trials = use_training(source, rows, options, try_rates, ranks=ranks)
     if not math.isfinite(trials[0].loss):
         raise NonFiniteError(
             "The loss of held-out rows is not finite with any learning rate. Check the model and "
             "the data, or use `dtype='fp32'`."
         )
+    if trials[0].lr in (RATES[0], RATES[-1]):
+        logger.warning(
+            "`lr=%g` is the last rate that is tried; more data or more steps tell rates apart.",
+            trials[0].lr,
+        )
     return trials
+
+
+def split_held_out(dataset: TokenDataset, options: PruneConfig) -> tuple[TokenDataset, list[int]]:
+    """Choose the rows of the trials, and others that judge them.
+
+    Args:
+        dataset: Tokens.
+        options: Of a trial.
+
+    Returns:
+        The first rows of the first pass, as many as a trial may see, and which ones are held out.
+
+    Raises:
+        LpdeployError: There are too few rows.
+    """
+    if len(dataset) < _FEWEST_ROWS:
+        raise LpdeployError(
+            f"`lr='auto'` needs rows to train on and others to judge by, and there are "
+            f"{len(dataset)}. Give a learning rate, or at least {_FEWEST_ROWS} rows of data."
+        )
+    held_out = list_held_out(dataset, seed=options.seed)
+    assert options.steps is not None
+    wanted = options.steps * options.batch_size + options.num_calibration_rows + _MOST_REFIT_ROWS
+    rows = list_batch(len(dataset), step=0, batch_size=len(dataset), seed=options.seed)
+    return dataset.select(rows[: len(rows) - len(held_out)][:wanted]), held_out
 
 
 def count_trial_steps(steps: int) -> int:
@@ -120,12 +167,13 @@ def _restart(training: Training, initial: Sequence[Tensor]) -> None:
         for parameter, values in zip(training.trainable, initial, strict=True):
             parameter.copy_(values)
     training.optimizer.state.clear()
+    training.optimizer.zero_grad()  # of a trial that diverged
 
 
 def _train(training: Training, held_out: Calibration) -> float:
     try:
         for _ in run_steps(training, start=0):
-            pass
+            training.ranks.check_stop()
     except NonFiniteError:
         return math.inf
     loss = measure_loss(training.state.model, held_out)

@@ -4,7 +4,9 @@ A size or a latency becomes ratios, an open depth a number of layers, an open ra
 """
 
 import bisect
+import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from lpdeploy.models.shapes import (
     get_itemsize,
 )
 from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.ranks import join_ranks
+from lpdeploy.pruning.ranks import OTHER_START, join_ranks
 from lpdeploy.pruning.setup import Source, check_refit_data, load_dataset, load_source
 from lpdeploy.pruning.target import (
     RateTrial,
@@ -57,6 +59,7 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    stop: threading.Event | None = None,
     on_tokenize: Progress | None = None,
 ) -> tuple[PruneConfig, TargetRecord | None]:
     """Turn a budget (``target_params``, ``target_memory`` or ``target_latency``) into ratios.
@@ -72,6 +75,7 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
         cache: Keep the tokens of ``data``, and use those of an earlier run.
         resume: Read from ``output`` what was chosen when the run began.
         overwrite: Whether a run in ``output`` may be replaced.
+        stop: Set it to end trials of learning rates after the current step.
         on_tokenize: Is told (examples tokenized, all examples).
 
     Returns:
@@ -85,7 +89,7 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
     """
     if not options.is_open:
         return options, None
-    given = _Given(model, data, output, cache, overwrite, on_tokenize)
+    given = _Given(model, data, output, cache, overwrite, stop, on_tokenize)
     if resume:
         record = load_target(_require(output, "output"), describe_asked(options))
     else:
@@ -93,9 +97,11 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
     if not resume and isinstance(options.lr, str):
         record = replace(record, rates=tuple(_try_rates(given, _fill_in(options, record))))
     resolved = _fill_in(options, record)
-    if isinstance(resolved.lr, str):
-        raise ArtifactError("target.json has no learning rate. Use `overwrite=True` to start anew.")
-    chosen = {**record.ratios, **({"lr": resolved.lr} if record.rates else {})}
+    if resolved.is_open:
+        raise ArtifactError(
+            "target.json lacks what was chosen. Use `overwrite=True` to start anew."
+        )
+    chosen = {**record.ratios, **({"lr": resolved.lr} if options.lr == "auto" else {})}
     words = " ".join(f"`{name}={value:g}`" for name, value in chosen.items())
     logger.info("%s: %s", "as chosen when the run began" if resume else "chosen", words)
     return resolved, record
@@ -110,6 +116,7 @@ class _Given:
     output: Path | None
     cache: bool
     overwrite: bool
+    stop: threading.Event | None
     on_tokenize: Progress | None
 
     def load_source(self, options: PruneConfig, *, ranks: int = 1) -> Source:
@@ -143,7 +150,8 @@ def _fill_in(options: PruneConfig, record: TargetRecord) -> PruneConfig:
     """Return options with what a record says was chosen for them."""
     try:
         resolved = options.with_ratios(**record.ratios)
-        return replace(resolved, lr=record.rates[0].lr) if record.rates else resolved
+        is_open = isinstance(options.lr, str) and record.rates
+        return replace(resolved, lr=record.rates[0].lr) if is_open else resolved
     except ValueError as error:
         raise ArtifactError(
             f"target.json cannot be used: {quote_error(error)}. Use `overwrite=True` to start anew."
@@ -151,9 +159,10 @@ def _fill_in(options: PruneConfig, record: TargetRecord) -> PruneConfig:
 
 
 def _try_rates(given: _Given, options: PruneConfig) -> list[RateTrial]:
-    ranks = join_ranks(options)
+    ranks = join_ranks(options, stop=given.stop)
     source = given.load_source(options, ranks=ranks.size)
     dataset = given.load_dataset(source, options)
+    ranks.check_same(json.dumps([options.to_json(), dataset.sha256]), otherwise=OTHER_START)
     check_refit_data(source, dataset, options)
     return choose_rate(source, dataset, options, ranks=ranks)
 

@@ -32,6 +32,7 @@ def simplify(options: PruneConfig, **changes: Any) -> PruneConfig:
         "distill_live": False,
         "compile": False,
         "max_loss_increase": None,
+        "checkpoint_every": 0,
     }
     return replace(options, **{**plain, **changes})
 
@@ -60,7 +61,7 @@ def _quiet() -> Iterator[None]:
     """Keep what a training says of its parts from the user, who did not start it."""
     logger = logging.getLogger("lpdeploy.pruning")
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(max(logging.WARNING, logger.getEffectiveLevel()))
     try:
         yield
     finally:

@@ -82,7 +82,19 @@ class NumberOrWord(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float | str:
         """Take a word as it is, and anything else as a number."""
-        return value if value in self._words else self._number.convert(value, param, ctx)
+        if value in self._words:
+            return value
+        if not _is_number(value):
+            self.fail(f"{value!r} is neither a number nor {' or '.join(self._words)}.", param, ctx)
+        return self._number.convert(value, param, ctx)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class ListOf(click.ParamType):

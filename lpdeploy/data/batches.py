@@ -56,6 +56,13 @@ class TokenDataset:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
+    def select(self, rows: Sequence[int]) -> "TokenDataset":
+        """Copy some rows, in their order."""
+        parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[list(rows)])]).astype(np.int64)
+        prompts = self.prompt_lengths[list(rows)]
+        return TokenDataset(np.concatenate(parts), offsets, prompts)
+
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Stack rows, padded on the right to the longest.
 

@@ -74,8 +74,9 @@ class LoRAPruner:
         self.config = config or PruneConfig()
         if self.config.runs_rows_at_events != bool(refit_batches):
             raise ValueError(
-                "`refit` and `criterion='obs'` run batches of their own: give one of these and "
-                "refit_batches, or neither"
+                "`refit` or `criterion='obs'` runs batches of its own; give refit_batches"
+                if not refit_batches
+                else "refit_batches are for `refit=True` or `criterion='obs'`; give one of these"
             )
         if self.config.drop_layers or self.config.depth:
             raise ValueError(

@@ -28,6 +28,11 @@ _TIMEOUT = timedelta(minutes=10)
 _POLL_SECONDS = 1e-4
 # How long it waits for anyone once it was told to end; launchers kill after 30 seconds.
 _PATIENCE_SECONDS = 15.0
+OTHER_START = (
+    "it has other options, or sees another model, other data or another checkpoint. Give every "
+    "rank the same command, and paths that all of them see."
+)
+"""Why ranks may not begin together."""
 _WRAPPERS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lpdeploy.config import PruneConfig
-from lpdeploy.errors import LpdeployError, RankLostError
+from lpdeploy.errors import LpdeployError
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.cutting import DroppedLayer
 from lpdeploy.models.run_weights import copy_columns
@@ -150,28 +150,23 @@ def refit_layers(
             from some layers by then, so the model is of no use any more.
     """
     ridges: list[float | None] = []
-    try:
-        with evaluating(model):
-            streams = _begin(model, calibration)
-            changed = False
-            for index, layer in enumerate(model.model.layers):
-                if isinstance(layer, DroppedLayer):
-                    continue
+    with evaluating(model):
+        streams = _begin(model, calibration)
+        changed = False
+        for index, layer in enumerate(model.model.layers):
+            if isinstance(layer, DroppedLayer):
+                continue
+            for stream in streams:
+                _run_before(layer, index, stream, calibration)
+            parts = remove(index)
+            changed = changed or parts is None or bool(parts)
+            if not changed:
                 for stream in streams:
-                    _run_before(layer, index, stream, calibration)
-                parts = remove(index)
-                changed = changed or parts is None or bool(parts)
-                if not changed:
-                    for stream in streams:
-                        stream.pruned = stream.before
-                elif parts is not None:
-                    own = parts.get("o_proj")
-                    ridges += _refit_attention(layer, index, streams, own, calibration)
-                    ridges += _refit_ffn(layer, streams, parts.get("down_proj"), calibration)
-    except RankLostError as error:
-        raise LpdeployError(
-            f"{error} Groups were being removed: go on from the last checkpoint with `resume=True`."
-        ) from error
+                    stream.pruned = stream.before
+            elif parts is not None:
+                own = parts.get("o_proj")
+                ridges += _refit_attention(layer, index, streams, own, calibration)
+                ridges += _refit_ffn(layer, streams, parts.get("down_proj"), calibration)
     _report(calibration, ridges)
 
 

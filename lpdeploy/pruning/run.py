@@ -40,7 +40,7 @@ from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.guard import LossIncreaseError
 from lpdeploy.pruning.log import StepInfo, append_log, load_losses, trim_log
-from lpdeploy.pruning.ranks import Ranks, join_ranks
+from lpdeploy.pruning.ranks import OTHER_START, Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
     build_training,
@@ -192,8 +192,7 @@ def _check_same_start(
     step = None if checkpoint is None else checkpoint.step
     ranks.check_same(
         json.dumps([options.to_json(), stage.inputs, step]),
-        otherwise="it has other options, or sees another model, other data or another checkpoint. "
-        "Give every rank the same command, and paths that all of them see.",
+        otherwise=OTHER_START,
     )
 
 

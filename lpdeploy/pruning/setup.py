@@ -310,7 +310,7 @@ def describe_start(source: Source, training: Training) -> str:
         base += ", sharded" if options.shard else ""
     dropped_layers = f"{options.drop_layers} layers are dropped; " if options.drop_layers else ""
     scored = options.num_calibration_rows
-    first = f"{scored} rows are scored before the first step; " if scored else ""
+    first = f"{scored} rows run before the first step; " if scored else ""
     return (
         f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
         f"of at most {options.seq_len} tokens{dropped}{padding}; {first}{training.steps} steps, "

@@ -188,12 +188,14 @@ def load_target(run: str | os.PathLike[str], asked: Asked) -> TargetRecord:
         )
     if not path.is_file():
         raise ArtifactError(
-            f"No {path.name} in '{path.parent}'. The run began with a `ratio`: resume it with the "
-            "same."
+            f"No {path.name} in '{path.parent}'. The run began with nothing left open: resume it "
+            "with the same options, a number for `ratio` and `lr` among them."
         )
     folder.check_files(path)
     record = load_record(TargetRecord, path, fix="Use `overwrite=True` to start anew.")
-    if record.asked != dict(asked):
+    # An open rate may be given in the end, as any rate may be changed.
+    began = {n: v for n, v in record.asked.items() if n != "lr" or n in asked}
+    if began != dict(asked):
         raise ArtifactError(
             f"The run in '{run}' began with another target: {_write(record.asked)}, not "
             f"{_write(asked)}. Give the same target, or use `overwrite` to start anew."

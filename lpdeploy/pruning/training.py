@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
-from lpdeploy.errors import NonFiniteError
+from lpdeploy.errors import LpdeployError, NonFiniteError, RankLostError
 from lpdeploy.machine import measure_peak_bytes
+from lpdeploy.plan import GroupSpec
 from lpdeploy.pruning.compilation import apply_compile
 from lpdeploy.pruning.guard import EventLoss, LossIncreaseError, watch_event
 from lpdeploy.pruning.log import StepInfo
@@ -71,10 +72,7 @@ class Training:
     @property
     def hold_steps(self) -> int:
         """Steps before the learning rate falls."""
-        options = self.options
-        if options.lr_hold is not None:
-            return round(options.lr_hold * self.steps)
-        return self.schedule.list_events()[-1] if RAMPS[options.ramp].hold else 0
+        return count_hold_steps(self.options, self.state.specs, steps=self.steps)
 
     def autocast(self) -> torch.autocast:
         """Make the context in which the model computes, in half precision if its base is."""
@@ -84,6 +82,14 @@ class Training:
     def trainable(self) -> list[torch.nn.Parameter]:
         """LoRA's parameters, as the optimizer holds them now."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def count_hold_steps(options: PruneConfig, specs: Sequence[GroupSpec], *, steps: int) -> int:
+    """Return the steps before the learning rate falls, of a run of so many."""
+    if options.lr_hold is not None:
+        return round(options.lr_hold * steps)
+    schedule = build_schedule(options, specs, steps=steps)
+    return schedule.list_events()[-1] if RAMPS[options.ramp].hold else 0
 
 
 def count_steps(options: PruneConfig, num_rows: int) -> int:
@@ -238,7 +244,8 @@ def _accumulate_gradients(
     targets = sum(int((micro["labels"][:, 1:] != IGNORED).sum()) for micro in micros)
     total = torch.zeros((), device=training.device)
     for micro in training.ranks.deal(micros):
-        with torch.set_grad_enabled(backward):
+        # Layers that are computed again ask for a gradient, whether it is taken or not.
+        with torch.set_grad_enabled(backward or training.options.gradient_checkpointing):
             loss = _compute_loss(training, micro, targets=targets, teacher=teacher)
         if backward:
             loss.backward()
@@ -332,7 +339,12 @@ def _remove(training: Training, step: int) -> tuple["_Seconds", EventLoss]:
     )
     seconds: list[_Seconds] = []
     try:
-        loss = watch_event(training, step, lambda: seconds.append(_time(training, remove)))
+        with training.ranks.watch():
+            loss = watch_event(training, step, lambda: seconds.append(_time(training, remove)))
+    except RankLostError as error:  # behind the update of this step, or half way through the model
+        raise LpdeployError(
+            f"{error} Groups were being removed: go on from the last checkpoint with `resume=True`."
+        ) from error
     except LossIncreaseError as error:
         training.refused, loss = error, error.loss
     return seconds[0], loss

@@ -2,24 +2,34 @@
 
 import json
 import math
+import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from lpdeploy.benchmark import rate
-from lpdeploy.benchmark.rate import RATES, choose_rate, climb, count_trial_steps, put_chosen_first
+from lpdeploy.benchmark.rate import (
+    RATES,
+    choose_rate,
+    climb,
+    count_trial_steps,
+    put_chosen_first,
+    split_held_out,
+)
 from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.cli.main import main
 from lpdeploy.config import PruneConfig
-from lpdeploy.errors import ArtifactError, NonFiniteError
-from lpdeploy.pruning.guard import collect_held_out
+from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError, RunEndedError
+from lpdeploy.pruning import training as training_module
+from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.setup import build_training, load_dataset, load_source
 from lpdeploy.pruning.target import RateTrial, TargetRecord
 from lpdeploy.pruning.training import run_steps
-from lpdeploy.pruning.walk import measure_loss
+from lpdeploy.pruning.walk import collect_calibration, measure_loss
 from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, make_tiny_model
 
@@ -81,12 +91,74 @@ def test_each_trial_begins_where_a_training_of_its_own_would(base, text, criteri
     assert len(trials) > 1
     assert len({trial.loss for trial in trials}) == len(trials)
     for trial in trials:
-        alone = replace(options, schedule="separate", steps=10, lr=trial.lr)
-        training = build_training(source, dataset, alone, None)
-        for _ in run_steps(training):
-            pass
-        loss = measure_loss(training.state.model, collect_held_out(training, count=64))
-        assert loss == trial.loss
+        assert measure_alone(source, dataset, options, lr=trial.lr) == trial.loss
+
+
+def measure_alone(source, dataset, options, *, lr):
+    """Return the loss after a training of its own, as long as a trial."""
+    # Of 12 steps, the last event is after the third, and the rate is held until then.
+    options = replace(options, schedule="separate", steps=10, lr_hold=0.25, lr=lr)
+    rows, held_out = split_held_out(dataset, options)
+    training = build_training(source, rows, options, None)
+    for _ in run_steps(training):
+        pass
+    judges = collect_calibration(
+        dataset, held_out, micro_batch_size=2, autocast=training.autocast, ranks=Ranks()
+    )
+    return measure_loss(training.state.model, judges)
+
+
+def test_what_judges_is_not_trained_on(base, text):
+    options = PruneConfig(**OPTIONS)
+    source = load_source(str(base), options)
+    dataset = load_dataset(source, str(text), options)
+    few = dataset.select(range(20))
+    rows, held_out = split_held_out(few, options)
+    assert len(held_out) == 5
+    kept = [row.tobytes() for row in np.split(rows.tokens, rows.offsets[1:-1])]
+    whole = [row.tobytes() for row in np.split(few.tokens, few.offsets[1:-1])]
+    assert len(kept) == 15
+    assert sorted(kept + [whole[row] for row in held_out]) == sorted(whole)
+    with pytest.raises(LpdeployError, match="needs rows to train on and others to judge by, .* 7"):
+        choose_rate(source, dataset.select(range(7)), options)
+
+
+def test_a_rate_that_diverges_leaves_the_next_trial_alone(base, text, monkeypatch):
+    options = PruneConfig(**OPTIONS)
+    source = load_source(str(base), options)
+    dataset = load_dataset(source, str(text), options)
+    expected = measure_alone(source, dataset, options, lr=3e-4)
+    run_forward = training_module.run_forward
+
+    def spoil(training, *given, **named):
+        loss = run_forward(training, *given, **named)
+        return loss * math.nan if training.options.lr >= 1e-3 else loss
+
+    monkeypatch.setattr(training_module, "run_forward", spoil)
+    trials = {trial.lr: trial.loss for trial in choose_rate(source, dataset, options)}
+    assert {lr for lr, loss in trials.items() if loss == math.inf} == {1e-3, 3e-3}
+    assert trials[3e-4] == expected
+
+
+def test_it_ends_when_it_is_told_to(base, text):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(RunEndedError):
+        resolve_options(str(base), PruneConfig(**OPTIONS), data=str(text), stop=stop)
+
+
+def test_a_resumed_run_may_have_another_rate_in_the_end(base, text, tmp_path):
+    config = PruneConfig(**OPTIONS, target_params=9_000)
+    given = {"data": str(text), "output": tmp_path / "run"}
+    chosen, record = resolve_options(str(base), config, **given)
+    prune(str(base), tmp_path / "run", data=str(text), options=chosen, target=record)
+    lower = replace(config, lr=1e-5)
+    assert resolve_options(str(base), lower, **given, resume=True)[0] == replace(chosen, lr=1e-5)
+    plain = PruneConfig(**{**OPTIONS, "lr": 1e-3})
+    prune(str(base), tmp_path / "plain", data=str(text), options=plain)
+    given["output"] = tmp_path / "plain"
+    with pytest.raises(ArtifactError, match="began with nothing left open"):
+        resolve_options(str(base), PruneConfig(**OPTIONS), **given, resume=True)
 
 
 def test_what_was_chosen_is_kept_for_a_resumed_run(base, text, tmp_path, told):
@@ -152,12 +224,18 @@ def test_on_the_command_line_and_in_a_recipe(base, text, tmp_path):
     rates = json.loads((tmp_path / "run" / "target.json").read_text())["rates"]
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["prune"]
     assert recipe["lr"] == rates[0]["lr"]
-    result = CliRunner().invoke(main, [*words, "--lr", "best"])
-    assert result.exit_code == 2
-    assert "'best' is not a valid float" in result.stderr
+    for lr in ("AUTO", "0"):
+        result = CliRunner().invoke(main, [*words, "--lr", lr])
+        assert result.exit_code == 2
+    assert (
+        "'AUTO' is neither a number nor auto"
+        in CliRunner().invoke(main, [*words, "--lr=AUTO"]).stderr
+    )
 
 
-@pytest.mark.parametrize("rates", [[], [{"lr": -1.0, "loss": 2.0}], [{"lr": "NaN", "loss": 2.0}]])
+@pytest.mark.parametrize(
+    "rates", [[], *([{"lr": lr, "loss": 2.0}] for lr in (-1.0, "NaN", 10**400))], ids=len
+)
 def test_a_damaged_record_is_refused(base, text, tmp_path, rates):
     config = PruneConfig(**OPTIONS)
     given = {"data": str(text), "output": tmp_path / "run"}
@@ -166,5 +244,5 @@ def test_a_damaged_record_is_refused(base, text, tmp_path, rates):
     run = RunFolder(tmp_path / "run")
     with run.recorded(run.target):
         run.target.write_text(json.dumps({**record.to_json(), "rates": rates}))
-    with pytest.raises(ArtifactError, match=r"target\.json (cannot be used|has no learning rate)"):
+    with pytest.raises(ArtifactError, match=r"target\.json (cannot be used|lacks what)"):
         resolve_options(str(base), config, **given, resume=True)

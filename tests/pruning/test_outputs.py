@@ -145,7 +145,7 @@ def test_a_loop_of_ones_own_gives_it_batches(base, tmp_path):
     pruner.calibrate({**batch, "labels": batch["input_ids"]} for batch in batches)
     compact(pruner.save(tmp_path / "run"))
     verify(tmp_path / "run", engine="torch").check()
-    with pytest.raises(ValueError, match="run batches of their own"):
+    with pytest.raises(ValueError, match="runs batches of its own"):
         LoRAPruner(wrapped, options, total_steps=1, base=base)
 
 

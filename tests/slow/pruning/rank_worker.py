@@ -94,6 +94,7 @@ def run_with_others(root, rank):
         "infinite": catch(prune, root, "mha-lora", "two/infinite", lr=1e30, lr_warmup=0.0),
         "ended": catch(stop_at_step_3, root),
         "rates": {name: choose_rates(root, name) for name in ("gqa-refit", "gqa-shard-gate")},
+        "rate_options": catch(choose_rates, root, "mha-lora", seed=rank),
         "options": catch(prune, root, "mha-lora", "two/options", seed=rank),
     }
     # A rank that does not take part in what makes random scores the same.

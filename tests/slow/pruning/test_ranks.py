@@ -191,6 +191,11 @@ def test_a_rank_that_is_to_end_waits_for_no_one_for_long(monkeypatch):
         ranks.sum([torch.ones(2)])
 
 
+def test_ranks_that_differ_try_no_rates(root):
+    for answers in read_answers(root):
+        assert "Rank 1 of 2 differs from rank 0: it has other options" in answers["rate_options"]
+
+
 def test_ranks_that_differ_do_not_go_on(root):
     for answers in read_answers(root):
         assert answers["options"].startswith(
