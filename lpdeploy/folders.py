@@ -94,7 +94,7 @@ def recorded_files(folder: Path, *files: Path) -> Iterator[None]:
         files: They lie in it.
     """
     names = [str(file.relative_to(folder)) for file in files]
-    with _lock_folder(folder, fcntl.LOCK_EX):
+    with lock_folder(folder, fcntl.LOCK_EX):
         for file in (*files, folder / FOLDER_RECORD):
             remove_leftovers(file)
         _amend_record(folder, names, {})
@@ -112,10 +112,15 @@ def _amend_record(folder: Path, names: Iterable[str], stamps: Mapping[str, FileS
 
 
 @contextmanager
-def _lock_folder(folder: Path, kind: int) -> Iterator[None]:
-    """Let nobody read a file between its writing and its record, nor two write at once.
+def lock_folder(folder: Path, kind: int) -> Iterator[None]:
+    """Wait until a folder can be locked, so that two processes do not write in it at once.
 
-    Stages that only read a model may run at the same time, and each writes its result.
+    Nor does one read a file between its writing and its record. Stages that only read a model may
+    run at the same time, and each writes its result.
+
+    Args:
+        folder: Not locked if it does not exist, or where the file system locks no folders.
+        kind: ``fcntl.LOCK_EX`` to write, ``fcntl.LOCK_SH`` to read.
     """
     handle = os.open(folder, os.O_RDONLY) if folder.is_dir() else None
     try:
@@ -148,7 +153,7 @@ def check_untouched(
     Raises:
         ArtifactError: A file is missing or has changed, or the record cannot be read; names it.
     """
-    with _lock_folder(folder, fcntl.LOCK_SH):
+    with lock_folder(folder, fcntl.LOCK_SH):
         if (folder / FOLDER_RECORD).exists():
             record = load_record(FolderRecord, folder / FOLDER_RECORD, fix=fix)
             return _check_files(folder, record, fix=fix, only=only, always_hash=always_hash)

@@ -1,7 +1,9 @@
 """What distillation needs before the first step: what the unpruned model expects of the rows."""
 
+import fcntl
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress, TokenDataset
 from lpdeploy.data.cache import find_cache
+from lpdeploy.folders import lock_folder
 from lpdeploy.models.loading import DTYPES, load_model, resolve_dtype
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.setup import Source
@@ -71,21 +74,31 @@ def prepare_teacher(
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    missing = cache.list_missing(rows)
-    if ranks.is_first:
-        logger.info(describe_cache(cache, rows, missing))
-    own = missing[ranks.rank :: ranks.size]
-    if own:
-        fill_cache(
-            cache,
-            _load_teacher(source, options, ranks, dtype=dtype),
-            own,
-            batch_size=options.micro_batch_size,
-            autocast=partial(make_autocast, ranks.device, DTYPES[dtype]),
-            on_progress=on_progress if ranks.is_first else None,
-        )
-    ranks.sum([torch.zeros(1, device=ranks.device)])  # nobody reads before all have written
+    # Another run may need the same rows: it waits, and finds them.
+    with lock_folder(cache.folder, fcntl.LOCK_EX) if ranks.is_first else nullcontext():
+        missing = _list_missing(cache, rows, ranks)
+        if ranks.is_first:
+            logger.info(describe_cache(cache, rows, missing))
+        own = missing[ranks.rank :: ranks.size]
+        if own:
+            fill_cache(
+                cache,
+                _load_teacher(source, options, ranks, dtype=dtype),
+                own,
+                batch_size=options.micro_batch_size,
+                autocast=partial(make_autocast, ranks.device, DTYPES[dtype]),
+                on_progress=on_progress if ranks.is_first else None,
+            )
+        ranks.sum([torch.zeros(1, device=ranks.device)])  # nobody reads before all have written
     return cache
+
+
+def _list_missing(cache: TeacherCache, rows: list[int], ranks: Ranks) -> list[int]:
+    """List the rows that are not there yet, as the first rank sees them."""
+    missing = set(cache.list_missing(rows))
+    is_missing = torch.tensor([int(row in missing) for row in rows], device=ranks.device)
+    ranks.copy_first([is_missing])
+    return [row for row, lacks in zip(rows, is_missing.tolist(), strict=True) if lacks]
 
 
 def _load_teacher(source: Source, options: PruneConfig, ranks: Ranks, *, dtype: str) -> Any:

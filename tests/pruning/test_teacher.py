@@ -1,9 +1,11 @@
 """Distillation: what is kept of the unpruned model, and a run that learns from it."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED, list_batch
 from lpdeploy.errors import ArtifactError, DiskFullError, LpdeployError
+from lpdeploy.folders import lock_folder
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.pruning import distillation
 from lpdeploy.pruning.distillation import prepare_teacher
@@ -74,6 +77,32 @@ def test_rows_of_the_training_are_kept_and_no_others(base, data):
     assert set(cache.list_missing(range(len(dataset)))) == set(range(len(dataset))) - seen
     with pytest.raises(ArtifactError, match="lacks what the unpruned model expects in row"):
         cache.load([next(row for row in range(len(dataset)) if row not in seen)])
+
+
+def test_a_second_run_waits_for_one_that_fills_the_cache(base, data, monkeypatch):
+    first, _, _ = prepare(base, data)
+    expected = (first.folder / "tokens").read_bytes()
+    (first.folder / "checks").unlink()
+    with ThreadPoolExecutor() as pool:
+        with lock_folder(first.folder, fcntl.LOCK_EX):
+            second = pool.submit(prepare, base, data)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=1.0)
+            assert not (first.folder / "checks").exists()
+        second.result()
+    assert (first.folder / "tokens").read_bytes() == expected
+
+
+def test_ranks_agree_on_the_rows_that_are_missing(base, data):
+    cache, _, _ = prepare(base, data)
+
+    class Second(Ranks):
+        def copy_first(self, tensors):
+            tensors[0].copy_(torch.tensor([1, 0, 1]))
+
+    rows = list(range(3))
+    assert distillation._list_missing(cache, rows, Second(rank=1, size=2)) == [0, 2]
+    assert distillation._list_missing(cache, rows, Ranks()) == cache.list_missing(rows)
 
 
 def test_a_second_run_does_not_need_the_unpruned_model_again(base, data, monkeypatch):
