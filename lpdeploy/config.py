@@ -171,8 +171,9 @@ class PruneConfig:
         "Number of sequences per forward pass. It must divide `batch_size`.", default=4, **_COUNT,
     )
     lr: float | str = _train(
-        "Peak learning rate of AdamW. auto tries several for a tenth of the steps each and takes "
-        "the one with the lowest loss of held-out rows.", default=1e-4, above=0, words=("auto",),
+        "Peak learning rate of AdamW. auto tries several for a tenth of the steps each, but at "
+        "least 10 and at most 100, and compares the loss of held-out rows.",
+        default=1e-4, above=0, words=("auto",),
     )
     lr_warmup: float = _train(
         "Share of the steps over which the learning rate rises to `lr`.", default=0.03, **_SHARE,

@@ -43,7 +43,6 @@ def test_the_paper_to_the_letter():
         ({"drop_layers": 0}, ("depth",)),
         ({"channel_ratio": 0.0}, ("depth",)),
         ({"target_latency": 3.0, "engine": "ort"}, ()),
-        ({"shard": True}, ("depth", "refit", "distill")),
     ],
     ids=str,
 )
@@ -52,6 +51,21 @@ def test_it_gives_way_to_what_it_cannot_go_with(options, left_out):
     for option, value in PRESETS["best"].items():
         default = getattr(PruneConfig(), option)
         assert getattr(config, option) == (default if option in left_out else value)
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [({"scope": "global"}, ()), ({"shard": True}, ("depth", "refit", "distill"))],
+    ids=str,
+)
+def test_where_obs_cannot_be_used_it_has_what_came_next(options, left_out):
+    config = PruneConfig.from_preset("best", **options)
+    assert config.criterion == "gate"
+    for option in ("refit", "distill", "depth", "lr"):
+        default = getattr(PruneConfig(), option)
+        assert getattr(config, option) == (
+            default if option in left_out else PRESETS["best"][option]
+        )
 
 
 def test_what_is_said_overrides_it():
@@ -73,7 +87,7 @@ def test_on_the_command_line(base, data, tmp_path):
     recipe.write_text(yaml.safe_dump({"prune": {"criterion": "magnitude", "lora_rank": 2}}))
     words = ["--preset=best", "--recipe", str(recipe), "--no-refit", "--ratio=0.3"]
     options = prune(base, data, tmp_path / "run", *words)
-    assert options["criterion"] == "gate"  # what is typed overrides a recipe
+    assert options["criterion"] == "obs"  # what is typed overrides a recipe
     assert options["lora_rank"] == 2
     assert options["refit"] is False
     assert options["distill"] == 0.5
@@ -88,7 +102,7 @@ def test_on_the_command_line(base, data, tmp_path):
 
 def test_best_without_training(base, data, tmp_path):
     options = prune(base, data, tmp_path / "run", "--preset=best", "--schedule=one-shot")
-    assert (options["criterion"], options["refit"], options["distill"]) == ("gate", True, None)
+    assert (options["criterion"], options["refit"], options["distill"]) == ("obs", True, None)
 
 
 def test_in_a_recipe_it_gives_way_to_the_rest_of_it(base, data, tmp_path):

@@ -89,7 +89,10 @@ def choose_rate(
                 logger.info("`lr=%g`: loss %.3f on held-out rows after %s steps", rate, loss, steps)
             return loss
 
-        return put_chosen_first(climb(measure))
+        trials = put_chosen_first(climb(measure))
+        if training.ranks.is_first and any(trial.loss < trials[0].loss for trial in trials):
+            logger.info("`lr=%g` is about as good as the best, and lower", trials[0].lr)
+        return trials
 
     trials = use_training(source, rows, options, try_rates, ranks=ranks)
     if not math.isfinite(trials[0].loss):

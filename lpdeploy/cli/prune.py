@@ -44,8 +44,9 @@ from lpdeploy.presets import PRESETS
     cls=GroupedOption,
     group=CHOOSE,
     type=NameChoice(lambda: PRESETS),
-    help="Start from named options, which all others override. best: what measured best, at the "
-    "cost of some steps of training. loraprune: the paper's method to the letter.",
+    help="Start from named options. Those on the command line override them; they override those "
+    "of a recipe, unless the preset is in the recipe. best: --criterion obs --refit --distill 0.5 "
+    "--depth auto --lr auto, which measured best. loraprune: the paper's method to the letter.",
 )
 @config_options()
 @click.option(
@@ -80,13 +81,14 @@ def command(
 
     from lpdeploy.benchmark.target import resolve_options
     from lpdeploy.cli.progress import counting_progress, training_progress
-    from lpdeploy.cli.signals import stop_on_signal
+    from lpdeploy.cli.signals import explain_interrupt, stop_on_signal
     from lpdeploy.pruning.ranks import leave_ranks
     from lpdeploy.pruning.run import prune
     from lpdeploy.servers.check import describe_forecast
 
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
     with (
+        explain_interrupt(begun),
         counting_progress("tokenize") as on_tokenize,
         counting_progress("unpruned model") as on_distill,
         training_progress() as on_step,
@@ -96,6 +98,7 @@ def command(
         def start() -> None:
             log(describe_forecast(model, config))
             signals.enter_context(stop_on_signal(stop))
+            begun.set()
 
         given: dict[str, Any] = {
             "output": output,

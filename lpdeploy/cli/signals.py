@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 from lpdeploy.cli.common import is_first_rank, log
 from lpdeploy.environment import count_ranks
+from lpdeploy.errors import RunEndedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST_RANK_SECONDS = 5.0
@@ -56,6 +57,27 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
     finally:
         if alone:
             restore()
+
+
+@contextmanager
+def explain_interrupt(begun: threading.Event) -> Iterator[None]:
+    """Say what an interrupted command leaves where it has not begun to train.
+
+    Args:
+        begun: Set once there is something that a resumed run can go on from.
+
+    Raises:
+        RunEndedError: It was interrupted before that.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if begun.is_set():
+            raise
+        raise RunEndedError(
+            "Interrupted before the first step, so there is no run to resume. Give the same "
+            "command again."
+        ) from error
 
 
 def let_first_rank_speak() -> None:

@@ -253,11 +253,11 @@ def _find_top(model: Any, states: Tensor, top_k: int, temperature: float) -> tup
 
 def describe_cache(cache: TeacherCache, rows: Sequence[int], missing: Sequence[int]) -> str:
     """Say how large a cache is, and how much of it is still to be made."""
-    what = f"{cache.top_k} tokens behind each token of {len(rows):,} rows"
     size = format_bytes(cache.count_bytes(rows))
+    what = f"{cache.top_k} per position, {len(rows):,} rows, {size}"
     if not missing:
-        return f"Using what the unpruned model expects, {what} ({size}), in '{cache.folder}'."
+        return f"Using the unpruned model's cached predictions ({what}) in '{cache.folder}'."
     return (
-        f"The unpruned model runs over {len(missing):,} rows, to keep its {what} ({size}) in "
-        f"'{cache.folder}'."
+        f"Running the unpruned model over {len(missing):,} new rows; its most probable next tokens "
+        f"({what}) are kept in '{cache.folder}'."
     )

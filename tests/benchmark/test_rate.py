@@ -246,3 +246,26 @@ def test_a_damaged_record_is_refused(base, text, tmp_path, rates):
         run.target.write_text(json.dumps({**record.to_json(), "rates": rates}))
     with pytest.raises(ArtifactError, match=r"target\.json (cannot be used|lacks what)"):
         resolve_options(str(base), config, **given, resume=True)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_interrupt_says_that_there_is_nothing_to_resume(
+    base, text, tmp_path, monkeypatch, as_json
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lpdeploy.benchmark.target.choose_rate", interrupt)
+    words = ["prune", str(base), "--data", str(text), "--output", str(tmp_path / "run")]
+    words += [
+        "--lr=auto",
+        "--steps=20",
+        "--seq-len=24",
+        "--device=cpu",
+        *(["--json"] if as_json else []),
+    ]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    said = json.loads(result.stdout)["error"] if as_json else result.stderr
+    assert "no run to resume" in str(said)
+    assert not (tmp_path / "run").exists()
