@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled layers": {"compile": True},
     "refit": {"refit": True, "refit_samples": 32},
     "refit over an 8-bit base": {"refit": True, "refit_samples": 32, "load_in": "8bit"},
+    "obs with a refit": {"criterion": "obs", "refit": True, "refit_samples": 32},
     "refit with masks": {"refit": True, "refit_samples": 32, "removal": "mask"},
     "distillation": {"distill": 0.5},
     "dropped layers": {"drop_layers": 1, "refit": True, "refit_samples": 32},
