@@ -334,8 +334,7 @@ class PruneConfig:
         """Check that nothing is left to be chosen.
 
         Raises:
-            ValueError: A budget decides and ratios do not yet, or the depth or the learning rate is
-                open.
+            ValueError: The ratios, the depth or the learning rate are still to be chosen.
         """
         _ = self.ratios, self.peak_lr
 

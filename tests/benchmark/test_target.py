@@ -204,5 +204,5 @@ def test_a_resumed_run_keeps_its_ratios_and_their_record(base, data, tmp_path):
         load_target(run, {"parameters": 5})
     prune(str(base), run, data=str(data), options=SMALL, overwrite=True)
     assert not (run / "target.json").exists()
-    with pytest.raises(ArtifactError, match="No target.json in .* began with a `ratio`"):
+    with pytest.raises(ArtifactError, match="No target.json in .* began with nothing left open"):
         load_target(run, {"parameters": 5})

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from lpdeploy.cli.main import main
 from lpdeploy.paper.run import Commands
+from lpdeploy.paper.tables import TABLES
 from tests.helpers import make_text, make_tiny_model
 
 
@@ -24,11 +25,21 @@ def ask(tmp_path, monkeypatch):
     return run
 
 
+def test_the_help_names_every_table():
+    result = CliRunner().invoke(main, ["paper", "--help"])
+    about = result.stdout.split("Options:")[0]
+    assert [name for name in TABLES if not re.search(rf"\b{name}\b", about)] == []
+
+
 @pytest.mark.parametrize(
     ("table", "words", "sentence"),
     [
         ("7", ["--", "--step", "4"], "options of prune after '--': No such option '?--step"),
-        ("7", ["--", "--lr", "x"], "options of prune after '--': .*'x' is not a valid float"),
+        (
+            "7",
+            ["--", "--lr", "x"],
+            "options of prune after '--': .*'x' is neither a number nor auto",
+        ),
         ("7", ["--", "--batch-size", "6"], "--micro-batch-size 4 does not divide --batch-size 6"),
         ("7", ["--", "extra"], "options of prune after '--': Got unexpected extra argument"),
         ("7", ["--", "--seed", "4"], "--seed is set by the cells of Table 7. Remove it"),

@@ -490,6 +490,7 @@ def test_options_that_cannot_go_with_it_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`refit_samples` belongs to `refit`"):
         PruneConfig(refit_samples=3)
     model = make_lora_model(tmp_path / "base")
-    for config, batches in ((PruneConfig(refit=True), ()), (PruneConfig(), make_batches()[0])):
-        with pytest.raises(ValueError, match="runs batches of its own; give refit_batches"):
-            LoRAPruner(model, config, total_steps=3, refit_batches=batches)
+    with pytest.raises(ValueError, match="runs batches of its own; give refit_batches"):
+        LoRAPruner(model, PruneConfig(refit=True), total_steps=3)
+    with pytest.raises(ValueError, match="refit_batches are for `refit=True` or `criterion='obs'`"):
+        LoRAPruner(model, PruneConfig(), total_steps=3, refit_batches=make_batches()[0])
