@@ -129,8 +129,8 @@ class PruneConfig:
         "`calibration_samples`",
     )
     max_loss_increase: float | None = _choose(
-        "Stop before an event that raises the loss of held-out rows by more than this, in nats "
-        "per token, and finish with the groups that are left.",
+        "End the run before an event that raises the loss of held-out rows by more than this, in "
+        "nats per token, with the groups that are left then. Fine-tuning ends there too.",
         default=None, above=0,
     )
     ema_decay: float = _choose(

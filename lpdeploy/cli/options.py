@@ -176,8 +176,9 @@ def _choose_type(name: str) -> click.ParamType:
         assert rules.high is not None
         return Count(int(rules.low), int(rules.high))
     low = rules.low if rules.above is None else rules.above
+    high = rules.high if rules.below is None else rules.below
     number = click.FloatRange(
-        low, rules.below, min_open=rules.above is not None, max_open=rules.below is not None
+        low, high, min_open=rules.above is not None, max_open=rules.below is not None
     )
     return NumberOrWord(number, rules.words) if rules.words else number
 
@@ -205,7 +206,7 @@ def apply_preset(values: dict[str, Any], name: str | None) -> None:
         context = click.get_current_context()
         # What is typed overrides a recipe, a preset as well; one in a recipe gives way to its rest.
         weaker = {ParameterSource.DEFAULT}
-        weaker |= {ParameterSource.DEFAULT_MAP} if _is_typed("preset") else set()
+        weaker |= {ParameterSource.DEFAULT_MAP} if is_typed("preset") else set()
         chosen = {n for n in values if context.get_parameter_source(n) not in weaker}
         values |= list_preset(name, values, chosen=chosen)
 
@@ -216,24 +217,25 @@ def drop_overruled(values: dict[str, Any]) -> None:
     A typed ``--ratio`` or budget replaces all ratios and budgets of the recipe. A typed head or
     channel ratio replaces only the recipe's budget.
     """
-    typed = {name for name in (*RATIOS, *BUDGETS) if _is_typed(name)}
+    typed = {name for name in (*RATIOS, *BUDGETS) if is_typed(name)}
     dropped = {*RATIOS, *BUDGETS} - typed if typed & {"ratio", *BUDGETS} else {*BUDGETS}
     for name in dropped if typed else ():
         values[name] = None
     # How many layers go is said by one of these.
-    if _is_typed("depth"):
+    if is_typed("depth"):
         dropped = {"drop_layers", "head_ratio", "channel_ratio"}
-    elif any(map(_is_typed, ("drop_layers", "head_ratio", "channel_ratio"))):
+    elif any(map(is_typed, ("drop_layers", "head_ratio", "channel_ratio"))):
         dropped = {"depth"}
     else:
         dropped = set()
     for name in dropped:
-        values[name] = values[name] if _is_typed(name) else None
+        values[name] = values[name] if is_typed(name) else None
     if values["target_latency"] is None:
         for name in LATENCY:
-            values[name] = values[name] if _is_typed(name) else None
+            values[name] = values[name] if is_typed(name) else None
 
 
-def _is_typed(name: str) -> bool:
+def is_typed(name: str) -> bool:
+    """Tell whether an option is on the command line, and not in a recipe."""
     source = click.get_current_context().get_parameter_source(name)
     return source is ParameterSource.COMMANDLINE

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import FOLDER, NameChoice, log, print_result, shared_options
+from lpdeploy.cli.common import (
+    FOLDER,
+    NameChoice,
+    log,
+    print_result,
+    shared_options,
+    write_flags,
+)
 from lpdeploy.cli.options import (
     GroupedCommand,
     GroupedOption,
@@ -16,10 +23,13 @@ from lpdeploy.cli.options import (
     build_config,
     config_options,
     drop_overruled,
+    is_typed,
 )
 from lpdeploy.config import CHOOSE, DATA
 from lpdeploy.machine import format_bytes
 from lpdeploy.presets import PRESETS
+
+_TRAINING_ONLY = ("epochs", "steps", "batch_size", "lr", "lr_warmup", "lr_hold", "max_grad_norm")
 
 
 @click.command("prune", cls=GroupedCommand)
@@ -78,6 +88,9 @@ def command(
     config = build_config(values)
     if config.removal is None and config.effective_removal == "mask":
         log("Groups are masked until the end: 4-bit and sharded weights cannot be cut in place.")
+    unused = [f"`{name}`" for name in _TRAINING_ONLY if is_typed(name)]
+    if config.schedule == "one-shot" and unused:
+        log(write_flags(f"Without effect, as there is no fine-tuning: {', '.join(unused)}."))
 
     from lpdeploy.benchmark.target import resolve_options
     from lpdeploy.cli.progress import counting_progress, training_progress

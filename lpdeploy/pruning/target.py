@@ -1,5 +1,6 @@
 """The record of how what a user left open was chosen, such as ratios: ``target.json``."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -99,6 +100,11 @@ class RateTrial:
 
     lr: float
     loss: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss ceased to be a number."""
+        return self.loss == math.inf
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lpdeploy.models.place import locate_model
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.plan import describe_method
 from lpdeploy.pruning.log import StepInfo, load_log
+from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.records import load_record
 from lpdeploy.run_folder import RunFolder, check_output
 
@@ -101,6 +102,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "base": Path(plan.base_model).name,
         "model": record,
         "training": _draw_training(log),
+        "target": _load(TargetRecord, run.target),
         "events": [i for i in log if i.loss_before is not None and i.loss_after is not None],
         "verify": _load(VerifyResult, run.verification),
         "evaluations": _list_evaluations(run, record),

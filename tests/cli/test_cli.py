@@ -206,6 +206,25 @@ def test_every_criterion_and_schedule_compacts(base, data, tmp_path, criterion, 
     assert verified["ok"] is True
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("--lr", "1e-3", "--steps", "4"),
+            "Without effect, as there is no fine-tuning: --steps, --lr.",
+        ),
+        ((), None),
+    ],
+)
+def test_a_run_without_fine_tuning_says_what_has_no_effect(base, data, tmp_path, words, sentence):
+    sizes = ("--micro-batch-size", "2", "--seq-len", "16", "--round-to", "4")
+    given = ("--schedule", "one-shot", "--calibration-samples", "2", *sizes, *words)
+    result = invoke("prune", base, "--data", data, "--output", tmp_path / "run", *given)
+    assert result.exit_code == 0, result.output
+    found = [line for line in result.stderr.splitlines() if "Without effect" in line]
+    assert found == ([sentence] if sentence else [])
+
+
 def test_a_recipe_chooses_criterion_and_schedule(base, data, tmp_path):
     wanted = {
         "criterion": "gradient", "score_form": "absolute", "normalize": True,

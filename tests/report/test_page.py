@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -6,7 +7,9 @@ from lpdeploy.artifacts import save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError
 from lpdeploy.pruning.run import prune
+from lpdeploy.pruning.target import DepthTrial, RateTrial, SizeFound, TargetRecord
 from lpdeploy.report.page import save_report
+from lpdeploy.run_folder import RunFolder
 from tests.helpers import make_text, make_tiny_model
 
 MEASURED = {
@@ -60,6 +63,24 @@ def test_the_page_shows_the_quality_of_every_engine(run):
     assert page.index("<td>ort fp32</td><td>v</td><td>19.25</td>") < page.index(
         "<td>torch fp32</td><td>v</td><td>19.50</td>"
     )
+
+
+def test_the_page_shows_what_was_tried_for_depth_and_learning_rate(run):
+    shapes = [
+        {"drop_layers": 0, "head_ratio": 0.5, "channel_ratio": 0.375},
+        {"drop_layers": 1, "head_ratio": 0.25, "channel_ratio": 0.125},
+    ]
+    trials = [DepthTrial(shape, loss) for shape, loss in zip(shapes, (2.5, 2.25), strict=True)]
+    rates = (RateTrial(1e-3, 2.125), RateTrial(3e-4, 2.0625), RateTrial(3e-3, math.inf))
+    asked = {"ratio": 0.5, "depth": "auto", "lr": "auto"}
+    record = TargetRecord(asked, shapes[1], SizeFound(9, 4), tuple(trials), rates)
+    with RunFolder(run).recorded(run / "target.json"):
+        save_json(run / "target.json", record.to_json())
+    page = " ".join(save_report(run).read_text().replace("</td><td>", " ").split())
+    assert "<td>0 50.0 % 37.5 % 2.500 </td>" in page
+    assert "<td>1 25.0 % 12.5 % 2.250 chosen</td>" in page
+    rows = ("<td>0.0003 2.062 </td>", "<td>0.001 2.125 chosen</td>", "<td>0.003 diverged </td>")
+    assert sorted(rows, key=page.index) == list(rows)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
