@@ -115,10 +115,10 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run a table or figure of the paper on your own MODEL.
 
-    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Six more tables are not in the paper: forms
+    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Seven more tables are not in the paper: forms
     compares how scores are summed, ramps when groups are removed, refit pruning with and without
     --refit, rates learning rates, and recipe LoRAPrune with the recipe of --preset best; recovery
-    shows what each part of that recipe gives.
+    shows what each part of that recipe gives, and settings what other settings of it would.
 
     Each cell is a separate prune, compact and eval, repeated for several seeds. If you stop the
     command, run it again to continue: finished cells are kept. The table is written to DIR as JSON,

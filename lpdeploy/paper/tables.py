@@ -359,6 +359,24 @@ TABLES: dict[str, Table] = {
             (0.2, 0.5, 0.7),
         ),
         Table(
+            "settings",
+            "The recipe with other settings",
+            "Not in the paper. Each row changes one setting of the recipe: how much distillation "
+            "weighs and what it keeps, the rank of LoRA, or when groups are removed.",
+            (
+                Row("all", "the recipe", _ALL),
+                Row("distill-0.25", "distillation 0.25 for 0.5", {**_ALL, "distill": 0.25}),
+                Row("distill-0.9", "distillation 0.9 for 0.5", {**_ALL, "distill": 0.9}),
+                Row("distill-1", "distillation alone, no text", {**_ALL, "distill": 1.0}),
+                Row("distill-warm", "temperature 2 for 1", {**_ALL, "distill_temperature": 2.0}),
+                Row("distill-few", "16 tokens kept for 128", {**_ALL, "distill_top_k": 16}),
+                Row("rank-4", "rank 4 for 8", {**_ALL, "lora_rank": 4, "lora_alpha": 8.0}),
+                Row("rank-32", "rank 32 for 8", {**_ALL, "lora_rank": 32, "lora_alpha": 64.0}),
+                Row("separate", "separate for joint", {**_ALL, "schedule": "separate"}),
+            ),
+            (0.5,),
+        ),
+        Table(
             "rates",
             "The learning rate of LoRAPrune and of the recipe",
             "Not in the paper.",

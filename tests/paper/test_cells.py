@@ -191,6 +191,7 @@ UNPRINTED = {
     "recipe",
     "recovery",
     "refit",
+    "settings",
 }  # drawn only, or ours
 
 
