@@ -56,9 +56,10 @@ def choose_depth(
     """
     tried: list[tuple[float, TargetRecord]] = []
     for record in candidates:
-        loss = _try(source, dataset, options.with_ratios(**record.ratios))
-        chosen = " ".join(f"`{name}={value:g}`" for name, value in record.ratios.items())
-        logger.info("%s: loss %.3f on held-out rows, without fine-tuning", chosen, loss)
+        trial = options.with_ratios(**record.ratios)
+        loss = _try(source, dataset, trial)
+        shape = _describe(trial)
+        logger.info("%s: loss %.3f on held-out rows, without fine-tuning", shape, loss)
         if math.isfinite(loss):
             tried.append((loss, record))
     if not tried:
@@ -68,6 +69,14 @@ def choose_depth(
         )
     _, best = min(tried, key=lambda pair: pair[0])
     return replace(best, trials=tuple(DepthTrial(record.ratios, loss) for loss, record in tried))
+
+
+def _describe(options: PruneConfig) -> str:
+    ratios = options.ratios
+    widths = f"{ratios['heads']:.1%} of the heads and {ratios['channels']:.1%} of the channels"
+    if options.drop_layers:
+        return f"without {options.drop_layers} of the layers, and without {widths} of the others"
+    return f"without {widths}"
 
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:

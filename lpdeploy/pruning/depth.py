@@ -115,8 +115,8 @@ def apply_depth(
     drops = choose_drops(model, collect(DEPTH_ROWS), among=among, count=options.drop_layers)
     layers = sorted(drop.layer for drop in drops)
     if ranks.is_first:
-        each = ", ".join(f"{drop.layer} (loss {drop.loss:.3f})" for drop in drops)
-        logger.info("dropped layers, in this order: %s", each)
+        each = ", ".join(f"{drop.layer} ({drop.loss:.3f})" for drop in drops)
+        logger.info("layers dropped in turn, with the loss after each: %s", each)
     if not options.refit:
         drop_layers(model, layers)
         return _describe(specs, layers)

@@ -308,7 +308,7 @@ def describe_start(source: Source, training: Training) -> str:
     if (size := training.ranks.size) > 1:
         where = f"{size} ranks on {training.device.type}"
         base += ", sharded" if options.shard else ""
-    dropped_layers = f"{options.drop_layers} layers are dropped; " if options.drop_layers else ""
+    dropped_layers = f"layers dropped: {options.drop_layers}; " if options.drop_layers else ""
     scored = options.num_calibration_rows
     first = f"{scored} rows run before the first step; " if scored else ""
     return (
