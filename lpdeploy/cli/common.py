@@ -147,6 +147,10 @@ task_data_option = click.option(
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Read the tasks from DIRECTORY/NAME.jsonl instead of the hub.",
 )
+max_segments_option = click.option(
+    "--max-segments", type=COUNT, help="Use at most this many segments of each text."
+)
+limit_option = click.option("--limit", type=COUNT, help="Use at most this many documents per task.")
 
 
 def shared_options(*, recipe: bool = True) -> Callable[[_Function], _Function]:

@@ -11,6 +11,8 @@ from lpdeploy.cli.common import (
     Count,
     ListOf,
     base_option,
+    limit_option,
+    max_segments_option,
     perplexity_option,
     print_result,
     shared_options,
@@ -31,6 +33,7 @@ from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
     default=EvalOptions.seq_len,
     help="Number of tokens per perplexity segment.",
 )
+@max_segments_option
 @click.option(
     "--tasks",
     type=ListOf(),
@@ -44,7 +47,7 @@ from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
     help="Number of examples before each question.  [default: 5 for mmlu, else the task's own "
     "number or 0]",
 )
-@click.option("--limit", type=COUNT, help="Use at most this many documents per task.")
+@limit_option
 @click.option(
     "--batch-size",
     type=COUNT,

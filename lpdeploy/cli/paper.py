@@ -15,7 +15,9 @@ from lpdeploy.cli.common import (
     FOLDER,
     Count,
     ListOf,
+    limit_option,
     log,
+    max_segments_option,
     perplexity_option,
     print_result,
     shared_options,
@@ -74,6 +76,8 @@ class _Command(click.Command):
     default=2048,
     help="Number of tokens per perplexity segment.",
 )
+@max_segments_option
+@limit_option
 @click.option("--seeds", type=COUNT, default=3, help="Number of seeds per row: 0, 1, ...")
 @click.option(
     "--ratios",
@@ -106,6 +110,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     tasks: tuple[str, ...] | None,
     task_data: Path | None,
     eval_seq_len: int,
+    max_segments: int | None,
+    limit: int | None,
     seeds: int,
     ratios: tuple[float, ...] | None,
     rows: tuple[str, ...] | None,
@@ -125,8 +131,13 @@ def command(  # noqa: PLR0913 - one parameter an option
     Markdown and SVG. Options after -- are passed to every prune, such as --steps 200 or
     --recipe FILE.
     """
-    if task_data and not tasks:
-        raise click.UsageError("--task-data needs --tasks NAMES. Add it, or leave --task-data out.")
+    for flag, given, needed in (
+        ("--task-data", task_data, "--tasks NAMES" if not tasks else None),
+        ("--limit", limit, "--tasks NAMES" if not tasks else None),
+        ("--max-segments", max_segments, "--perplexity SOURCE" if not perplexity else None),
+    ):
+        if given and needed:
+            raise click.UsageError(f"{flag} needs {needed}. Add it, or leave {flag} out.")
     spec = TABLES[table]
     options = _read_prune_options(spec, model, data, prune_options)
 
@@ -134,7 +145,12 @@ def command(  # noqa: PLR0913 - one parameter an option
     from lpdeploy.paper.stage import build_evaluation, build_study, run_paper
 
     evaluation = build_evaluation(
-        perplexity, seq_len=eval_seq_len, tasks=tasks or (), task_data=task_data
+        perplexity,
+        seq_len=eval_seq_len,
+        max_segments=max_segments,
+        tasks=tasks or (),
+        task_data=task_data,
+        limit=limit,
     )
     if evaluation and spec.kind == "similarity":
         log(f"{spec.heading} compares only masks; --perplexity and --tasks are ignored.")

@@ -132,6 +132,7 @@ def _measure(
             load_corpus(source, split="test"),
             tokenizer,
             seq_len=options.seq_len,
+            max_segments=options.max_segments,
             batch_size=options.batch_size,
             on_progress=functools.partial(on_progress, source),
         )

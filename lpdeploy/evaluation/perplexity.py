@@ -25,6 +25,7 @@ def compute_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
+    max_segments: int | None = None,
     batch_size: int = 4,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
@@ -40,6 +41,7 @@ def compute_perplexity(
         corpus: What to predict.
         tokenizer: That of the model.
         seq_len: Tokens a segment; 2,048 in the paper. At least 2.
+        max_segments: Only the first so many segments; None for all, as in the paper.
         batch_size: Segments a forward pass.
         on_progress: Is told (segments done, all segments).
 
@@ -62,7 +64,7 @@ def compute_perplexity(
             f"use `seq_len={runner.max_positions}` or less."
         )
     stream = torch.from_numpy(build_token_stream(corpus, tokenizer)).long()
-    segments = _cut_segments(stream, seq_len, source=corpus.source)
+    segments = _cut_segments(stream, seq_len, source=corpus.source)[:max_segments]
     total = 0.0
     for start in range(0, len(segments), batch_size):
         batch = segments[start : start + batch_size]

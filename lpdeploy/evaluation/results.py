@@ -144,10 +144,29 @@ class Evaluation:
             kept = former.perplexity if seq_len == old.seq_len else {}
             return Figures(kept | new.perplexity, former.tasks | new.tasks)
 
-        base = None
+        figures, base = join(self.figures, old.figures), None
         if self.base or old.base:
             base = join(self.base or Figures(), old.base or Figures())
-        return replace(self, seq_len=seq_len, figures=join(self.figures, old.figures), base=base)
+            base = _select_comparable(base, figures)
+        return replace(self, seq_len=seq_len, figures=figures, base=base)
+
+
+def _select_comparable(base: Figures, figures: Figures) -> Figures:
+    """Leave out figures of the base that were measured on more, or less, than those of the model.
+
+    ``max_segments`` or ``limit`` may have been different.
+    """
+    perplexity = {
+        source: measured
+        for source, measured in base.perplexity.items()
+        if figures.perplexity.get(source, measured).tokens == measured.tokens
+    }
+    tasks = {
+        task: metrics
+        for task, metrics in base.tasks.items()
+        if figures.tasks.get(task, metrics).get("n") == metrics.get("n")
+    }
+    return Figures(perplexity, tasks)
 
 
 def load_evaluation(path: Path, *, fix: str) -> Evaluation | None:

@@ -63,31 +63,38 @@ class EvalSettings:
         seq_len: Number of tokens per segment of a text.
         tasks: Names of tasks.
         task_data: Folder with the data of the tasks; None for the hub.
+        max_segments: Number of segments of each text that are measured; None for all.
+        limit: Number of documents of each task that are run; None for all.
     """
 
     perplexity: tuple[Source, ...] = ()
     seq_len: int = 2048
     tasks: tuple[str, ...] = ()
     task_data: Source | None = None
+    max_segments: int | None = None
+    limit: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self.perplexity or self.tasks)
 
     def to_json(self) -> dict[str, Any]:
         """Return what determines the result, without paths."""
+        parts = {"max_segments": self.max_segments, "limit": self.limit}
         return {
             "perplexity": {s.name: s.identity for s in self.perplexity},
             "seq_len": self.seq_len if self.perplexity else None,
             "tasks": ",".join(self.tasks) or None,
             "task_data": self.task_data.identity if self.task_data else None,
-        }
+        } | {name: number for name, number in parts.items() if number is not None}
 
     def list_words(self, *, seq_len: str) -> list[str]:
         """Return the options of a command whose option for the segments is ``seq_len``."""
         words = [word for source in self.perplexity for word in ("--perplexity", source.given)]
         words += [seq_len, str(self.seq_len)] if self.perplexity else []
+        words += ["--max-segments", str(self.max_segments)] if self.max_segments else []
         words += ["--tasks", ",".join(self.tasks)] if self.tasks else []
-        return words + (["--task-data", self.task_data.given] if self.task_data else [])
+        words += ["--task-data", self.task_data.given] if self.task_data else []
+        return words + (["--limit", str(self.limit)] if self.limit else [])
 
 
 @dataclass(frozen=True)

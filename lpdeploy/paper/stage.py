@@ -55,7 +55,13 @@ def build_study(
 
 
 def build_evaluation(
-    perplexity: Sequence[str], *, seq_len: int, tasks: Sequence[str], task_data: Path | None
+    perplexity: Sequence[str],
+    *,
+    seq_len: int,
+    max_segments: int | None = None,
+    tasks: Sequence[str],
+    task_data: Path | None,
+    limit: int | None = None,
 ) -> EvalSettings:
     """Identify the texts and tasks that cells are measured on.
 
@@ -68,7 +74,7 @@ def build_evaluation(
         if names.count(name) > 1:
             raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
     folder = identify_source(str(task_data)) if task_data else None
-    return EvalSettings(texts, seq_len, tuple(tasks), folder)
+    return EvalSettings(texts, seq_len, tuple(tasks), folder, max_segments, limit)
 
 
 def run_paper(

@@ -97,6 +97,7 @@ def test_a_recipe_may_list_the_tasks(model, folder, tmp_path):
         (["--tasks", "piqa", "--batch-size", "0"], "0 is not in the range from 1 to"),
         (["--tasks", "piqa", "--num-fewshot", "-1"], "-1 is not in the range from 0 to"),
         (["--tasks", "piqa", "--task-data", "nowhere"], "'nowhere' does not exist"),
+        (["--tasks", "piqa", "--max-segments", "3"], "--max-segments needs --perplexity"),
     ],
 )
 def test_wrong_usage_exits_2(model, words, sentence):

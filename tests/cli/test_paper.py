@@ -51,6 +51,7 @@ def test_the_help_names_every_table():
         ("7", ["--steps", "4"], "--steps is an option of prune. Put it at the end, after '--'"),
         ("7", ["--ratios", "0.2,1.5"], "1.5 is not in the range"),
         ("7", ["--task-data", "."], "--task-data needs --tasks NAMES"),
+        ("7", ["--limit", "3"], "--limit needs --tasks NAMES"),
         ("3", [], "'3' is not one of"),
     ],
 )

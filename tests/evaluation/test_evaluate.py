@@ -58,6 +58,16 @@ class TestMerge:
         same = merge(old, make_result(perplexity=["b"]))
         assert list(same.figures.perplexity) == ["a", "b"]
 
+    def test_what_the_base_was_measured_on_less_of_goes(self):
+        whole = Figures({"a": Perplexity(2.0, 1.0, 10)}, {"piqa": {"acc": 0.5, "n": 9.0}})
+        part = Figures({"a": Perplexity(3.0, 1.0, 5)}, {"piqa": {"acc": 0.4, "n": 4.0}})
+        old = replace(make_result(), figures=whole, base=whole)
+        merged = merge(old, replace(make_result(), figures=part))
+        assert merged.figures == part
+        assert merged.base == Figures()
+        assert merge(old, replace(make_result(), figures=whole)).base == whole
+        assert merge(old, replace(make_result(), figures=part, base=part)).base == part
+
     def test_nothing_of_another_model_stays(self):
         new = make_result(tasks=[("piqa", 0.5)])
         assert merge(make_result(perplexity=["a"], sha="y"), new) == new

@@ -99,6 +99,17 @@ class TestAgainstALoop:
         )
         assert found.tokens == 9 * len(segments)
 
+    @pytest.mark.parametrize("number", [1, 3, 10**6])
+    def test_the_first_segments_alone(self, tokenizer, number):
+        stream = flat(DOCUMENTS, tokenizer)
+        segments = [stream[i : i + 10] for i in range(0, len(stream) - 9, 10)][:number]
+        found = compute_perplexity(
+            TableRunner(), corpus(), tokenizer, seq_len=10, max_segments=number
+        )
+        mean = expected_loss(TableRunner(), segments) / (9 * len(segments))
+        assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+        assert found.tokens == 9 * len(segments)
+
     def test_chunks_of_positions(self, tokenizer, monkeypatch):
         whole = compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=10)
         monkeypatch.setattr(module, "_POSITIONS_AT_ONCE", 7)

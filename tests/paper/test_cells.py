@@ -62,6 +62,8 @@ def test_the_key_reads_and_is_stable():
         {"evaluation": EvalSettings((TEXT,), 256)},
         {"evaluation": EvalSettings((dataclasses.replace(TEXT, identity="x"),), 128)},
         {"evaluation": EvalSettings((TEXT,), 128, tasks=("piqa",))},
+        {"evaluation": EvalSettings((TEXT,), 128, max_segments=3)},
+        {"evaluation": EvalSettings((TEXT,), 128, limit=3)},
     ],
 )  # fmt: skip
 def test_another_run_has_another_key(change):
