@@ -102,12 +102,28 @@ def list_rows():
         for row in AllPairs(list(values.values()), filter_func=is_offered)
     ]
     # The library gives up on a pair that fits into none of the rows it has begun.
-    first = {name: choices[0] for name, choices in values.items()}
-    for one, other in itertools.combinations(NAMES, 2):
-        for pair in itertools.product(values[one], values[other]):
-            if all((row[one], row[other]) != pair for row in rows):
-                row = {**first, one: pair[0], other: pair[1]}
-                rows += [row] if is_offered(row.values()) else []
+    missing = [
+        {one: first, other: second}
+        for one, other in itertools.combinations(NAMES, 2)
+        for first, second in itertools.product(values[one], values[other])
+        if all((row[one], row[other]) != (first, second) for row in rows)
+    ]
+    return rows + pack(missing, {name: choices[0] for name, choices in values.items()})
+
+
+def pack(pairs, default):
+    """Put pairs of values into few rows: each row takes every pair that it can."""
+    rows, left = [], pairs
+    while left:
+        chosen, later = {}, []
+        for pair in left:
+            fits = all(chosen.get(name, value) == value for name, value in pair.items())
+            if fits and is_offered({**default, **chosen, **pair}.values()):
+                chosen |= pair
+            elif chosen:
+                later.append(pair)  # where nothing is chosen yet, the pair itself is refused
+        rows += [{**default, **chosen}] if chosen else []
+        left = later
     return rows
 
 
@@ -155,6 +171,15 @@ def test_a_row_of_options(row, tmp_path, monkeypatch):
     if row["keep_adapter"]:
         compact(tmp_path / "run", keep_adapter=True)
     assert verify(tmp_path / "run", engine="torch").ok
+
+
+def test_every_pair_that_is_offered_beside_the_defaults_is_in_a_row():
+    values = {**OPTIONS, **MODELS}
+    default = {name: choices[0] for name, choices in values.items()}
+    for one, other in itertools.combinations(NAMES, 2):
+        covered = {(row[one], row[other]) for row in ROWS}
+        for pair in set(itertools.product(values[one], values[other])) - covered:
+            assert not is_offered({**default, one: pair[0], other: pair[1]}.values())
 
 
 def test_every_option_that_is_a_choice_is_in_the_table():
