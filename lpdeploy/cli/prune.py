@@ -137,5 +137,12 @@ def _describe(result: Any) -> str:
         f"{achieved['channels']:.1%} of the channels and {achieved['parameters']:.1%} of the "
         f"parameters removed in {result.steps} steps, {result.seconds:.0f} s, "
         f"{format_bytes(result.peak_bytes)}; "
-        f"loss {'' if result.steps else 'before the removal '}{result.loss:.3f}"
+        f"{_describe_loss(result)}"
     )
+
+
+def _describe_loss(result: Any) -> str:
+    if result.steps or result.last_event is None:
+        return f"loss {result.loss:.3f}"
+    before, after = result.last_event.before, result.last_event.after
+    return f"loss of held-out rows {before:.3f} before the removal, {after:.3f} after"

@@ -38,8 +38,8 @@ from lpdeploy.pruning.checkpoint import (
 )
 from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.guard import LossIncreaseError
-from lpdeploy.pruning.log import StepInfo, append_log, load_losses, trim_log
+from lpdeploy.pruning.guard import EventLoss, LossIncreaseError
+from lpdeploy.pruning.log import StepInfo, append_log, load_log, load_losses, trim_log
 from lpdeploy.pruning.ranks import OTHER_START, Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
@@ -70,6 +70,8 @@ class PruneResult:
         seconds: Of the whole stage.
         peak_bytes: Peak memory of the device or the process.
         loss: Mean of the last steps' losses, in nats a token; of one-shot, before the removal.
+        last_event: Loss of held-out rows around the last removal; None on other ranks, and where
+            nothing was removed.
     """
 
     run: str
@@ -79,6 +81,7 @@ class PruneResult:
     seconds: float
     peak_bytes: int
     loss: float
+    last_event: EventLoss | None = None
 
 
 def prune(  # noqa: PLR0913 - what the command takes, and callbacks
@@ -168,11 +171,17 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         if ranks.is_first:
             complete_run(run, plan)
     steps = training.steps if last_good is None else last_good.step
-    return _build_result(run, plan, stage, steps=steps, losses=losses)
+    return _build_result(run, plan, stage, steps=steps, losses=losses, is_first=ranks.is_first)
 
 
 def _build_result(
-    run: RunFolder, plan: PruningPlan, stage: Stage, *, steps: int, losses: list[float]
+    run: RunFolder,
+    plan: PruningPlan,
+    stage: Stage,
+    *,
+    steps: int,
+    losses: list[float],
+    is_first: bool,
 ) -> PruneResult:
     return PruneResult(
         run=str(run),
@@ -182,7 +191,15 @@ def _build_result(
         seconds=stage.seconds,
         peak_bytes=stage.peak_bytes,
         loss=sum(losses) / len(losses) if losses else math.nan,
+        last_event=_find_last_event(run) if is_first else None,
     )
+
+
+def _find_last_event(run: RunFolder) -> EventLoss | None:
+    for info in reversed(load_log(run)):
+        if info.removed and info.loss_before is not None and info.loss_after is not None:
+            return EventLoss(info.loss_before, info.loss_after)
+    return None
 
 
 def _check_same_start(

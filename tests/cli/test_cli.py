@@ -78,6 +78,11 @@ def test_prune_and_compact_print_the_json_of_the_contract(base, data, tmp_path):
     assert 0 < pruned["achieved"]["parameters"] < 0.5
     assert pruned["steps"] == 4
     assert {"seconds", "peak_bytes", "loss"} <= pruned.keys()
+    events = [
+        line for line in map(json.loads, (tmp_path / "run" / "log.jsonl").open()) if line["removed"]
+    ]
+    last = {"before": events[-1]["loss_before"], "after": events[-1]["loss_after"]}
+    assert pruned["last_event"] == last
     compacted = last_json(invoke("compact", tmp_path / "run", "--json"))
     assert compacted["model"] == str(tmp_path / "run" / "model")
     assert compacted["architecture"] == "LlamaForCausalLM"
@@ -221,6 +226,9 @@ def test_a_run_without_fine_tuning_says_what_has_no_effect(base, data, tmp_path,
     given = ("--schedule", "one-shot", "--calibration-samples", "2", *sizes, *words)
     result = invoke("prune", base, "--data", data, "--output", tmp_path / "run", *given)
     assert result.exit_code == 0, result.output
+    assert re.search(
+        r"loss of held-out rows [\d.]+ before the removal, [\d.]+ after", result.stdout
+    )
     found = [line for line in result.stderr.splitlines() if "Without effect" in line]
     assert found == ([sentence] if sentence else [])
 
