@@ -34,12 +34,16 @@ def _render(name: str, thing: Any) -> Iterator[str]:
     yield f"```\n{_write_signature(name, thing)}\n\n{inspect.getdoc(thing)}\n```\n"
     if thing is lpdeploy.PruneConfig:
         yield from _render_fields(thing)
+        yield from _render_member(name, "from_preset", thing.from_preset)
     elif inspect.isclass(thing):
         for member, function in vars(thing).items():
             if inspect.isfunction(function) and not member.startswith("_"):
-                yield f"### {name}.{member}\n"
-                signature = _write_signature(member, function)
-                yield f"```\n{signature}\n\n{inspect.getdoc(function)}\n```\n"
+                yield from _render_member(name, member, function)
+
+
+def _render_member(name: str, member: str, function: Any) -> Iterator[str]:
+    yield f"### {name}.{member}\n"
+    yield f"```\n{_write_signature(member, function)}\n\n{inspect.getdoc(function)}\n```\n"
 
 
 def _write_signature(name: str, thing: Any) -> str:
