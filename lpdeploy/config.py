@@ -9,7 +9,7 @@ from typing import Any
 from lpdeploy.conflicts import BUDGETS, LATENCY, list_conflicts
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.fields import MAX_COUNT, check_fields, option
-from lpdeploy.plan import SCHEDULES, GroupSpec, WidthRequest
+from lpdeploy.plan import HEADS, SCHEDULES, GroupSpec, WidthRequest
 from lpdeploy.presets import PRESETS, list_preset
 from lpdeploy.ramps import RAMPS
 
@@ -89,7 +89,11 @@ class PruneConfig:
         "Leave this many layers at the output whole.", default=0, **_COUNT_FROM_0,
     )
     round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, **_COUNT)
-    round_heads_to: int = _remove("Round kept KV heads to a multiple of this.", default=1, **_COUNT)
+    round_heads_to: int = _remove("Round kept heads to a multiple of this.", default=1, **_COUNT)
+    heads: str | None = _remove(
+        "What is removed as one unit of attention. " + " ".join(f"{name}: {what}." for name, what in HEADS.items()),
+        default=None, choices=HEADS, unset="kv-groups",
+    )
     drop_layers: int | None = _remove(
         "Drop this many whole layers before training, those whose absence raises the loss least. "
         "Ratios are then shares of the layers that stay.",
@@ -339,20 +343,16 @@ class PruneConfig:
         _ = self.ratios, self.peak_lr
 
     @property
-    def multiples(self) -> dict[str, int]:
-        """What the kept groups of each kind are a multiple of."""
-        return {"heads": self.round_heads_to, "channels": self.round_to}
-
-    @property
     def widths(self) -> WidthRequest:
         """What decides the widths of the pruned model, before its scores are known."""
         return WidthRequest(
             ratios={} if self.has_open_shape else self.ratios,
-            multiples=self.multiples,
+            multiples={"heads": self.round_heads_to, "channels": self.round_to},
             protect_first=self.protect_first,
             protect_last=self.protect_last,
             scope=self.scope,
             drop_layers=self.drop_layers or 0,
+            heads=self.heads or WidthRequest.heads,
         )
 
     def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:

@@ -17,6 +17,7 @@ def list_conflicts(config: Any) -> Iterator[str]:
     """Yield a sentence for each pair of fields that contradict each other."""
     rules = (
         _list_shape_conflicts,
+        _list_head_conflicts,
         _list_depth_conflicts,
         _list_training_conflicts,
         _list_base_conflicts,
@@ -42,6 +43,25 @@ def _list_shape_conflicts(config: Any) -> Iterator[str]:
         yield (
             "`target_latency` measures shapes whose layers are alike, and `scope='global'` makes "
             "them differ; use `scope='layer'` or a `ratio`."
+        )
+
+
+def _list_head_conflicts(config: Any) -> Iterator[str]:
+    if config.heads != "query-heads":
+        return
+    alike = "leaves every layer with as many query heads, and"
+    for name in ("protect_first", "protect_last"):
+        if getattr(config, name):
+            yield f"`heads='query-heads'` {alike} `{name}` some layers whole; change one of them."
+    if config.scope == "global":
+        yield (
+            f"`heads='query-heads'` {alike} `scope='global'` makes layers differ; change one of "
+            "them."
+        )
+    if config.target_latency is not None:
+        yield (
+            "`target_latency` chooses a number of KV heads, and `heads='query-heads'` leaves all "
+            "of them; use `target_params` or a `ratio`."
         )
 
 

@@ -20,6 +20,11 @@ SCHEDULES = {
     "one-shot": "without fine-tuning",
 }
 """Name -> when they are removed."""
+HEADS = {
+    "kv-groups": "a KV head with all query heads that read it",
+    "query-heads": "a query head, as many of each KV head",
+}
+"""Name -> what goes as one group of heads."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,21 @@ class GroupSpec:
     """Groups that are scored and removed as wholes (paper, Appendix A and Figure 5).
 
     Attributes:
-        name: ``layers.3.heads`` (one group is a KV head with its query heads) or
+        name: ``layers.3.heads`` (one group is a KV head with its query heads, or a query head) or
             ``layers.3.channels`` (one group is an FFN channel).
         num_groups: How many groups the unpruned layer has.
         slices: What one group owns in each weight.
+        clusters: Number of clusters of consecutive groups that must keep as many groups each: the
+            KV heads, where a group is a query head.
+        whole: Modules beside these of which no group owns a part: k_proj and v_proj, where a group
+            is a query head.
     """
 
     name: str
     num_groups: int
     slices: tuple[Slice, ...]
+    clusters: int = 1
+    whole: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -61,6 +72,18 @@ class GroupSpec:
     def layer(self) -> int:
         """Index of the decoder layer."""
         return int(self.name.split(".")[1])
+
+
+def removes_kv_heads(spec: GroupSpec) -> bool:
+    """Tell whether a group of heads takes a KV head with it."""
+    return spec.kind == "heads" and not spec.whole
+
+
+def name_groups(spec: GroupSpec) -> str:
+    """Return what the groups of a spec are called: KV heads, query heads or channels."""
+    if spec.kind == "channels":
+        return "channels"
+    return "KV heads" if removes_kv_heads(spec) else "query heads"
 
 
 def get_output(spec: GroupSpec) -> Slice:
@@ -80,6 +103,7 @@ class WidthRequest:
         protect_last: Layers at the output that stay whole.
         scope: ``layer`` (every layer keeps as many) or ``global`` (scores decide how many).
         drop_layers: Number of layers that go as wholes, before groups of the others do.
+        heads: What a group of heads is: one of ``HEADS``.
     """
 
     ratios: Mapping[str, float]
@@ -88,6 +112,7 @@ class WidthRequest:
     protect_last: int = 0
     scope: str = "layer"
     drop_layers: int = 0
+    heads: str = "kv-groups"
 
 
 Kept = dict[str, list[int]]
@@ -175,7 +200,7 @@ def rename_layer(name: str, stay: Sequence[int]) -> str | None:
 
 
 def check_kept(spec: GroupSpec, kept: list[int]) -> None:
-    """Check that ``kept`` is ascending, in range, unique and not empty.
+    """Check that ``kept`` is ascending, in range, unique, not empty, and even over clusters.
 
     Raises:
         ValueError: It is not.
@@ -186,6 +211,10 @@ def check_kept(spec: GroupSpec, kept: list[int]) -> None:
         raise ValueError(
             f"kept indices of {spec.name} must be ascending, unique and below {spec.num_groups}"
         )
+    size = spec.num_groups // spec.clusters
+    counts = [sum(index // size == cluster for index in kept) for cluster in range(spec.clusters)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"{spec.name} must keep as many query heads of each KV head")
 
 
 def load_plan(path: Path) -> PruningPlan:

@@ -39,6 +39,13 @@ def test_impossible_indices_are_refused(kept):
         check_kept(SPEC, kept)
 
 
+def test_kv_heads_must_keep_as_many_query_heads():
+    spec = GroupSpec("layers.0.heads", 6, (), clusters=2)
+    check_kept(spec, [0, 2, 3, 4])
+    with pytest.raises(ValueError, match="as many query heads of each KV head"):
+        check_kept(spec, [0, 1, 2, 3])
+
+
 def test_an_empty_layer_is_refused():
     with pytest.raises(ValueError, match="at least one must stay"):
         check_kept(SPEC, [])

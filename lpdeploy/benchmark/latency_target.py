@@ -173,7 +173,7 @@ class _Bench:
     measurements: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, multiples = self.source.config, self.options.multiples
+        config, multiples = self.source.config, self.options.widths.multiples
         self.workload = build_workload(self.target)
         self.heads = list_counts(config.num_key_value_heads, multiple=multiples["heads"])
         self.channels = list_counts(config.intermediate_size, multiple=multiples["channels"])

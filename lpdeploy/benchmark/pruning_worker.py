@@ -128,7 +128,7 @@ def build_source(variant: PruningVariant) -> tuple[Source, TokenDataset]:
         source = load_source(str(variant.model), options)
         return source, load_dataset(source, variant.data, options)
     config = load_config(variant.model)
-    specs = list_group_specs(config)
+    specs = list_group_specs(config, heads=options.widths.heads)
     source = Source(variant.model.name, variant.model, config, None, specs, specs)
     return source, build_random_dataset(
         config.vocab_size, rows=8 * options.batch_size, seq_len=options.seq_len

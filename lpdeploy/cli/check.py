@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @click.command("check", cls=GroupedCommand)
 @click.argument("model", metavar="MODEL|RUN")
-@config_options("ratio", "head_ratio", "channel_ratio", "drop_layers", "round_to", "round_heads_to")
+@config_options(
+    "ratio", "head_ratio", "channel_ratio", "drop_layers", "round_to", "round_heads_to", "heads"
+)
 @click.option(
     "--tensor-parallel", type=COUNT, default=1, help="Number of GPUs that share the heads."
 )

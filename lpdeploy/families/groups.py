@@ -28,30 +28,51 @@ def build_rotary_embedding(config: PretrainedConfig) -> Any:
     return LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads what all families have
 
 
-def list_group_specs(config: PretrainedConfig) -> tuple[GroupSpec, ...]:
+def list_group_specs(
+    config: PretrainedConfig, *, heads: str = "kv-groups"
+) -> tuple[GroupSpec, ...]:
     """List the groups of every layer, heads before channels.
 
-    A head group is one KV head with the ``n_rep`` query heads that read it, so that grouped-query
-    attention stays grouped; a LLaMA-1 head is the case ``n_rep = 1``. Biases of q, k and v follow
-    their rows. Norms of single heads have one weight for all heads and need no cut.
+    A group of heads is one KV head with the ``n_rep`` query heads that read it, so that grouped-
+    query attention stays grouped; a LLaMA-1 head is the case ``n_rep = 1``. Or it is one query
+    head, all KV heads stay, and each keeps as many query heads. Biases of q, k and v follow their
+    rows. Norms of single heads have one weight for all heads and need no cut.
 
     Args:
         config: A transformers config of a supported model type, unpruned (uniform widths).
+        heads: What a group of heads is: ``kv-groups`` or ``query-heads``.
 
     Returns:
-        ``layers.N.heads`` with ``num_key_value_heads`` groups and ``layers.N.channels`` with
-        ``intermediate_size`` groups, for each of ``num_hidden_layers`` layers.
+        ``layers.N.heads`` with ``num_key_value_heads`` or ``num_attention_heads`` groups, and
+        ``layers.N.channels`` with ``intermediate_size`` groups, for each of
+        ``num_hidden_layers`` layers.
 
     Source:
-        LoRAPrune, arXiv:2305.18403, Appendix A and Figure 5.
+        LoRAPrune, arXiv:2305.18403, Appendix A and Figure 5, for KV heads; Minitron,
+        arXiv:2407.14679, prunes query heads as well.
     """
+    build = {"kv-groups": _kv_groups, "query-heads": _query_heads}[heads]
     specs: list[GroupSpec] = []
     for layer in range(config.num_hidden_layers):
-        specs += [_heads(config, layer), _channels(config, layer)]
+        specs += [build(config, layer), _channels(config, layer)]
     return tuple(specs)
 
 
-def _heads(config: PretrainedConfig, layer: int) -> GroupSpec:
+def _query_heads(config: PretrainedConfig, layer: int) -> GroupSpec:
+    head_dim, prefix = get_head_dim(config), f"model.layers.{layer}.self_attn"
+    return GroupSpec(
+        name=f"layers.{layer}.heads",
+        num_groups=config.num_attention_heads,
+        slices=(
+            Slice(f"{prefix}.q_proj", dim=0, block=head_dim),
+            Slice(f"{prefix}.o_proj", dim=1, block=head_dim),
+        ),
+        clusters=config.num_key_value_heads,
+        whole=(f"{prefix}.k_proj", f"{prefix}.v_proj"),
+    )
+
+
+def _kv_groups(config: PretrainedConfig, layer: int) -> GroupSpec:
     head_dim = get_head_dim(config)
     query_rows = config.num_attention_heads // config.num_key_value_heads * head_dim
     prefix = f"model.layers.{layer}.self_attn"

@@ -156,7 +156,8 @@ def check_adapter(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> None
         for spec in plan.kept_specs
         for piece in spec.slices
     }
-    odd = sorted(widths.keys() ^ weights.keys())
+    whole = {module for spec in plan.kept_specs for module in spec.whole}
+    odd = sorted((widths.keys() | whole) ^ weights.keys())
     if odd:
         raise ArtifactError(
             f"Plan and adapter are of different runs: only one of them has {odd[0]}. Prune again."
@@ -203,6 +204,7 @@ def expand_lora(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> dict[s
     """
     expanded = {}
     for spec in plan.kept_specs:
+        expanded |= {module: weights[module] for module in spec.whole}
         for piece in spec.slices:
             source = weights[piece.module]
             index = expand_index(torch.tensor(plan.kept[spec.name]), piece.block)

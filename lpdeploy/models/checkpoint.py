@@ -58,7 +58,8 @@ def check_weights(base: Path, config: PretrainedConfig, specs: Iterable[GroupSpe
             file is damaged.
     """
     stored = index_weights(base, config)
-    missing = {f"{piece.module}.weight" for spec in specs for piece in spec.slices} - stored.keys()
+    modules = {name for spec in specs for name in (*(p.module for p in spec.slices), *spec.whole)}
+    missing = {f"{module}.weight" for module in modules} - stored.keys()
     if missing:
         raise ArtifactError(
             f"'{base}' lacks {len(missing)} weights by the names of its class, first "

@@ -43,7 +43,7 @@ from lpdeploy.models.shapes import (
     list_widths,
 )
 from lpdeploy.models.weight_files import list_weight_files
-from lpdeploy.plan import PruningPlan, rename_layer
+from lpdeploy.plan import HEADS, PruningPlan, rename_layer
 from lpdeploy.records import load_record
 from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output
 
@@ -258,7 +258,7 @@ def find_base_config(plan: PruningPlan, moved_to: Path | None = None) -> Pretrai
         ArtifactError: It is gone, or has other groups than the plan.
     """
     config = _find_base(find_config, plan, moved_to)
-    if list_group_specs(config) != plan.specs:
+    if not _has_groups(config, plan):
         name = moved_to or plan.base_model
         raise ArtifactError(f"plan.json lists other groups than '{name}' has. Prune again.")
     return config
@@ -299,8 +299,12 @@ def _check_base(base: Path, plan: PruningPlan, *, known: Mapping[str, str] | Non
 def _check_groups(base: Path, plan: PruningPlan) -> None:
     config = load_config(base)
     check_weights(base, config, plan.specs)
-    if list_group_specs(config) != plan.specs:
+    if not _has_groups(config, plan):
         raise ArtifactError(f"plan.json lists other groups than '{base}' has. Prune again.")
+
+
+def _has_groups(config: PretrainedConfig, plan: PruningPlan) -> bool:
+    return any(list_group_specs(config, heads=heads) == plan.specs for heads in HEADS)
 
 
 def _copy_adapter(run: RunFolder, folder: Path, plan: PruningPlan, *, base: Path) -> None:

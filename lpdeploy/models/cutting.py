@@ -12,7 +12,7 @@ from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.quantized import cut_quantized, get_quantization
 from lpdeploy.models.shapes import set_depth
-from lpdeploy.plan import GroupSpec, Slice
+from lpdeploy.plan import GroupSpec, Slice, get_output
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,15 @@ def apply_cut(
                 for piece in spec.slices:
                     linear = model.get_submodule(piece.module)
                     replaced += _cut_linear(linear, piece, kept[spec.name])
+                if spec.kind == "heads":
+                    _set_grouping(model.get_submodule(get_output(spec).module.rpartition(".")[0]))
     return replaced
+
+
+def _set_grouping(attention: Any) -> None:
+    """Let attention know how many query heads share a KV head now."""
+    query, key = (get_base_linear(each) for each in (attention.q_proj, attention.k_proj))
+    attention.num_key_value_groups = query.out_features // key.out_features
 
 
 def _cut_linear(linear: Any, piece: Slice, kept: Tensor) -> list[CutParameter]:

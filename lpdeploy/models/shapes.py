@@ -20,7 +20,7 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, name_per_layer
 from lpdeploy.families.groups import count_group_parameters, get_head_dim, list_group_specs
 from lpdeploy.models.loading import get_dtype, get_model_classes
-from lpdeploy.plan import GroupSpec, Kept, WidthRequest
+from lpdeploy.plan import GroupSpec, Kept, WidthRequest, removes_kv_heads
 
 _AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
@@ -54,6 +54,12 @@ def round_kept(num_groups: int, ratio: float, *, multiple: int) -> int:
     return min(num_groups, max(multiple, rounded))
 
 
+def round_spec(spec: GroupSpec, ratio: float, *, multiples: Mapping[str, int]) -> int:
+    """Return how many groups of a spec stay: ``round_kept``, and as many in each cluster."""
+    multiple = math.lcm(multiples[spec.kind], spec.clusters)
+    return round_kept(spec.num_groups, ratio, multiple=multiple)
+
+
 def list_counts(num_groups: int, *, multiple: int) -> list[int]:
     """List how many groups a layer may keep: the multiples, and all of them."""
     return [*range(min(multiple, num_groups), num_groups, multiple), num_groups]
@@ -65,10 +71,16 @@ def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[Grou
     Which layers are dropped is not known yet, so these are among them.
 
     Raises:
-        LpdeployError: All layers are protected, or as many are dropped as are not.
+        LpdeployError: All layers are protected, or as many are dropped as are not; or each KV head
+            has one query head, which cannot go without it.
     """
     last = config.num_hidden_layers - request.protect_last
-    specs = list_group_specs(config)
+    specs = list_group_specs(config, heads=request.heads)
+    if request.heads == "query-heads" and specs[0].num_groups == specs[0].clusters:
+        raise LpdeployError(
+            "`heads='query-heads'` removes some of the query heads that share a KV head, and each "
+            "KV head of this model has one. Use `heads='kv-groups'`."
+        )
     prunable = tuple(spec for spec in specs if request.protect_first <= spec.layer < last)
     if not prunable:
         raise LpdeployError(
@@ -91,10 +103,9 @@ def _check_depth(config: PretrainedConfig, request: WidthRequest) -> None:
 
 def count_kept(config: PretrainedConfig, request: WidthRequest) -> dict[str, int]:
     """Count the groups of each kind that an unprotected layer keeps, on average over layers."""
-    totals = {"heads": config.num_key_value_heads, "channels": config.intermediate_size}
     return {
-        kind: round_kept(total, request.ratios[kind], multiple=request.multiples[kind])
-        for kind, total in totals.items()
+        spec.kind: round_spec(spec, request.ratios[spec.kind], multiples=request.multiples)
+        for spec in list_group_specs(config, heads=request.heads)[:2]  # of any layer
     }
 
 
@@ -117,9 +128,8 @@ def forecast_widths(config: PretrainedConfig, request: WidthRequest) -> list[Lay
     it drops the last layers that may be dropped, as all are of one size.
     """
     _check_depth(config, request)
-    n_rep = config.num_attention_heads // config.num_key_value_heads
-    kept = count_kept(config, request)
-    pruned = LayerWidths(kept["heads"] * n_rep, kept["heads"], kept["channels"])
+    kept, (heads, _, *_) = count_kept(config, request), list_prunable(config, request)
+    pruned = _build_widths(config, heads, kept["heads"], kept["channels"])
     first = max(request.protect_first, int(request.scope == "global"))
     last = config.num_hidden_layers - request.protect_last
     widths = [
@@ -157,16 +167,22 @@ def compute_widths(
     config: PretrainedConfig, specs: Sequence[GroupSpec], kept: Kept
 ) -> list[LayerWidths]:
     """Return the widths that ``kept`` leaves in each layer of the unpruned ``config``."""
-    n_rep = config.num_attention_heads // config.num_key_value_heads
     counts = {(spec.layer, spec.kind): len(kept[spec.name]) for spec in specs}
     return [
-        LayerWidths(
-            heads=counts[layer, "heads"] * n_rep,
-            kv_heads=counts[layer, "heads"],
-            channels=counts[layer, "channels"],
-        )
-        for layer in range(config.num_hidden_layers)
+        _build_widths(config, spec, counts[spec.layer, "heads"], counts[spec.layer, "channels"])
+        for spec in specs
+        if spec.kind == "heads"
     ]
+
+
+def _build_widths(
+    config: PretrainedConfig, spec: GroupSpec, heads: int, channels: int
+) -> LayerWidths:
+    """Return the widths of a layer that keeps so many groups of heads, and so many channels."""
+    if removes_kv_heads(spec):
+        n_rep = config.num_attention_heads // config.num_key_value_heads
+        return LayerWidths(heads * n_rep, heads, channels)
+    return LayerWidths(heads, config.num_key_value_heads if heads else 0, channels)
 
 
 def build_pruned_config(
@@ -304,9 +320,9 @@ def build_counter(
 
 def _count_most(specs: Sequence[GroupSpec], ratio: float, request: WidthRequest) -> int:
     """Count the groups of one kind that stay in all layers together, at most."""
-    multiple = request.multiples[specs[0].kind]
     if request.scope == "layer":
-        return sum(round_kept(spec.num_groups, ratio, multiple=multiple) for spec in specs)
+        return sum(round_spec(spec, ratio, multiples=request.multiples) for spec in specs)
+    multiple = request.multiples[specs[0].kind]
     total = sum(spec.num_groups for spec in specs)
     # Groups leave in chunks and end on the count exactly, unless a layer's first chunk is smaller.
     uneven = any(spec.num_groups % multiple for spec in specs)

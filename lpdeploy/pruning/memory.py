@@ -288,7 +288,7 @@ def _plan_scoring(options: PruneConfig, layers: list[_Layer]) -> int:
     sizes = [size for layer in layers for size in layer.sizes]
     factors = max(i + o for i, o in sizes) * options.lora_rank
     read = max(i * o for i, o in sizes) if options.load_in else 0
-    groups = sum(layer.width.channels + layer.width.kv_heads for layer in layers)
+    groups = sum(layer.width.channels + layer.width.heads for layer in layers)
     return _BLOCK_BYTES + _FLOAT * (4 * factors + 3 * groups + read)
 
 

@@ -32,7 +32,7 @@ def build_plan(
         base: Absolute folder or hub name of the unpruned model.
         stage: Has the hash of the unpruned model among its inputs.
     """
-    specs = list_group_specs(config)
+    specs = list_group_specs(config, heads=options.widths.heads)
     kept = state.list_kept(specs)
     return PruningPlan(
         base_model=base,

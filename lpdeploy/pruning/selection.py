@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lpdeploy.models.shapes import round_kept
+from lpdeploy.models.shapes import round_kept, round_spec
 from lpdeploy.plan import GroupSpec
 
 
@@ -26,7 +26,8 @@ def select_per_layer(
         importance: Scores of the groups that are still there, shape (alive,).
         specs: Specs to select from; ``num_groups`` counts the unpruned layer.
         ratios: Share of the unpruned groups that is gone afterwards, by kind.
-        multiples: Rounding of the kept count, by kind (``heads``, ``channels``).
+        multiples: Rounding of the kept count, by kind (``heads``, ``channels``). Clusters of
+            groups keep as many each, the best of each.
 
     Returns:
         Kept positions among those still there, ascending, int64. No regrowth: a spec that has
@@ -34,8 +35,8 @@ def select_per_layer(
     """
     kept = {}
     for spec in specs:
-        count = round_kept(spec.num_groups, ratios[spec.kind], multiple=multiples[spec.kind])
-        kept[spec.name] = _keep_best(importance[spec.name], count)
+        count = round_spec(spec, ratios[spec.kind], multiples=multiples)
+        kept[spec.name] = _keep_best(importance[spec.name], count, clusters=spec.clusters)
     return kept
 
 
@@ -91,6 +92,9 @@ def _list_chunks(
     ]
 
 
-def _keep_best(importance: Tensor, count: int) -> Tensor:
-    order = importance.sort(descending=True, stable=True).indices
-    return torch.sort(order[:count]).values
+def _keep_best(importance: Tensor, count: int, *, clusters: int = 1) -> Tensor:
+    own = importance.view(clusters, -1)  # (alive,) -> (clusters, alive / clusters)
+    order = own.sort(descending=True, stable=True).indices
+    best = order[:, : count // clusters].sort().values
+    first = torch.arange(clusters, device=best.device).unsqueeze(1) * own.shape[1]
+    return (first + best).flatten()

@@ -41,7 +41,7 @@ from lpdeploy.models.loading import (
 from lpdeploy.models.quantized import get_quantization
 from lpdeploy.models.shapes import count_kept, list_prunable
 from lpdeploy.models.sharded import load_sharded_model
-from lpdeploy.plan import GroupSpec, get_output
+from lpdeploy.plan import GroupSpec, get_output, name_groups
 from lpdeploy.pruning.checkpoint import (
     Checkpoint,
     apply_checkpoint,
@@ -100,7 +100,8 @@ def load_source(model: str, options: PruneConfig) -> Source:
             f"`seq_len` {options.seq_len} is longer than the {config.max_position_embeddings} "
             f"positions of '{model}'. Use `seq_len` {config.max_position_embeddings} or less."
         )
-    prunable, specs = list_prunable(config, options.widths), list_group_specs(config)
+    prunable = list_prunable(config, options.widths)
+    specs = list_group_specs(config, heads=options.widths.heads)
     check_weights(folder, config, specs)
     tokenizer = load_tokenizer(folder, config)
     return Source(model, folder, config, tokenizer, specs, prunable)
@@ -291,8 +292,7 @@ def describe_start(source: Source, training: Training) -> str:
     used = PRECISIONS[training.dtype]
     counts = count_kept(source.config, options.widths)
     kept = ", ".join(
-        f"{counts[spec.kind]} of "
-        f"{spec.num_groups} {'KV heads' if spec.kind == 'heads' else 'channels'}"
+        f"{counts[spec.kind]} of {spec.num_groups} {name_groups(spec)}"
         for spec in source.prunable[:2]
     )
     share = estimate_padding(

@@ -256,7 +256,7 @@ def apply_event(
     replaced = state.remove_groups(
         {kind: ratio * progress for kind, ratio in options.ratios.items()},
         scope=options.scope,
-        multiples=options.multiples,
+        multiples=options.widths.multiples,
         calibrate=calibrate if options.refit else None,
     )
     if optimizer is not None:

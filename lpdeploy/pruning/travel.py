@@ -60,7 +60,8 @@ def compute_travel(
         weights = passes * (projections + norms) * itemsize
     return Travel(
         gradients=_FLOAT_BYTES * (options.lora_rank * (cut + linears * hidden) + 1),
-        scores=_FLOAT_BYTES * _count_scores(specs, hidden, options),
+        scores=_FLOAT_BYTES
+        * _count_scores(list_group_specs(config, heads=options.widths.heads), hidden, options),
         weights=weights,
     )
 

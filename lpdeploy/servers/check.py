@@ -167,7 +167,7 @@ def check(
     else:
         folder, source = Path(model), find_config(model)
         pruned = forecast_config(source, config.widths)
-        ratio = config.compute_ratio(list_group_specs(source))
+        ratio = config.compute_ratio(list_group_specs(source, heads=config.widths.heads))
         nearest = suggest(source, config.widths, ranks=tensor_parallel)
     verdicts = list_verdicts(pruned, tensor_parallel=tensor_parallel)
     return CheckResult(
@@ -205,7 +205,10 @@ def describe_request(request: WidthRequest) -> str:
     )
     values["round_heads_to"] = request.multiples["heads"]
     values["round_to"] = request.multiples["channels"]
-    return " ".join(f"`{name}={value:g}`" for name, value in values.items())
+    words = [f"`{name}={value:g}`" for name, value in values.items()]
+    if request.heads != WidthRequest.heads:
+        words.append(f"`heads={request.heads!r}`")
+    return " ".join(words)
 
 
 def describe_shape(config: PretrainedConfig) -> Shape:
@@ -318,9 +321,9 @@ def _compute_distance(
     widths: Sequence[LayerWidths], wanted: Sequence[LayerWidths], config: PretrainedConfig
 ) -> float:
     """Return how far apart two shapes are, in shares of the unpruned model."""
-    heads = sum(abs(a.kv_heads - b.kv_heads) for a, b in zip(widths, wanted, strict=True))
+    heads = sum(abs(a.heads - b.heads) for a, b in zip(widths, wanted, strict=True))
     channels = sum(abs(a.channels - b.channels) for a, b in zip(widths, wanted, strict=True))
-    return heads / config.num_key_value_heads + channels / config.intermediate_size
+    return heads / config.num_attention_heads + channels / config.intermediate_size
 
 
 def _list_changes(candidate: WidthRequest, request: WidthRequest) -> tuple[bool, int]:

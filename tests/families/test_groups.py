@@ -70,6 +70,27 @@ def test_a_head_group_is_a_kv_head_with_its_query_heads(bases, family):
 
 
 @every_family
+def test_a_query_head_owns_nothing_of_its_kv_head(bases, family):
+    model = load_model(bases(family))
+    attention, config = model.model.layers[1].self_attn, model.config
+    if attention.num_key_value_groups == 1:
+        pytest.skip("each KV head has one query head")
+    heads = list_group_specs(config, heads="query-heads")[2]
+    assert (heads.num_groups, heads.clusters) == (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    owned = {piece.module.rsplit(".", 1)[1]: (piece.dim, piece.block) for piece in heads.slices}
+    assert owned == {"q_proj": (0, attention.head_dim), "o_proj": (1, attention.head_dim)}
+    assert heads.whole == tuple(f"model.layers.1.self_attn.{name}_proj" for name in "kv")
+    before = count(model)
+    apply_cut(model, [heads], {heads.name: torch.arange(0, heads.num_groups, 2)})
+    removed = heads.num_groups // 2
+    assert before - count(model) == removed * count_group_parameters(heads, config)
+    assert attention.num_key_value_groups == removed // config.num_key_value_heads
+
+
+@every_family
 def test_biases_are_where_the_model_has_them(bases, family):
     model = load_model(bases(family))
     for name, linear in list_projections(model).items():

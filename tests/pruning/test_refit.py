@@ -148,7 +148,7 @@ def prune_state(folder, *, removal, batches, head_ratio=0.5, **config):
     generator = torch.Generator().manual_seed(8)
     state.average = {s.name: torch.rand(s.num_groups, generator=generator) for s in specs}
     state.remove_groups(
-        options.ratios, scope="layer", multiples=options.multiples,
+        options.ratios, scope="layer", multiples=options.widths.multiples,
         calibrate=partial(calibrate, *batches),
     )  # fmt: skip
     return model.eval(), state
@@ -265,7 +265,7 @@ def test_what_others_can_give_is_given_by_them(tmp_path):
     state = build_state(model, specs, options, stored=stored)
     state.average = {s.name: torch.arange(s.num_groups, 0, -1).float() for s in specs}
     state.remove_groups(
-        options.ratios, scope="layer", multiples=options.multiples,
+        options.ratios, scope="layer", multiples=options.widths.multiples,
         calibrate=partial(calibrate, ids, mask),
     )  # fmt: skip
     with torch.no_grad():

@@ -35,6 +35,30 @@ def test_per_layer_selection_matches_the_loop(ratio):
         assert kept[spec.name].tolist() == reference.select(importance[spec.name].tolist(), keep)
 
 
+@pytest.mark.parametrize(("ratio", "each"), [(0.0, 4), (0.25, 3), (0.5, 2), (0.6, 2), (0.95, 1)])
+def test_every_cluster_keeps_as_many(ratio, each):
+    """Twelve query heads on three KV heads, against a loop over the KV heads."""
+    specs = [GroupSpec("layers.0.heads", 12, (), clusters=3)]
+    scores = random_importance(specs)["layers.0.heads"]
+    kept = select_per_layer(
+        {"layers.0.heads": scores}, specs, ratios=both(ratio), multiples=MULTIPLES
+    )
+    expected = []
+    for first in (0, 4, 8):
+        own = range(first, first + 4)
+        expected += sorted(sorted(own, key=lambda head: -scores[head].item())[:each])
+    assert kept["layers.0.heads"].tolist() == expected
+
+
+def test_clusters_keep_as_many_where_some_are_gone_already():
+    specs = [GroupSpec("layers.0.heads", 12, (), clusters=3)]
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.7, 0.6])  # two of four are left of each
+    kept = select_per_layer(
+        {"layers.0.heads": scores}, specs, ratios=both(0.75), multiples=MULTIPLES
+    )
+    assert kept["layers.0.heads"].tolist() == [1, 3, 4]
+
+
 def test_equal_scores_keep_the_earlier_groups():
     specs = [GroupSpec("layers.0.heads", 6, ())]
     importance = {"layers.0.heads": torch.zeros(6)}

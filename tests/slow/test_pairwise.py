@@ -37,6 +37,7 @@ OPTIONS = {
     "scope": ("layer", "global"),
     "protect_first": (0, 1),
     "drop_layers": (None, 1),
+    "heads": ("kv-groups", "query-heads"),
     "round_to": (4, 16),
     "round_heads_to": (1, 2),
     "removal": (None, "cut", "mask"),
