@@ -91,8 +91,9 @@ class PruneConfig:
     round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, **_COUNT)
     round_heads_to: int = _remove("Round kept heads to a multiple of this.", default=1, **_COUNT)
     heads: str | None = _remove(
-        "What is removed as one unit of attention. " + " ".join(f"{name}: {what}." for name, what in HEADS.items()),
-        default=None, choices=HEADS, unset="kv-groups",
+        "Remove KV heads with all query heads that read them (kv-groups), or query heads alone, as "
+        "many of each KV head (query-heads). auto tries both with a one-shot pruning.",
+        default=None, choices=(*HEADS, "auto"), unset="kv-groups",
     )
     drop_layers: int | None = _remove(
         "Drop this many whole layers before training, those whose absence raises the loss least. "
@@ -290,8 +291,8 @@ class PruneConfig:
 
     @property
     def has_open_shape(self) -> bool:
-        """Whether it is still to be decided what is left: by a budget, or by the depth."""
-        return self.budget is not None or self.depth == "auto"
+        """Whether it is still to be decided what is left: by a budget, or by trials."""
+        return self.budget is not None or "auto" in (self.depth, self.heads)
 
     @property
     def peak_lr(self) -> float:
@@ -314,20 +315,19 @@ class PruneConfig:
         """Share to remove of each kind of group.
 
         Raises:
-            ValueError: A budget decides, or the depth is open, and ratios do not yet.
+            ValueError: A budget or trials decide, and ratios do not yet.
         """
         if self.has_open_shape:
-            raise ValueError(f"`{self.budget or 'depth'}` {_UNRESOLVED}")
+            raise ValueError(f"`{self.budget or 'ratio'}` {_UNRESOLVED}")
         assert self.ratio is not None  # only a budget leaves it out
         own = {"heads": self.head_ratio, "channels": self.channel_ratio}
         return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
 
-    def with_ratios(self, **ratios: float) -> "PruneConfig":
+    def with_ratios(self, **ratios: Any) -> "PruneConfig":
         """Return a copy in which ratios decide what is left, in place of a budget.
 
         Args:
-            ratios: ``ratio`` or ``head_ratio`` and ``channel_ratio``, and perhaps ``drop_layers``.
-                As they are if there are none.
+            ratios: Fields, such as ``ratio`` and ``drop_layers``. As they are if there are none.
         """
         if not ratios:
             return self
@@ -352,7 +352,7 @@ class PruneConfig:
             protect_last=self.protect_last,
             scope=self.scope,
             drop_layers=self.drop_layers or 0,
-            heads=self.heads or WidthRequest.heads,
+            heads=self.heads if self.heads in HEADS else WidthRequest.heads,
         )
 
     def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:
@@ -380,12 +380,12 @@ class PruneConfig:
     @property
     def num_calibration_rows(self) -> int:
         """Number of rows scored before the first step."""
-        if self.calibration_samples is None:
-            at_once = self.schedule != "joint"
-            if not at_once and CRITERIA[self.criterion].score_outputs is not None:
-                return 0  # which scores groups when they go
-            return _CALIBRATION_ROWS if at_once or RAMPS[self.ramp].calibrate else 0
-        return self.calibration_samples
+        if self.calibration_samples is not None:
+            return self.calibration_samples
+        at_once = self.schedule != "joint"
+        if not at_once and CRITERIA[self.criterion].score_outputs is not None:
+            return 0  # which scores groups when they go
+        return _CALIBRATION_ROWS if at_once or RAMPS[self.ramp].calibrate else 0
 
 
 def rename_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:

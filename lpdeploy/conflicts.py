@@ -47,21 +47,24 @@ def _list_shape_conflicts(config: Any) -> Iterator[str]:
 
 
 def _list_head_conflicts(config: Any) -> Iterator[str]:
-    if config.heads != "query-heads":
+    if config.heads not in ("query-heads", "auto"):
         return
-    alike = "leaves every layer with as many query heads, and"
+    asked = f"`heads={config.heads!r}`"
+    alike = "needs layers that keep as many query heads each, and"
     for name in ("protect_first", "protect_last"):
         if getattr(config, name):
-            yield f"`heads='query-heads'` {alike} `{name}` some layers whole; change one of them."
+            yield f"{asked} {alike} `{name}` leaves some layers whole; change one of them."
     if config.scope == "global":
-        yield (
-            f"`heads='query-heads'` {alike} `scope='global'` makes layers differ; change one of "
-            "them."
-        )
+        yield f"{asked} {alike} `scope='global'` makes layers differ; change one of them."
     if config.target_latency is not None:
         yield (
-            "`target_latency` chooses a number of KV heads, and `heads='query-heads'` leaves all "
-            "of them; use `target_params` or a `ratio`."
+            f"`target_latency` chooses a number of KV heads, and {asked} may leave all of them; "
+            "use `target_params` or a `ratio`."
+        )
+    if config.heads == "auto" and config.shard:
+        yield (
+            "`heads='auto'` tries both kinds in one process, and `shard` is for models that do not "
+            "fit; give `heads='kv-groups'` or `heads='query-heads'`."
         )
 
 

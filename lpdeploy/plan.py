@@ -20,11 +20,8 @@ SCHEDULES = {
     "one-shot": "without fine-tuning",
 }
 """Name -> when they are removed."""
-HEADS = {
-    "kv-groups": "a KV head with all query heads that read it",
-    "query-heads": "a query head, as many of each KV head",
-}
-"""Name -> what goes as one group of heads."""
+HEADS = ("kv-groups", "query-heads")
+"""What a group of heads is: a KV head with the query heads that read it, or a query head."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def choose_depth(
 
 def _describe(options: PruneConfig) -> str:
     ratios = options.ratios
-    widths = f"{ratios['heads']:.1%} of the heads and {ratios['channels']:.1%} of the channels"
+    kind = "query heads" if options.widths.heads == "query-heads" else "heads"
+    widths = f"{ratios['heads']:.1%} of the {kind} and {ratios['channels']:.1%} of the channels"
     if options.drop_layers:
         return f"without {options.drop_layers} of the layers, and without {widths} of the others"
     return f"without {widths}"

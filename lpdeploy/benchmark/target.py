@@ -4,6 +4,7 @@ A size or a latency becomes ratios, an open depth a number of layers, an open ra
 """
 
 import bisect
+import itertools
 import json
 import logging
 import threading
@@ -26,10 +27,11 @@ from lpdeploy.models.loading import find_config
 from lpdeploy.models.shapes import (
     KINDS,
     build_counter,
-    count_kept,
     count_parameters,
+    forecast_widths,
     get_itemsize,
 )
+from lpdeploy.plan import HEADS
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.ranks import OTHER_START, join_ranks
 from lpdeploy.pruning.setup import Source, check_refit_data, load_dataset, load_source
@@ -64,8 +66,8 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
 ) -> tuple[PruneConfig, TargetRecord | None]:
     """Turn a budget (``target_params``, ``target_memory`` or ``target_latency``) into ratios.
 
-    Where the depth is open, ``drop_layers`` is chosen with them. An open learning rate is chosen
-    last, for the shape that is then known.
+    Where the depth or the kind of heads is open, it is chosen with them. An open learning rate is
+    chosen last, for the shape that is then known.
 
     Args:
         model: Hugging Face folder or hub name. For a size alone only the config is read.
@@ -102,7 +104,7 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
             "target.json lacks what was chosen. Use `overwrite=True` to start anew."
         )
     chosen = {**record.ratios, **({"lr": resolved.lr} if options.lr == "auto" else {})}
-    words = " ".join(f"`{name}={value:g}`" for name, value in chosen.items())
+    words = " ".join(f"`{name}={_write(value)}`" for name, value in chosen.items())
     logger.info("%s: %s", "as chosen when the run began" if resume else "chosen", words)
     return resolved, record
 
@@ -170,14 +172,15 @@ def _try_rates(given: _Given, options: PruneConfig) -> list[RateTrial]:
 def _choose_shape(given: _Given, options: PruneConfig) -> TargetRecord:
     if not options.has_open_shape:
         return TargetRecord(asked=describe_asked(options), ratios={})
-    if options.target_latency is None and options.depth is None:
+    tried = "auto" in (options.depth, options.heads)
+    if options.target_latency is None and not tried:
         config = find_config(given.model)
         limit = _get_limit(config, options)
         _refuse_unreachable(given.model, config, options, limit=limit)
         return _fit_ratio(config, options, limit=limit)
     _refuse_ranks(options)
     _require(given.data, "data")  # before anything is read
-    if options.depth is None:
+    if not tried:
         return given.choose_widths(options)
     source = given.load_source(options)
     if options.target_latency is None:
@@ -217,28 +220,39 @@ def _list_candidates(
 ) -> list[TargetRecord]:
     """List what to try: for each depth the same ratio for all groups, and one for channels alone.
 
-    Where a layer has few KV heads, one of them is a large step.
+    Where a layer has few KV heads, one of them is a large step. If the kind of heads is open, the
+    same ratio is tried for either kind.
     """
     found: dict[tuple[Any, ...], TargetRecord] = {}
-    for drop_layers in depths:
-        fixed = replace(options, depth=None, drop_layers=drop_layers)
+    asked = describe_asked(options)
+    for drop_layers, heads in itertools.product(depths, _list_kinds_of_heads(config, options)):
+        chosen: dict[str, float | str] = {"drop_layers": drop_layers}
+        if heads and options.heads == "auto":
+            chosen |= {"heads": heads}
+        fixed = replace(options, depth=None, drop_layers=drop_layers, heads=heads)
         for kinds in (KINDS, ("channels",)):
             if build_counter(config, fixed.widths, kinds=kinds)(1 - 1 / _STEPS) > limit:
                 continue  # channels alone may not be enough
             record = _fit_ratio(config, fixed, limit=limit, kinds=kinds)
-            ratios = {**record.ratios, "drop_layers": drop_layers}
-            shape = count_kept(config, fixed.with_ratios(**ratios).widths)
-            asked = {**record.asked, "depth": "auto"}
-            record = replace(record, asked=asked, ratios=ratios)
-            found.setdefault((drop_layers, *shape.values()), record)
+            record = replace(record, asked=asked, ratios={**record.ratios, **chosen})
+            widths = forecast_widths(config, fixed.with_ratios(**record.ratios).widths)
+            found.setdefault(tuple(widths), record)
     return list(found.values())
+
+
+def _list_kinds_of_heads(config: PretrainedConfig, options: PruneConfig) -> Sequence[str | None]:
+    if options.heads != "auto":
+        return (options.heads,)
+    # Where each KV head has one query head, they are the same.
+    shared = config.num_attention_heads > config.num_key_value_heads
+    return tuple(HEADS) if shared else ("kv-groups",)
 
 
 def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[int]:
     """List numbers of dropped layers with which some widths leave no more than a limit."""
     layers = len({spec.layer for spec in source.prunable})
     depths = []
-    for drop_layers in range(layers):
+    for drop_layers in range(layers) if options.depth else [options.drop_layers or 0]:
         request = replace(options.widths, drop_layers=drop_layers)
         count = build_counter(source.config, request)
         if count(1 - 1 / _STEPS) <= limit:
@@ -246,9 +260,14 @@ def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[in
         if count(0) <= limit:
             break
     if not depths or count_parameters(source.config) <= limit:  # out of reach, or there already
-        fixed = replace(options, depth=None, drop_layers=layers - 1)
+        most = layers - 1 if options.depth else options.drop_layers
+        fixed = replace(options, depth=None, drop_layers=most)
         _refuse_unreachable(source.name, source.config, fixed, limit=limit)
     return spread(depths)
+
+
+def _write(value: float | str) -> str:
+    return repr(value) if isinstance(value, str) else f"{value:g}"
 
 
 def _require(value: _Value | None, name: str) -> _Value:
@@ -318,7 +337,8 @@ def _refuse_unreachable(
 
 def _refuse_ranks(options: PruneConfig) -> None:
     if count_ranks() > 1:
-        open_option = "target_latency" if options.target_latency is not None else "depth"
+        open_option = "depth" if options.depth else "heads"
+        open_option = "target_latency" if options.target_latency is not None else open_option
         raise LpdeployError(
             f"`{open_option}` is measured by one process, and a launcher started several. Start "
             "the command once without the launcher, stop it when it has told the ratios, and give "

@@ -44,6 +44,10 @@ def command(
     shape that loads.
     """
     config = build_config(values)
+    if config.has_open_shape:
+        raise click.UsageError(
+            "check shows one shape. Give --heads kv-groups or --heads query-heads."
+        )
 
     from lpdeploy.servers.check import check
 

@@ -202,7 +202,7 @@ def expand_lora(weights: Mapping[str, LoraWeights], plan: PruningPlan) -> dict[s
     Returns:
         Adapter of the base, that computes the same where the removed groups are masked.
     """
-    expanded = {}
+    expanded: dict[str, LoraWeights] = {}
     for spec in plan.kept_specs:
         expanded |= {module: weights[module] for module in spec.whole}
         for piece in spec.slices:

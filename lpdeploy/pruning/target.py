@@ -13,9 +13,11 @@ from lpdeploy.run_folder import RunFolder
 
 Asked = Mapping[str, int | float | str]
 """``parameters``, ``bytes``, ``ratio``, or the fields of ``LatencyTarget`` -> what the user asked
-for; ``depth`` and ``lr`` where they were left open."""
+for; ``depth``, ``heads`` and ``lr`` where they were left open."""
+Chosen = Mapping[str, int | float | str]
+"""Fields of ``PruneConfig`` -> what was chosen for them."""
 
-_CHOSEN = ("ratio", "head_ratio", "channel_ratio", "drop_layers")
+_CHOSEN = ("ratio", "head_ratio", "channel_ratio", "drop_layers", "heads")
 _PHASE, _TOKENS = "prefill", 512
 
 
@@ -78,14 +80,14 @@ class LatencyFound:
 
 @dataclass(frozen=True)
 class DepthTrial:
-    """A number of dropped layers that was tried with a one-shot pruning.
+    """A shape that was tried with a one-shot pruning.
 
     Attributes:
-        ratios: Fields of ``PruneConfig`` -> what met the target, ``drop_layers`` among them.
+        ratios: What met the target, ``drop_layers`` among it, and ``heads`` if they were open.
         loss: Mean loss of rows that were held out, in nats a token, before any fine-tuning.
     """
 
-    ratios: Mapping[str, float]
+    ratios: Chosen
     loss: float
 
 
@@ -113,14 +115,14 @@ class TargetRecord:
 
     Attributes:
         asked: What the user asked for.
-        ratios: Fields of ``PruneConfig`` -> what was chosen for them.
+        ratios: What was chosen.
         found: What that gives; None if the ratios were given.
-        trials: The depths that were tried, if the depth was open.
+        trials: The shapes that were tried, if the depth or the kind of heads was open.
         rates: The learning rates that were tried, the chosen one first, if the rate was open.
     """
 
     asked: Asked
-    ratios: Mapping[str, float]
+    ratios: Chosen
     found: SizeFound | LatencyFound | None = None
     trials: tuple[DepthTrial, ...] = ()
     rates: tuple[RateTrial, ...] = ()
@@ -176,7 +178,7 @@ def describe_asked(options: PruneConfig) -> Asked:
         asked = {"bytes": options.target_memory}
     elif options.ratio is not None:
         asked = {"ratio": options.ratio}
-    left_open = {"depth": options.depth, "lr": options.lr}
+    left_open = {"depth": options.depth, "heads": options.heads, "lr": options.lr}
     return asked | {name: value for name, value in left_open.items() if value == "auto"}
 
 

@@ -37,6 +37,23 @@ def test_what_scripts_read(model):
     assert servers["vllm"]["tested"] == "0.32.0"
 
 
+def test_query_heads_leave_the_cache_as_it_is(tmp_path):
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=1000,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "model")
+    shapes = {}
+    for heads in ("kv-groups", "query-heads"):
+        result = invoke(tmp_path / "model", "--ratio", "0.33", "--heads", heads, "--json")
+        shape = json.loads(result.stdout.splitlines()[-1])["shape"]
+        shapes[heads] = (shape["heads"], shape["kv_heads"])
+    assert shapes == {"kv-groups": (6, 2), "query-heads": (6, 3)}
+    refused = invoke(tmp_path / "model", "--heads", "auto")
+    assert refused.exit_code == 2
+    assert "check shows one shape. Give --heads kv-groups or --heads" in refused.stderr
+
+
 def test_what_people_read(model):
     result = invoke(model, "--ratio", "0.2", "--tensor-parallel", "4")
     lines = result.output.splitlines()

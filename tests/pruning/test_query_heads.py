@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 
+from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.config import PruneConfig
 from lpdeploy.engines.export import export
 from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.compact import compact
-from lpdeploy.models.loading import load_model
+from lpdeploy.models.loading import load_config, load_model
+from lpdeploy.models.shapes import count_parameters, forecast_config
 from lpdeploy.pruning.run import prune
+from lpdeploy.pruning.target import describe_asked, load_target
+from lpdeploy.report.page import save_report
 from lpdeploy.run_folder import RunFolder
 from lpdeploy.servers.check import check
 from tests.helpers import make_text, make_tiny_model
@@ -121,7 +125,7 @@ def test_one_query_head_a_kv_head_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"protect_first": 1}, "`protect_first` some layers whole"),
+        ({"protect_first": 1}, "`protect_first` leaves some layers whole"),
         ({"scope": "global"}, "`scope='global'` makes layers differ"),
         (
             {"ratio": None, "target_latency": 5.0, "engine": "ort"},
@@ -129,9 +133,52 @@ def test_one_query_head_a_kv_head_is_refused(tmp_path):
         ),
     ],
 )
-def test_what_it_cannot_go_with_is_refused(options, sentence):
+@pytest.mark.parametrize("heads", ["query-heads", "auto"])
+def test_what_it_cannot_go_with_is_refused(heads, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        PruneConfig(**{**SMALL, **options})
+        PruneConfig(**{**SMALL, **options, "heads": heads})
+
+
+class TestAuto:
+    @pytest.mark.parametrize("depth", [None, "auto"])
+    def test_the_kind_that_loses_least_is_taken(self, tmp_path, depth):
+        base = make_tiny_model(tmp_path / "base", **SIZES)
+        data, run = make_text(tmp_path / "text.txt"), tmp_path / "run"
+        asked = PruneConfig(**{**SMALL, "heads": "auto", "depth": depth})
+        config, record = resolve_options(str(base), asked, data=str(data))
+        tried = {(trial.ratios["drop_layers"], trial.ratios["heads"]) for trial in record.trials}
+        assert {(0, "kv-groups"), (0, "query-heads")} <= tried
+        best = min(record.trials, key=lambda trial: trial.loss)
+        assert record.ratios == best.ratios
+        assert config.heads == best.ratios["heads"]
+        limit = compute_parameters(base, "kv-groups")
+        for trial in record.trials:
+            shape = PruneConfig(**{**SMALL, "ratio": None, "heads": None}).with_ratios(
+                **trial.ratios
+            )
+            left = count_parameters(forecast_config(load_config(base), shape.widths))
+            assert left <= limit
+        prune(str(base), run, data=str(data), options=config, target=record)
+        compact(run)
+        assert verify(run, engine="torch").ok
+        assert config.heads in save_report(run).read_text()
+        again = load_target(run, describe_asked(asked))
+        assert asked.with_ratios(**again.ratios) == config
+
+    def test_one_query_head_a_kv_head_leaves_one_kind(self, tmp_path):
+        base = make_tiny_model(tmp_path / "base")
+        data, asked = make_text(tmp_path / "text.txt"), PruneConfig(**{**SMALL, "heads": "auto"})
+        config, _ = resolve_options(str(base), asked, data=str(data))
+        assert config.heads == "kv-groups"
+
+    def test_shard_is_refused(self):
+        with pytest.raises(ValueError, match="`heads='auto'` tries both kinds in one process"):
+            PruneConfig(heads="auto", shard=True)
+
+
+def compute_parameters(base, heads):
+    widths = PruneConfig(**{**SMALL, "heads": heads}).widths
+    return count_parameters(forecast_config(load_config(base), widths))
 
 
 def test_a_plan_that_keeps_more_heads_of_one_kv_head_is_refused(tmp_path):
