@@ -38,6 +38,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "more-channels-refit": {**MORE_CHANNELS, **REFIT},
     "more-layers-refit": {**MORE_LAYERS, **REFIT},
     "heads-refit": {"ratio": 0.2, **REFIT},
+    # Tries KV heads, query heads and channels alone, at as many parameters.
+    "heads-auto-refit": {"ratio": 0.2, "heads": "auto", **REFIT},
     "auto-obs-refit": {"ratio": 0.2, "depth": "auto", **OBS},
     "more-channels-obs-refit": {**MORE_CHANNELS, **OBS},
     "more-auto-obs-refit": {"ratio": 0.33, "depth": "auto", **OBS},
