@@ -65,6 +65,7 @@ CASES = {
     "checkpointing": {"gradient_checkpointing": True},
     "protected": {"protect_last": 1},
     "ratios": {"head_ratio": 0.0, "channel_ratio": 0.6},
+    "query-heads": {"heads": "query-heads", "head_ratio": 0.5},
     "pairs": {"seq_len": 64},
 }
 
