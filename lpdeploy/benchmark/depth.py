@@ -1,4 +1,4 @@
-"""How many layers to drop: several numbers are tried, each with the widths that meet the target.
+"""Which shape to prune to: several are tried, all with as many parameters or as fast as asked.
 
 Each trial is a whole one-shot pruning of a fresh model with the options of the run, and the one
 after which rows that were held out have the lowest loss is taken. What a layer or a group is worth
@@ -46,7 +46,7 @@ def choose_depth(
         source: The base.
         dataset: Tokens.
         options: How to prune.
-        candidates: Numbers of dropped layers, each with ratios that meet the target.
+        candidates: Shapes that meet the target: a number of dropped layers, and ratios.
 
     Returns:
         The record of the best one, with all that were tried.
@@ -55,6 +55,7 @@ def choose_depth(
         NonFiniteError: No candidate has a loss.
     """
     tried: list[tuple[float, TargetRecord]] = []
+    logger.info("Trying %s shapes, each with a one-shot pruning of its own.", len(candidates))
     for record in candidates:
         trial = options.with_ratios(**record.ratios)
         loss = _try(source, dataset, trial)
@@ -64,7 +65,7 @@ def choose_depth(
             tried.append((loss, record))
     if not tried:
         raise NonFiniteError(
-            "The loss of held-out rows is not finite with any number of dropped layers. Check the "
+            "The loss of held-out rows is not finite with any of the shapes. Check the "
             "model and the data, or use `dtype='fp32'`."
         )
     _, best = min(tried, key=lambda pair: pair[0])

@@ -79,6 +79,8 @@ def choose_rate(
             autocast=training.autocast,
             ranks=training.ranks,
         )
+        if training.ranks.is_first:
+            logger.info("Trying learning rates, each for %s steps.", steps)
         initial = [parameter.detach().clone() for parameter in training.trainable]
 
         def measure(rate: float) -> float:
