@@ -1,7 +1,10 @@
 """Progress bars, as a terminal gets them and as a log file does."""
 
+from dataclasses import replace
+
 import pytest
 
+from lpdeploy.cli import progress
 from lpdeploy.cli.progress import counting_progress, training_progress
 from lpdeploy.pruning.log import StepInfo
 
@@ -37,6 +40,53 @@ def test_there_is_no_bar_without_a_terminal(monkeypatch, capsys):
     with training_progress() as on_step:
         on_step(INFO)
     assert capsys.readouterr().err == ""
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_a_log_file_gets_a_line_a_minute(clock, capsys):
+    with counting_progress("eval") as show:
+        for done in range(1, 11):  # 25 seconds each
+            show(done, 10)
+            clock.now += 25
+    assert capsys.readouterr().err.splitlines() == [
+        "eval: 4 of 10, about 2 min left",  # after 75 s for three
+        "eval: 7 of 10, about 1 min left",
+    ]
+
+
+def test_each_text_has_a_time_of_its_own(clock, capsys):
+    with counting_progress("eval") as show:
+        for done, total in ((1, 3), (2, 3), (3, 3), (1, 5), (3, 5)):
+            show(done, total)
+            clock.now += 70
+    assert capsys.readouterr().err.splitlines() == [
+        "eval: 2 of 3, about 1 min left",
+        "eval: 3 of 5, about 1 min left",  # 70 s for two
+    ]
+
+
+def test_a_log_file_gets_the_loss_of_a_long_training(clock, capsys):
+    with training_progress() as on_step:
+        on_step(replace(INFO, step=1))
+        clock.now += 61
+        on_step(replace(INFO, step=3))
+    line = "prune: 3 of 10 steps, loss 2.500, removed 12.5%, about 4 min left"
+    assert capsys.readouterr().err.splitlines() == [line]
 
 
 def test_one_bar_follows_another(terminal, capsys):
