@@ -61,6 +61,9 @@ def _list_head_conflicts(config: Any) -> Iterator[str]:
             f"`target_latency` chooses a number of KV heads, and {asked} may leave all of them; "
             "use `target_params` or a `ratio`."
         )
+    for name in ("head_ratio", "channel_ratio"):
+        if config.heads == "auto" and getattr(config, name) is not None:
+            yield f"`heads='auto'` chooses what `{name}` says; give one of them."
     if config.heads == "auto" and config.shard:
         yield (
             "`heads='auto'` tries both kinds in one process, and `shard` is for models that do not "

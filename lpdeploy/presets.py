@@ -14,6 +14,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lr": "auto",
         },
         "loraprune": {
+            "heads": "kv-groups",
             "criterion": "lora",
             "score_form": "squared",
             "normalize": False,

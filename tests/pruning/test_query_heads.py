@@ -171,6 +171,11 @@ class TestAuto:
         config, _ = resolve_options(str(base), asked, data=str(data))
         assert config.heads == "kv-groups"
 
+    @pytest.mark.parametrize("name", ["head_ratio", "channel_ratio"])
+    def test_a_ratio_of_one_kind_is_refused(self, name):
+        with pytest.raises(ValueError, match=f"`heads='auto'` chooses what `{name}` says"):
+            PruneConfig(heads="auto", **{name: 0.3})
+
     def test_shard_is_refused(self):
         with pytest.raises(ValueError, match="`heads='auto'` tries both kinds in one process"):
             PruneConfig(heads="auto", shard=True)
