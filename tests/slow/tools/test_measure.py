@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+from lpdeploy.machine import describe_machine
 from tests.helpers import ROOT, make_text, make_tiny_model
 from tools import doc_tables
+from tools.measure import stages
 
 
 def run(tool, *words):
@@ -74,3 +76,23 @@ def test_large_models_are_planned_without_any_device(tmp_path):
     whole = by_case["LLaMA-65B", 1, False, None]["bytes"]["weights"]
     assert whole / 8 < sharded < whole / 4
     assert "| LLaMA-65B | 8 | bf16, sharded |" in doc_tables.render_scaling(document)
+
+
+def test_a_stage_is_measured_as_a_process_of_its_own(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    commands = stages.list_stages(tmp_path)
+    measured = stages.measure_stage(commands["check"], tmp_path)
+    assert measured["seconds"] > 0
+    assert measured["bytes"] == 0  # check writes nothing
+    assert 50e6 < measured["peak_bytes"] < 5e9
+    written = stages.measure_stage(["export", base, "--engine", "onnx"], tmp_path)
+    assert written["bytes"] == stages.count_bytes(tmp_path / "base" / "onnx") > 0
+    document = {"parameters": 1, "layers": 1, "bytes": 1, "stages": {"check": measured}}
+    machine = {**describe_machine().to_json(), "command": "python"}
+    table = doc_tables.render_stages({**document, "machine": machine})
+    assert f"| check | {measured['seconds']:,.0f} |" in table
+
+
+def test_a_stage_that_fails_ends_the_measurement(tmp_path):
+    with pytest.raises(SystemExit, match="compact failed"):
+        stages.measure_stage(["compact", tmp_path / "nothing"], tmp_path)
