@@ -30,7 +30,7 @@ _COUNT = {"low": 1, "high": MAX_COUNT}
 _COUNT_FROM_0 = {"low": 0, "high": MAX_COUNT}
 _DEFAULT_RATIO = 0.5
 _CALIBRATION_ROWS = 128
-_UNRESOLVED = "is still open; call lpdeploy.benchmark.target.resolve_options first."
+_OPEN = "is still open; call lpdeploy.benchmark.target.resolve_options first."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +302,7 @@ class PruneConfig:
             ValueError: It is still to be chosen.
         """
         if isinstance(self.lr, str):
-            raise ValueError(f"`lr={self.lr!r}` {_UNRESOLVED}")  # noqa: TRY004
+            raise ValueError(f"`lr={self.lr!r}` {_OPEN}")  # noqa: TRY004
         return self.lr
 
     @property
@@ -318,7 +318,7 @@ class PruneConfig:
             ValueError: A budget or trials decide, and ratios do not yet.
         """
         if self.has_open_shape:
-            raise ValueError(f"`{self.budget or 'ratio'}` {_UNRESOLVED}")
+            raise ValueError(f"`{self.budget or ('depth' if self.depth else 'heads')}` {_OPEN}")
         assert self.ratio is not None  # only a budget leaves it out
         own = {"heads": self.head_ratio, "channels": self.channel_ratio}
         return {kind: self.ratio if ratio is None else ratio for kind, ratio in own.items()}
@@ -331,8 +331,8 @@ class PruneConfig:
         """
         if not ratios:
             return self
-        changes: dict[str, Any] = dict.fromkeys((*BUDGETS, *LATENCY))
-        return dataclasses.replace(self, **{**changes, "depth": None, **ratios})
+        changes: dict[str, Any] = {**dict.fromkeys((*BUDGETS, *LATENCY, "depth")), **ratios}
+        return dataclasses.replace(self, **changes)
 
     def check_resolved(self) -> None:
         """Check that nothing is left to be chosen.

@@ -60,6 +60,13 @@ class GroupSpec:
     clusters: int = 1
     whole: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.clusters < 1 or self.num_groups % self.clusters:
+            raise ValueError(
+                f"{self.name} has {self.num_groups} groups, which {self.clusters} clusters do not "
+                "share evenly"
+            )
+
     @property
     def kind(self) -> str:
         """``heads`` or ``channels``."""

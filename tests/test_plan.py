@@ -46,6 +46,15 @@ def test_kv_heads_must_keep_as_many_query_heads():
         check_kept(spec, [0, 1, 2, 3])
 
 
+@pytest.mark.parametrize("clusters", [0, -1, 3, 100])
+def test_clusters_must_share_the_groups_evenly(tmp_path, clusters):
+    plan = make_plan().to_json()
+    plan["specs"] = [{**plan["specs"][0], "clusters": clusters}]
+    path = save(tmp_path / "plan.json", plan)
+    with pytest.raises(ArtifactError, match="clusters do not share evenly"):
+        load_plan(path)
+
+
 def test_an_empty_layer_is_refused():
     with pytest.raises(ValueError, match="at least one must stay"):
         check_kept(SPEC, [])

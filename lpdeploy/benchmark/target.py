@@ -225,11 +225,11 @@ def _list_candidates(
     """
     found: dict[tuple[Any, ...], TargetRecord] = {}
     asked = describe_asked(options)
-    for drop_layers, heads in itertools.product(depths, _list_kinds_of_heads(config, options)):
+    for drop_layers, kind in itertools.product(depths, _settle_heads(config, options)):
         chosen: dict[str, float | str] = {"drop_layers": drop_layers}
-        if heads and options.heads == "auto":
-            chosen |= {"heads": heads}
-        fixed = replace(options, depth=None, drop_layers=drop_layers, heads=heads)
+        if kind.heads and options.heads == "auto":
+            chosen |= {"heads": kind.heads}
+        fixed = replace(kind, depth=None, drop_layers=drop_layers)
         for kinds in (KINDS, ("channels",)):
             if build_counter(config, fixed.widths, kinds=kinds)(1 - 1 / _STEPS) > limit:
                 continue  # channels alone may not be enough
@@ -240,12 +240,19 @@ def _list_candidates(
     return list(found.values())
 
 
-def _list_kinds_of_heads(config: PretrainedConfig, options: PruneConfig) -> Sequence[str | None]:
+def _settle_heads(config: PretrainedConfig, options: PruneConfig) -> list[PruneConfig]:
+    """Return the options with each kind of heads that may be chosen."""
     if options.heads != "auto":
-        return (options.heads,)
+        return [options]
     # Where each KV head has one query head, they are the same.
     shared = config.num_attention_heads > config.num_key_value_heads
-    return tuple(HEADS) if shared else ("kv-groups",)
+    return [replace(options, heads=heads) for heads in (HEADS if shared else HEADS[:1])]
+
+
+def _build_counter(config: PretrainedConfig, options: PruneConfig) -> Callable[[float], int]:
+    """Return what counts the parameters that a ratio leaves, at least, with any kind of heads."""
+    counters = [build_counter(config, kind.widths) for kind in _settle_heads(config, options)]
+    return lambda ratio: min(count(ratio) for count in counters)
 
 
 def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[int]:
@@ -253,8 +260,8 @@ def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[in
     layers = len({spec.layer for spec in source.prunable})
     depths = []
     for drop_layers in range(layers) if options.depth else [options.drop_layers or 0]:
-        request = replace(options.widths, drop_layers=drop_layers)
-        count = build_counter(source.config, request)
+        fixed = replace(options, depth=None, drop_layers=drop_layers)
+        count = _build_counter(source.config, fixed)
         if count(1 - 1 / _STEPS) <= limit:
             depths.append(drop_layers)
         if count(0) <= limit:
@@ -306,7 +313,7 @@ def _get_limit(config: PretrainedConfig, options: PruneConfig) -> int:
     if options.target_memory is not None:
         return options.target_memory // get_itemsize(config)
     assert options.ratio is not None  # set where there is no budget
-    return build_counter(config, options.widths)(options.ratio)
+    return _build_counter(config, options)(options.ratio)
 
 
 def _refuse_unreachable(
@@ -322,7 +329,7 @@ def _refuse_unreachable(
     if options.budget is None:
         raise LpdeployError(f"`ratio` {options.ratio:g} removes nothing of '{name}'. Give more.")
     before = count_parameters(config)
-    least = build_counter(config, options.widths)(1 - 1 / _STEPS)
+    least = _build_counter(config, options)(1 - 1 / _STEPS)
     if before <= limit:
         raise LpdeployError(
             f"{asked}: '{name}' has {write(before)} already. Give less, or prune to a `ratio`."

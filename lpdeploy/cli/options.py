@@ -228,6 +228,10 @@ def drop_overruled(values: dict[str, Any]) -> None:
         dropped = {"depth"}
     else:
         dropped = set()
+    if is_typed("heads") and values["heads"] == "auto":
+        dropped |= {"head_ratio", "channel_ratio"}
+    elif values["heads"] == "auto" and any(map(is_typed, ("head_ratio", "channel_ratio"))):
+        dropped |= {"heads"}
     for name in dropped:
         values[name] = values[name] if is_typed(name) else None
     if values["target_latency"] is None:

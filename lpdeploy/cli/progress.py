@@ -15,20 +15,21 @@ LINE_SECONDS = 60.0
 class _Lines:
     """Says now and then how far something is, where no bar is shown.
 
-    The first call says nothing: it is when the work begins. So does that of another text or task,
-    whose number of parts is another.
+    The first call says nothing: it is when the work begins. So does the first call for another text
+    or task, which counts anew.
     """
 
     def __init__(self, description: str, *, shown: bool) -> None:
         self._description, self._shown = description, shown
         self._begun = self._last = 0.0
-        self._before, self._total = 0, 0
+        self._before, self._done, self._total = 0, 0, 0
 
     def tell(self, done: int, total: int, more: str = "") -> None:
         """Say it, if the last line is old enough and something is left."""
         now = time.monotonic()
-        if total != self._total or done < self._before:
+        if total != self._total or done < self._done:
             self._before, self._total, self._begun, self._last = done, total, now, now
+        self._done = done
         if not self._shown or now - self._last < LINE_SECONDS or not self._before < done < total:
             return
         self._last = now

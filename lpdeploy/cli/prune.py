@@ -29,7 +29,8 @@ from lpdeploy.config import CHOOSE, DATA
 from lpdeploy.machine import format_bytes
 from lpdeploy.presets import PRESETS
 
-_TRAINING_ONLY = ("epochs", "steps", "batch_size", "lr", "lr_warmup", "lr_hold", "max_grad_norm")
+# Without these a batch still says over how many rows a gradient is taken that scores groups.
+_TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_norm")
 
 
 @click.command("prune", cls=GroupedCommand)
@@ -145,4 +146,8 @@ def _describe_loss(result: Any) -> str:
     if result.steps or result.last_event is None:
         return f"loss {result.loss:.3f}"
     before, after = result.last_event.before, result.last_event.after
+    if result.achieved["layers"]:
+        return (
+            f"loss of held-out rows {before:.3f} once layers were dropped, {after:.3f} at the end"
+        )
     return f"loss of held-out rows {before:.3f} before the removal, {after:.3f} after"

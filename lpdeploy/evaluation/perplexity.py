@@ -64,7 +64,8 @@ def compute_perplexity(
             f"use `seq_len={runner.max_positions}` or less."
         )
     stream = torch.from_numpy(build_token_stream(corpus, tokenizer)).long()
-    segments = _cut_segments(stream, seq_len, source=corpus.source)[:max_segments]
+    whole = _cut_segments(stream, seq_len, source=corpus.source)
+    segments = whole[:max_segments]
     total = 0.0
     for start in range(0, len(segments), batch_size):
         batch = segments[start : start + batch_size]
@@ -75,8 +76,18 @@ def compute_perplexity(
         if on_progress is not None:
             on_progress(done, len(segments))
     tokens = segments.shape[0] * (segments.shape[1] - 1)
-    num_bytes = sum(len((row.prompt + row.text).encode()) for row in corpus.examples)
-    return _summarize(runner, total / tokens, tokens=tokens, ratio=len(stream) / num_bytes)
+    if len(segments) == len(whole):
+        num_bytes = sum(len((row.prompt + row.text).encode()) for row in corpus.examples)
+        ratio = len(stream) / num_bytes
+    else:
+        part = segments.flatten()
+        ratio = len(part) / max(1, _count_bytes(part, tokenizer))
+    return _summarize(runner, total / tokens, tokens=tokens, ratio=ratio)
+
+
+def _count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    return len(str(text).encode())
 
 
 def _cut_segments(stream: Tensor, seq_len: int, *, source: str) -> Tensor:

@@ -28,8 +28,9 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean negative log-likelihood (nats) of the predicted tokens.
         bits_per_byte: That mean in bits, times the tokens of the text (bos and eos of each
-            document included, since they are predicted, too) over its UTF-8 bytes. Unlike the
-            perplexity, it compares models with different tokenizers.
+            document included, since they are predicted, too) over its UTF-8 bytes; of a part of
+            the text, over the bytes that its tokens stand for. Unlike the perplexity, it compares
+            models with different tokenizers.
         tokens: Number of predicted tokens.
     """
 
@@ -148,6 +149,8 @@ class Evaluation:
         if self.base or old.base:
             base = join(self.base or Figures(), old.base or Figures())
             base = _select_comparable(base, figures)
+        if base == Figures():
+            base = None
         return replace(self, seq_len=seq_len, figures=figures, base=base)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError
+from lpdeploy.plan import HEADS
 from lpdeploy.records import load_record, read_record
 from lpdeploy.run_folder import RunFolder
 
@@ -18,6 +19,8 @@ Chosen = Mapping[str, int | float | str]
 """Fields of ``PruneConfig`` -> what was chosen for them."""
 
 _CHOSEN = ("ratio", "head_ratio", "channel_ratio", "drop_layers", "heads")
+# What the record of a trial holds at least.
+_SHAPES = ({"drop_layers", "ratio"}, {"drop_layers", "head_ratio", "channel_ratio"})
 _PHASE, _TOKENS = "prefill", 512
 
 
@@ -149,9 +152,20 @@ class TargetRecord:
         if data.get("ratios"):
             found = read_record(SizeFound if "before" in data else LatencyFound, data)
         record = read_record(cls, data, known={"found": found})
-        if unknown := record.ratios.keys() - set(_CHOSEN):
-            raise ValueError(f"`{min(unknown)}` is no ratio")
+        _check_chosen(record.ratios)
+        for trial in record.trials:
+            _check_chosen(trial.ratios)
+            if not _SHAPES[0] <= trial.ratios.keys() and not _SHAPES[1] <= trial.ratios.keys():
+                raise ValueError("a trial lacks its ratios")
         return record
+
+
+def _check_chosen(chosen: Chosen) -> None:
+    for name, value in chosen.items():
+        if name not in _CHOSEN:
+            raise ValueError(f"`{name}` is no ratio")
+        if (value not in HEADS) if name == "heads" else isinstance(value, str):
+            raise ValueError(f"`{name}` is {value!r}")
 
 
 def get_latency_target(options: PruneConfig) -> LatencyTarget | None:

@@ -178,7 +178,7 @@ def test_several_processes_are_refused(deep, text, monkeypatch):
 
 
 def test_until_it_is_chosen_there_are_no_ratios():
-    with pytest.raises(ValueError, match="`ratio` is still open"):
+    with pytest.raises(ValueError, match="`depth` is still open"):
         PruneConfig(**OPTIONS).ratios  # noqa: B018
 
 

@@ -71,11 +71,12 @@ def test_a_log_file_gets_a_line_a_minute(clock, capsys):
 
 def test_each_text_has_a_time_of_its_own(clock, capsys):
     with counting_progress("eval") as show:
-        for done, total in ((1, 3), (2, 3), (3, 3), (1, 5), (3, 5)):
+        for done, total in ((1, 3), (2, 3), (3, 3), (1, 3), (2, 3), (1, 5), (3, 5)):
             show(done, total)
             clock.now += 70
     assert capsys.readouterr().err.splitlines() == [
         "eval: 2 of 3, about 1 min left",
+        "eval: 2 of 3, about 1 min left",  # of another text that is as long
         "eval: 3 of 5, about 1 min left",  # 70 s for two
     ]
 

@@ -15,6 +15,7 @@ from lpdeploy.benchmark import target as budgets
 from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
+from lpdeploy.plan import HEADS
 from lpdeploy.pruning.run import prune as run_prune
 from lpdeploy.pruning.target import LatencyFound, TargetRecord, describe_asked
 from lpdeploy.run_folder import RunFolder
@@ -125,6 +126,28 @@ def test_what_is_typed_wins_over_what_a_recipe_says(base, data, tmp_path):
     recipe.write_text(yaml.safe_dump({"prune": {"ratio": 0.25, **target}}))
     result = prune(base, data, tmp_path / "other", "--recipe", recipe)
     check_refused(result, "--ratio and --target-params each decide", code=2)
+
+
+@pytest.mark.parametrize(
+    ("said", "typed", "expected"),
+    [
+        ({"heads": "auto"}, ("--head-ratio", "0.5"), (None, 0.5)),
+        ({"head_ratio": 0.25}, ("--heads", "auto"), None),
+    ],
+)
+def test_typed_heads_win_over_a_recipe(base, data, tmp_path, said, typed, expected):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"prune": said}))
+    words = ("--recipe", recipe, *typed, "--schedule", "one-shot", "--calibration-samples", "4")
+    result = prune(base, data, tmp_path / "run", *words)
+    assert result.exit_code == 0, result.output
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["prune"]
+    heads, ratio = resolved["heads"], resolved["head_ratio"]
+    if expected is not None:
+        assert (heads, ratio) == expected
+    else:
+        assert heads in HEADS
+        assert ratio != 0.25
 
 
 @pytest.fixture(scope="module")

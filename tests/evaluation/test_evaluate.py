@@ -64,7 +64,7 @@ class TestMerge:
         old = replace(make_result(), figures=whole, base=whole)
         merged = merge(old, replace(make_result(), figures=part))
         assert merged.figures == part
-        assert merged.base == Figures()
+        assert merged.base is None  # nothing is left of it
         assert merge(old, replace(make_result(), figures=whole)).base == whole
         assert merge(old, replace(make_result(), figures=part, base=part)).base == part
 

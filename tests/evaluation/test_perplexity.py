@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lpdeploy.data.sources import Corpus, Example, load_corpus
@@ -32,6 +32,7 @@ def tokenizer():
     alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
@@ -109,6 +110,15 @@ class TestAgainstALoop:
         mean = expected_loss(TableRunner(), segments) / (9 * len(segments))
         assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
         assert found.tokens == 9 * len(segments)
+
+    def test_bits_per_byte_of_a_part_do_not_depend_on_the_rest(self, tokenizer):
+        part = {"seq_len": 8, "max_segments": 3}
+        first = "say cat and dog " * 9
+        alone = compute_perplexity(TableRunner(), corpus([first]), tokenizer, **part)
+        longer = compute_perplexity(TableRunner(), corpus([first, "é" * 500]), tokenizer, **part)
+        assert longer == alone
+        # A token is a byte there, but for the bos.
+        assert alone.bits_per_byte == pytest.approx(math.log2(alone.perplexity) * 24 / 23)
 
     def test_chunks_of_positions(self, tokenizer, monkeypatch):
         whole = compute_perplexity(TableRunner(), corpus(), tokenizer, seq_len=10)

@@ -14,7 +14,7 @@ from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.models.shapes import count_parameters, forecast_config
 from lpdeploy.pruning.run import prune
-from lpdeploy.pruning.target import describe_asked, load_target
+from lpdeploy.pruning.target import SizeFound, TargetRecord, describe_asked, load_target
 from lpdeploy.report.page import save_report
 from lpdeploy.run_folder import RunFolder
 from lpdeploy.servers.check import check
@@ -164,6 +164,29 @@ class TestAuto:
         assert config.heads in save_report(run).read_text()
         again = load_target(run, describe_asked(asked))
         assert asked.with_ratios(**again.ratios) == config
+
+    @pytest.mark.parametrize("target", [{"target_params": 9000}, {"ratio": 0.5, "round_to": 48}])
+    @pytest.mark.parametrize("depth", [None, "auto"])
+    def test_what_only_query_heads_reach_is_tried(self, tmp_path, target, depth):
+        """There is one KV head, which no layer can lose."""
+        base = make_tiny_model(tmp_path / "base", kv_heads=1)
+        data = make_text(tmp_path / "text.txt")
+        options = {**SMALL, "ratio": None, **target, "heads": "auto", "depth": depth}
+        _, record = resolve_options(str(base), PruneConfig(**options), data=str(data))
+        tried = [(trial.ratios["drop_layers"], trial.ratios["heads"]) for trial in record.trials]
+        assert (0, "query-heads") in tried
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"heads": "auto"}, {"heads": "x"}, {"ratio": "x"}, {"drop_layers": None}, {"x": 1.0}],
+    )
+    def test_a_damaged_record_of_trials_is_refused(self, change):
+        ratios = {"drop_layers": 0, "ratio": 0.5, "heads": "kv-groups", **change}
+        ratios = {name: value for name, value in ratios.items() if value is not None}
+        record = TargetRecord({"ratio": 0.5}, {"ratio": 0.5}, SizeFound(9, 4)).to_json()
+        TargetRecord.from_json(record)
+        with pytest.raises(ValueError, match=r"is no ratio|lacks its ratios|is '"):
+            TargetRecord.from_json({**record, "trials": [{"ratios": ratios, "loss": 1.0}]})
 
     def test_one_query_head_a_kv_head_leaves_one_kind(self, tmp_path):
         base = make_tiny_model(tmp_path / "base")
