@@ -15,7 +15,7 @@ from pathlib import Path
 
 PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-len 256"
 PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
-OWN_RATES = ("refit", "recovery", "rates", "recipe")  # their rows have learning rates
+OWN_RATES = ("refit", "recovery", "rates", "recipe", "settings")  # their rows have learning rates
 CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
 RAMPS = "early,separate,separate-hold"
 
@@ -38,6 +38,7 @@ STUDIES: dict[str, tuple[str, int, str, list[str]]] = {
     "recovery": ("recovery", 200, "recovery", []),
     "rates": ("rates", 200, "recovery", []),
     "recipe": ("recipe", 200, "recovery", []),
+    "settings": ("settings", 200, "recovery", []),
     "recipe-100": ("recipe", 100, "recovery/steps-100", ["--ratios", "0.5"]),
     "recipe-600": ("recipe", 600, "recovery/steps-600", ["--ratios", "0.5"]),
     "ramps-2000": ("ramps", 2000, "steps-2000", ["--rows", "early,separate"]),
