@@ -70,7 +70,7 @@ def compare_memory(model: str, data: str) -> dict[str, Any]:
             words += ["--recipe", str(recipe), "--output", str(run)]
             subprocess.run(words, check=True)
             stage = json.loads((run / "manifest.json").read_text())["stages"]["prune"]
-            found[name] = {"peak_bytes": stage["peak_bytes"], "planned": stage["planned"]}
+            found[name] = {"peak_bytes": stage["peak_bytes"], "planned": stage["planned_bytes"]}
     found["ratio"] = found["refit"]["peak_bytes"] / found["plain"]["peak_bytes"]
     return found
 

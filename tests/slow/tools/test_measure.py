@@ -96,3 +96,12 @@ def test_a_stage_is_measured_as_a_process_of_its_own(tmp_path):
 def test_a_stage_that_fails_ends_the_measurement(tmp_path):
     with pytest.raises(SystemExit, match="compact failed"):
         stages.measure_stage(["compact", tmp_path / "nothing"], tmp_path)
+
+
+def test_the_memory_of_a_refit_is_compared(tmp_path):
+    base, data = make_tiny_model(tmp_path / "base", max_position_embeddings=256), tmp_path / "t.txt"
+    make_text(data, documents=80, words=300)
+    run("refit", base, "--train", data, "--memory", "--output", tmp_path / "x.json")
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert document["ratio"] == document["refit"]["peak_bytes"] / document["plain"]["peak_bytes"]
+    assert "| with a refit |" in doc_tables.render_refit_memory(document)
