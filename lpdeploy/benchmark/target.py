@@ -249,8 +249,8 @@ def _settle_heads(config: PretrainedConfig, options: PruneConfig) -> list[PruneC
     return [replace(options, heads=heads) for heads in (HEADS if shared else HEADS[:1])]
 
 
-def _build_counter(config: PretrainedConfig, options: PruneConfig) -> Callable[[float], int]:
-    """Return what counts the parameters that a ratio leaves, at least, with any kind of heads."""
+def _build_fewest_counter(config: PretrainedConfig, options: PruneConfig) -> Callable[[float], int]:
+    """Return what counts the parameters that a ratio leaves, with the heads that leave fewest."""
     counters = [build_counter(config, kind.widths) for kind in _settle_heads(config, options)]
     return lambda ratio: min(count(ratio) for count in counters)
 
@@ -261,7 +261,7 @@ def _list_depths(source: Source, options: PruneConfig, *, limit: int) -> list[in
     depths = []
     for drop_layers in range(layers) if options.depth else [options.drop_layers or 0]:
         fixed = replace(options, depth=None, drop_layers=drop_layers)
-        count = _build_counter(source.config, fixed)
+        count = _build_fewest_counter(source.config, fixed)
         if count(1 - 1 / _STEPS) <= limit:
             depths.append(drop_layers)
         if count(0) <= limit:
@@ -313,7 +313,7 @@ def _get_limit(config: PretrainedConfig, options: PruneConfig) -> int:
     if options.target_memory is not None:
         return options.target_memory // get_itemsize(config)
     assert options.ratio is not None  # set where there is no budget
-    return _build_counter(config, options)(options.ratio)
+    return _build_fewest_counter(config, options)(options.ratio)
 
 
 def _refuse_unreachable(
@@ -329,7 +329,7 @@ def _refuse_unreachable(
     if options.budget is None:
         raise LpdeployError(f"`ratio` {options.ratio:g} removes nothing of '{name}'. Give more.")
     before = count_parameters(config)
-    least = _build_counter(config, options)(1 - 1 / _STEPS)
+    least = _build_fewest_counter(config, options)(1 - 1 / _STEPS)
     if before <= limit:
         raise LpdeployError(
             f"{asked}: '{name}' has {write(before)} already. Give less, or prune to a `ratio`."
