@@ -84,10 +84,11 @@ def build_model_card(
     """
     loading = (_STOCK if stock else _OWN_CODE) + ("" if record.merged else _ADAPTER)
     base = Path(record.base_model).name if is_local(record.base_model) else record.base_model
+    removed = 1 - record.parameters["after"] / record.parameters["before"]
     return _CARD.format(
         base=base,
         quoted_base=json.dumps(base),  # YAML reads a JSON string; a bare colon would break it
-        name=f"{base}, {record.achieved['groups']:.0%} pruned",
+        name=f"{base} without {removed:.0%} of its parameters",
         removed=_describe_removed(record),
         method=f": {describe_method(recorded)}" if recorded else "",
         merging="LoRA is merged into the weights."

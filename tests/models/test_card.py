@@ -1,5 +1,6 @@
 """The model card: its figures are right, and its snippet runs as it stands."""
 
+import json
 import re
 import shutil
 
@@ -141,7 +142,10 @@ def test_the_front_matter_is_yaml(bases, tmp_path):
         "library_name": "transformers",
         "tags": ["lpdeploy", "pruned"],
     }
-    assert body.lstrip().startswith("# my: model {7B} #1, 58% pruned")
+    record = json.loads((tmp_path / "run" / "model" / "lpdeploy.json").read_text())
+    removed = 1 - record["parameters"]["after"] / record["parameters"]["before"]
+    title = f"# my: model {{7B}} #1 without {removed:.0%} of its parameters"
+    assert body.lstrip().startswith(title)
 
 
 def test_a_base_of_bf16_keeps_half_the_bytes(tmp_path):

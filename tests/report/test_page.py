@@ -30,6 +30,8 @@ def run(tmp_path):
 def test_the_page_of_a_bare_run_shows_its_training(run):
     page = save_report(run).read_text()
     assert "50.0 % of the heads" in page
+    removed = json.loads((run / "plan.json").read_text())["achieved"]["parameters"]
+    assert f"<h1>base without {100 * removed:.0f} % of its parameters</h1>" in page
     assert "removed, chosen by LoRA&#39;s gradients, while fine-tuning with LoRA." in page
     assert "<svg" in page
     assert "Latency" not in page
