@@ -165,8 +165,29 @@ def render_one_shot(data: dict[str, Any]) -> str:
         "tokens. Criterion gate unless another is named, 128 rows of 256 tokens to score and to "
         "refit over."
     )
+    tried = [_describe_trials(name, row) for name, row in data["rows"].items() if row["trials"]]
     header = ("way", "removed", "parameters", "perplexity", "min")
-    return write_table(header, rows, about, describe(data, "peft"))
+    return write_table(header, rows, " ".join([about, *tried]), describe(data, "peft"))
+
+
+def _describe_trials(name: str, row: dict[str, Any]) -> str:
+    """Say which shapes a row tried, and the loss of held-out rows with each."""
+    shapes = []
+    for trial in row["trials"]:
+        ratios = trial["ratios"]
+        heads, channels = (
+            ratios.get(own, ratios.get("ratio")) for own in ("head_ratio", "channel_ratio")
+        )
+        kind = "query heads" if ratios.get("heads") == "query-heads" else "KV heads"
+        layers = f"{ratios['drop_layers']} layers, " if ratios["drop_layers"] else ""
+        shapes.append(
+            f"{layers}{heads:.1%} of the {kind} and {channels:.1%} of the channels "
+            f"({trial['loss']:.3f})"
+        )
+    return (
+        f'Tried for "{name.replace("-", ", ")}", before rounding and with the loss of held-out '
+        f"rows in brackets: {'; '.join(shapes)}."
+    )
 
 
 def render_run(data: dict[str, Any]) -> str:
