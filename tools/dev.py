@@ -3,7 +3,7 @@
     python3 tools/dev.py setup            make .venv and install lpdeploy
     python3 tools/dev.py demo             set up, then run `lpdeploy demo`
     python3 tools/dev.py test             set up, then run every check and test, as CI does
-    python3 tools/dev.py test --fast      lint, types and the fast tests: about two minutes
+    python3 tools/dev.py test --fast      lint, types and the fast tests: a few minutes
     python3 tools/dev.py test --servers   the tests of real servers, each in its own environment
 
 Other arguments go to `lpdeploy demo` or to pytest. This file needs the standard library only. It
