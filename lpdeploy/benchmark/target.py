@@ -344,8 +344,8 @@ def _refuse_unreachable(
 
 def _refuse_ranks(options: PruneConfig) -> None:
     if count_ranks() > 1:
-        open_option = "depth" if options.depth else "heads"
-        open_option = "target_latency" if options.target_latency is not None else open_option
+        measured = (name for name in ("target_latency", "depth") if getattr(options, name))
+        open_option = next(measured, "heads")
         raise LpdeployError(
             f"`{open_option}` is measured by one process, and a launcher started several. Start "
             "the command once without the launcher, stop it when it has told the ratios, and give "

@@ -51,11 +51,16 @@ def list_group_specs(
         LoRAPrune, arXiv:2305.18403, Appendix A and Figure 5, for KV heads; Minitron,
         arXiv:2407.14679, prunes query heads as well.
     """
+    layers = range(config.num_hidden_layers)
+    return tuple(spec for layer in layers for spec in list_layer_specs(config, layer, heads=heads))
+
+
+def list_layer_specs(
+    config: PretrainedConfig, layer: int, *, heads: str = "kv-groups"
+) -> tuple[GroupSpec, GroupSpec]:
+    """List the groups of one layer, heads and channels; see ``list_group_specs``."""
     build = {"kv-groups": _kv_groups, "query-heads": _query_heads}[heads]
-    specs: list[GroupSpec] = []
-    for layer in range(config.num_hidden_layers):
-        specs += [build(config, layer), _channels(config, layer)]
-    return tuple(specs)
+    return build(config, layer), _channels(config, layer)
 
 
 def _query_heads(config: PretrainedConfig, layer: int) -> GroupSpec:

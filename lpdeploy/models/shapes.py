@@ -18,7 +18,12 @@ from transformers import PretrainedConfig
 
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, name_per_layer
-from lpdeploy.families.groups import count_group_parameters, get_head_dim, list_group_specs
+from lpdeploy.families.groups import (
+    count_group_parameters,
+    get_head_dim,
+    list_group_specs,
+    list_layer_specs,
+)
 from lpdeploy.models.loading import get_dtype, get_model_classes
 from lpdeploy.plan import GroupSpec, Kept, WidthRequest, removes_kv_heads
 
@@ -74,26 +79,26 @@ def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[Grou
         LpdeployError: All layers are protected, or as many are dropped as are not; or each KV head
             has one query head, which cannot go without it.
     """
+    _check_request(config, request)
     last = config.num_hidden_layers - request.protect_last
     specs = list_group_specs(config, heads=request.heads)
-    if request.heads == "query-heads" and specs[0].num_groups == specs[0].clusters:
+    return tuple(spec for spec in specs if request.protect_first <= spec.layer < last)
+
+
+def _check_request(config: PretrainedConfig, request: WidthRequest) -> None:
+    """Check that a model has what is asked to go; raises as ``list_prunable``."""
+    if request.heads == "query-heads" and config.num_attention_heads == config.num_key_value_heads:
         raise LpdeployError(
             "`heads='query-heads'` removes some of the query heads that share a KV head, and each "
             "KV head of this model has one. Use `heads='kv-groups'`."
         )
-    prunable = tuple(spec for spec in specs if request.protect_first <= spec.layer < last)
-    if not prunable:
+    protected = request.protect_first + request.protect_last
+    layers = config.num_hidden_layers - protected
+    if layers <= 0:
         raise LpdeployError(
             f"`protect_first` {request.protect_first} and `protect_last` {request.protect_last} "
             f"leave none of the {config.num_hidden_layers} layers to prune. Protect fewer."
         )
-    _check_depth(config, request)
-    return prunable
-
-
-def _check_depth(config: PretrainedConfig, request: WidthRequest) -> None:
-    protected = min(config.num_hidden_layers, request.protect_first + request.protect_last)
-    layers = config.num_hidden_layers - protected
     if request.drop_layers and request.drop_layers >= layers:
         raise LpdeployError(
             f"`drop_layers` {request.drop_layers} leaves none of the {layers} layers"
@@ -105,7 +110,7 @@ def count_kept(config: PretrainedConfig, request: WidthRequest) -> dict[str, int
     """Count the groups of each kind that an unprotected layer keeps, on average over layers."""
     return {
         spec.kind: round_spec(spec, request.ratios[spec.kind], multiples=request.multiples)
-        for spec in list_group_specs(config, heads=request.heads)[:2]  # of any layer
+        for spec in list_layer_specs(config, 0, heads=request.heads)  # or of any other
     }
 
 
@@ -127,8 +132,8 @@ def forecast_widths(config: PretrainedConfig, request: WidthRequest) -> list[Lay
     whole in the forecast then, so that layers differ, which is all that servers look at. Likewise
     it drops the last layers that may be dropped, as all are of one size.
     """
-    _check_depth(config, request)
-    kept, (heads, _, *_) = count_kept(config, request), list_prunable(config, request)
+    _check_request(config, request)
+    kept, (heads, _) = count_kept(config, request), list_layer_specs(config, 0, heads=request.heads)
     pruned = _build_widths(config, heads, kept["heads"], kept["channels"])
     first = max(request.protect_first, int(request.scope == "global"))
     last = config.num_hidden_layers - request.protect_last
