@@ -107,14 +107,24 @@ def measure_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def read_process_bytes(*, peak: bool = False) -> int | None:
-    """Return the memory of this process now, or its largest; None where there is no /proc."""
+def read_process_bytes(pid: int | None = None, *, peak: bool = False) -> int | None:
+    """Return the memory of a process now, or its largest.
+
+    Args:
+        pid: Of the process; None for this one.
+        peak: Return the largest so far, which the kernel keeps.
+
+    Returns:
+        Bytes; None where there is no /proc, or where the process has ended.
+    """
+    status = Path("/proc", "self" if pid is None else str(pid), "status")
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        lines = status.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     name = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    found = (int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return next(found, None)
 
 
 def format_bytes(count: float) -> str:

@@ -6,8 +6,6 @@ The weights are random and in bf16, 13.5 GB of them, so the disk needs about 40 
 fits into a machine, not how good a model is. Peak memory is that of the largest process of a stage.
 """
 
-import contextlib
-import re
 import sys
 import tempfile
 import time
@@ -17,6 +15,7 @@ import psutil
 from transformers import LlamaConfig
 
 from lpdeploy.benchmark.random_models import save_random_model
+from lpdeploy.machine import read_process_bytes
 from lpdeploy.models.loading import load_config
 from lpdeploy.models.shapes import count_parameters
 from tools.measure.common import build_parser, save_measurement, save_word_tokenizer
@@ -87,13 +86,11 @@ def read_peak(process: psutil.Process) -> int:
 
     The kernel keeps it for each process, so nothing between two readings is missed.
     """
-    peaks = [0]
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                status = Path(f"/proc/{each.pid}/status").read_text()
-                peaks += [int(n) * 1024 for n in re.findall(r"VmHWM:\s+(\d+) kB", status)]
-    return max(peaks)
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    return max(read_process_bytes(each.pid, peak=True) or 0 for each in family)
 
 
 def count_bytes(folder: Path) -> int:
