@@ -41,7 +41,7 @@ ALLOWED = {
     "servers": CORE | {"engines", "config"},
     "benchmark": CORE | {"engines", "config", "pruning", "plotting"},
     "report": CORE | {"engines", "evaluation", "benchmark", "pruning"},
-    "paper": CORE | {"config", "ramps", "pruning", "evaluation", "plotting"},
+    "paper": CORE | {"config", "presets", "ramps", "pruning", "evaluation", "plotting"},
     "publish": CORE | {"engines"},
     "api": CORE
     | {"engines", "evaluation", "servers", "benchmark", "config", "pruning", "report", "publish"},

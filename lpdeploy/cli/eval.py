@@ -111,7 +111,8 @@ def _list_lines(name: str, figures: Figures) -> list[str]:
     ]
     if figures.average is not None:
         over = ", ".join(figures.average_over)
-        lines.append(f"{name}, average of {over}: {figures.average:.4f}")
+        error = _show_error(figures.errors.get("average"))
+        lines.append(f"{name}, average of {over}: {figures.average:.4f}{error}")
     return lines
 
 
@@ -122,5 +123,9 @@ def _list_metrics(measured: Metrics) -> str:
             continue
         base, _, chosen = metric.partition(",")
         error = measured.get(f"{base}_stderr,{chosen}" if chosen else f"{base}_stderr")
-        shown.append(f"{metric} {value:.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+        shown.append(f"{metric} {value:.4f}{_show_error(error)}")
     return ", ".join(shown)
+
+
+def _show_error(error: float | None) -> str:
+    return "" if error is None else f" +- {error:.4f}"

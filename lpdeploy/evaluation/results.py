@@ -1,5 +1,6 @@
 """What an evaluation measured, as ``eval.json`` holds it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,22 @@ class Figures:
         """Mean accuracy over ``average_over``, as in the paper; None over nothing."""
         accuracies = self._list_accuracies().values()
         return sum(accuracies) / len(accuracies) if accuracies else None
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Standard error over the documents: of the accuracy of each of ``average_over``.
+
+        ``average`` is there too, as the tasks are independent samples. A task of one document has
+        none, and then neither has the average.
+        """
+        found = {
+            name: self.tasks[name].get(f"{PAPER_METRICS[name]}_stderr")
+            for name in self.average_over
+        }
+        errors = {name: error for name, error in found.items() if error is not None}
+        if errors and len(errors) == len(found):
+            errors["average"] = math.hypot(*errors.values()) / len(errors)
+        return errors
 
     def _list_accuracies(self) -> dict[str, float]:
         found = {

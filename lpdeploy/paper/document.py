@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lpdeploy.evaluation.results import PAPER_METRICS
+from lpdeploy.evaluation.results import PAPER_METRICS, Figures
 from lpdeploy.paper.cells import Cell, Selection, Study
 from lpdeploy.paper.results import CellResult, Column, Failure, ResultRow, TableResult, Value
 from lpdeploy.paper.run import CELLS
@@ -64,6 +64,11 @@ def list_values(result: CellResult) -> dict[str, float]:
     return values
 
 
+def list_errors(result: CellResult) -> dict[str, float]:
+    """List the standard errors of the accuracies of a finished cell, by column."""
+    return Figures(tasks=(result.eval or {}).get("tasks", {})).errors
+
+
 def build_document(
     selection: Selection,
     study: Study,
@@ -119,7 +124,10 @@ def _build_rows(
             own = [cell for cell in cells if cell.row is row and cell.ratio == ratio]
             if not own:
                 continue
-            done = [list_values(results[cell.key]) for cell in own if cell.key in results]
+            finished = [results[cell.key] for cell in own if cell.key in results]
+            values = summarize([list_values(result) for result in finished])
+            for name, error in summarize([list_errors(result) for result in finished]).items():
+                values[name] = replace(values[name], error=error.mean)
             rows.append(
                 ResultRow(
                     name=row.name,
@@ -127,8 +135,8 @@ def _build_rows(
                     ratio=ratio,
                     place=row.place,
                     panel=row.panel,
-                    seeds=len(done),
-                    values=summarize(done),
+                    seeds=len(finished),
+                    values=values,
                     paper=dict(selection.table.get_paper(ratio, row.name)),
                     cells=tuple(cell.key for cell in own),
                 )

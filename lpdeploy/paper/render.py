@@ -77,6 +77,8 @@ def _show_value(value: Value | None, unit: str) -> str:
         text = f"**{text}**"
     if value.relative is not None:
         text += f" ({value.relative - 1:+.1%})"
+    elif value.error is not None:
+        text += f" ({_show_number(value.error, unit)})"
     return text
 
 
@@ -105,6 +107,9 @@ def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
         notes[0] += " In brackets: change from the first row."
     if any(c.name == "average" for c in document.columns):
         notes[0] += " Accuracies are normalized by length for the tasks for which the paper's are."
+        shown = [v for row in document.rows for v in row.values.values() if v.relative is None]
+        if any(value.error is not None for value in shown):
+            notes[0] += " In brackets: the standard error over the documents."
     if has_paper:
         notes[0] += " The paper's figures are for LLaMA-7B."
     if document.missing:

@@ -81,6 +81,8 @@ class Value:
         n: Number of values.
         best: Whether it is the best of its column; None if there is nothing to compare it with.
         relative: ``mean`` divided by that of the first row; None in tables that do not show it.
+        error: Of an accuracy, the standard error over the documents of the task, the mean over
+            the seeds, which all see the same documents; None for anything else.
     """
 
     mean: float
@@ -88,9 +90,10 @@ class Value:
     n: int
     best: bool | None = None
     relative: float | None = None
+    error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object; ``best`` and ``relative`` are left out if they are None."""
+        """Return a JSON object; ``best``, ``relative`` and ``error`` are left out if None."""
         return {k: v for k, v in asdict(self).items() if v is not None or k == "spread"}
 
 

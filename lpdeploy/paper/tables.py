@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lpdeploy.paper.figures import FIGURES
+from lpdeploy.presets import PRESETS
 from lpdeploy.ramps import RAMPS
 
 
@@ -79,6 +80,8 @@ SIMILARITY_SAMPLES = 128
 
 _8BIT = {"criterion": "lora", "load_in": "8bit"}
 _LORA = Row("lora", "LoRAPrune (lora)", {"criterion": "lora"})
+# All rows of a table have the learning rate that the user gives.
+_RECIPE = {name: value for name, value in PRESETS["best"].items() if name != "lr"}
 _CRITERIA = (
     Row("dense", "unpruned", dense=True),
     Row("magnitude", "Magnitude", {"criterion": "magnitude"}),
@@ -88,6 +91,7 @@ _CRITERIA = (
     _LORA,
     Row("gate", "gate (not in the paper)", {"criterion": "gate"}),
     Row("random", "random (not in the paper)", {"criterion": "random"}),
+    Row("recipe", "the recipe of --preset best (not in the paper)", _RECIPE),
 )
 _COST = (
     "The runs are separate processes, one at a time, and the rows take turns. Other work on the "

@@ -243,6 +243,19 @@ class TestAverage:
         others = Figures(tasks={"mmlu": {"acc": 1}})
         assert (others.average, others.average_over) == (None, [])
 
+    def test_standard_errors(self):
+        """Of a mean of independent samples: the root of the summed squares, over their number."""
+        boolq = {"acc": 0.5, "acc_stderr": 0.03}
+        openbookqa = {"acc": 0.1, "acc_norm": 0.3, "acc_stderr": 0.01, "acc_norm_stderr": 0.04}
+        mmlu = {"acc": 0.2, "acc_stderr": 0.5}
+        found = Figures(tasks={"boolq": boolq, "openbookqa": openbookqa, "mmlu": mmlu}).errors
+        assert found == pytest.approx({"boolq": 0.03, "openbookqa": 0.04, "average": 0.025})
+
+    def test_no_standard_error_of_one_document(self):
+        measured = {"boolq": {"acc": 0.5, "acc_stderr": 0.03}, "piqa": {"acc": 1.0}}
+        assert Figures(tasks=measured).errors == {"boolq": 0.03}
+        assert Figures(tasks={"piqa": {"acc": 1.0, "acc_stderr": None}}).errors == {}
+
     def test_of_the_papers_row(self):
         """LLaMA-7B in Table 5."""
         row = dict(

@@ -89,6 +89,21 @@ def test_markdown_of_a_table():
     assert "CPU, 2 threads, lpdeploy 0.1.0, torch 2.0, 2026-01-02." in text
 
 
+def test_standard_errors_stand_in_brackets():
+    first, second = make_result(18.0), make_result(19.0)
+    for result, error in ((first, 0.04), (second, 0.05)):
+        result.eval["tasks"]["piqa"]["acc_stderr"] = error
+        result.eval["tasks"]["hellaswag"]["acc_norm_stderr"] = 0.03
+    document = make_document("7", {("joint", 0): first, ("joint", 1): second}, seeds=2)
+    text = render_markdown(document)
+    # The average's: sqrt(0.04**2 + 0.03**2) / 2 = 0.025, and 0.0292.
+    expected = "60.00 ± 0.00 (4.50) | 40.00 ± 0.00 (3.00) | 50.00 ± 0.00 (2.71)"
+    assert expected in text
+    assert "In brackets: the standard error over the documents." in text
+    assert document.to_json()["rows"][0]["values"]["piqa"]["error"] == pytest.approx(0.045)
+    assert "standard error" not in render_markdown(make_document("7", JOINT, seeds=2))
+
+
 def test_costs_stand_against_the_first_row():
     values = {
         ("gradient", 0): make_result(10.0, seconds=4.0, peak=4e9),
