@@ -56,11 +56,6 @@ def _list_head_conflicts(config: Any) -> Iterator[str]:
             yield f"{asked} {alike} `{name}` leaves some layers whole; change one of them."
     if config.scope == "global":
         yield f"{asked} {alike} `scope='global'` makes layers differ; change one of them."
-    if config.target_latency is not None:
-        yield (
-            f"`target_latency` chooses a number of KV heads, and {asked} may leave all of them; "
-            "use `target_params` or a `ratio`."
-        )
     for name in ("head_ratio", "channel_ratio"):
         if config.heads == "auto" and getattr(config, name) is not None:
             yield f"`heads='auto'` chooses what `{name}` says; give one of them."

@@ -22,13 +22,27 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress
 from lpdeploy.engines import get_engine
 from lpdeploy.errors import LpdeployError
+from lpdeploy.families.groups import list_layer_specs
 from lpdeploy.machine import describe_machine
 from lpdeploy.models.loading import PRECISIONS, get_dtype, resolve_device
-from lpdeploy.models.shapes import compute_ratios, forecast_config, list_counts
+from lpdeploy.models.shapes import (
+    LayerWidths,
+    compute_ratios,
+    forecast_config,
+    forecast_widths,
+    list_counts,
+)
+from lpdeploy.plan import WidthRequest, name_groups
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.importance import Importance
 from lpdeploy.pruning.setup import Source, load_dataset, load_source
-from lpdeploy.pruning.target import LatencyFound, LatencyTarget, TargetRecord, get_latency_target
+from lpdeploy.pruning.target import (
+    LatencyFound,
+    LatencyTarget,
+    TargetRecord,
+    describe_asked,
+    get_latency_target,
+)
 from lpdeploy.pruning.training import Training, load_event_rows, run_steps
 from lpdeploy.run_folder import RunFolder
 
@@ -159,7 +173,7 @@ class _Bench:
     """Shapes of one model, as they are measured one by one.
 
     Attributes:
-        heads: Counts of KV heads a layer that may be kept, ascending.
+        heads: Counts of groups of heads that a layer may keep, ascending.
         channels: Counts of channels, likewise.
         measurements: What was measured so far.
     """
@@ -173,10 +187,12 @@ class _Bench:
     measurements: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, multiples = self.source.config, self.options.widths.multiples
+        widths = self.options.widths
         self.workload = build_workload(self.target)
-        self.heads = list_counts(config.num_key_value_heads, multiple=multiples["heads"])
-        self.channels = list_counts(config.intermediate_size, multiple=multiples["channels"])
+        self.specs = list_layer_specs(self.source.config, 0, heads=widths.heads)
+        self.heads, self.channels = (
+            list_counts(spec, multiples=widths.multiples) for spec in self.specs
+        )
         self._dense = self._build_variant(TimedModel(self.source.name, self.source.folder), "dense")
 
     @property
@@ -219,6 +235,7 @@ class _Bench:
         pair = (found.heads, found.channels)
         with self._make(*pair) as chosen:
             dense_ms, chosen_ms = self._time([self._dense, chosen])
+        width = self._forecast(*pair)
         over = chosen_ms > self.target.latency_ms
         logger.info(
             "chosen: %s, %.3g ms where the unpruned model takes %.3g ms, measured in turn%s",
@@ -229,11 +246,10 @@ class _Bench:
         )
         ratios = self._compute_ratios(*pair)
         return TargetRecord(
-            asked=asdict(self.target),
+            asked=describe_asked(self.options),
             ratios={"head_ratio": ratios["heads"], "channel_ratio": ratios["channels"]},
             found=LatencyFound(
-                kv_heads=self.heads[found.heads],
-                channels=self.channels[found.channels],
+                **asdict(width),
                 expected_loss=found.loss,
                 least_possible_loss=found.bound,
                 criterion=self.options.criterion,
@@ -249,13 +265,8 @@ class _Bench:
         with self._make(heads, channels) as variant:
             (median,) = self._time([variant])
         logger.info("measured %s: %.3g ms", self._describe(heads, channels), median)
-        self.measurements.append(
-            {
-                "kv_heads": self.heads[heads],
-                "channels": self.channels[channels],
-                "median_ms": median,
-            }
-        )
+        width = self._forecast(heads, channels)
+        self.measurements.append({**asdict(width), "median_ms": median})
         return median
 
     def _time(self, variants: list[Variant]) -> list[float]:
@@ -269,8 +280,7 @@ class _Bench:
         if whole and not self.options.drop_layers:
             yield self._dense
             return
-        request = replace(self.options.widths, ratios=self._compute_ratios(heads, channels))
-        config = forecast_config(self.source.config, request)
+        config = forecast_config(self.source.config, self._request(heads, channels))
         folder = self.scratch / "shape"
         dtype = PRECISIONS[get_dtype(self.source.config)]
         model = save_random_model(config, folder / "model", dtype=dtype)
@@ -291,13 +301,21 @@ class _Bench:
         )
 
     def _compute_ratios(self, heads: int, channels: int) -> dict[str, float]:
-        kept = {"kv_heads": self.heads[heads], "channels": self.channels[channels]}
-        return compute_ratios(self.source.config, **kept)
+        return compute_ratios(self.specs, [self.heads[heads], self.channels[channels]])
+
+    def _request(self, heads: int, channels: int) -> WidthRequest:
+        return replace(self.options.widths, ratios=self._compute_ratios(heads, channels))
+
+    def _forecast(self, heads: int, channels: int) -> LayerWidths:
+        """Return the widths of a layer that is pruned, and not dropped."""
+        widths = forecast_widths(self.source.config, self._request(heads, channels))
+        return widths[self.options.protect_first]
 
     def _describe(self, heads: int, channels: int) -> str:
-        config = self.source.config
         layers = f"{n} layers dropped, " if (n := self.options.drop_layers) else ""
-        return (
-            f"{layers}{self.heads[heads]} of {config.num_key_value_heads} KV heads, "
-            f"{self.channels[channels]:,} of {config.intermediate_size:,} channels"
+        counts = (self.heads[heads], self.channels[channels])
+        kept = ", ".join(
+            f"{count:,} of {spec.num_groups:,} {name_groups(spec)}"
+            for spec, count in zip(self.specs, counts, strict=True)
         )
+        return layers + kept

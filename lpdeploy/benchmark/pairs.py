@@ -35,23 +35,26 @@ def compute_losses(
 ) -> Tensor:
     """Return the expected loss of every pair of kept counts, shape (heads, channels), float64.
 
-    It is the sum of the scores of the groups that would go, the lowest ones of each layer. Scores
+    It is the sum of the scores of the groups that would go, the lowest ones of each cluster. Scores
     of different groups are added, as Eq. 4 does within a group: an estimate of what removing them
     together costs, to compare shapes by.
 
     Args:
         importance: Scores of every spec, shape (G,).
         specs: What may go; all of one kind have as many groups.
-        heads: Kept KV heads a layer.
-        channels: Kept channels a layer.
+        heads: Groups of heads that a layer keeps.
+        channels: Channels that a layer keeps.
     """
     lost = {}
     for kind, counts in (("heads", heads), ("channels", channels)):
         family = [spec for spec in specs if spec.kind == kind]
-        ascending = [importance[spec.name].double().cpu().sort().values for spec in family]
-        sums = torch.stack(ascending).sum(dim=0).cumsum(dim=0)  # (layers, G) -> (G,)
+        clusters, num_groups = family[0].clusters, family[0].num_groups
+        # As many go of each cluster of a layer, so each of these sums is of one group of each.
+        scores = torch.stack([importance[spec.name].double().cpu() for spec in family])
+        ascending = scores.unflatten(1, (clusters, -1)).sort(dim=2).values
+        sums = ascending.sum(dim=(0, 1)).cumsum(dim=0)  # (layers, clusters, G / clusters)
         sums = torch.cat([torch.zeros(1, dtype=torch.float64), sums])
-        lost[kind] = sums[family[0].num_groups - torch.tensor(counts)]
+        lost[kind] = sums[(num_groups - torch.tensor(counts)) // clusters]
     return lost["heads"].unsqueeze(1) + lost["channels"].unsqueeze(0)
 
 

@@ -195,24 +195,41 @@ def _choose_shape(given: _Given, options: PruneConfig) -> TargetRecord:
 def _list_quick(
     source: Source, options: PruneConfig, measure: Callable[[PruneConfig], TargetRecord]
 ) -> list[TargetRecord]:
-    """List what to try for a latency: the best widths of each depth up to half of the layers."""
+    """List what to try for a latency: the best widths of each depth, with each kind of heads.
+
+    Depths go up to half of the layers.
+    """
     layers = len({spec.layer for spec in source.prunable})
-    found: list[TargetRecord] = []
-    for drop_layers in spread(range(layers // 2 + 1)):
+    depths = spread(range(layers // 2 + 1)) if options.depth else [options.drop_layers or 0]
+    found: dict[tuple[Any, ...], TargetRecord] = {}
+    asked = describe_asked(options)
+    for drop_layers, kind in itertools.product(depths, _settle_heads(source.config, options)):
+        fixed = replace(kind, depth=None, drop_layers=drop_layers)
         try:
-            record = measure(replace(options, depth=None, drop_layers=drop_layers))
+            record = measure(fixed)
         except OutOfReachError as error:
             logger.info("%s", error)
             unreachable = error
             continue
-        ratios = {**record.ratios, "drop_layers": drop_layers}
-        asked = {**record.asked, "depth": "auto"}
-        found.append(replace(record, asked=asked, ratios=ratios))
-        if not any(record.ratios.values()):
+        enough = not any(record.ratios.values())
+        record = replace(
+            record, asked=asked, ratios={**record.ratios, **_name_choice(fixed, options)}
+        )
+        widths = forecast_widths(source.config, fixed.with_ratios(**record.ratios).widths)
+        found.setdefault(tuple(widths), record)
+        if enough:
             break  # the dropped layers are enough
     if not found:
         raise unreachable
-    return found
+    return list(found.values())
+
+
+def _name_choice(fixed: PruneConfig, options: PruneConfig) -> dict[str, float | str]:
+    """Return the number of dropped layers of a candidate, and its kind of heads if that is open."""
+    chosen: dict[str, float | str] = {"drop_layers": fixed.drop_layers or 0}
+    if fixed.heads and options.heads == "auto":
+        chosen |= {"heads": fixed.heads}
+    return chosen
 
 
 def _list_candidates(
@@ -226,10 +243,8 @@ def _list_candidates(
     found: dict[tuple[Any, ...], TargetRecord] = {}
     asked = describe_asked(options)
     for drop_layers, kind in itertools.product(depths, _settle_heads(config, options)):
-        chosen: dict[str, float | str] = {"drop_layers": drop_layers}
-        if kind.heads and options.heads == "auto":
-            chosen |= {"heads": kind.heads}
         fixed = replace(kind, depth=None, drop_layers=drop_layers)
+        chosen = _name_choice(fixed, options)
         for kinds in (KINDS, ("channels",)):
             if build_counter(config, fixed.widths, kinds=kinds)(1 - 1 / _STEPS) > limit:
                 continue  # channels alone may not be enough

@@ -61,13 +61,17 @@ def round_kept(num_groups: int, ratio: float, *, multiple: int) -> int:
 
 def round_spec(spec: GroupSpec, ratio: float, *, multiples: Mapping[str, int]) -> int:
     """Return how many groups of a spec stay: ``round_kept``, and as many in each cluster."""
-    multiple = math.lcm(multiples[spec.kind], spec.clusters)
-    return round_kept(spec.num_groups, ratio, multiple=multiple)
+    return round_kept(spec.num_groups, ratio, multiple=_get_multiple(spec, multiples))
 
 
-def list_counts(num_groups: int, *, multiple: int) -> list[int]:
-    """List how many groups a layer may keep: the multiples, and all of them."""
-    return [*range(min(multiple, num_groups), num_groups, multiple), num_groups]
+def list_counts(spec: GroupSpec, *, multiples: Mapping[str, int]) -> list[int]:
+    """List how many groups of a spec may stay: the multiples, and all of them."""
+    multiple, whole = _get_multiple(spec, multiples), spec.num_groups
+    return [*range(min(multiple, whole), whole, multiple), whole]
+
+
+def _get_multiple(spec: GroupSpec, multiples: Mapping[str, int]) -> int:
+    return math.lcm(multiples[spec.kind], spec.clusters)
 
 
 def list_prunable(config: PretrainedConfig, request: WidthRequest) -> tuple[GroupSpec, ...]:
@@ -114,15 +118,17 @@ def count_kept(config: PretrainedConfig, request: WidthRequest) -> dict[str, int
     }
 
 
-def compute_ratios(config: PretrainedConfig, *, kv_heads: int, channels: int) -> dict[str, float]:
-    """Return the ratios of heads and channels that leave so many in each layer.
+def compute_ratios(specs: Sequence[GroupSpec], kept: Sequence[int]) -> dict[str, float]:
+    """Return the ratio of each kind that leaves so many of its groups in each layer.
 
     They are rounded to a millionth, which is less than half a group of any known layer.
+
+    Args:
+        specs: Of one layer.
+        kept: Number of groups of each that stay.
     """
-    return {
-        "heads": round(1 - kv_heads / config.num_key_value_heads, 6),
-        "channels": round(1 - channels / config.intermediate_size, 6),
-    }
+    pairs = zip(specs, kept, strict=True)
+    return {spec.kind: round(1 - count / spec.num_groups, 6) for spec, count in pairs}
 
 
 def forecast_widths(config: PretrainedConfig, request: WidthRequest) -> list[LayerWidths]:

@@ -59,17 +59,20 @@ class LatencyFound:
     """What a target of latency led to.
 
     Attributes:
+        heads: Query heads that a layer keeps.
         kv_heads: KV heads that a layer keeps.
         channels: FFN channels that a layer keeps.
         expected_loss: Sum of the scores of the groups that are removed.
         least_possible_loss: No shape that is fast enough has a lower sum.
         criterion: How groups were scored.
         repeats: Trials per measurement.
-        measurements: ``kv_heads``, ``channels`` and ``median_ms`` of each shape that was measured.
+        measurements: ``heads``, ``kv_heads``, ``channels`` and ``median_ms`` of each shape that was
+            measured.
         again: ``dense_ms`` and ``chosen_ms`` of a last, interleaved measurement.
         machine: Hardware, versions and date.
     """
 
+    heads: int
     kv_heads: int
     channels: int
     expected_loss: float

@@ -48,6 +48,31 @@ def search(losses, *, seed, share, budget):
     return found, asked, min(quick, key=lambda pair: losses[pair].item())
 
 
+def test_as_many_go_of_each_cluster():
+    """By an independent loop over layers and clusters."""
+    specs = [
+        GroupSpec(f"layers.{layer}.{kind}", count, (), clusters=clusters)
+        for layer in range(2)
+        for kind, count, clusters in (("heads", 6, 2), ("channels", 5, 1))
+    ]
+    generator = torch.Generator().manual_seed(3)
+    importance = {spec.name: torch.rand(spec.num_groups, generator=generator) for spec in specs}
+    losses = compute_losses(importance, specs, heads=[2, 4, 6], channels=[1, 5])
+
+    def lose(spec, kept):
+        size = spec.num_groups // spec.clusters
+        parts = importance[spec.name].tolist()
+        clusters = [sorted(parts[at : at + size]) for at in range(0, spec.num_groups, size)]
+        gone = (spec.num_groups - kept) // spec.clusters
+        return sum(sum(cluster[:gone]) for cluster in clusters)
+
+    for row, heads in enumerate([2, 4, 6]):
+        for column, channels in enumerate([1, 5]):
+            kept = {"heads": heads, "channels": channels}
+            expected = sum(lose(spec, kept[spec.kind]) for spec in specs)
+            assert losses[row, column].item() == pytest.approx(expected)
+
+
 def test_it_finds_what_trying_all_pairs_finds():
     shapes, shares = ((2, 2), (4, 22), (8, 43)), (0.3, 0.6, 0.9)
     for shape, share, seed in itertools.product(shapes, shares, range(5)):

@@ -271,6 +271,44 @@ def test_depth_and_widths_are_chosen_for_a_latency(deep, data, tmp_path, told_ti
     assert len(plan.dropped) == best["ratios"]["drop_layers"]
 
 
+@pytest.mark.slow
+def test_a_kind_of_heads_is_chosen_for_a_latency(wide, data, tmp_path, told_times):
+    words = ["--target-latency", "24000ms", "--engine", "torch", "--latency-tokens", "32"]
+    words += ["--schedule", "one-shot", "--round-to", "8", "--calibration-samples", "4"]
+    result = prune(wide, data, tmp_path / "run", *words, "--heads", "auto")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "run" / "target.json").read_text())
+    assert record["asked"]["heads"] == "auto"
+    assert {trial["ratios"]["heads"] for trial in record["trials"]} == {"kv-groups", "query-heads"}
+    best = min(record["trials"], key=lambda trial: trial["loss"])
+    assert record["ratios"] == best["ratios"]
+    alone = prune(wide, data, tmp_path / "alone", *words, "--heads", "query-heads")
+    assert alone.exit_code == 0, alone.stderr
+    record = json.loads((tmp_path / "alone" / "target.json").read_text())
+    assert record["kv_heads"] == 4
+    assert {m["kv_heads"] for m in record["measurements"]} == {4}
+    assert {m["heads"] for m in record["measurements"]} <= {4, 8}
+    # Query heads have q_proj and o_proj alone.
+    layer = 2 * record["heads"] * 16 * 32 + 2 * 4 * 16 * 32 + 3 * record["channels"] * 32 + 2 * 32
+    expected = 2 * layer + 2 * 72 * 32 + 32
+    assert record["again"]["chosen_ms"] == expected <= 24_000
+    plan = RunFolder(tmp_path / "alone").load_plan()
+    kept = [len(plan.kept[f"layers.1.{kind}"]) for kind in ("heads", "channels")]
+    assert kept == [record["heads"], record["channels"]]
+    assert "of 8 query heads" in alone.stderr
+
+
+@pytest.mark.slow
+def test_a_latency_with_an_open_rate_resumes(wide, data, tmp_path, told_times):
+    words = ["--target-latency", "20000ms", "--engine", "torch", "--latency-tokens", "32"]
+    words += ["--round-to", "8", "--calibration-samples", "4", "--steps", "12", "--lr", "auto"]
+    first = prune(wide, data, tmp_path / "run", *words)
+    assert first.exit_code == 0, first.stderr
+    again = prune(wide, data, tmp_path / "run", *words, "--resume")
+    assert "another target" not in again.stderr
+    assert "as chosen when the run began" in again.stderr
+
+
 def count_deep(layers):
     """By hand: hidden 32, two KV heads of 8 with two query heads each, FFN 48."""
     layer = (2 * 2 + 2) * 2 * 8 * 32 + 3 * 48 * 32 + 2 * 32
@@ -307,7 +345,7 @@ def test_a_resumed_run_measures_nothing_again(base, data, tmp_path, monkeypatch)
     chosen = TargetRecord(
         asked={"latency_ms": 5.0, "engine": "ort", "phase": "prefill", "tokens": 512},
         ratios={"head_ratio": 0.5, "channel_ratio": 0.25},
-        found=LatencyFound(1, 12, 0.5, 0.5, "lora", 10, [], {}, {}),
+        found=LatencyFound(2, 1, 12, 0.5, 0.5, "lora", 10, [], {}, {}),
     )
     calls = []
 

@@ -1,12 +1,14 @@
 """Widths of a pruned model, the config that states them, and the counts, against real models."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoConfig
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
-from lpdeploy.families.groups import list_group_specs
+from lpdeploy.families.groups import list_group_specs, list_layer_specs
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import get_model_classes, load_config, load_model
 from lpdeploy.models.shapes import (
@@ -25,6 +27,7 @@ from lpdeploy.models.shapes import (
     list_widths,
     round_kept,
 )
+from lpdeploy.plan import GroupSpec
 from tests import reference
 from tests.models.families import FAMILIES, choose_kept, keep_all, make_base
 
@@ -186,22 +189,33 @@ def test_the_counts_that_users_ask_for():
 
 
 def test_counts_that_a_layer_may_keep():
-    assert list_counts(8, multiple=1) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert list_counts(11008, multiple=32) == list(range(32, 11009, 32))
-    assert list_counts(172, multiple=32) == [32, 64, 96, 128, 160, 172]
-    assert list_counts(4, multiple=8) == [4]
+    def count(num_groups, *, multiple, clusters=1):
+        spec = GroupSpec("layers.0.heads", num_groups, (), clusters=clusters)
+        return list_counts(spec, multiples={"heads": multiple})
+
+    assert count(8, multiple=1) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert count(11008, multiple=32) == list(range(32, 11009, 32))
+    assert count(172, multiple=32) == [32, 64, 96, 128, 160, 172]
+    assert count(4, multiple=8) == [4]
+    # As many of each cluster.
+    assert count(9, multiple=1, clusters=3) == [3, 6, 9]
+    assert count(24, multiple=4, clusters=6) == [12, 24]
 
 
 @every_family
 def test_the_ratios_of_a_count_lead_back_to_it(bases, family):
     config = load_config(bases(family))
-    for kv_heads in list_counts(config.num_key_value_heads, multiple=1):
-        for channels in list_counts(config.intermediate_size, multiple=5):
-            ratios = compute_ratios(config, kv_heads=kv_heads, channels=channels)
+    grouped = config.num_attention_heads > config.num_key_value_heads
+    for kind in ("kv-groups", "query-heads") if grouped else ("kv-groups",):
+        specs = list_layer_specs(config, 0, heads=kind)
+        multiples = {"heads": 1, "channels": 5}
+        counts = [list_counts(spec, multiples=multiples) for spec in specs]
+        for heads, channels in itertools.product(*counts):
+            ratios = compute_ratios(specs, [heads, channels])
             request = PruneConfig(
-                head_ratio=ratios["heads"], channel_ratio=ratios["channels"], round_to=5
+                head_ratio=ratios["heads"], channel_ratio=ratios["channels"], round_to=5, heads=kind
             ).widths
-            assert count_kept(config, request) == {"heads": kv_heads, "channels": channels}
+            assert count_kept(config, request) == {"heads": heads, "channels": channels}
 
 
 @every_family

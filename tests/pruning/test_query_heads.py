@@ -127,10 +127,6 @@ def test_one_query_head_a_kv_head_is_refused(tmp_path):
     [
         ({"protect_first": 1}, "`protect_first` leaves some layers whole"),
         ({"scope": "global"}, "`scope='global'` makes layers differ"),
-        (
-            {"ratio": None, "target_latency": 5.0, "engine": "ort"},
-            "`target_latency` chooses a number of KV heads",
-        ),
     ],
 )
 @pytest.mark.parametrize("heads", ["query-heads", "auto"])
