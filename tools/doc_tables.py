@@ -142,7 +142,8 @@ def render_stages(data: dict[str, Any]) -> str:
     about = (
         f"{data['parameters'] / 1e9:.2f} B random weights in bf16, {data['bytes'] / 1e9:.1f} GB, "
         f"in {data['layers']} layers of LLaMA-7B's shape; prune runs two steps of 64 tokens to "
-        "50 %. The peak is that of the largest process of a stage."
+        "50 %. The peak is the resident memory of the largest process of a stage, mapped pages of "
+        "files among it."
     )
     header = ("stage", "s", "peak memory, GB", "written, GB")
     return write_table(header, rows, about, describe(data, "onnxruntime"))
