@@ -149,6 +149,41 @@ def render_stages(data: dict[str, Any]) -> str:
     return write_table(header, rows, about, describe(data, "onnxruntime"))
 
 
+def render_answers(data: dict[str, Any]) -> str:
+    """Put what models answer side by side, and say which part of their time the head takes."""
+    models = data["models"]
+    rows = [
+        (
+            name,
+            f"{model['parameters'] / 1e6:.1f}",
+            f"{model['bytes'] / 1e6:.0f}",
+            *(
+                f"{model[phase]['ms']:.3g} ({model[phase]['head_share']:.0%})"
+                for phase in ("prefill", "decode")
+            ),
+        )
+        for name, model in models.items()
+    ]
+    header = ("model", "parameters, M", "weights, MB", "prefill, ms (head)", "decode, ms (head)")
+    about = (
+        f"A prompt of {data['prompt_tokens']} tokens, and one token after it, with torch in fp32; "
+        f"medians of {data['repeats']} passes, the models in turn. In brackets: the share of the "
+        "output head."
+    )
+    questions = list(next(iter(models.values()))["answers"])
+    said = [
+        (question, *(" ".join(model["answers"][question].split()) for model in models.values()))
+        for question in questions
+    ]
+    greedy = "Greedy answers through the chat template, cut after the same number of tokens."
+    return "\n\n".join(
+        [
+            write_table(header, rows, about, describe(data, "peft")),
+            write_table(("question", *models), said, greedy),
+        ]
+    )
+
+
 def render_one_shot(data: dict[str, Any]) -> str:
     """Compare ways to prune without training."""
     rows = [("unpruned", "", "", f"{data['dense']:.1f}", "")]
@@ -330,6 +365,7 @@ def render_served(data: dict[str, Any]) -> str:
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "answers": render_answers,
     "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,

@@ -32,7 +32,10 @@ class TimedHead:
     """The seconds that a model and its output head took, one entry a forward pass."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.whole, self.head = model, [], []
+        self.model = model
+        self.whole: list[float] = []
+        self.head: list[float] = []
+        self._begun = 0.0
         model.lm_head.register_forward_pre_hook(lambda *_: self._start())
         model.lm_head.register_forward_hook(lambda *_: self._stop())
 
@@ -72,7 +75,8 @@ def time_heads(models: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]
     """Time prefill and decode of each model, in turn."""
     timed = {name: TimedHead(model) for name, model in models.items()}
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
-    tokens = torch.randint(100, 1000, (1, PROMPT_TOKENS), generator=torch.manual_seed(0))
+    fewest = min(model.config.vocab_size for model in models.values())
+    tokens = torch.randint(fewest, (1, PROMPT_TOKENS), generator=torch.manual_seed(0))
     past: dict[str, Any] = {}
     for phase in ("prefill", "decode"):
         for repeat in range(-1, REPEATS):  # the first one warms up

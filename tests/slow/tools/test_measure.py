@@ -1,6 +1,7 @@
 """The tools behind docs/costs.md and docs/scaling.md run in small, and give their tables."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -105,3 +106,22 @@ def test_the_memory_of_a_refit_is_compared(tmp_path):
     document = json.loads((tmp_path / "x.json").read_text())
     assert document["ratio"] == document["refit"]["peak_bytes"] / document["plain"]["peak_bytes"]
     assert "| with a refit |" in doc_tables.render_refit_memory(document)
+
+
+def test_answers_and_the_share_of_the_head(tmp_path):
+    assets = ROOT / "lpdeploy" / "demo" / "assets" / "story-llama-1M"
+    folders = [tmp_path / "dense", tmp_path / "small" / "model"]
+    for folder in folders:
+        shutil.copytree(assets, folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    run("answers", *folders, "--tokens", 5, "--output", tmp_path / "x.json")
+    document = json.loads((tmp_path / "x.json").read_text())
+    dense, small = (document["models"][name] for name in ("dense", "small"))
+    assert dense["answers"] == small["answers"]
+    assert all(dense["answers"].values())
+    assert dense["bytes"] == (assets / "model.safetensors").stat().st_size
+    for phase in (dense["prefill"], dense["decode"]):
+        assert 0 < phase["head_ms"] == phase["head_share"] * phase["ms"] < phase["ms"]
+    table = doc_tables.render_answers(document)
+    assert f"| small | {dense['parameters'] / 1e6:.1f} |" in table
+    assert "| What is the capital of France? |" in table
