@@ -1,7 +1,6 @@
 """`lpdeploy paper`: the tables of the paper, on your own model."""
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         output,
         jobs=jobs,
         render_only=render_only,
-        show_progress=jobs == 1 and sys.stderr.isatty(),
+        show_progress=jobs == 1,
     )
     _print(document, output / spec.file_stem, as_json=as_json)
 

@@ -6,6 +6,7 @@ likely to share the cause.
 """
 
 import functools
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from lpdeploy.paper.results import CellResult
 from lpdeploy.pruning.log import load_log
 from lpdeploy.records import load_record, parse_json
 from lpdeploy.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 CELLS, WORK = "cells", "work"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -50,7 +53,8 @@ class Commands:
     """Runs lpdeploy commands as processes, and can stop them.
 
     Attributes:
-        show: Whether to copy their stderr, with its progress bars, to ours.
+        show: Whether to name each command and to copy its stderr to ours: progress bars on a
+            terminal, else a line a minute.
     """
 
     show: bool = False
@@ -65,8 +69,11 @@ class Commands:
         """
         if self._stopped:
             raise CommandError("stopped", killed=True)
+        on_terminal = self.show and sys.stderr.isatty()
         # rich draws no bars into a pipe unless it is told that they end up on a terminal.
-        environment = {**os.environ, **({"FORCE_COLOR": "1"} if self.show else {})}
+        environment = {**os.environ, **({"FORCE_COLOR": "1"} if on_terminal else {})}
+        if self.show:
+            logger.info("%s", show_command(words))
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", "lpdeploy", *words, "--json"],
@@ -81,7 +88,7 @@ class Commands:
             except BaseException:
                 process.terminate()
                 process.wait()
-                if self.show:  # an interrupted progress bar leaves the cursor hidden
+                if on_terminal:  # an interrupted progress bar leaves the cursor hidden
                     sys.stderr.write("\x1b[?25h")
                 raise
             finally:

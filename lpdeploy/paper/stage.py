@@ -95,7 +95,7 @@ def run_paper(
             folder share their cells.
         jobs: Number of cells that run at the same time.
         render_only: Run nothing.
-        show_progress: Show the progress bars of the commands.
+        show_progress: Show the commands, and the progress of each.
 
     Raises:
         LpdeployError: There is nothing to show, something cannot be used, or all cells fail.

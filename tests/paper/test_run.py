@@ -30,6 +30,10 @@ def study(base, texts):
 def test_table_7_by_real_processes(paper, tmp_path):
     result = paper("7", "--seeds", "1", "--ratios", "0.5", "--rows", "joint", "--json")
     assert result.exit_code == 0, result.output
+    # No terminal: the commands and what they say, without bars.
+    assert "lpdeploy prune base --data text.txt" in result.stderr
+    assert "rows of at most" in result.stderr
+    assert "\x1b" not in result.stderr
     document = json.loads(result.stdout.splitlines()[-1])
     [cell] = load_cells(tmp_path / "out").values()
     # A process of its own has loaded torch and transformers, whatever ran before.
