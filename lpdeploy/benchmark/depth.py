@@ -10,8 +10,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from lpdeploy.benchmark.trial import HELD_OUT_ROWS, simplify, use_training
+from lpdeploy.benchmark.trial_cache import TrialCache
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset
 from lpdeploy.errors import NonFiniteError
@@ -39,6 +41,8 @@ def choose_depth(
     dataset: TokenDataset,
     options: PruneConfig,
     candidates: Sequence[TargetRecord],
+    *,
+    cache: TrialCache,
 ) -> TargetRecord:
     """Choose the candidate that loses least.
 
@@ -47,6 +51,7 @@ def choose_depth(
         dataset: Tokens.
         options: How to prune.
         candidates: Shapes that meet the target: a number of dropped layers, and ratios.
+        cache: What earlier trials found out.
 
     Returns:
         The record of the best one, with all that were tried.
@@ -58,7 +63,9 @@ def choose_depth(
     logger.info("Trying %s shapes, each with a one-shot pruning of its own.", len(candidates))
     for record in candidates:
         trial = options.with_ratios(**record.ratios)
-        loss = _try(source, dataset, trial)
+        # Nothing is trained, so steps and epochs change nothing.
+        alone = simplify(trial, schedule="one-shot", steps=1)
+        loss = cache.measure(alone, partial(_try, source, dataset, alone))
         shape = _describe(trial)
         logger.info("%s: loss %.3f on held-out rows, without fine-tuning", shape, loss)
         if math.isfinite(loss):
@@ -83,7 +90,6 @@ def _describe(options: PruneConfig) -> str:
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
     """Prune a fresh model at once, and return its loss on rows that had no part in it."""
-    options = simplify(options, schedule="one-shot")
 
     def measure(training: Training) -> float:
         for _ in run_steps(training):

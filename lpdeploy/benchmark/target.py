@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.latency_target import OutOfReachError, choose_widths
 from lpdeploy.benchmark.rate import choose_rate
+from lpdeploy.benchmark.trial_cache import open_trial_cache
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress, TokenDataset
 from lpdeploy.environment import count_ranks
@@ -74,7 +75,8 @@ def resolve_options(  # noqa: PLR0913 - what prune takes, and callbacks
         options: How the model will be pruned. They are returned as they are if nothing is open.
         data: What groups are scored with; not needed for a size alone.
         output: The run folder to be, if there is one. Nothing is written.
-        cache: Keep the tokens of ``data``, and use those of an earlier run.
+        cache: Keep the tokens of ``data`` and the losses of trials, and use those of an earlier
+            run.
         resume: Read from ``output`` what was chosen when the run began.
         overwrite: Whether a run in ``output`` may be replaced.
         stop: Set it to end trials of learning rates after the current step.
@@ -189,7 +191,9 @@ def _choose_shape(given: _Given, options: PruneConfig) -> TargetRecord:
         candidates = _list_candidates(source.config, options, depths=depths, limit=limit)
     else:
         candidates = _list_quick(source, options, given.choose_widths)
-    return choose_depth(source, given.load_dataset(source, options), options, candidates)
+    dataset = given.load_dataset(source, options)
+    known = open_trial_cache(source, dataset, options, cache=given.cache)
+    return choose_depth(source, dataset, options, candidates, cache=known)
 
 
 def _list_quick(

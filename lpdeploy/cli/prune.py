@@ -48,7 +48,8 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
     cls=GroupedOption,
     group=DATA,
     default=True,
-    help="Cache the tokens of SOURCE for later runs, in $LPDEPLOY_CACHE or beside the hub's cache.",
+    help="Cache the tokens of SOURCE, and the results of trials, for later runs, in "
+    "$LPDEPLOY_CACHE or beside the hub's cache.",
 )
 @click.option(
     "--preset",

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from lpdeploy.benchmark import depth
 from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.target import resolve_options
+from lpdeploy.benchmark.trial_cache import TrialCache
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError
 from lpdeploy.models.compact import compact
@@ -22,6 +24,7 @@ OPTIONS = {
     "batch_size": 4, "micro_batch_size": 2, "seq_len": 24, "steps": 2, "round_to": 4,
     "device": "cpu", "calibration_samples": 4, "depth": "auto",
 }  # fmt: skip
+GIVEN = (None, None, PruneConfig(**OPTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_what_loses_least_is_taken(monkeypatch, best):
         TargetRecord(asked, {"ratio": 0.5 - n / 10, "drop_layers": n}, SizeFound(100, 50 - n))
         for n in range(4)
     ]
-    record = choose_depth(None, None, PruneConfig(**OPTIONS), candidates)
+    record = choose_depth(*GIVEN, candidates, cache=TrialCache())
     assert tried == [(n, 0.5 - n / 10, None) for n in range(4)]
     assert record == replace(candidates[best], trials=record.trials)
     assert [trial.loss for trial in record.trials] == [3.0 + abs(n - best) for n in range(4)]
@@ -78,11 +81,11 @@ def test_a_loss_that_is_no_number_is_not_the_least(monkeypatch):
     candidates = [
         TargetRecord({}, {"ratio": 0.5, "drop_layers": n}, SizeFound(100, 50)) for n in losses
     ]
-    record = choose_depth(None, None, PruneConfig(**OPTIONS), candidates)
+    record = choose_depth(*GIVEN, candidates, cache=TrialCache())
     assert record.ratios["drop_layers"] == 0
     assert [trial.loss for trial in record.trials] == [3.0, 4.0]
     with pytest.raises(NonFiniteError, match="with any of the shapes"):
-        choose_depth(None, None, PruneConfig(**OPTIONS), candidates[1:2])
+        choose_depth(*GIVEN, candidates[1:2], cache=TrialCache())
 
 
 @pytest.mark.parametrize(
@@ -128,10 +131,93 @@ def test_a_trial_is_judged_by_rows_that_it_was_not_fitted_to(deep, text, monkeyp
     monkeypatch.setattr("lpdeploy.benchmark.depth.HELD_OUT_ROWS", 4)
     monkeypatch.setattr("lpdeploy.benchmark.depth.measure_loss", judge)
     monkeypatch.setattr(training, "_accumulate_gradients", watch)
-    resolve_options(str(deep), PruneConfig(**OPTIONS), data=str(text))
+    resolve_options(str(deep), PruneConfig(**OPTIONS), data=str(text), cache=False)
     assert judged
     assert fitted
     assert not judged & fitted
+
+
+class TestCache:
+    """A trial is made once for all that it depends on."""
+
+    @pytest.fixture
+    def made(self, monkeypatch, tmp_path):
+        """The options of the trials that were really made, in a cache of their own."""
+        made = []
+        run = depth._try
+        monkeypatch.setenv("LPDEPLOY_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(depth, "_try", lambda *given: made.append(given[2]) or run(*given))
+        return made
+
+    def test_a_choice_that_was_stopped_goes_on(self, deep, text, made, monkeypatch):
+        asked = PruneConfig(**OPTIONS, ratio=0.5)
+        whole = resolve_options(str(deep), asked, data=str(text), cache=False)
+        trials = len(made)
+        assert trials > 2
+        counting = depth._try
+
+        def stop(*given):
+            if len(made) == trials + 2:
+                raise KeyboardInterrupt
+            return counting(*given)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(depth, "_try", stop)
+            resolve_options(str(deep), asked, data=str(text))
+        assert resolve_options(str(deep), asked, data=str(text)) == whole
+        assert len(made) == 2 * trials
+        assert [options.drop_layers for options in made[:trials]] == [
+            options.drop_layers for options in made[trials:]
+        ]
+
+    @pytest.mark.parametrize(
+        ("changes", "anew"),
+        [
+            ({"lr": 0.5, "steps": 9, "distill": 0.5, "checkpoint_every": 3}, False),
+            ({"seed": 1}, True),
+            ({"criterion": "magnitude"}, True),
+            ({"refit": True}, True),
+            ({"calibration_samples": 8}, True),
+            ({"protect_first": 1}, True),
+        ],
+        ids=str,
+    )
+    def test_what_changes_a_trial_makes_it_anew(self, deep, text, made, changes, anew):
+        resolve_options(str(deep), PruneConfig(**OPTIONS, ratio=0.5), data=str(text))
+        before = len(made)
+        changed = PruneConfig(**{**OPTIONS, "ratio": 0.5, **changes})
+        resolve_options(str(deep), changed, data=str(text))
+        assert (len(made) > before) == anew
+
+    def test_other_rows_and_another_model_make_it_anew(self, deep, text, made, tmp_path):
+        asked = PruneConfig(**OPTIONS, ratio=0.5)
+        resolve_options(str(deep), asked, data=str(text))
+        before = len(made)
+        other = make_text(tmp_path / "other.txt", seed=5)
+        resolve_options(str(deep), asked, data=str(other))
+        assert len(made) == 2 * before
+        model = make_tiny_model(tmp_path / "base", num_hidden_layers=4, seed=3)
+        resolve_options(str(model), asked, data=str(text))
+        assert len(made) == 3 * before
+
+    def test_a_damaged_file_is_made_anew(self, deep, text, made, tmp_path, caplog):
+        asked = PruneConfig(**OPTIONS, ratio=0.5)
+        first = resolve_options(str(deep), asked, data=str(text))
+        before = len(made)
+        damaged = ["", '{"loss": "x"}', "{}", "[1]"]
+        files = sorted((tmp_path / "cache" / "trials").iterdir())
+        for file, contents in zip(files, damaged, strict=False):
+            file.write_text(contents)
+        assert resolve_options(str(deep), asked, data=str(text)) == first
+        assert len(made) == before + min(len(files), len(damaged))
+        assert "is damaged" in caplog.text
+
+    def test_nothing_is_kept_without_a_cache(self, deep, text, made, tmp_path):
+        asked = PruneConfig(**OPTIONS, ratio=0.5)
+        for _ in range(2):
+            resolve_options(str(deep), asked, data=str(text), cache=False)
+        assert len(made) % 2 == 0
+        assert not (tmp_path / "cache" / "trials").exists()
 
 
 def test_a_run_records_what_was_tried_and_goes_on_with_it(deep, text, tmp_path):

@@ -1,0 +1,109 @@
+"""What trials found out, on disk, so that none is made twice.
+
+A choice among several shapes takes minutes with a small model, and far longer with a large one. If
+it is stopped, it goes on with the trial that it was at. A later run that differs only in its
+training finds all of them.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lpdeploy.artifacts import save_json
+from lpdeploy.config import PruneConfig
+from lpdeploy.data.batches import TokenDataset
+from lpdeploy.data.cache import find_cache
+from lpdeploy.errors import ArtifactError
+from lpdeploy.machine import list_versions
+from lpdeploy.models.loading import compute_model_sha256, resolve_device, resolve_dtype
+from lpdeploy.pruning.setup import Source
+from lpdeploy.records import load_record
+
+logger = logging.getLogger(__name__)
+
+# Increase this when the same identity gives another loss than before.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrialCache:
+    """The losses of trials of one model on one data set.
+
+    Attributes:
+        folder: Where they are kept; None keeps none.
+        base: Hash of the model.
+        data: Hash of the rows.
+        runs_on: Device and precision that trials run on and in.
+    """
+
+    folder: Path | None = None
+    base: str = ""
+    data: str = ""
+    runs_on: tuple[str, str] = ("", "")
+
+    def measure(self, options: PruneConfig, measure: Callable[[], float]) -> float:
+        """Return the loss of a trial: an earlier one's, or that of ``measure``, which is kept.
+
+        Args:
+            options: Of the trial.
+            measure: Makes it.
+        """
+        if self.folder is None:
+            return measure()
+        identity = {
+            "version": _VERSION,
+            "base": self.base,
+            "data": self.data,
+            "runs_on": list(self.runs_on),
+            "versions": list_versions(),
+            "options": options.to_json(),
+        }
+        text = json.dumps(identity, sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        known = _load(path)
+        if known is not None:
+            logger.info("This was tried before, with the same model, data and options:")
+            return known
+        loss = measure()
+        if math.isfinite(loss):
+            try:
+                save_json(path, {"loss": loss})
+            except (ArtifactError, OSError) as error:
+                logger.warning("The result of this trial cannot be kept (%s).", error)
+        return loss
+
+
+def open_trial_cache(
+    source: Source, dataset: TokenDataset, options: PruneConfig, *, cache: bool
+) -> TrialCache:
+    """Return the cache of the trials of a run.
+
+    Args:
+        source: The base.
+        dataset: Tokens.
+        options: How to prune.
+        cache: Whether to keep anything, and to use what was kept.
+    """
+    if not cache:
+        return TrialCache()
+    device = resolve_device(options.device)
+    return TrialCache(
+        folder=find_cache() / "trials",
+        base=compute_model_sha256(source.folder),
+        data=dataset.sha256,
+        runs_on=(device, resolve_dtype(options.dtype, source.config, device=device)),
+    )
+
+
+def _load(path: Path) -> float | None:
+    if not path.is_file():
+        return None
+    try:
+        return load_record(dict[str, float], path, fix="Delete it.")["loss"]
+    except (ArtifactError, KeyError) as error:
+        logger.warning("'%s' is damaged (%s): trying anew.", path, error)
+        return None
