@@ -1,6 +1,7 @@
 """The eval stage: perplexity and tasks, of a model, or of a run's model and its base."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,8 @@ from lpdeploy.run_folder import RunFolder
 TASKS = "tasks"
 """What ``on_progress`` is told as the source while tasks are run."""
 Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -93,7 +96,13 @@ def _merge_into(run: RunFolder, result: Evaluation) -> None:
     run.check_files(run.evaluation)
     with run.recorded(run.evaluation):
         old = load_evaluation(run.evaluation, fix="Delete it.")
-        save_json(run.evaluation, (result.merge(old) if old else result).to_json())
+        merged = result.merge(old) if old else result
+        if not result.figures.is_within(merged.figures):
+            logger.info(
+                "'%s' keeps the figures of an earlier evaluation on more segments or documents.",
+                run.evaluation,
+            )
+        save_json(run.evaluation, merged.to_json())
 
 
 def _get_sha256(place: ModelPlace) -> str | None:

@@ -79,6 +79,13 @@ class Figures:
             errors["average"] = math.hypot(*errors.values()) / len(errors)
         return errors
 
+    def is_within(self, other: "Figures") -> bool:
+        """Tell whether all of these figures are among others."""
+        return (
+            self.perplexity.items() <= other.perplexity.items()
+            and {name: other.tasks.get(name) for name in self.tasks} == self.tasks
+        )
+
     def _list_accuracies(self) -> dict[str, float]:
         found = {
             name: self.tasks[name].get(metric)
@@ -143,7 +150,9 @@ class Evaluation:
         """Keep what an earlier evaluation of the same model says besides.
 
         Figures on the same engine in the same precision stand beside the new ones, perplexities
-        only of the same segment length. Those of other engines and precisions become ``others``.
+        only of the same segment length. Of the same text or task, those of more of it stay, as
+        ``max_segments`` and ``limit`` are for a quick look. Those of other engines and precisions
+        become ``others``.
         """
         merged, others = self, []
         for part in (replace(old, others=()), *old.others):
@@ -160,7 +169,17 @@ class Evaluation:
 
         def join(new: Figures, former: Figures) -> Figures:
             kept = former.perplexity if seq_len == old.seq_len else {}
-            return Figures(kept | new.perplexity, former.tasks | new.tasks)
+            texts = {
+                name: text
+                for name, text in new.perplexity.items()
+                if name not in kept or text.tokens >= kept[name].tokens
+            }
+            tasks = {
+                name: task
+                for name, task in new.tasks.items()
+                if not _is_part(task, former.tasks.get(name, {}))
+            }
+            return Figures(kept | texts, former.tasks | tasks)
 
         figures, base = join(self.figures, old.figures), None
         if self.base or old.base:
@@ -169,6 +188,12 @@ class Evaluation:
         if base == Figures():
             base = None
         return replace(self, seq_len=seq_len, figures=figures, base=base)
+
+
+def _is_part(new: Metrics, old: Metrics) -> bool:
+    """Tell whether metrics are of fewer documents of what others are of."""
+    new_n, old_n = new.get("n") or 0, old.get("n") or 0
+    return new_n < old_n and new.get("num_fewshot") == old.get("num_fewshot")
 
 
 def _select_comparable(base: Figures, figures: Figures) -> Figures:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.models.loading import compute_model_sha256, resolve_model
+from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
 from lpdeploy.paper.cells import (
     Cell,
     EvalSettings,
@@ -42,8 +42,15 @@ def build_study(
 
     Raises:
         ArtifactError: The model cannot be loaded.
+        LpdeployError: The segments are longer than its positions.
     """
     folder = resolve_model(model)
+    positions = load_config(folder).max_position_embeddings
+    if evaluation.perplexity and evaluation.seq_len > positions:
+        raise LpdeployError(
+            f"--eval-seq-len {evaluation.seq_len}: '{model}' has {positions} positions. Use "
+            f"--eval-seq-len {positions} or less."
+        )
     name = name_path(folder) if Path(model).is_dir() else model
     return Study(
         model=Source(model, name, compute_model_sha256(folder)),

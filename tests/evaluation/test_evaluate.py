@@ -62,11 +62,24 @@ class TestMerge:
         whole = Figures({"a": Perplexity(2.0, 1.0, 10)}, {"piqa": {"acc": 0.5, "n": 9.0}})
         part = Figures({"a": Perplexity(3.0, 1.0, 5)}, {"piqa": {"acc": 0.4, "n": 4.0}})
         old = replace(make_result(), figures=whole, base=whole)
-        merged = merge(old, replace(make_result(), figures=part))
-        assert merged.figures == part
+        fewer = replace(make_result(), figures=part, base=part)
+        merged = merge(fewer, replace(make_result(), figures=whole))
+        assert merged.figures == whole
         assert merged.base is None  # nothing is left of it
         assert merge(old, replace(make_result(), figures=whole)).base == whole
-        assert merge(old, replace(make_result(), figures=part, base=part)).base == part
+
+    def test_a_quick_look_does_not_replace_the_whole(self):
+        whole = Figures({"a": Perplexity(2.0, 1.0, 10)}, {"piqa": {"acc": 0.5, "n": 9.0}})
+        part = Figures({"a": Perplexity(3.0, 1.0, 5)}, {"piqa": {"acc": 0.4, "n": 4.0}})
+        old = replace(make_result(), figures=whole, base=whole)
+        for new in (
+            replace(make_result(), figures=part),
+            replace(make_result(), figures=part, base=part),
+        ):
+            assert (merge(old, new).figures, merge(old, new).base) == (whole, whole)
+        # With examples in the prompt it is another measurement.
+        shots = Figures(tasks={"piqa": {"acc": 0.4, "n": 4.0, "num_fewshot": 5.0}})
+        assert merge(old, replace(make_result(), figures=shots)).figures.tasks == shots.tasks
 
     def test_nothing_of_another_model_stays(self):
         new = make_result(tasks=[("piqa", 0.5)])

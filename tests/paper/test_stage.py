@@ -241,3 +241,13 @@ def test_one_process_at_a_time_runs_cells(paper, recorder, tmp_path):
     assert result.exit_code == 1
     assert "is in use by another lpdeploy process" in result.stderr
     assert recorder.commands == []
+
+
+def test_segments_longer_than_the_model_are_refused_before_anything_runs(paper, recorder):
+    result = paper("7", "--seeds", "1", "--ratios", "0.5", "--eval-seq-len", "4096")
+    assert result.exit_code == 1
+    assert re.search(
+        r"--eval-seq-len 4096: '.*' has \d+ positions\. Use --eval-seq-len \d+ or less",
+        result.stderr,
+    )
+    assert recorder.commands == []
