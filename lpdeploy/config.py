@@ -91,8 +91,8 @@ class PruneConfig:
     round_to: int = _remove("Round kept FFN channels to a multiple of this.", default=32, **_COUNT)
     round_heads_to: int = _remove("Round kept heads to a multiple of this.", default=1, **_COUNT)
     heads: str | None = _remove(
-        "Remove KV heads with all query heads that read them (kv-groups), or query heads alone, as "
-        "many of each KV head (query-heads). auto tries both with a one-shot pruning.",
+        "Remove KV heads with all query heads that read them (kv-groups), or query heads alone, "
+        "the same number for each KV head (query-heads). auto tries both with a one-shot pruning.",
         default=None, choices=(*HEADS, "auto"), unset="kv-groups",
     )
     drop_layers: int | None = _remove(
@@ -201,7 +201,7 @@ class PruneConfig:
         default=None, **_COUNT, unset="128",
     )
     distill_live: bool = _train(
-        "Keep the unpruned model in memory during training instead of what it expects on disk: "
+        "Keep the unpruned model in memory during training, not its predictions on disk: "
         "slower, with more memory. It is loaded as the base is, so `load_in` makes it smaller.",
         default=False,
     )

@@ -249,6 +249,8 @@ def describe_method(recorded: Mapping[str, Any]) -> str:
         )
     # A criterion from outside the package may not be known to the process that writes a card.
     words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
-    layers = f"; {n} whole layers were dropped first" if (n := recorded.get("drop_layers")) else ""
+    count = recorded.get("drop_layers")
+    noun = "whole layer was" if count == 1 else "whole layers were"
+    layers = f"; {count} {noun} dropped first" if count else ""
     refit = "; the remaining weights were refitted" if recorded.get("refit") else ""
     return f"chosen by {words}, {SCHEDULES[schedule]}{layers}{refit}"

@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from transformers import PretrainedConfig
+
 from lpdeploy.benchmark.trial import HELD_OUT_ROWS, simplify, use_training
 from lpdeploy.benchmark.trial_cache import TrialCache
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset
 from lpdeploy.errors import NonFiniteError
+from lpdeploy.families.groups import list_layer_specs
+from lpdeploy.models.shapes import count_kept
+from lpdeploy.plan import name_groups
 from lpdeploy.pruning.guard import collect_held_out
 from lpdeploy.pruning.setup import Source
 from lpdeploy.pruning.target import DepthTrial, TargetRecord
@@ -66,7 +71,7 @@ def choose_depth(
         # Nothing is trained, so steps and epochs change nothing.
         alone = simplify(trial, schedule="one-shot", steps=1)
         loss = cache.measure(alone, partial(_try, source, dataset, alone))
-        shape = _describe(trial)
+        shape = _describe(source.config, trial)
         logger.info("%s: loss %.3f on held-out rows, without fine-tuning", shape, loss)
         if math.isfinite(loss):
             tried.append((loss, record))
@@ -79,13 +84,14 @@ def choose_depth(
     return replace(best, trials=tuple(DepthTrial(record.ratios, loss) for loss, record in tried))
 
 
-def _describe(options: PruneConfig) -> str:
-    ratios = options.ratios
-    kind = "query heads" if options.widths.heads == "query-heads" else "heads"
-    widths = f"{ratios['heads']:.1%} of the {kind} and {ratios['channels']:.1%} of the channels"
-    if options.drop_layers:
-        return f"without {options.drop_layers} of the layers, and without {widths} of the others"
-    return f"without {widths}"
+def _describe(config: PretrainedConfig, options: PruneConfig) -> str:
+    request, layers = options.widths, config.num_hidden_layers
+    kept = count_kept(config, request)
+    widths = " and ".join(
+        f"{kept[spec.kind]:,} of {spec.num_groups:,} {name_groups(spec)}"
+        for spec in list_layer_specs(config, 0, heads=request.heads)
+    )
+    return f"{layers - request.drop_layers} of {layers} layers, each with {widths}"
 
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:

@@ -238,7 +238,8 @@ class _Bench:
         width = self._forecast(*pair)
         over = chosen_ms > self.target.latency_ms
         logger.info(
-            "chosen: %s, %.3g ms where the unpruned model takes %.3g ms, measured in turn%s",
+            "best of those that are fast enough: %s, %.3g ms where the unpruned model takes "
+            "%.3g ms, measured in turn%s",
             self._describe(*pair),
             chosen_ms,
             dense_ms,
@@ -312,7 +313,8 @@ class _Bench:
         return widths[self.options.protect_first]
 
     def _describe(self, heads: int, channels: int) -> str:
-        layers = f"{n} layers dropped, " if (n := self.options.drop_layers) else ""
+        count = self.options.drop_layers
+        layers = f"{count} {'layer' if count == 1 else 'layers'} dropped, " if count else ""
         counts = (self.heads[heads], self.channels[channels])
         kept = ", ".join(
             f"{count:,} of {spec.num_groups:,} {name_groups(spec)}"

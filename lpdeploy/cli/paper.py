@@ -120,10 +120,10 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run a table or figure of the paper on your own MODEL.
 
-    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Seven more tables are not in the paper: forms
-    compares how scores are summed, ramps when groups are removed, refit pruning with and without
-    --refit, rates learning rates, and recipe LoRAPrune with the recipe of --preset best; recovery
-    shows what each part of that recipe gives, and settings what other settings of it would.
+    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Seven more tables are not in the paper. forms
+    compares how scores are summed, ramps when groups are removed, rates learning rates, refit
+    pruning with and without --refit, and recipe LoRAPrune with the parts of --preset best together.
+    recovery shows what each of these parts gives, and settings other settings of them.
 
     Each cell is a separate prune, compact and eval, repeated for several seeds. If you stop the
     command, run it again to continue: finished cells are kept. The table is written to DIR as JSON,

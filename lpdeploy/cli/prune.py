@@ -145,7 +145,7 @@ def _describe(result: Any) -> str:
 
 def _describe_loss(result: Any) -> str:
     if result.steps or result.last_event is None:
-        return f"loss {result.loss:.3f}"
+        return f"training loss {result.loss:.3f}"
     before, after = result.last_event.before, result.last_event.after
     if result.achieved["layers"]:
         return (

@@ -91,7 +91,7 @@ _CRITERIA = (
     _LORA,
     Row("gate", "gate (not in the paper)", {"criterion": "gate"}),
     Row("random", "random (not in the paper)", {"criterion": "random"}),
-    Row("recipe", "the recipe of --preset best (not in the paper)", _RECIPE),
+    Row("recipe", "--preset best (not in the paper)", _RECIPE),
 )
 _COST = (
     "The runs are separate processes, one at a time, and the rows take turns. Other work on the "

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
 from lpdeploy.benchmark import depth
 from lpdeploy.benchmark.depth import choose_depth, spread
@@ -24,7 +26,7 @@ OPTIONS = {
     "batch_size": 4, "micro_batch_size": 2, "seq_len": 24, "steps": 2, "round_to": 4,
     "device": "cpu", "calibration_samples": 4, "depth": "auto",
 }  # fmt: skip
-GIVEN = (None, None, PruneConfig(**OPTIONS))
+GIVEN = (SimpleNamespace(config=LlamaConfig()), None, PruneConfig(**OPTIONS))
 
 
 @pytest.fixture(scope="module")
