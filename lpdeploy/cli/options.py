@@ -21,11 +21,12 @@ _FIELDS = {own.name: own for own in dataclasses.fields(PruneConfig)}
 
 
 class Quantity(click.ParamType):
-    """A number with a unit. The unit may be optional."""
+    """A number with a unit, in upper or lower case. The unit may be optional."""
 
     def __init__(self, name: str, units: Mapping[str, int | Decimal], example: str) -> None:
         self.name = name
-        self._units = {unit: Decimal(factor) for unit, factor in units.items()}
+        self._units = list(units)
+        self._factors = {unit.lower(): Decimal(factor) for unit, factor in units.items()}
         self._example = example
 
     def convert(
@@ -35,7 +36,7 @@ class Quantity(click.ParamType):
         if isinstance(value, Decimal):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-        if match is None or match[2] not in self._units:
+        if match is None or match[2].lower() not in self._factors:
             units = ", ".join(unit for unit in self._units if unit)
             alone = ", or no unit" if "" in self._units else ""
             self.fail(
@@ -44,7 +45,7 @@ class Quantity(click.ParamType):
                 param,
                 ctx,
             )
-        return Decimal(match[1]) * self._units[match[2]]
+        return Decimal(match[1]) * self._factors[match[2].lower()]
 
 
 PARAMETERS = Quantity(

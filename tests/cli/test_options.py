@@ -161,6 +161,8 @@ def test_what_is_masked_of_necessity_is_said(bases, data, tmp_path):
         (BYTES, "7GiB", 7 * 2**30), (BYTES, "0.5MiB", 2**19), (BYTES, "1KiB", 1024),
         (BYTES, "2kB", 2000), (BYTES, "1.5MB", 1_500_000), (BYTES, "3GB", 3 * 10**9),
         (MILLISECONDS, "30ms", 30), (MILLISECONDS, "0.25s", 250),
+        (PARAMETERS, "600k", 600_000), (PARAMETERS, "3.5b", 3_500_000_000),
+        (BYTES, "7gib", 7 * 2**30), (BYTES, "2KB", 2000), (MILLISECONDS, "30MS", 30),
     ],
 )  # fmt: skip
 def test_units(kind, text, number):
