@@ -138,7 +138,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         if given and needed:
             raise click.UsageError(f"{flag} needs {needed}. Add it, or leave {flag} out.")
     spec = TABLES[table]
-    options = _read_prune_options(spec, model, data, prune_options)
+    options = _read_prune_options(spec, rows or (), model, data, prune_options)
 
     from lpdeploy.paper.cells import select
     from lpdeploy.paper.stage import build_evaluation, build_study, run_paper
@@ -171,22 +171,34 @@ def command(  # noqa: PLR0913 - one parameter an option
 
 
 def _read_prune_options(
-    table: Table, model: str, data: str, words: tuple[str, ...]
+    table: Table, rows: tuple[str, ...], model: str, data: str, words: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Parse the options with prune's own parser, and refuse those that cells set."""
+    """Parse the options with prune's own parser, and refuse those that cells set or cannot have."""
     group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
     given = [model, "--data", data, "--output", "RUN"]
     try:
         context = prune.command.make_context("prune", [*given, *words], parent=group)
         typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
         names = [field.name for field in dataclasses.fields(PruneConfig)]
-        config = build_config({n: context.params[n] for n in names if n not in _GIVEN})
+        options = _check_rows(table, rows, {n: context.params[n] for n in names if n not in _GIVEN})
     except click.UsageError as error:
         reason = error.format_message()
         raise click.UsageError(f"In the options of prune after '--': {reason}") from error
-    options = config.to_json()
     _refuse_own(table, options, rename_fields(typed))
     return {name: value for name, value in options.items() if name not in _GIVEN}
+
+
+def _check_rows(table: Table, rows: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Check options together with those of each row that is to run, and return them as JSON.
+
+    An option may need another one that the rows set, such as ``refit_samples``.
+    """
+    chosen = [row for row in table.rows if not row.dense and (not rows or row.name in rows)]
+    options: dict[str, Any] = {}
+    for own in [row.options for row in chosen] or [{}]:
+        config = build_config({**given, **own})
+        options = config.to_json() | {name: given[name] for name in own}
+    return options
 
 
 def _refuse_own(table: Table, options: Mapping[str, Any], typed: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from lpdeploy.cli.main import main
-from lpdeploy.paper.run import Commands
+from lpdeploy.paper.run import CommandError, Commands
 from lpdeploy.paper.tables import TABLES
 from tests.helpers import make_text, make_tiny_model
 
@@ -18,7 +18,7 @@ def ask(tmp_path, monkeypatch):
     text = make_text(tmp_path / "text.txt")
 
     def run(table, *words, perplexity=True, model=base):
-        evaluation = ["--perplexity", text] if perplexity else []
+        evaluation = ["--perplexity", text, "--eval-seq-len", "32"] if perplexity else []
         given = ["paper", table, model, "--data", text, "--output", tmp_path / "out"]
         return CliRunner().invoke(main, [str(w) for w in [*given, *evaluation, *words]])
 
@@ -49,6 +49,7 @@ def test_the_help_names_every_table():
         ("7", ["--", "--output", "x"], "--output is set by the cells of Table 7"),
         ("7", ["--", "--json"], "--json is set by the cells of Table 7"),
         ("7", ["--steps", "4"], "--steps is an option of prune. Put it at the end, after '--'"),
+        ("recipe", ["--rows", "fast", "--", "--refit-samples", "9"], "-samples belongs to --refit"),
         ("7", ["--ratios", "0.2,1.5"], "1.5 is not in the range"),
         ("7", ["--task-data", "."], "--task-data needs --tasks NAMES"),
         ("7", ["--limit", "3"], "--limit needs --tasks NAMES"),
@@ -59,6 +60,21 @@ def test_wrong_usage(ask, table, words, sentence):
     result = ask(table, *words)
     assert result.exit_code == 2, result.output
     assert re.search(sentence, " ".join(result.stderr.split())), result.stderr
+
+
+def test_an_option_may_need_one_that_the_rows_set(ask, monkeypatch):
+    run = []
+
+    def call(_, words):
+        run.append(words)
+        raise CommandError("enough", killed=False)
+
+    monkeypatch.setattr(Commands, "call", call)
+    words = ["--seeds", "1", "--ratios", "0.5", "--rows", "all"]
+    result = ask("recipe", *words, "--", "--refit-samples", "9", "--steps", "4")
+    assert "enough" in result.stderr
+    assert run[0][0] == "prune"
+    assert {"--refit", "--refit-samples"} <= set(run[0])
 
 
 @pytest.mark.parametrize(
