@@ -31,6 +31,8 @@ from lpdeploy.pruning.walk import measure_loss
 logger = logging.getLogger(__name__)
 
 _MOST = 4
+# What changes nothing where nothing is trained.
+_UNTRAINED = {"steps": 1, "epochs": 1, "lr_warmup": 0.0, "lr_hold": None, "max_grad_norm": 1.0}
 
 
 def spread(depths: Sequence[int]) -> list[int]:
@@ -68,8 +70,7 @@ def choose_depth(
     logger.info("Trying %s shapes, each with a one-shot pruning of its own.", len(candidates))
     for record in candidates:
         trial = options.with_ratios(**record.ratios)
-        # Nothing is trained, so steps and epochs change nothing.
-        alone = simplify(trial, schedule="one-shot", steps=1)
+        alone = simplify(trial, schedule="one-shot", **_UNTRAINED)
         loss = cache.measure(alone, partial(_try, source, dataset, alone))
         shape = _describe(source.config, trial)
         logger.info("%s: loss %.3f on held-out rows, without fine-tuning", shape, loss)
@@ -91,7 +92,8 @@ def _describe(config: PretrainedConfig, options: PruneConfig) -> str:
         f"{kept[spec.kind]:,} of {spec.num_groups:,} {name_groups(spec)}"
         for spec in list_layer_specs(config, 0, heads=request.heads)
     )
-    return f"{layers - request.drop_layers} of {layers} layers, each with {widths}"
+    protected = " that is not protected" if options.protect_first + options.protect_last else ""
+    return f"{layers - request.drop_layers} of {layers} layers, each{protected} with {widths}"
 
 
 def _try(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:

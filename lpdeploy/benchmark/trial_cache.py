@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.config import PruneConfig
+from lpdeploy.criteria import is_built_in
 from lpdeploy.data.batches import TokenDataset
 from lpdeploy.data.cache import find_cache
 from lpdeploy.errors import ArtifactError
@@ -88,7 +89,7 @@ def open_trial_cache(
         options: How to prune.
         cache: Whether to keep anything, and to use what was kept.
     """
-    if not cache:
+    if not cache or not is_built_in(options.criterion):  # another one may change with its program
         return TrialCache()
     device = resolve_device(options.device)
     return TrialCache(
@@ -100,10 +101,11 @@ def open_trial_cache(
 
 
 def _load(path: Path) -> float | None:
-    if not path.is_file():
-        return None
     try:
-        return load_record(dict[str, float], path, fix="Delete it.")["loss"]
-    except (ArtifactError, KeyError) as error:
-        logger.warning("'%s' is damaged (%s): trying anew.", path, error)
+        if not path.is_file():
+            return None
+        loss = load_record(dict[str, float], path, fix="Delete it.")["loss"]
+    except (ArtifactError, KeyError, OSError) as error:
+        logger.warning("'%s' cannot be used (%s): trying anew.", path, error)
         return None
+    return loss if math.isfinite(loss) else None

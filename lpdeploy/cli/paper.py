@@ -27,7 +27,7 @@ from lpdeploy.config import PruneConfig, rename_fields
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.errors import LpdeployError
 from lpdeploy.paper.results import TableResult
-from lpdeploy.paper.tables import TABLES, Table
+from lpdeploy.paper.tables import TABLES, Row, Table
 
 # The options of prune that this command sets itself.
 _GIVEN = {"data", "output", "resume", "overwrite", "as_json", "seed", "preset"}
@@ -153,6 +153,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     )
     if evaluation and spec.kind == "similarity":
         log(f"{spec.heading} compares only masks; --perplexity and --tasks are ignored.")
+        evaluation = build_evaluation([], seq_len=eval_seq_len, tasks=(), task_data=None)
     document = run_paper(
         select(spec, rows=rows or (), ratios=ratios or (), seeds=seeds),
         build_study(
@@ -179,13 +180,31 @@ def _read_prune_options(
     try:
         context = prune.command.make_context("prune", [*given, *words], parent=group)
         typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
+        _refuse_typed(table, rename_fields(typed))
+        _refuse_preset(context.params["preset"])
         names = [field.name for field in dataclasses.fields(PruneConfig)]
         options = _check_rows(table, rows, {n: context.params[n] for n in names if n not in _GIVEN})
     except click.UsageError as error:
         reason = error.format_message()
         raise click.UsageError(f"In the options of prune after '--': {reason}") from error
-    _refuse_own(table, options, rename_fields(typed))
     return {name: value for name, value in options.items() if name not in _GIVEN}
+
+
+def _refuse_typed(table: Table, typed: Iterable[str]) -> None:
+    for name in sorted((_GIVEN | table.own_options) & set(typed)):
+        raise click.UsageError(
+            f"--{name.removeprefix('as_').replace('_', '-')} is set by the cells of "
+            f"{table.heading}. Remove it from the options of prune."
+        )
+
+
+def _refuse_preset(named: str | None) -> None:
+    """Refuse a preset of a recipe; a typed one is refused by its name."""
+    if named is not None:
+        raise click.UsageError(
+            "The recipe names a preset, which would set what the cells of a table compare. Write "
+            "those of its options that all cells shall have into the recipe instead."
+        )
 
 
 def _check_rows(table: Table, rows: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -195,21 +214,23 @@ def _check_rows(table: Table, rows: tuple[str, ...], given: dict[str, Any]) -> d
     """
     chosen = [row for row in table.rows if not row.dense and (not rows or row.name in rows)]
     options: dict[str, Any] = {}
-    for own in [row.options for row in chosen] or [{}]:
-        config = build_config({**given, **own})
-        options = config.to_json() | {name: given[name] for name in own}
+    for row in chosen or [Row("none", "none")]:
+        _refuse_shared(table, row, given)
+        try:
+            config = build_config({**given, **row.options})
+        except click.UsageError as error:
+            reason = error.format_message()
+            which = f" Row '{row.name}' says so; --rows chooses others." if row.options else ""
+            raise click.UsageError(f"{reason}{which}") from error
+        options = config.to_json() | {name: given[name] for name in row.options}
     return options
 
 
-def _refuse_own(table: Table, options: Mapping[str, Any], typed: Iterable[str]) -> None:
-    for name in sorted((_GIVEN | table.own_options) & set(typed)):
-        raise click.UsageError(
-            f"--{name.removeprefix('as_').replace('_', '-')} is set by the cells of "
-            f"{table.heading}. Remove it from the options of prune."
-        )
-    # Cells override a recipe, but they cannot switch off these two options.
-    for name in ("load_in", "offload_gradients"):
-        if name in table.own_options and options.get(name):
+def _refuse_shared(table: Table, row: Row, given: Mapping[str, Any]) -> None:
+    """Refuse what a recipe would set in a row that is compared with rows that set it."""
+    plain = PruneConfig()
+    for name in sorted(table.own_options - row.options.keys()):
+        if given[name] != getattr(plain, name):
             raise click.UsageError(
                 f"The recipe sets {name}, which only some cells of {table.heading} set. "
                 "Remove it from the recipe."

@@ -13,9 +13,15 @@ from lpdeploy.criteria.random import RANDOM
 from lpdeploy.criteria.record import Criterion, ScoredLinear, ScoreRows
 from lpdeploy.criteria.wanda import WANDA
 
-__all__ = ["CRITERIA", "Criterion", "ScoreRows", "ScoredLinear"]
+__all__ = ["CRITERIA", "Criterion", "ScoreRows", "ScoredLinear", "is_built_in"]
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion for criterion in (LORA, GATE, GRADIENT, OBS, MAGNITUDE, WANDA, RANDOM)
 }
 """Name -> criterion. It is looked up whenever it is needed, so it may grow at any time."""
+_OWN = tuple(CRITERIA.values())
+
+
+def is_built_in(name: str) -> bool:
+    """Tell whether a criterion is one of lpdeploy's own, which do not change between two runs."""
+    return CRITERIA.get(name) in _OWN

@@ -88,18 +88,21 @@ def evaluate(
             runner = load_torch_runner(base, device=device)
             result = replace(result, base=_measure(runner, base, options, tasks, on_progress))
         if place.run is not None:
-            _merge_into(place.run, result)
+            in_part = options.max_segments is not None or options.limit is not None
+            _merge_into(place.run, result, in_part=in_part)
     return result
 
 
-def _merge_into(run: RunFolder, result: Evaluation) -> None:
+def _merge_into(run: RunFolder, result: Evaluation, *, in_part: bool) -> None:
     run.check_files(run.evaluation)
     with run.recorded(run.evaluation):
         old = load_evaluation(run.evaluation, fix="Delete it.")
-        merged = result.merge(old) if old else result
-        if not result.figures.is_within(merged.figures):
+        merged = result.merge(old, in_part=in_part) if old else result
+        pairs = [(result.figures, merged.figures), (result.base, merged.base)]
+        if any(new and not new.is_within(kept or Figures()) for new, kept in pairs):
             logger.info(
-                "'%s' keeps the figures of an earlier evaluation on more segments or documents.",
+                "'%s' keeps the figures of an earlier evaluation on more segments or documents, "
+                "and no others that are not comparable with them.",
                 run.evaluation,
             )
         save_json(run.evaluation, merged.to_json())

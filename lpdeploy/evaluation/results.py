@@ -146,25 +146,28 @@ class Evaluation:
         """
         return read_record(cls, data, known={"figures": read_record(Figures, data)})
 
-    def merge(self, old: "Evaluation") -> "Evaluation":
+    def merge(self, old: "Evaluation", *, in_part: bool = False) -> "Evaluation":
         """Keep what an earlier evaluation of the same model says besides.
 
         Figures on the same engine in the same precision stand beside the new ones, perplexities
-        only of the same segment length. Of the same text or task, those of more of it stay, as
-        ``max_segments`` and ``limit`` are for a quick look. Those of other engines and precisions
-        become ``others``.
+        only of the same segment length. Those of other engines and precisions become ``others``.
+
+        Args:
+            old: The earlier evaluation.
+            in_part: Whether this one was limited by ``max_segments`` or ``limit``: a quick look,
+                which does not replace figures of more of the same text or task.
         """
         merged, others = self, []
         for part in (replace(old, others=()), *old.others):
             if part.model_sha256 != self.model_sha256:
                 continue
             if (part.engine, part.precision) == (self.engine, self.precision):
-                merged = self._add(part)
+                merged = self._add(part, in_part=in_part)
             else:
                 others.append(part)
         return replace(merged, others=tuple(others))
 
-    def _add(self, old: "Evaluation") -> "Evaluation":
+    def _add(self, old: "Evaluation", *, in_part: bool) -> "Evaluation":
         seq_len = self.seq_len if self.figures.perplexity else old.seq_len
 
         def join(new: Figures, former: Figures) -> Figures:
@@ -172,12 +175,12 @@ class Evaluation:
             texts = {
                 name: text
                 for name, text in new.perplexity.items()
-                if name not in kept or text.tokens >= kept[name].tokens
+                if not (in_part and name in kept and text.tokens < kept[name].tokens)
             }
             tasks = {
                 name: task
                 for name, task in new.tasks.items()
-                if not _is_part(task, former.tasks.get(name, {}))
+                if not (in_part and _is_part(task, former.tasks.get(name, {})))
             }
             return Figures(kept | texts, former.tasks | tasks)
 
@@ -197,9 +200,9 @@ def _is_part(new: Metrics, old: Metrics) -> bool:
 
 
 def _select_comparable(base: Figures, figures: Figures) -> Figures:
-    """Leave out figures of the base that were measured on more, or less, than those of the model.
+    """Leave out figures of the base that were measured otherwise than those of the model.
 
-    ``max_segments`` or ``limit`` may have been different.
+    ``max_segments``, ``limit`` or ``num_fewshot`` may have been different.
     """
     perplexity = {
         source: measured
@@ -209,7 +212,10 @@ def _select_comparable(base: Figures, figures: Figures) -> Figures:
     tasks = {
         task: metrics
         for task, metrics in base.tasks.items()
-        if figures.tasks.get(task, metrics).get("n") == metrics.get("n")
+        if all(
+            figures.tasks.get(task, metrics).get(name) == metrics.get(name)
+            for name in ("n", "num_fewshot")
+        )
     }
     return Figures(perplexity, tasks)
 

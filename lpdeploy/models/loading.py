@@ -378,10 +378,11 @@ def resolve_device(device: str) -> str:
 
 
 def compute_model_sha256(folder: Path, *, known: Mapping[str, str] | None = None) -> str:
-    """Hash what a model computes with: its safetensors files and its config.
+    """Hash what a model computes with: its safetensors files, their index and its config.
 
     Args:
         folder: Of the model.
         known: Hashes of files in it that were computed already, by name.
     """
-    return compute_sha256(folder, patterns=("*.safetensors", "config.json"), known=known)
+    patterns = ("*.safetensors", "*.safetensors.index.json", "config.json")
+    return compute_sha256(folder, patterns=patterns, known=known)

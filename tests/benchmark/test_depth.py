@@ -12,6 +12,7 @@ from lpdeploy.benchmark.depth import choose_depth, spread
 from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.benchmark.trial_cache import TrialCache
 from lpdeploy.config import PruneConfig
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, LpdeployError, NonFiniteError
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_config
@@ -176,6 +177,8 @@ class TestCache:
         ("changes", "anew"),
         [
             ({"lr": 0.5, "steps": 9, "distill": 0.5, "checkpoint_every": 3}, False),
+            ({"lr_warmup": 0.1, "lr_hold": 0.2, "max_grad_norm": 2.0}, False),
+            ({"steps": None, "epochs": 3}, False),
             ({"seed": 1}, True),
             ({"criterion": "magnitude"}, True),
             ({"refit": True}, True),
@@ -206,13 +209,21 @@ class TestCache:
         asked = PruneConfig(**OPTIONS, ratio=0.5)
         first = resolve_options(str(deep), asked, data=str(text))
         before = len(made)
-        damaged = ["", '{"loss": "x"}', "{}", "[1]"]
+        damaged = ["", '{"loss": "x"}', "{}", "[1]", '{"loss": "NaN"}']
         files = sorted((tmp_path / "cache" / "trials").iterdir())
         for file, contents in zip(files, damaged, strict=False):
             file.write_text(contents)
         assert resolve_options(str(deep), asked, data=str(text)) == first
         assert len(made) == before + min(len(files), len(damaged))
-        assert "is damaged" in caplog.text
+        assert "trying anew" in caplog.text
+
+    def test_a_criterion_from_outside_is_tried_each_time(self, deep, text, made, monkeypatch):
+        outside = replace(CRITERIA["magnitude"], name="mine")
+        monkeypatch.setitem(CRITERIA, "mine", outside)
+        asked = PruneConfig(**{**OPTIONS, "criterion": "mine", "ratio": 0.5})
+        for _ in range(2):
+            resolve_options(str(deep), asked, data=str(text))
+        assert len({(each.drop_layers, each.ratio) for each in made}) * 2 <= len(made)
 
     def test_nothing_is_kept_without_a_cache(self, deep, text, made, tmp_path):
         asked = PruneConfig(**OPTIONS, ratio=0.5)

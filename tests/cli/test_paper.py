@@ -50,6 +50,11 @@ def test_the_help_names_every_table():
         ("7", ["--", "--json"], "--json is set by the cells of Table 7"),
         ("7", ["--steps", "4"], "--steps is an option of prune. Put it at the end, after '--'"),
         ("recipe", ["--rows", "fast", "--", "--refit-samples", "9"], "-samples belongs to --refit"),
+        (
+            "5",
+            ["--", "--drop-layers", "1"],
+            "chooses what --drop-layers says; give one of them. Row 'recipe' says so; --rows",
+        ),
         ("7", ["--ratios", "0.2,1.5"], "1.5 is not in the range"),
         ("7", ["--task-data", "."], "--task-data needs --tasks NAMES"),
         ("7", ["--limit", "3"], "--limit needs --tasks NAMES"),
@@ -126,6 +131,14 @@ def test_a_recipe_gives_options_but_cells_win(ask, tmp_path):
     result = ask("6", "--", "--recipe", recipe)
     assert result.exit_code == 2
     assert "The recipe sets offload_gradients, which only some cells of Table 6" in result.stderr
+    for table, setting in (("refit", "refit: true"), ("5", "distill: 0.5"), ("7", "preset: best")):
+        recipe.write_text(f"prune: {{{setting}}}\n")
+        result = ask(table, "--", "--recipe", recipe)
+        assert result.exit_code == 2
+        name = setting.partition(":")[0]
+        assert re.search(
+            rf"The recipe (sets {name}, which only some|names a {name})", result.stderr
+        )
     recipe.write_text("prune: {stepz: 4}\n")
     result = ask("6", "--", "--recipe", recipe)
     assert result.exit_code == 2

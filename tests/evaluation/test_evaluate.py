@@ -27,8 +27,8 @@ def make_result(*, perplexity=(), tasks=(), seq_len=16, sha="x", engine="torch",
     )  # fmt: skip
 
 
-def merge(old, new):
-    return new.merge(old)
+def merge(old, new, *, in_part=False):
+    return new.merge(old, in_part=in_part)
 
 
 class TestMerge:
@@ -62,10 +62,11 @@ class TestMerge:
         whole = Figures({"a": Perplexity(2.0, 1.0, 10)}, {"piqa": {"acc": 0.5, "n": 9.0}})
         part = Figures({"a": Perplexity(3.0, 1.0, 5)}, {"piqa": {"acc": 0.4, "n": 4.0}})
         old = replace(make_result(), figures=whole, base=whole)
-        fewer = replace(make_result(), figures=part, base=part)
-        merged = merge(fewer, replace(make_result(), figures=whole))
-        assert merged.figures == whole
+        merged = merge(old, replace(make_result(), figures=part))
+        assert merged.figures == part  # the text may be another one now
         assert merged.base is None  # nothing is left of it
+        shots = {"piqa": {"acc": 0.5, "n": 9.0, "num_fewshot": 5.0}}
+        assert merge(old, replace(make_result(), figures=Figures(tasks=shots))).base.tasks == {}
         assert merge(old, replace(make_result(), figures=whole)).base == whole
 
     def test_a_quick_look_does_not_replace_the_whole(self):
@@ -76,10 +77,12 @@ class TestMerge:
             replace(make_result(), figures=part),
             replace(make_result(), figures=part, base=part),
         ):
-            assert (merge(old, new).figures, merge(old, new).base) == (whole, whole)
+            merged = merge(old, new, in_part=True)
+            assert (merged.figures, merged.base) == (whole, whole)
         # With examples in the prompt it is another measurement.
         shots = Figures(tasks={"piqa": {"acc": 0.4, "n": 4.0, "num_fewshot": 5.0}})
-        assert merge(old, replace(make_result(), figures=shots)).figures.tasks == shots.tasks
+        new = replace(make_result(), figures=shots)
+        assert merge(old, new, in_part=True).figures.tasks == shots.tasks
 
     def test_nothing_of_another_model_stays(self):
         new = make_result(tasks=[("piqa", 0.5)])
