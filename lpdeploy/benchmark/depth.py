@@ -58,7 +58,7 @@ def choose_depth(
         dataset: Tokens.
         options: How to prune.
         candidates: Shapes that meet the target: a number of dropped layers, and ratios.
-        cache: What earlier trials found out.
+        cache: The losses of earlier trials.
 
     Returns:
         The record of the best one, with all that were tried.

@@ -175,7 +175,7 @@ class _Bench:
     Attributes:
         heads: Counts of groups of heads that a layer may keep, ascending.
         channels: Counts of channels, likewise.
-        measurements: What was measured so far.
+        measurements: All shapes that were measured so far, with their latency.
     """
 
     source: Source

@@ -41,7 +41,7 @@ def compute_losses(
 
     Args:
         importance: Scores of every spec, shape (G,).
-        specs: What may go; all of one kind have as many groups.
+        specs: The groups that may go; all of one kind have as many groups.
         heads: Groups of heads that a layer keeps.
         channels: Channels that a layer keeps.
     """

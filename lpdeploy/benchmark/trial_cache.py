@@ -5,8 +5,6 @@ it is stopped, it goes on with the trial that it was at. A later run that differ
 training finds all of them.
 """
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from lpdeploy.artifacts import save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import is_built_in
 from lpdeploy.data.batches import TokenDataset
-from lpdeploy.data.cache import find_cache
+from lpdeploy.data.cache import find_cache, hash_identity
 from lpdeploy.errors import ArtifactError
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import compute_model_sha256, resolve_device, resolve_dtype
@@ -35,10 +33,10 @@ class TrialCache:
     """The losses of trials of one model on one data set.
 
     Attributes:
-        folder: Where they are kept; None keeps none.
-        base: Hash of the model.
-        data: Hash of the rows.
-        runs_on: Device and precision that trials run on and in.
+        folder: The folder that they are kept in; None keeps none.
+        base: The hash of the model.
+        data: The hash of the rows.
+        runs_on: The device and precision that trials run on and in.
     """
 
     folder: Path | None = None
@@ -50,8 +48,8 @@ class TrialCache:
         """Return the loss of a trial: an earlier one's, or that of ``measure``, which is kept.
 
         Args:
-            options: Of the trial.
-            measure: Makes it.
+            options: The options of the trial.
+            measure: Runs the trial and returns its loss.
         """
         if self.folder is None:
             return measure()
@@ -63,8 +61,7 @@ class TrialCache:
             "versions": list_versions(),
             "options": options.to_json(),
         }
-        text = json.dumps(identity, sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        path = self.folder / f"{hash_identity(identity)}.json"
         known = _load(path)
         if known is not None:
             logger.info("This was tried before, with the same model, data and options:")

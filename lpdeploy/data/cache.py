@@ -36,6 +36,11 @@ def find_cache() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(HF_HOME) / "lpdeploy").expanduser()
 
 
+def hash_identity(identity: Mapping[str, Any]) -> str:
+    """Return the name of a cache entry: a hash of all that it depends on, as JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def load_or_build(
     folder: Path, identity: Mapping[str, Any], *, build: Callable[[], TokenDataset]
 ) -> TokenDataset:
@@ -50,8 +55,9 @@ def load_or_build(
         Rows mapped into memory, after a check against their stored hash. If they cannot be
         stored, the rows of ``build``.
     """
-    text = json.dumps({"rows_version": _ROWS_VERSION, **identity}, sort_keys=True)
-    path = folder / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    identity = {"rows_version": _ROWS_VERSION, **identity}
+    text = json.dumps(identity, sort_keys=True)
+    path = folder / "tokens" / f"{hash_identity(identity)}.safetensors"
     if path.exists():
         try:
             dataset = _load(path, text)

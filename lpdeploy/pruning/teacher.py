@@ -7,8 +7,6 @@ in a file that later runs with the same model, data and settings use again. Rows
 after the other, so a run that was stopped goes on where it was.
 """
 
-import hashlib
-import json
 import logging
 import os
 import zlib
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from lpdeploy.artifacts import explain_full_disk, save_json
 from lpdeploy.data.batches import Progress, TokenDataset, list_batch, split_batch
+from lpdeploy.data.cache import hash_identity
 from lpdeploy.errors import ArtifactError
 from lpdeploy.machine import format_bytes
 from lpdeploy.pruning.loss import Taught, count_chunk_tokens
@@ -182,10 +181,10 @@ def _write_at(path: Path, data: bytes, *, at: int) -> None:
 
 def find_teacher_folder(cache: Path, identity: Mapping[str, Any]) -> Path:
     """Return the folder of a cache for all that its contents depend on, and make it."""
-    text = json.dumps({"version": _VERSION, **identity}, sort_keys=True)
-    folder = cache / "teachers" / hashlib.sha256(text.encode()).hexdigest()
+    identity = {"version": _VERSION, **identity}
+    folder = cache / "teachers" / hash_identity(identity)
     if not (folder / "identity.json").exists():
-        save_json(folder / "identity.json", {"version": _VERSION, **identity})
+        save_json(folder / "identity.json", identity)
     return folder
 
 
