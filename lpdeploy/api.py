@@ -43,7 +43,7 @@ def prune(  # noqa: PLR0913 - what the command takes
     Args:
         model: Folder or hub name of a LLaMA-family model, or a transformers model in memory, which
             is saved in the run folder first.
-        data: File, folder or hub name of text or instruction pairs, or rows with such columns, for
+        data: File, folder or hub name of text or conversations, or rows with such columns, for
             example a ``datasets.Dataset``.
         output: The run folder.
         config: What to remove, how to choose it and how to train; the defaults if None.

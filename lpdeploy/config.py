@@ -1,7 +1,7 @@
 """How a model is pruned: every option with its type, range, default and help, checked once."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from lpdeploy.conflicts import BUDGETS, LATENCY, list_conflicts
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.fields import MAX_COUNT, check_fields, option
-from lpdeploy.plan import HEADS, SCHEDULES, GroupSpec, WidthRequest
+from lpdeploy.plan import HEADS, PROMPT_FORMATS, SCHEDULES, GroupSpec, WidthRequest
 from lpdeploy.presets import PRESETS, list_preset
 from lpdeploy.ramps import RAMPS
 
@@ -20,9 +20,6 @@ DATA = "Data"
 MACHINE = "Machine"
 GROUPS = (REMOVE, CHOOSE, TRAINING, DATA, MACHINE)
 """Headings of the options, in the order in which they are listed."""
-
-RENAMED = {"warmup": "prune_warmup", "cooldown": "prune_cooldown"}
-"""Former name of a field -> its name. Recipes, checkpoints and commands may use either."""
 
 _remove, _choose, _train, _data, _machine = (partial(option, group=group) for group in GROUPS)
 _SHARE = {"low": 0, "below": 1}
@@ -217,7 +214,12 @@ class PruneConfig:
 
     seq_len: int = _data("Number of tokens per sequence.", default=512, low=2, high=MAX_COUNT)
     train_on_prompt: bool = _data(
-        "Compute the loss on the prompts of instruction data as well.", default=False,
+        "Compute the loss on the prompts of conversations as well.", default=False,
+    )
+    prompt_format: str | None = _data(
+        "How conversations and instruction pairs are written: with the tokenizer's own template "
+        "(chat-template), or with a heading for each instruction and response (instruction).",
+        default=None, choices=PROMPT_FORMATS, unset="the template if there is one",
     )
 
     load_in: str | None = _machine(
@@ -386,15 +388,3 @@ class PruneConfig:
         if not at_once and CRITERIA[self.criterion].score_outputs is not None:
             return 0  # which scores groups when they go
         return _CALIBRATION_ROWS if at_once or RAMPS[self.ramp].calibrate else 0
-
-
-def rename_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Give fields that were recorded under a former name their present one.
-
-    Raises:
-        ValueError: A field is given under both names.
-    """
-    for former, name in RENAMED.items():
-        if former in values and name in values:
-            raise ValueError(f"`{former}` is the former name of `{name}`; give one of them.")
-    return {RENAMED.get(name, name): value for name, value in values.items()}

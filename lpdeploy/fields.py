@@ -1,7 +1,7 @@
 """Fields of a config that explain and check themselves. Standard library only."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -9,6 +9,9 @@ from typing import Any, get_args
 
 MAX_COUNT = 10_000_000
 """Largest number of steps, rows, tokens, and other things that a command counts. More is a slip."""
+
+RENAMED = {"warmup": "prune_warmup", "cooldown": "prune_cooldown"}
+"""Former name of a field -> its name. Recipes, checkpoints and commands may use either."""
 
 _KEY = "option"
 _NOUNS: dict[type, str] = {int: "a whole number", float: "a finite number", str: "a name"}
@@ -129,3 +132,15 @@ def _describe_allowed(own: Field[Any]) -> str:
         )
         said = ", or ".join([f"{_NOUNS[kind]} {limits}".rstrip(), *rules.words])
     return f"{said}, or None" if is_optional(own) else said
+
+
+def rename_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give fields that were recorded under a former name their present one.
+
+    Raises:
+        ValueError: A field is given under both names.
+    """
+    for former, name in RENAMED.items():
+        if former in values and name in values:
+            raise ValueError(f"`{former}` is the former name of `{name}`; give one of them.")
+    return {RENAMED.get(name, name): value for name, value in values.items()}

@@ -22,6 +22,8 @@ SCHEDULES = {
 """Name -> when they are removed."""
 HEADS = ("kv-groups", "query-heads")
 """What a group of heads is: a KV head with the query heads that read it, or a query head."""
+CHAT_TEMPLATE, INSTRUCTION = PROMPT_FORMATS = ("chat-template", "instruction")
+"""How conversations are written: with the tokenizer's template, or under fixed headings."""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,11 @@ class RunFolder:
         return self.path / "target.json"
 
     @property
+    def chat_template(self) -> Path:
+        """How conversations were written, where the base has no such template of its own."""
+        return self.path / "chat_template.jinja"
+
+    @property
     def checkpoint(self) -> Path:
         """State of training that ``--resume`` goes on from; gone when the run is complete."""
         return self.path / "checkpoint" / "state.safetensors"
@@ -158,17 +163,9 @@ class RunFolder:
     def _files(self) -> tuple[Path, ...]:
         bench = (self.benchmark.with_suffix(end) for end in _BENCH)
         return (
-            *(
-                self.plan,
-                self.refit,
-                self.importance,
-                self.log,
-                self.manifest,
-                self.recipe,
-                self.target,
-            ),
-            *(self.checkpoint, self.verification, self.evaluation, *bench),
-            *(self.samples, self.page),
+            *(self.plan, self.refit, self.importance, self.log, self.manifest, self.recipe),
+            *(self.target, self.chat_template, self.checkpoint, self.verification),
+            *(self.evaluation, *bench, self.samples, self.page),
         )
 
     @property

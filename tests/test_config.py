@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from lpdeploy.cli.main import main
-from lpdeploy.config import GROUPS, RENAMED, PruneConfig, rename_fields
-from lpdeploy.fields import get_kind, get_option, is_optional
+from lpdeploy.config import GROUPS, PruneConfig
+from lpdeploy.fields import RENAMED, get_kind, get_option, is_optional, rename_fields
 
 FIELDS = dataclasses.fields(PruneConfig)
 # What else a field needs, so that its own value is the only thing that can be wrong.

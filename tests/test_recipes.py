@@ -8,7 +8,8 @@ import yaml
 
 from lpdeploy.cli.main import main
 from lpdeploy.cli.options import build_config
-from lpdeploy.config import RENAMED, PruneConfig
+from lpdeploy.config import PruneConfig
+from lpdeploy.fields import RENAMED
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 ARGUMENTS = {

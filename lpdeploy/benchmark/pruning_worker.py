@@ -21,7 +21,7 @@ from lpdeploy.benchmark.worker import (
     time_work,
 )
 from lpdeploy.config import PruneConfig
-from lpdeploy.data.batches import TokenDataset
+from lpdeploy.data.batches import TokenDataset, pack_rows
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model, resolve_device
 from lpdeploy.models.weight_files import list_weight_files
@@ -138,11 +138,7 @@ def build_source(variant: PruningVariant) -> tuple[Source, TokenDataset]:
 def build_random_dataset(vocab_size: int, *, rows: int, seq_len: int) -> TokenDataset:
     """Draw rows of full length; what a step costs does not depend on which tokens it sees."""
     tokens = np.random.default_rng(0).integers(vocab_size, size=rows * seq_len, dtype=np.int32)
-    return TokenDataset(
-        tokens=tokens,
-        offsets=np.arange(rows + 1, dtype=np.int64) * seq_len,
-        prompt_lengths=np.zeros(rows, dtype=np.int32),
-    )
+    return pack_rows(tokens, seq_len=seq_len)
 
 
 def describe(training: Training, process: int, planned: int) -> Prepared:

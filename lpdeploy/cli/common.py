@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
-from lpdeploy.config import RENAMED
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.environment import trust_remote_code
 from lpdeploy.errors import RecipeError
-from lpdeploy.fields import MAX_COUNT
+from lpdeploy.fields import MAX_COUNT, RENAMED
 from lpdeploy.recipe import load_recipe
 from lpdeploy.records import format_json
 

@@ -10,9 +10,9 @@ import click
 from click.core import ParameterSource
 
 from lpdeploy.cli.common import ENGINE, Count, NameChoice, NumberOrWord, log, write_flags
-from lpdeploy.config import GROUPS, RENAMED, PruneConfig
+from lpdeploy.config import GROUPS, PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
-from lpdeploy.fields import get_kind, get_option
+from lpdeploy.fields import RENAMED, get_kind, get_option
 from lpdeploy.presets import list_preset
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -23,9 +23,10 @@ from lpdeploy.cli.common import (
     task_data_option,
 )
 from lpdeploy.cli.options import build_config
-from lpdeploy.config import PruneConfig, rename_fields
+from lpdeploy.config import PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.errors import LpdeployError
+from lpdeploy.fields import rename_fields
 from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.tables import TABLES, Row, Table
 

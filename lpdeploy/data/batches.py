@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from lpdeploy.data.sources import Corpus, Example
+from lpdeploy.data.chat import find_chat_template, render_chat, write_chat
+from lpdeploy.data.rows import Example
+from lpdeploy.data.sources import Corpus
 from lpdeploy.errors import DataError
 
 IGNORED = -100
@@ -25,23 +28,25 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """Rows of tokens in one flat array: 4 bytes per token, and no Python objects.
+    """Rows of tokens in flat arrays: 5 bytes per token, and no Python objects.
 
     Attributes:
         tokens: The tokens of all rows, shape (N,).
+        labelled: Which tokens are trained on, shape (N,).
         offsets: Row i is ``tokens[offsets[i]:offsets[i + 1]]``, shape (rows + 1,).
-        prompt_lengths: Number of leading tokens of each row that are not trained on, shape (rows,).
-        num_dropped: Number of examples without a row, because their prompts fill ``seq_len``.
+        num_dropped: Number of examples without a row, because no answer begins within ``seq_len``.
+        chat_template: The template that conversations were written with; None for plain text.
     """
 
     tokens: NDArray[np.int32]
+    labelled: NDArray[np.bool_]
     offsets: NDArray[np.int64]
-    prompt_lengths: NDArray[np.int32]
     num_dropped: int = 0
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.prompt_lengths)
+        return len(self.offsets) - 1
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -52,16 +57,19 @@ class TokenDataset:
     def sha256(self) -> str:
         """Hash of everything that a model is trained on."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.prompt_lengths):
+        for array in (self.tokens, self.labelled, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def select(self, rows: Sequence[int]) -> "TokenDataset":
         """Copy some rows, in their order."""
-        parts = [self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in rows]
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[list(rows)])]).astype(np.int64)
-        prompts = self.prompt_lengths[list(rows)]
-        return TokenDataset(np.concatenate(parts), offsets, prompts)
+        places = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        return TokenDataset(
+            tokens=np.concatenate([self.tokens[place] for place in places]),
+            labelled=np.concatenate([self.labelled[place] for place in places]),
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[list(rows)])]).astype(np.int64),
+            chat_template=self.chat_template,
+        )
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Stack rows, padded on the right to the longest.
@@ -70,8 +78,8 @@ class TokenDataset:
             indices: B rows; at least one.
 
         Returns:
-            ``input_ids`` (0 at padding), ``labels`` (not shifted; -100 at padding and at prompts)
-            and ``attention_mask``, each shape (B, T), int64.
+            ``input_ids`` (0 at padding), ``labels`` (not shifted; -100 at padding and at what is
+            not trained on) and ``attention_mask``, each shape (B, T), int64.
 
         Raises:
             ValueError: ``indices`` is empty.
@@ -80,10 +88,10 @@ class TokenDataset:
             raise ValueError("indices must name at least one row")
         rows, labels = [], []
         for index in indices:
-            tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-            rows.append(torch.from_numpy(tokens.astype(np.int64)))
-            labels.append(rows[-1].clone())
-            labels[-1][: self.prompt_lengths[index]] = IGNORED
+            place = slice(self.offsets[index], self.offsets[index + 1])
+            rows.append(torch.from_numpy(self.tokens[place].astype(np.int64)))
+            labelled = torch.from_numpy(self.labelled[place].copy())
+            labels.append(torch.where(labelled, rows[-1], IGNORED))
         return {
             "input_ids": pad_sequence(rows, batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
@@ -99,33 +107,38 @@ def build_token_dataset(
     *,
     seq_len: int,
     train_on_prompt: bool = False,
+    prompt_format: str | None = None,
     on_progress: Progress | None = None,
 ) -> TokenDataset:
     """Tokenize a corpus into rows to train on.
 
     Plain text is packed: documents, each with its bos and eos, are joined and cut into rows of
-    exactly ``seq_len``. The rest is dropped. Each instruction pair is one row: bos, prompt,
-    response, eos, truncated at ``seq_len``.
+    exactly ``seq_len``. The rest is dropped. Each conversation is one row, as its chat template
+    writes it, truncated at ``seq_len``; only its answers are trained on.
 
     Args:
-        corpus: Plain text or instruction pairs.
-        tokenizer: A transformers tokenizer. Its bos and eos, if it has them, are always added.
+        corpus: Plain text or conversations.
+        tokenizer: A transformers tokenizer. Its bos and eos, if it has them, are always added to
+            plain text. A chat template adds its own.
         seq_len: Largest number of tokens per row; at least 2.
-        train_on_prompt: Whether prompts have labels as well.
+        train_on_prompt: Whether all tokens of a conversation are trained on.
+        prompt_format: As for ``find_chat_template``.
         on_progress: Called with (examples tokenized, all examples).
 
     Raises:
         ValueError: ``seq_len`` is below 2.
-        DataError: There is less text than one row, or no response begins within ``seq_len``.
+        DataError: There is less text than one row, no answer begins within ``seq_len``, or a
+            conversation cannot be written with the chat template.
     """
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; a row needs 2 tokens to predict one")
-    if corpus.is_instruction:
-        return _build_pairs(
+    if corpus.is_chat:
+        return _build_chats(
             corpus,
             tokenizer,
             seq_len=seq_len,
             train_on_prompt=train_on_prompt,
+            template=find_chat_template(tokenizer, prompt_format),
             on_progress=on_progress,
         )
     tokens = build_token_stream(corpus, tokenizer, on_progress=on_progress)
@@ -135,23 +148,37 @@ def build_token_dataset(
             f"'{corpus.source}' holds {len(tokens)} tokens, but one row of `seq_len` {seq_len} "
             f"needs {seq_len}. Give more text, or a smaller `seq_len`."
         )
+    return pack_rows(tokens[: rows * seq_len], seq_len=seq_len)
+
+
+def pack_rows(tokens: NDArray[np.int32], *, seq_len: int) -> TokenDataset:
+    """Cut tokens, all of which are trained on, into rows of one length that divides them."""
     return TokenDataset(
-        tokens=tokens[: rows * seq_len],
-        offsets=np.arange(rows + 1, dtype=np.int64) * seq_len,
-        prompt_lengths=np.zeros(rows, dtype=np.int32),
+        tokens=tokens,
+        labelled=np.ones(len(tokens), dtype=np.bool_),
+        offsets=np.arange(0, len(tokens) + 1, seq_len, dtype=np.int64),
     )
 
 
 def build_token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, on_progress: Progress | None = None
 ) -> NDArray[np.int32]:
-    """Join all documents, or prompts with responses, each as bos, tokens, eos; shape (N,)."""
-    bos, eos = _get_ends(tokenizer)
+    """Join all documents, each as bos, tokens, eos, or all conversations; shape (N,)."""
+    bos, eos = ((), ()) if corpus.is_chat else _get_ends(tokenizer)
     pieces: list[NDArray[np.int32]] = []
     for examples in _iterate_chunks(corpus.examples, on_progress):
-        encoded = _encode([example.prompt + example.text for example in examples], tokenizer)
-        pieces.append(np.concatenate([part for ids in encoded for part in (bos, ids, eos)]))
+        texts = _list_texts(Corpus(corpus.source, examples), tokenizer)
+        encoded = _tokenize(tokenizer, texts)["input_ids"]
+        pieces.append(np.array([t for ids in encoded for t in (*bos, *ids, *eos)], dtype=np.int32))
     return np.concatenate(pieces)
+
+
+def _list_texts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List the documents of a corpus, or its conversations as the chat template writes them."""
+    if not corpus.is_chat:
+        return [example.text for example in corpus.examples]
+    template = find_chat_template(tokenizer)
+    return [write_chat(each.messages, tokenizer, template) for each in corpus.examples]
 
 
 def list_batch(num_rows: int, *, step: int, batch_size: int, seed: int) -> list[int]:
@@ -225,47 +252,58 @@ def _permute(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def _build_pairs(
+def _build_chats(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
     train_on_prompt: bool,
+    template: str,
     on_progress: Progress | None,
 ) -> TokenDataset:
-    bos, eos = _get_ends(tokenizer)
-    pieces: list[NDArray[np.int32]] = []
-    lengths: list[int] = []
-    prompt_lengths: list[int] = []
+    tokens: list[NDArray[np.int32]] = []
+    labelled: list[NDArray[np.bool_]] = []
     for examples in _iterate_chunks(corpus.examples, on_progress):
-        rows = []
-        prompts = _encode([example.prompt for example in examples], tokenizer)
-        pairs = _encode([example.prompt + example.text for example in examples], tokenizer)
-        for prompt, pair in zip(prompts, pairs, strict=True):
-            num_prompt = len(bos) + _count_common(prompt, pair)
-            if num_prompt < min(len(bos) + len(pair), seq_len):
-                rows.append(np.concatenate([bos, pair, eos])[:seq_len])
-                prompt_lengths.append(0 if train_on_prompt else num_prompt)
-        lengths += [len(row) for row in rows]
-        pieces += [np.concatenate(rows)] if rows else []
-    if not lengths:
+        for ids, in_answer in _encode_chats(examples, tokenizer, template):
+            if in_answer[1:seq_len].any():  # nothing predicts the first token
+                tokens.append(ids[:seq_len])
+                labelled.append(in_answer[:seq_len] | train_on_prompt)
+    if not tokens:
         raise DataError(
-            f"No response of '{corpus.source}' begins within `seq_len` {seq_len}: its prompts are "
+            f"No answer of '{corpus.source}' begins within `seq_len` {seq_len}: its prompts are "
             "longer. Use a larger `seq_len`."
         )
     return TokenDataset(
-        tokens=np.concatenate(pieces),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
-        num_dropped=len(corpus.examples) - len(lengths),
+        tokens=np.concatenate(tokens),
+        labelled=np.concatenate(labelled),
+        offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        num_dropped=len(corpus.examples) - len(tokens),
+        chat_template=template,
     )
 
 
-def _count_common(prompt: NDArray[np.int32], pair: NDArray[np.int32]) -> int:
-    # The pair is encoded as one text, since some tokenizers put a space before each text. A token
-    # that spans the border then differs from the prompt's own and is trained on.
-    length = min(len(prompt), len(pair))
-    return int(np.logical_and.accumulate(prompt[:length] == pair[:length]).sum())
+def _encode_chats(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, template: str
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+    """Yield the tokens of each conversation, and which of them are of an answer.
+
+    Raises:
+        DataError: The template fails, or the tokenizer does not say where its tokens are.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            "The tokenizer does not say where in a text its tokens are, so that answers cannot be "
+            "told from prompts. Convert it to a tokenizer.json, or give plain text."
+        )
+    rendered = [render_chat(each.messages, tokenizer, template) for each in examples]
+    encoded = _tokenize(tokenizer, [each.text for each in rendered], return_offsets_mapping=True)
+    for chat, ids, places in zip(
+        rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        starts, ends = np.array(places).reshape(-1, 2).T
+        # A token that spans the border between a prompt and its answer is trained on.
+        inside = [(ends > first) & (starts < last) for first, last in chat.answers]
+        yield np.array(ids, dtype=np.int32), np.logical_or.reduce(inside)
 
 
 def _iterate_chunks(
@@ -278,20 +316,17 @@ def _iterate_chunks(
             on_progress(start + len(chunk), len(examples))
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[NDArray[np.int32]]:
-    encoded = tokenizer(
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> Any:
+    return tokenizer(
         texts,
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # no warning for texts above the model's length, which are cut later
+        **options,
     )
-    return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-def _get_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    bos, eos = (
-        np.array([] if token is None else [token], dtype=np.int32)
-        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
-    return bos, eos
+def _get_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return () if bos is None else (bos,), () if eos is None else (eos,)

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "LPDEPLOY_CACHE"
 # Increase this when the same text and tokenizer give other rows than before.
-_ROWS_VERSION = 1
+_ROWS_VERSION = 2
 _UNREADABLE = (OSError, SafetensorError, RuntimeError)  # the last if torch cannot map the file
-_ARRAYS = ("tokens", "offsets", "prompt_lengths")
+_ARRAYS = ("tokens", "labelled", "offsets")
 
 
 def find_cache() -> Path:
@@ -81,6 +81,7 @@ def _save(path: Path, dataset: TokenDataset, identity: str) -> None:
         "identity": identity,
         "sha256": dataset.sha256,
         "num_dropped": str(dataset.num_dropped),
+        **({} if dataset.chat_template is None else {"chat_template": dataset.chat_template}),
     }
     remove_leftovers(path)
     with atomic_file(path) as temporary:
@@ -103,4 +104,9 @@ def _map(path: Path) -> tuple[TokenDataset, Mapping[str, str]]:
         arrays = {name: file.get_tensor(name).numpy() for name in _ARRAYS}
     for array in arrays.values():
         array.flags.writeable = False
-    return TokenDataset(**arrays, num_dropped=int(metadata["num_dropped"])), metadata
+    dataset = TokenDataset(
+        **arrays,
+        num_dropped=int(metadata["num_dropped"]),
+        chat_template=metadata.get("chat_template"),
+    )
+    return dataset, metadata

@@ -1,4 +1,4 @@
-"""Text and instruction pairs: from a local file or folder, the Hugging Face hub, or memory."""
+"""Text and conversations: from a local file or folder, the Hugging Face hub, or memory."""
 
 import difflib
 import hashlib
@@ -6,43 +6,23 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lpdeploy.data.hub import HUB_SOURCES, HubSource
+from lpdeploy.data.rows import FIELDS, Example, parse_row
 from lpdeploy.errors import DataError, quote_error
 
 _SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>[ \t]*$", re.MULTILINE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_FIELDS = ("text", "instruction", "input", "response", "output")
-
-# Most instruction-tuned checkpoints and chat front ends know these headings.
-_PROMPT = "A task is given below. Answer it.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-_PROMPT_WITH_INPUT = (
-    "A task is given below, with the input that it is about. Answer it.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One document, or one instruction pair.
-
-    Attributes:
-        prompt: The formatted prompt of an instruction pair; empty for plain text.
-        text: The document, or the response.
-    """
-
-    prompt: str
-    text: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The examples of one source: either all plain text or all instruction pairs.
+    """The examples of one source: either all plain text or all conversations.
 
     Attributes:
         source: Name or path of the source.
@@ -53,13 +33,13 @@ class Corpus:
     examples: list[Example]
 
     @property
-    def is_instruction(self) -> bool:
-        """Whether the examples are instruction pairs rather than plain documents."""
-        return any(example.prompt for example in self.examples)
+    def is_chat(self) -> bool:
+        """Whether the examples are conversations, or instruction pairs, rather than documents."""
+        return any(example.messages for example in self.examples)
 
 
 def load_corpus(source: Any, *, split: str = "train") -> Corpus:
-    """Read all documents or instruction pairs of a source.
+    """Read all documents or conversations of a source.
 
     Args:
         source: A local file (``.txt`` or other plain text with documents separated by a line
@@ -72,7 +52,7 @@ def load_corpus(source: Any, *, split: str = "train") -> Corpus:
 
     Raises:
         DataError: The source is unknown, unreadable or out of reach, a row lacks its fields, plain
-            text and instruction pairs are mixed, or all examples are empty.
+            text and conversations are mixed, or all examples are empty.
     """
     name = name_source(source)
     found: Iterable[Example]
@@ -83,15 +63,13 @@ def load_corpus(source: Any, *, split: str = "train") -> Corpus:
         found = _load_local(Path(name))
     else:
         found = _load_hub(name, split)
-    corpus = Corpus(name, [example for example in found if example.text.strip()])
+    corpus = Corpus(name, [example for example in found if not example.is_empty])
     if not corpus.examples:
         raise DataError(
             f"'{name}' holds no text: it has no rows, or all are empty. Give another source."
         )
-    if corpus.is_instruction and not all(example.prompt for example in corpus.examples):
-        raise DataError(
-            f"'{name}' mixes plain text and instruction pairs. Put them in two sources."
-        )
+    if corpus.is_chat and not all(example.messages for example in corpus.examples):
+        raise DataError(f"'{name}' mixes plain text and conversations. Put them in two sources.")
     return corpus
 
 
@@ -150,46 +128,6 @@ def _get_fingerprint(rows: Any) -> str | None:
     return getattr(rows, "_fingerprint", None)
 
 
-def parse_row(row: Any, where: str) -> Example:
-    """Turn one row into an example.
-
-    A row with an instruction pair and a ``text`` is a pair: some data sets also format it as text.
-
-    Args:
-        row: ``instruction``, optionally ``input``, and ``response`` or ``output``; or ``text``.
-            None counts as an empty text.
-        where: File and line, for the error.
-
-    Raises:
-        DataError: The row is no object, lacks these fields, or has values that are not text.
-    """
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is a {type(row).__name__}. Give an object with named fields.")
-    answer = next((name for name in ("response", "output") if name in row), None)
-    if "instruction" in row and answer:
-        instruction, given = _get_text(row, "instruction", where), _get_text(row, "input", where)
-        template = _PROMPT_WITH_INPUT if given else _PROMPT
-        prompt = template.format(instruction=instruction, input=given)
-        return Example(prompt, _get_text(row, answer, where))
-    if "text" in row:
-        return Example("", _get_text(row, "text", where))
-    raise DataError(
-        f"{where} has the fields {', '.join(map(str, row)) or '(none)'}. Rename them to 'text', or "
-        "to 'instruction' (and 'input') with 'response' or 'output'."
-    )
-
-
-def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = "" if row.get(name) is None else row[name]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' is a {type(value).__name__}. Make it a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a pair, which is no character
-        raise DataError(f"{where}: '{name}' is not text ({quote_error(error)}).") from error
-    return value
-
-
 def _list_files(path: Path) -> list[Path]:
     files = [path]
     if path.is_dir():
@@ -228,7 +166,7 @@ def _describe_unreadable(path: Path, error: OSError) -> DataError:
 def _read_documents(path: Path) -> Iterator[Example]:
     for document in _SEPARATOR_LINE.split(_read_text(path)):
         # The newlines around a separator and at the end of the file belong to no document.
-        yield Example("", document.removeprefix("\n").removesuffix("\n"))
+        yield Example(document.removeprefix("\n").removesuffix("\n"))
 
 
 def _read_json(path: Path) -> Iterator[Example]:
@@ -278,7 +216,7 @@ def _read_parquet(path: Path) -> Iterator[Example]:
         with parquet.ParquetFile(path) as file:
             # Only the columns that are used, since others may be large; all of them if none is
             # known, so that the error can name them.
-            columns = [name for name in file.schema_arrow.names if name in _FIELDS]
+            columns = [name for name in file.schema_arrow.names if name in FIELDS]
             for batch in file.iter_batches(batch_size=1000, columns=columns or None):
                 for row in batch.to_pylist():
                     number += 1
@@ -310,7 +248,7 @@ def _load_hub(source: str, split: str) -> Iterator[Example]:
         if hub.separator is None:
             yield from found
         else:
-            yield Example("", hub.separator.join(row.text for row in found))
+            yield Example(hub.separator.join(row.text for row in found))
 
 
 def _find_hub(source: str, split: str) -> tuple[HubSource, str]:

@@ -76,11 +76,10 @@ def compute_perplexity(
         if on_progress is not None:
             on_progress(done, len(segments))
     tokens = segments.shape[0] * (segments.shape[1] - 1)
-    if len(segments) == len(whole):
-        num_bytes = sum(len((row.prompt + row.text).encode()) for row in corpus.examples)
-        ratio = len(stream) / num_bytes
+    if len(segments) == len(whole) and not corpus.is_chat:
+        ratio = len(stream) / sum(len(example.text.encode()) for example in corpus.examples)
     else:
-        part = segments.flatten()
+        part = stream if len(segments) == len(whole) else segments.flatten()
         ratio = len(part) / max(1, _count_bytes(part, tokenizer))
     return _summarize(runner, total / tokens, tokens=tokens, ratio=ratio)
 

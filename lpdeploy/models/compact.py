@@ -156,6 +156,8 @@ def _save_rest(
     widths = list_widths(pruned)
     pruned.save_pretrained(folder)
     _carry_files(base, folder, before=config, after=pruned)
+    if run.chat_template.is_file():
+        shutil.copyfile(run.chat_template, folder / run.chat_template.name)
     if not merged:
         _copy_adapter(run, folder, plan, base=output)
     record = ModelRecord(

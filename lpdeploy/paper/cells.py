@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import compute_sha256
-from lpdeploy.config import RENAMED
 from lpdeploy.errors import LpdeployError
+from lpdeploy.fields import RENAMED
 from lpdeploy.paper.tables import Row, Table
 
 # Options of prune that do not change a result.

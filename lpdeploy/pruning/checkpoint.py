@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lpdeploy.artifacts import atomic_file, compute_sha256, explain_full_disk
-from lpdeploy.config import PruneConfig, rename_fields
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError, DiskFullError, RecipeError, quote_error
+from lpdeploy.fields import rename_fields
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import resolve_device
 from lpdeploy.pruning.state import PruningState

@@ -14,7 +14,7 @@ import yaml
 
 from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.config import PruneConfig
-from lpdeploy.data.batches import Progress
+from lpdeploy.data.batches import Progress, TokenDataset
 from lpdeploy.data.sources import name_source
 from lpdeploy.errors import (
     LpdeployError,
@@ -43,9 +43,11 @@ from lpdeploy.pruning.log import StepInfo, append_log, load_log, load_losses, tr
 from lpdeploy.pruning.ranks import OTHER_START, Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
+    Source,
     build_training,
     check_refit_data,
     describe_start,
+    find_new_template,
     load_dataset,
     load_source,
 )
@@ -160,7 +162,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
                     logger.info("going on after step %s of %s", checkpoint.step, training.steps)
             on_start()
             if ranks.is_first:
-                _prepare_output(run, source.folder, record, checkpoint, target)
+                _prepare_output(run, source, dataset, record, checkpoint, target)
             losses, last_good = _run(run, training, checkpoint, stage=stage, on_step=on_step)
             if last_good is not None:
                 del training  # there may be no room for two
@@ -240,13 +242,14 @@ def _load_checkpoint(
 
 def _prepare_output(
     run: RunFolder,
-    base: Path,
+    source: Source,
+    dataset: TokenDataset,
     record: Mapping[str, Any],
     checkpoint: Checkpoint | None,
     target: TargetRecord | None,
 ) -> None:
     """Leave in a run only what it begins or goes on with; called when all input is known good."""
-    run.claim(clear=checkpoint is None, base=base)
+    run.claim(clear=checkpoint is None, base=source.folder)
     with run.recorded(run.recipe, run.target):
         with atomic_file(run.recipe) as temporary:
             temporary.write_text(yaml.safe_dump({"prune": dict(record)}, sort_keys=False))
@@ -254,6 +257,17 @@ def _prepare_output(
             save_json(run.target, target.to_json())
     if checkpoint is not None:
         trim_log(run, checkpoint.step, sha256=checkpoint.log_sha256)
+    _save_template(run, find_new_template(source, dataset))
+
+
+def _save_template(run: RunFolder, template: str | None) -> None:
+    """Keep the chat template that a model is tuned with, for all that is made of the run."""
+    with run.recorded(run.chat_template):
+        if template is None:
+            run.chat_template.unlink(missing_ok=True)
+        else:
+            with atomic_file(run.chat_template) as temporary:
+                temporary.write_text(template, encoding="utf-8")
 
 
 def _run(

@@ -20,6 +20,7 @@ from lpdeploy.data.batches import (
     estimate_padding,
 )
 from lpdeploy.data.cache import find_cache, load_or_build
+from lpdeploy.data.chat import get_chat_template
 from lpdeploy.data.sources import compute_source_hash, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
@@ -57,7 +58,10 @@ from lpdeploy.pruning.training import Training, count_steps
 logger = logging.getLogger(__name__)
 
 # All that a tokenizer may be made of.
-_TOKENIZER_FILES = ("*token*.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
+_TOKENIZER_FILES = (
+    *("*token*.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken"),
+    "chat_template*",
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def load_dataset(
             tokenizer,
             seq_len=options.seq_len,
             train_on_prompt=options.train_on_prompt,
+            prompt_format=options.prompt_format,
             on_progress=on_progress,
         )
 
@@ -152,8 +157,17 @@ def load_dataset(
         },
         "seq_len": options.seq_len,
         "train_on_prompt": options.train_on_prompt,
+        "prompt_format": options.prompt_format,
     }
     return load_or_build(find_cache(), identity, build=build)
+
+
+def find_new_template(source: Source, dataset: TokenDataset) -> str | None:
+    """Return the chat template of the rows if the base does not have the same; else None."""
+    template = dataset.chat_template
+    if template is None or source.tokenizer is None:
+        return None
+    return None if template == get_chat_template(source.tokenizer) else template
 
 
 def build_training(

@@ -17,8 +17,8 @@ from lpdeploy.cli.options import (
     GroupedOption,
     config_options,
 )
-from lpdeploy.config import GROUPS, RENAMED, PruneConfig
-from lpdeploy.fields import get_option
+from lpdeploy.config import GROUPS, PruneConfig
+from lpdeploy.fields import RENAMED, get_option
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
 from tests.helpers import make_text, make_tiny_model
 

@@ -1,5 +1,6 @@
 """Rows against plain loops over the tokenizer's own encode, batches against their definition."""
 
+import copy
 import itertools
 from collections import Counter
 
@@ -15,7 +16,8 @@ from lpdeploy.data.batches import (
     list_batch,
     split_batch,
 )
-from lpdeploy.data.sources import Corpus, Example
+from lpdeploy.data.rows import ASSISTANT, USER, Example, Message
+from lpdeploy.data.sources import Corpus
 from lpdeploy.errors import DataError
 
 DOCUMENTS = ["the cat sat", "on the mat. what did the dog say?", "naïve café ☕", "a"]
@@ -28,11 +30,27 @@ BOS, EOS = 0, 1
 
 
 def plain(documents=DOCUMENTS):
-    return Corpus("some.txt", [Example("", text) for text in documents])
+    return Corpus("some.txt", [Example(text) for text in documents])
 
 
 def instruct(pairs=PAIRS):
-    return Corpus("pairs.jsonl", [Example(*pair) for pair in pairs])
+    turns = [(Message(USER, prompt), Message(ASSISTANT, answer)) for prompt, answer in pairs]
+    return Corpus("pairs.jsonl", [Example(messages=messages) for messages in turns])
+
+
+@pytest.fixture
+def joining(tokenizer):
+    """The tokenizer with a template that only joins what was said, between bos and eos."""
+    return with_template(tokenizer)
+
+
+def with_template(tokenizer):
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{{ '' if add_generation_prompt else eos_token }}"
+    )
+    return copied
 
 
 def rows_of(dataset):
@@ -107,15 +125,15 @@ class TestPlainText:
 
 class TestInstructionPairs:
     @pytest.mark.parametrize("seq_len", [512, 24])
-    def test_one_row_a_pair(self, tokenizer, seq_len):
-        dataset = build_token_dataset(instruct(), tokenizer, seq_len=seq_len)
+    def test_one_row_a_pair(self, joining, seq_len):
+        dataset = build_token_dataset(instruct(), joining, seq_len=seq_len)
         batch = dataset.collate(range(len(dataset)))
         place = 0
         for prompt, response in PAIRS:
-            ids = tokenizer.encode(prompt + response, add_special_tokens=False)
+            ids = joining.encode(prompt + response, add_special_tokens=False)
             # Independent of how the border is found: a token is the prompt's where the text up to
             # and with it is a beginning of the prompt.
-            in_prompt = [prompt.startswith(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+            in_prompt = [prompt.startswith(joining.decode(ids[: i + 1])) for i in range(len(ids))]
             row, labels = [BOS, *ids, EOS][:seq_len], [-100, *ids, EOS][:seq_len]
             labels = [
                 -100 if 0 < i <= len(ids) and in_prompt[i - 1] else label
@@ -131,36 +149,36 @@ class TestInstructionPairs:
         assert len(dataset) == place
         assert dataset.num_dropped == len(PAIRS) - place
 
-    def test_truncation_really_drops_in_the_test_above(self, tokenizer):
-        dataset = build_token_dataset(instruct(), tokenizer, seq_len=24)
+    def test_truncation_really_drops_in_the_test_above(self, joining):
+        dataset = build_token_dataset(instruct(), joining, seq_len=24)
         assert dataset.num_dropped > 0
         assert max(np.diff(dataset.offsets)) == 24
 
-    def test_border_at_one_token_of_the_response(self, tokenizer):
+    def test_border_at_one_token_of_the_response(self, joining):
         prompt, response = PAIRS[0]
-        num_prompt = 1 + len(tokenizer.encode(prompt, add_special_tokens=False))
+        num_prompt = 1 + len(joining.encode(prompt, add_special_tokens=False))
         corpus = instruct([PAIRS[0]])
-        batch = build_token_dataset(corpus, tokenizer, seq_len=num_prompt + 1).collate([0])
-        first = tokenizer.encode(response, add_special_tokens=False)[0]
+        batch = build_token_dataset(corpus, joining, seq_len=num_prompt + 1).collate([0])
+        first = joining.encode(response, add_special_tokens=False)[0]
         assert batch["labels"].tolist() == [[-100] * num_prompt + [first]]
         with pytest.raises(
             DataError,
-            match=rf"No response of 'pairs\.jsonl' begins within `seq_len` {num_prompt}: its "
+            match=rf"No answer of 'pairs\.jsonl' begins within `seq_len` {num_prompt}: its "
             r"prompts are longer\. Use a larger `seq_len`\.",
         ):
-            build_token_dataset(corpus, tokenizer, seq_len=num_prompt)
+            build_token_dataset(corpus, joining, seq_len=num_prompt)
 
-    def test_token_across_the_border_is_trained_on(self, tokenizer):
+    def test_token_across_the_border_is_trained_on(self, joining):
         prompt, response = "say th", "e cat"
-        assert tokenizer.tokenize(prompt + response)[-2] == "Ġthe"
-        batch = build_token_dataset(instruct([(prompt, response)]), tokenizer, seq_len=64).collate(
+        assert joining.tokenize(prompt + response)[-2] == "Ġthe"
+        batch = build_token_dataset(instruct([(prompt, response)]), joining, seq_len=64).collate(
             [0]
         )
         trained = batch["labels"][0][batch["labels"][0] != -100]
-        assert tokenizer.decode(trained) == " the cat</s>"
+        assert joining.decode(trained) == " the cat</s>"
 
-    def test_train_on_prompt(self, tokenizer):
-        dataset = build_token_dataset(instruct(), tokenizer, seq_len=512, train_on_prompt=True)
+    def test_train_on_prompt(self, joining):
+        dataset = build_token_dataset(instruct(), joining, seq_len=512, train_on_prompt=True)
         batch = dataset.collate([0, 1, 2])
         kept = batch["attention_mask"].bool()
         assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
@@ -168,22 +186,23 @@ class TestInstructionPairs:
 
     def test_without_ends(self, bare_tokenizer):
         prompt, response = PAIRS[0]
-        dataset = build_token_dataset(instruct([PAIRS[0]]), bare_tokenizer, seq_len=512)
+        bare = with_template(bare_tokenizer)
+        dataset = build_token_dataset(instruct([PAIRS[0]]), bare, seq_len=512)
         labels = dataset.collate([0])["labels"][0]
-        assert bare_tokenizer.decode(labels[labels != -100]) == response
-        assert bare_tokenizer.decode(dataset.tokens) == prompt + response
+        assert bare.decode(labels[labels != -100]) == response
+        assert bare.decode(dataset.tokens) == prompt + response
 
-    def test_chunks_do_not_matter(self, tokenizer, monkeypatch):
-        whole = build_token_dataset(instruct(PAIRS * 4), tokenizer, seq_len=24)
+    def test_chunks_do_not_matter(self, joining, monkeypatch):
+        whole = build_token_dataset(instruct(PAIRS * 4), joining, seq_len=24)
         monkeypatch.setattr(batches, "_EXAMPLES_A_CALL", 1)  # some chunks are dropped whole
-        pieces = build_token_dataset(instruct(PAIRS * 4), tokenizer, seq_len=24)
+        pieces = build_token_dataset(instruct(PAIRS * 4), joining, seq_len=24)
         assert rows_of(pieces) == rows_of(whole)
-        assert pieces.prompt_lengths.tolist() == whole.prompt_lengths.tolist()
+        assert pieces.labelled.tolist() == whole.labelled.tolist()
 
 
 class TestCollate:
-    def test_pads_to_the_longest_of_the_batch_only(self, tokenizer):
-        dataset = build_token_dataset(instruct(), tokenizer, seq_len=512)
+    def test_pads_to_the_longest_of_the_batch_only(self, joining):
+        dataset = build_token_dataset(instruct(), joining, seq_len=512)
         lengths = np.diff(dataset.offsets)
         assert len(set(lengths.tolist())) == 3
         for indices in ([0], [2, 1], [1, 1, 2]):
@@ -193,8 +212,8 @@ class TestCollate:
                 assert tensor.dtype == torch.int64
         assert set(batch) == {"input_ids", "labels", "attention_mask"}
 
-    def test_rows_stand_in_the_asked_order(self, tokenizer):
-        dataset = build_token_dataset(plain(), tokenizer, seq_len=5)
+    def test_rows_stand_in_the_asked_order(self, joining):
+        dataset = build_token_dataset(plain(), joining, seq_len=5)
         expected = rows_of(dataset)
         assert dataset.collate([2, 0, 2])["input_ids"].tolist() == [
             expected[2],
@@ -202,8 +221,8 @@ class TestCollate:
             expected[2],
         ]
 
-    def test_no_rows(self, tokenizer):
-        dataset = build_token_dataset(plain(), tokenizer, seq_len=5)
+    def test_no_rows(self, joining):
+        dataset = build_token_dataset(plain(), joining, seq_len=5)
         with pytest.raises(ValueError, match="at least one row"):
             dataset.collate([])
 

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from lpdeploy.data.batches import TokenDataset, build_token_dataset
 from lpdeploy.data.cache import find_cache, load_or_build
-from lpdeploy.data.sources import Corpus, Example
+from lpdeploy.data.rows import ASSISTANT, USER, Example, Message
+from lpdeploy.data.sources import Corpus
 
 IDENTITY = {"text": "a hash", "seq_len": 5}
-ARRAYS = ("tokens", "offsets", "prompt_lengths")
+ARRAYS = ("tokens", "labelled", "offsets")
 
 
 def make_dataset(seed=0):
@@ -24,8 +25,9 @@ def make_dataset(seed=0):
     return TokenDataset(
         tokens=rng.integers(0, 1000, size=lengths.sum(), dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        prompt_lengths=rng.integers(0, 2, size=50, dtype=np.int32),
+        labelled=rng.random(lengths.sum()) < 0.5,
         num_dropped=3,
+        chat_template="{{ messages }}",
     )
 
 
@@ -35,6 +37,7 @@ def assert_same(dataset, expected):
         assert array.dtype == getattr(expected, name).dtype
         assert array.tolist() == getattr(expected, name).tolist()
     assert dataset.num_dropped == expected.num_dropped
+    assert dataset.chat_template == expected.chat_template
 
 
 def refuse():
@@ -57,8 +60,9 @@ def test_what_was_kept_comes_back(tmp_path, told):
 
 
 def test_rows_of_a_tokenizer_come_back(tmp_path, tokenizer):
-    corpus = Corpus("pairs", [Example("say cat: ", "the cat sat"), Example("", "dog")])
-    built = build_token_dataset(corpus, tokenizer, seq_len=16)
+    turns = [("say cat", "the cat sat"), ("say dog", "dog")]
+    examples = [Example(messages=(Message(USER, q), Message(ASSISTANT, a))) for q, a in turns]
+    built = build_token_dataset(Corpus("pairs", examples), tokenizer, seq_len=512)
     load_or_build(tmp_path, IDENTITY, build=lambda: built)
     kept = load_or_build(tmp_path, IDENTITY, build=refuse)
     expected, found = built.collate([1, 0]), kept.collate([1, 0])
@@ -190,5 +194,5 @@ def test_kept_files_say_what_they_are(tmp_path):
     load_or_build(tmp_path, IDENTITY, build=make_dataset)
     with safe_open(get_file(tmp_path), framework="np") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["identity"]) == IDENTITY | {"rows_version": 1}
+    assert json.loads(metadata["identity"]) == IDENTITY | {"rows_version": 2}
     assert metadata["sha256"] == make_dataset().sha256

@@ -12,13 +12,12 @@ import pytest
 from huggingface_hub.errors import HTTPError
 from pyarrow import parquet
 
+from lpdeploy.data.rows import Example, Message
 from lpdeploy.data.sources import (
     HUB_SOURCES,
     Corpus,
-    Example,
     compute_source_hash,
     load_corpus,
-    parse_row,
 )
 from lpdeploy.errors import DataError
 
@@ -47,14 +46,10 @@ def texts(source, **options):
 
 
 PAIR = {"instruction": "Add the numbers.", "input": "2 3", "output": "5"}
-PROMPT = (
-    "A task is given below, with the input that it is about. Answer it.\n\n"
-    "### Instruction:\nAdd the numbers.\n\n### Input:\n2 3\n\n### Response:\n"
+CHAT = Example(messages=(Message("user", "Add the numbers.\n\n2 3"), Message("assistant", "5")))
+CHAT_WITHOUT_INPUT = Example(
+    messages=(Message("user", "Add the numbers."), Message("assistant", "5"))
 )
-PROMPT_WITHOUT_INPUT = (
-    "A task is given below. Answer it.\n\n"
-    "### Instruction:\nAdd the numbers.\n\n### Response:\n"
-)  # fmt: skip
 
 
 class TestText:
@@ -96,7 +91,7 @@ class TestText:
 class TestJson:
     def test_lines(self, tmp_path):
         path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two", "url": "x"}])
-        assert load_corpus(path) == Corpus(path, [Example("", "one"), Example("", "two")])
+        assert load_corpus(path) == Corpus(path, [Example("one"), Example("two")])
 
     def test_blank_lines_and_unicode_line_separators(self, tmp_path):
         content = '{"text": "a\u2028b"}\n\n{"text": "c"}\n'
@@ -129,24 +124,11 @@ class TestJson:
     def test_row_without_fields(self, tmp_path, rows, where):
         path = write(tmp_path / "a.json", rows % ('{"text": "a"}', '{"body": "b", "id": 1}'))
         expected = (
-            f"'{path}', {where} has the fields body, id. Rename them to 'text', or to "
-            "'instruction' (and 'input') with 'response' or 'output'."
+            f"'{path}', {where} has the fields body, id. Rename them to 'text', to "
+            "'messages', or to 'instruction' (and 'input') with 'response' or 'output'."
         )
         with pytest.raises(DataError, match=re.escape(expected)):
             load_corpus(path)
-
-    @pytest.mark.parametrize("row", [{}, {"instruction": "a"}, {"response": "a"}])
-    def test_incomplete_row(self, row):
-        with pytest.raises(DataError, match=r"here has the fields .*Rename them to 'text'"):
-            parse_row(row, "here")
-
-    def test_row_that_is_no_object(self):
-        with pytest.raises(DataError, match=r"here is a list\. Give an object with named fields"):
-            parse_row(["a"], "here")
-
-    def test_field_that_is_no_text(self):
-        with pytest.raises(DataError, match=r"here: 'text' is a int\. Make it a string\."):
-            parse_row({"text": 3}, "here")
 
 
 class TestInstructions:
@@ -154,31 +136,19 @@ class TestInstructions:
     def test_pair(self, tmp_path, answer):
         row = {"instruction": PAIR["instruction"], "input": PAIR["input"], answer: "5"}
         corpus = load_corpus(write_rows(tmp_path / "a.jsonl", [row]))
-        assert corpus.examples == [Example(PROMPT, "5")]
-        assert corpus.is_instruction
-
-    @pytest.mark.parametrize("nothing", [{}, {"input": ""}, {"input": None}])
-    def test_without_input(self, nothing):
-        row = {"instruction": "Add the numbers.", "output": "5", **nothing}
-        assert parse_row(row, "here") == Example(PROMPT_WITHOUT_INPUT, "5")
-
-    def test_braces_in_the_data_stay(self):
-        example = parse_row({"instruction": "{input}", "input": "{0}", "output": "{}"}, "here")
-        assert "### Instruction:\n{input}\n\n### Input:\n{0}\n" in example.prompt
-
-    def test_pair_wins_over_its_formatted_text(self):
-        assert parse_row({**PAIR, "text": "all of it"}, "here") == Example(PROMPT, "5")
+        assert corpus.examples == [CHAT]
+        assert corpus.is_chat
 
     def test_empty_responses_are_skipped(self, tmp_path):
         rows = [PAIR, {**PAIR, "output": " "}, {**PAIR, "output": None}]
         assert len(load_corpus(write_rows(tmp_path / "a.jsonl", rows)).examples) == 1
 
     def test_plain_text_is_no_instruction(self, tmp_path):
-        assert not load_corpus(write_rows(tmp_path / "a.jsonl", [{"text": "a"}])).is_instruction
+        assert not load_corpus(write_rows(tmp_path / "a.jsonl", [{"text": "a"}])).is_chat
 
     def test_mixture(self, tmp_path):
         path = write_rows(tmp_path / "a.jsonl", [PAIR, {"text": "a"}])
-        with pytest.raises(DataError, match=r"mixes plain text and instruction pairs\. Put them"):
+        with pytest.raises(DataError, match=r"mixes plain text and conversations\. Put them"):
             load_corpus(path)
 
 
@@ -190,7 +160,7 @@ class TestParquet:
 
     def test_pairs(self, tmp_path):
         path = write_parquet(tmp_path / "a.parquet", [{**PAIR, "source": "x"}])
-        assert load_corpus(path).examples == [Example(PROMPT, "5")]
+        assert load_corpus(path).examples == [CHAT]
 
     def test_row_without_fields(self, tmp_path):
         path = write_parquet(tmp_path / "a.parquet", [{"body": "b"}])
@@ -338,11 +308,11 @@ class TestHub:
     def test_lamini(self, hub):
         row = {"instruction": "Add the numbers.", "response": "5", "instruction_source": "x"}
         hub.put("MBZUAI/LaMini-instruction/data/train-00000-of-00001-ab.parquet", [row])
-        assert load_corpus("lamini").examples == [Example(PROMPT_WITHOUT_INPUT, "5")]
+        assert load_corpus("lamini").examples == [CHAT_WITHOUT_INPUT]
 
     def test_alpaca(self, hub):
         hub.put("yahma/alpaca-cleaned/train.parquet", [{**PAIR, "text": "all of it"}])
-        assert load_corpus("alpaca").examples == [Example(PROMPT, "5")]
+        assert load_corpus("alpaca").examples == [CHAT]
 
     @pytest.mark.parametrize(
         ("source", "split", "expected"),
@@ -362,7 +332,7 @@ class TestHub:
 
     def test_split_of_a_short_name(self, hub):
         hub.put("yahma/alpaca-cleaned/train.parquet", [PAIR])
-        assert load_corpus("alpaca:train", split="test").examples == [Example(PROMPT, "5")]
+        assert load_corpus("alpaca:train", split="test").examples == [CHAT]
 
     def test_no_code_of_the_hub_is_trusted(self, hub):
         hub.error = ValueError("enough")
@@ -510,7 +480,7 @@ class TestRealData:
     def test_alpaca(self):
         corpus = load_corpus(str(DATA / "instruct" / "alpaca_en_demo.json"))
         assert len(corpus.examples) == 999
-        assert corpus.is_instruction
+        assert corpus.is_chat
 
 
 class TestWhatIsNoData:

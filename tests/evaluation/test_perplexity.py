@@ -1,5 +1,6 @@
 """Perplexity against plain loops over single positions, and the figure of the real model."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lpdeploy.data.sources import Corpus, Example, load_corpus
+from lpdeploy.data.rows import ASSISTANT, USER, Example, Message
+from lpdeploy.data.sources import Corpus, load_corpus
 from lpdeploy.engines.runner import Output
 from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
 from lpdeploy.evaluation import perplexity as module
@@ -58,7 +60,7 @@ class TableRunner:
 
 
 def corpus(documents=DOCUMENTS):
-    return Corpus("some.txt", [Example("", text) for text in documents])
+    return Corpus("some.txt", [Example(text) for text in documents])
 
 
 def expected_loss(runner, segments):
@@ -133,8 +135,14 @@ class TestAgainstALoop:
         assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
         assert found.tokens == len(stream) - 1
 
-    def test_instruction_pairs_count_as_documents(self, tokenizer):
-        pairs = Corpus("pairs.jsonl", [Example("say cat: ", "cat"), Example("say dog: ", "dog")])
+    def test_conversations_count_as_their_text(self, tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = (
+            "<s>{% for turn in messages %}{{ turn['content'] }}{% endfor %}</s>"
+        )
+        said = [("say cat: ", "cat"), ("say dog: ", "dog")]
+        turns = [(Message(USER, prompt), Message(ASSISTANT, answer)) for prompt, answer in said]
+        pairs = Corpus("pairs.jsonl", [Example(messages=messages) for messages in turns])
         whole = corpus(["say cat: cat", "say dog: dog"])
         assert compute_perplexity(TableRunner(), pairs, tokenizer, seq_len=8) == compute_perplexity(
             TableRunner(), whole, tokenizer, seq_len=8

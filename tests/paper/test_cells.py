@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lpdeploy.config import PruneConfig, rename_fields
+from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
+from lpdeploy.fields import rename_fields
 from lpdeploy.paper.cells import (
     EvalSettings,
     Selection,

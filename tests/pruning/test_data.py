@@ -3,11 +3,17 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
+from lpdeploy.config import PruneConfig
 from lpdeploy.data.cache import find_cache
+from lpdeploy.data.chat import INSTRUCTION_TEMPLATE
+from lpdeploy.models.compact import compact
+from lpdeploy.pruning.setup import load_dataset, load_source
 from tests.pruning.test_run import load_log, run
 
 FEW = {"steps": 2, "checkpoint_every": 0}
+OWN_TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +91,51 @@ def test_packed_text_is_shown_without_padding(base, data, tmp_path, told):
     run(base, tmp_path / "run", data, options=FEW)
     assert any("rows of at most" in line for line in told)
     assert not any("padding" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "shipped"),
+    [
+        (None, {}, INSTRUCTION_TEMPLATE),
+        (None, {"prompt_format": "instruction"}, INSTRUCTION_TEMPLATE),
+        (OWN_TEMPLATE, {}, OWN_TEMPLATE),
+        (OWN_TEMPLATE, {"prompt_format": "chat-template"}, OWN_TEMPLATE),
+        (OWN_TEMPLATE, {"prompt_format": "instruction"}, INSTRUCTION_TEMPLATE),
+    ],
+)
+def test_what_is_tuned_on_chats_ships_their_template(base, pairs, tmp_path, own, options, shipped):
+    if own:
+        (base / "chat_template.jinja").write_text(own)
+    run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80, **options})
+    assert (tmp_path / "run" / "chat_template.jinja").exists() is (own != shipped)
+    for output, keep_adapter in (("model", False), ("unmerged", True)):
+        compact(tmp_path / "run", keep_adapter=keep_adapter)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / output)
+        assert tokenizer.get_chat_template() == shipped
+
+
+def test_a_template_of_a_former_run_does_not_stay(base, data, pairs, tmp_path):
+    run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80})
+    run(base, tmp_path / "run", data, options=FEW, overwrite=True)
+    compact(tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template is None
+
+
+def test_another_template_makes_other_rows(base, pairs, tmp_path):
+    run(base, tmp_path / "a", pairs, options=FEW | {"seq_len": 80})
+    (base / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    run(base, tmp_path / "b", pairs, options=FEW | {"seq_len": 80})
+    assert len(list_cached()) == 2
+
+
+def test_only_answers_of_chats_are_trained_on(base, tmp_path):
+    (base / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6")]
+    row = {"messages": [{"role": role, "content": said} for role, said in turns]}
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    options = PruneConfig(seq_len=24, device="cpu")
+    source = load_source(str(base), options)
+    dataset = load_dataset(source, str(path), options)
+    labels = dataset.collate([0])["labels"][0]
+    assert source.tokenizer.decode(labels[labels != -100]).split() == ["w3", "w5", "w6"]

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lpdeploy.cli.signals import stop_on_signal
-from lpdeploy.config import RENAMED
 from lpdeploy.conflicts import BUDGETS, LATENCY
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import ArtifactError, RunEndedError
+from lpdeploy.fields import RENAMED
 from lpdeploy.run_folder import RunFolder
 from tests.helpers import list_names, make_text, make_tiny_model, set_launcher
 from tests.pruning.test_run import StoppedError, load_log, run, stop_after

@@ -300,7 +300,7 @@ def make_instructions(training, count=16):
     training.dataset = TokenDataset(
         tokens=rng.integers(3, 40, size=lengths.sum(), dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        prompt_lengths=rng.integers(0, 3, size=count, dtype=np.int32),
+        labelled=np.concatenate([np.arange(length) >= rng.integers(0, 3) for length in lengths]),
     )
     return training
 

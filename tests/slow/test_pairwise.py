@@ -55,6 +55,7 @@ OPTIONS = {
     "lora_rank": (8, 2),
     "lora_dropout": (0.0, 0.05),
     "train_on_prompt": (False, True),
+    "prompt_format": (None, "instruction"),
     "load_in": (None, "8bit", "4bit"),
     "offload_gradients": (False, True),
     "gradient_checkpointing": (False, True),

@@ -1,0 +1,130 @@
+"""Conversations as text: through the chat template of a tokenizer, or a fixed one for base models.
+
+A template is Jinja, as transformers runs it: https://huggingface.co/docs/transformers/chat_templating
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lpdeploy.data.rows import ASSISTANT, Message
+from lpdeploy.errors import DataError, quote_error
+from lpdeploy.plan import CHAT_TEMPLATE, INSTRUCTION
+
+# Most instruction-tuned models without a template of their own know these headings.
+INSTRUCTION_TEMPLATE = """\
+{{- bos_token }}A task is given below. Answer it.
+
+{% for message in messages %}
+{%- if message['role'] == 'user' %}
+{{- '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' }}
+{%- elif message['role'] == 'assistant' %}
+{{- message['content'] }}{{ eos_token }}{{ '' if loop.last else '\\n\\n' }}
+{%- else %}
+{{- message['content'] + '\\n\\n' }}
+{%- endif %}
+{%- endfor %}"""
+"""The template of a model that has none: a line, then a heading for each question and answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as a model reads it.
+
+    Attributes:
+        text: All of it, special tokens included.
+        answers: Where each answer begins and ends, in characters; the token that ends a turn is
+            part of the answer.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+def find_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str | None = None) -> str:
+    """Return the template to write conversations with.
+
+    Args:
+        tokenizer: Of the model.
+        prompt_format: ``chat-template``, that of the tokenizer; ``instruction``, the fixed one; or
+            None, that of the tokenizer if it has one.
+
+    Raises:
+        DataError: A template of the tokenizer is asked for, and there is none.
+    """
+    own = get_chat_template(tokenizer)
+    if own is not None and prompt_format != INSTRUCTION:
+        return own
+    if prompt_format == CHAT_TEMPLATE:
+        raise DataError(
+            "The tokenizer has no chat template. Add a chat_template.jinja to the model, or use "
+            f"`prompt_format='{INSTRUCTION}'`."
+        )
+    return INSTRUCTION_TEMPLATE
+
+
+def get_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the template that a tokenizer uses where none is named; None if it has none."""
+    # transformers can hold several, by name, and only then raises for want of a default.
+    return None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+
+
+def render_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str
+) -> RenderedChat:
+    """Write a conversation, and find its answers in it.
+
+    Raises:
+        DataError: The template fails, or writes earlier turns differently once a conversation goes
+            on, so that an answer cannot be found.
+    """
+    text = write_chat(messages, tokenizer, template)
+    answers: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        if message.role == ASSISTANT:
+            prompt = write_chat(messages[:index], tokenizer, template, answer_next=True)
+            answered = write_chat(messages[: index + 1], tokenizer, template)
+            if not (answered.startswith(prompt) and text.startswith(answered)):
+                raise DataError(
+                    "The chat template writes a turn differently once the conversation goes on, "
+                    f"so answer {len(answers) + 1} of {_quote(messages)} cannot be found. Split "
+                    f"conversations after each answer, or use `prompt_format='{INSTRUCTION}'`."
+                )
+            answers.append((len(prompt), len(answered)))
+    return RenderedChat(text, tuple(answers))
+
+
+def write_chat(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    answer_next: bool = False,
+) -> str:
+    """Write a conversation as text, up to where an answer begins if ``answer_next``.
+
+    Raises:
+        DataError: The template fails.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        written = tokenizer.apply_chat_template(
+            [asdict(message) for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=answer_next,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"The chat template fails for {_quote(messages)} ({quote_error(error)}). Correct the "
+            f"conversation, or use `prompt_format='{INSTRUCTION}'`."
+        ) from error
+    assert isinstance(written, str)
+    return written
+
+
+def _quote(messages: Sequence[Message]) -> str:
+    roles = ", ".join(message.role for message in messages)
+    return f"the conversation ({roles}) that begins with '{messages[0].content[:40]}'"

@@ -1,0 +1,156 @@
+"""One row of a data set: a document, or a conversation in one of the forms that are in use."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lpdeploy.errors import DataError, quote_error
+
+SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
+_ALIASES = {"human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT}
+_TURNS = ("messages", "conversations")
+_QUESTIONS = ("instruction", "prompt", "question")
+_ANSWERS = ("response", "output", "completion", "answer")
+_SYSTEMS = ("system", "system_prompt")
+FIELDS = ("text", "input", *_TURNS, *_QUESTIONS, *_ANSWERS, *_SYSTEMS)
+"""Names of all columns that are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        content: What was said.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document, or one conversation.
+
+    Attributes:
+        text: The document; empty if it is a conversation.
+        messages: The turns of the conversation, the last of them an answer; none for a document.
+    """
+
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to train on."""
+        answers = (each.content for each in self.messages if each.role == ASSISTANT)
+        return not self.text.strip() and not any(answer.strip() for answer in answers)
+
+
+def parse_row(row: Any, where: str) -> Example:
+    """Turn one row into an example.
+
+    The first of these forms that a row has counts, so that a conversation that a data set also
+    holds as a formatted ``text`` is a conversation:
+
+    - ``messages`` or ``conversations``: a list of turns, each with ``role`` and ``content``, or
+      with ``from`` and ``value``. What follows the last answer is left out.
+    - A question (``instruction``, ``prompt`` or ``question``) with its answer (``response``,
+      ``output``, ``completion`` or ``answer``). ``input`` is added to the question after an empty
+      line, and ``system`` or ``system_prompt`` comes first. Question and answer may each be a list
+      of turns.
+    - ``text``: a document.
+
+    Args:
+        row: A mapping from the names of its fields. None counts as an empty text.
+        where: File and line, for the error.
+
+    Raises:
+        DataError: The row is no object, lacks these fields, has values that are not text, or is a
+            conversation that cannot be trained on: with a role that is not known, without an
+            answer, or with an answer before the first question.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is a {type(row).__name__}. Give an object with named fields.")
+    turns = next((name for name in _TURNS if row.get(name) is not None), None)
+    if turns:
+        return Example(messages=_check_turns(_read_turns(row[turns], f"{where}: '{turns}'"), where))
+    question, answer = _find(row, _QUESTIONS), _find(row, _ANSWERS)
+    if question and answer:
+        return Example(messages=_read_pair(row, question, answer, where))
+    if "text" in row:
+        return Example(_get_text(row, "text", where))
+    raise DataError(
+        f"{where} has the fields {', '.join(map(str, row)) or '(none)'}. Rename them to 'text', to "
+        "'messages', or to 'instruction' (and 'input') with 'response' or 'output'."
+    )
+
+
+def _find(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _read_pair(
+    row: Mapping[str, Any], question: str, answer: str, where: str
+) -> tuple[Message, ...]:
+    system = _find(row, _SYSTEMS)
+    turns = [Message(SYSTEM, _get_text(row, system, where))] if system else []
+    if isinstance(row[question], list):
+        turns += _read_turns(row[question], f"{where}: '{question}'")
+    else:
+        parts = (_get_text(row, question, where), _get_text(row, "input", where))
+        turns.append(Message(USER, "\n\n".join(part for part in parts if part)))
+    if isinstance(row[answer], list):
+        turns += _read_turns(row[answer], f"{where}: '{answer}'")
+    else:
+        turns.append(Message(ASSISTANT, _get_text(row, answer, where)))
+    return _check_turns([turn for turn in turns if turn.role != SYSTEM or turn.content], where)
+
+
+def _read_turns(turns: Any, where: str) -> list[Message]:
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(f"{where} is no list of turns. Give each turn as {{'role', 'content'}}.")
+    return [
+        _read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)
+    ]
+
+
+def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
+    role, content = ("role", "content") if "role" in turn else ("from", "value")
+    if role not in turn or content not in turn:
+        raise DataError(
+            f"{where} has the fields {', '.join(map(str, turn)) or '(none)'}. Give it 'role' and "
+            "'content', or 'from' and 'value'."
+        )
+    name = _ALIASES.get(turn[role], turn[role]) if isinstance(turn[role], str) else turn[role]
+    if name not in ROLES:
+        raise DataError(f"{where} is of the role {turn[role]!r}. Use {', '.join(ROLES)}.")
+    return Message(name, _get_text(turn, content, where))
+
+
+def _check_turns(turns: list[Message], where: str) -> tuple[Message, ...]:
+    roles = [turn.role for turn in turns]
+    if ASSISTANT not in roles:
+        raise DataError(
+            f"{where} is a conversation without an answer. Give it a turn of the assistant, or "
+            "leave it out."
+        )
+    if USER not in roles[: roles.index(ASSISTANT)]:
+        raise DataError(
+            f"{where} is a conversation that begins with an answer. Begin it with a turn of the "
+            "user, or leave it out."
+        )
+    last = len(roles) - roles[::-1].index(ASSISTANT)
+    return tuple(turns[:last])
+
+
+def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = "" if row.get(name) is None else row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: '{name}' is a {type(value).__name__}. Make it a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a pair, which is no character
+        raise DataError(f"{where}: '{name}' is not text ({quote_error(error)}).") from error
+    return value
