@@ -156,8 +156,7 @@ def _save_rest(
     widths = list_widths(pruned)
     pruned.save_pretrained(folder)
     _carry_files(base, folder, before=config, after=pruned)
-    if run.chat_template.is_file():
-        shutil.copyfile(run.chat_template, folder / run.chat_template.name)
+    _replace_template(run, folder)
     if not merged:
         _copy_adapter(run, folder, plan, base=output)
     record = ModelRecord(
@@ -235,6 +234,18 @@ def _carry_files(base: Path, folder: Path, *, before: Any, after: Any) -> None:
     tokenizer = load_tokenizer(base, before)
     if type(tokenizer) is not type(load_tokenizer(folder, after)):
         tokenizer.save_pretrained(folder)
+
+
+def _replace_template(run: RunFolder, folder: Path) -> None:
+    """Ship the chat template that a run was tuned with, if it is not that of its base."""
+    if not run.chat_template.is_file():
+        return
+    shutil.copyfile(run.chat_template, folder / run.chat_template.name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():  # an older checkpoint has its template here, which some readers prefer
+        kept = load_record(dict[str, Any], settings, fix="Copy the tokenizer anew.")
+        kept.pop("chat_template", None)
+        save_json(settings, kept)
 
 
 def find_base(plan: PruningPlan, moved_to: Path | None = None) -> Path:

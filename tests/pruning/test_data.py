@@ -114,6 +114,19 @@ def test_what_is_tuned_on_chats_ships_their_template(base, pairs, tmp_path, own,
         assert tokenizer.get_chat_template() == shipped
 
 
+def test_a_template_among_the_settings_of_a_tokenizer_is_replaced(base, pairs, tmp_path):
+    settings = base / "tokenizer_config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"chat_template": OWN_TEMPLATE})
+    )
+    options = FEW | {"seq_len": 80, "prompt_format": "instruction"}
+    run(base, tmp_path / "run", pairs, options=options)
+    compact(tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    assert AutoTokenizer.from_pretrained(model).chat_template == INSTRUCTION_TEMPLATE
+    assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
+
+
 def test_a_template_of_a_former_run_does_not_stay(base, data, pairs, tmp_path):
     run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80})
     run(base, tmp_path / "run", data, options=FEW, overwrite=True)
