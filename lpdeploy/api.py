@@ -225,46 +225,44 @@ class Run(RunFolder):
         *,
         engine: str = "torch",
         device: str = "auto",
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
+        max_new_tokens: int | None = None,
+        prompt_format: str | None = None,
+        system: str | None = None,
+        **sampling: Any,
     ) -> list[str]:
-        """Continue texts with the compacted model, greedily or by sampling.
+        """Continue texts, or answer prompts, with the compacted model.
 
         Args:
             prompts: Texts, of any lengths.
             engine: What runs the model: torch, or an engine that the model was exported to.
             device: ``auto``, ``cpu`` or ``cuda``.
-            max_new_tokens: Largest number of tokens added to each text.
-            temperature: 0 takes the most likely token; above 0 samples.
-            seed: Seed of the sampling.
+            max_new_tokens: Largest number of tokens added to each text; None for 256, or as many
+                as there is room for.
+            prompt_format: None to continue each text as it is; ``chat-template`` to make it the
+                turn of a user, or ``instruction`` to put it under a fixed heading.
+            system: A turn of the system before each, with ``prompt_format``.
+            sampling: Fields of ``lpdeploy.engines.sampling.Sampling``: ``temperature``, where 0,
+                the default, takes the most likely token, ``top_k``, ``top_p`` and ``seed``.
 
         Returns:
             The new text of each prompt.
-        """
-        from lpdeploy.engines.exports import load_place
-        from lpdeploy.engines.generation import generate
-        from lpdeploy.models.generation import list_stop_tokens
-        from lpdeploy.models.loading import (
-            load_config,
-            load_tokenizer,
-            resolve_device,
-        )
-        from lpdeploy.models.place import locate_model
 
-        place = locate_model(self)
-        config = load_config(place.folder)
-        tokenizer = load_tokenizer(place.folder, config)
-        runner = load_place(place, engine, device=resolve_device(device))
-        rows = generate(
-            runner,
-            [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        Raises:
+            LpdeployError: The model, an export or a prompt cannot be used.
+            ValueError: An option is out of range.
+        """
+        from lpdeploy.engines.sampling import Sampling
+        from lpdeploy.generation.options import GenerateOptions
+        from lpdeploy.generation.stage import generate_texts
+
+        options = GenerateOptions(
             max_new_tokens=max_new_tokens,
-            eos_ids=set(list_stop_tokens(place.folder, config)),
-            temperature=temperature,
-            seed=seed,
+            sampling=Sampling(**sampling),
+            prompt_format=prompt_format,
+            system=system,
         )
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        (found,) = generate_texts(self, prompts, options, engine=engine, device=device)
+        return [answer.text for answer in found.answers]
 
     def package(
         self, target: str, output: Path, *, overwrite: bool = False, **options: Any

@@ -240,7 +240,7 @@ _json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the result, or the error, as one JSON document on the last line of stdout.",
+    help="Print the result, or the error, as one JSON document to stdout, and nothing else there.",
 )
 _recipe_option = click.option(
     "--recipe",
@@ -274,10 +274,11 @@ def is_first_rank() -> bool:
 
 
 def print_result(data: dict[str, Any], text: str, *, as_json: bool) -> None:
-    """Print a result to stdout as text, and with --json also as JSON on the last line."""
+    """Print a result to stdout: as text or, with --json, as JSON, with the text on stderr."""
     if not is_first_rank():
         return
-    click.echo(text)
+    if text:
+        click.echo(text, err=as_json)
     if as_json:
         click.get_current_context().meta[HAS_RESULT] = True
         click.echo(format_json(data, indent=None), nl=False)

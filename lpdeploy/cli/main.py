@@ -27,7 +27,7 @@ from lpdeploy.errors import (
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
     *("check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper"),
-    *("report", "push", "doctor", "demo"),
+    *("generate", "chat", "serve", "report", "push", "doctor", "demo"),
 )
 
 

@@ -148,7 +148,12 @@ def _load_local(path: Path) -> Iterator[Example]:
         yield from _READERS[file.suffix.lower()](file)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a file of text, which must be UTF-8.
+
+    Raises:
+        DataError: It cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -164,7 +169,7 @@ def _describe_unreadable(path: Path, error: OSError) -> DataError:
 
 
 def _read_documents(path: Path) -> Iterator[Example]:
-    for document in _SEPARATOR_LINE.split(_read_text(path)):
+    for document in _SEPARATOR_LINE.split(read_text(path)):
         # The newlines around a separator and at the end of the file belong to no document.
         yield Example(document.removeprefix("\n").removesuffix("\n"))
 
@@ -180,7 +185,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: The file cannot be read, or a line of it is not valid JSON.
     """
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         for number, row in enumerate(_parse_json(text, path), start=1):
             yield f"'{path}', row {number},", row

@@ -1,9 +1,17 @@
 """Greedy or sampled generation with a KV cache, on any engine."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lpdeploy.engines.runner import Runner, pad_left
+from lpdeploy.engines.sampler import Sampler
+from lpdeploy.engines.sampling import Sampling
+
+OnToken = Callable[[int, int], None]
+"""Called with a row and its new token."""
 
 
 def generate(
@@ -12,8 +20,8 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: set[int],
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
+    on_token: OnToken = lambda *_: None,
 ) -> list[list[int]]:
     """Continue a batch of prompts of any lengths.
 
@@ -22,22 +30,23 @@ def generate(
         prompts: Token ids of each row, at least one a row.
         max_new_tokens: At most so many tokens are added to a row.
         eos_ids: Tokens that end their row; may be empty.
-        temperature: 0 takes the most likely token, as ``model.generate(do_sample=False)`` does;
-            above 0 samples from ``softmax(logits / temperature)``.
-        seed: Of the sampling. The same seed gives the same tokens on every engine as long as
-            their logits agree; draws are made for the batch as a whole.
+        sampling: How tokens are chosen; greedily if None, as ``model.generate(do_sample=False)``
+            does. Row i draws with the seed ``sampling.seed + i``, so that equal prompts differ, and
+            a row does not depend on the others. The same seed gives the same tokens on every engine
+            as long as their logits agree.
+        on_token: Is told each token when it is chosen.
 
     Returns:
         The new tokens of each row, its stop token included.
 
     Raises:
-        ValueError: A prompt is empty, an argument is out of range, or prompt and new tokens
+        ValueError: A prompt is empty, ``max_new_tokens`` is below 1, or prompt and new tokens
             together exceed the model's positions.
     """
     if not prompts:
         return []
-    _check(runner, prompts, max_new_tokens, temperature)
-    generator = torch.Generator().manual_seed(seed)
+    _check(runner, prompts, max_new_tokens)
+    samplers = _build_samplers(sampling or Sampling(), len(prompts))
     tokens, mask = pad_left(prompts)
     rows: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
@@ -47,9 +56,10 @@ def generate(
             tokens, attention_mask=mask, past=past, last_only=True, reserve=max_new_tokens
         )
         past = output.past
-        tokens = _choose(output.logits[:, -1], temperature, generator).unsqueeze(1)  # (B,) -> (B,1)
+        tokens = _choose(output.logits[:, -1], samplers).unsqueeze(1)  # (B,) -> (B, 1)
         for row in sorted(running):
             rows[row].append(int(tokens[row]))
+            on_token(row, rows[row][-1])
             if rows[row][-1] in eos_ids:
                 running.remove(row)
         if not running:
@@ -59,13 +69,14 @@ def generate(
     return rows
 
 
-def _check(
-    runner: Runner, prompts: list[list[int]], max_new_tokens: int, temperature: float
-) -> None:
+def _build_samplers(sampling: Sampling, count: int) -> list[Sampler]:
+    seeds = [None if sampling.seed is None else sampling.seed + row for row in range(count)]
+    return [Sampler(replace(sampling, seed=seed)) for seed in seeds]
+
+
+def _check(runner: Runner, prompts: list[list[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty; give at least one token, such as <s>")
@@ -77,10 +88,7 @@ def _check(
         )
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def _choose(logits: Tensor, samplers: list[Sampler]) -> Tensor:
     """Choose the next token of each row: (B, vocab) -> (B,), int64, on the CPU."""
-    if temperature == 0:
-        return logits.argmax(dim=-1).cpu()
-    # Sampled on the CPU: one generator, whatever device the engine runs on.
-    probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B, 1) -> (B,)
+    best = logits.argmax(dim=-1).tolist()  # of all rows at once
+    return torch.tensor([each.choose(logits[i], best[i]) for i, each in enumerate(samplers)])

@@ -12,7 +12,7 @@ from lpdeploy.engines.exports import find_export
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
-from lpdeploy.servers.sources import take_export
+from lpdeploy.servers.sources import has_chat_template, take_export
 from lpdeploy.servers.tokenizers import list_notes
 from lpdeploy.servers.verdicts import Packed
 
@@ -71,9 +71,12 @@ def package_genai(
         given = {name: value for name, value in given.items() if value is not None}
         _export_into(model, folder, precision=precision, max_seq_len=length, **given)
     notes = list_notes(tokenizer, server="ONNX Runtime GenAI")
+    chat = has_chat_template(model)
+    prompt = "Who are you?" if chat else "once upon a time"
     values = {"name": output.name, "path": output, "precision": precision, "length": length}
+    values |= {"chat": chat, "prompt": prompt}
     (folder / _SCRIPT).write_text(render(f"{_SCRIPT}.j2", **values), encoding="utf-8")
-    command = shlex.join(["python", str(output / _SCRIPT), "once upon a time"])
+    command = shlex.join(["python", str(output / _SCRIPT), prompt])
     save_readme(folder, "genai", command=command, notes=notes, **values)
     reused = str(found) if found else None
     details = {"precision": precision, "max_seq_len": length, "reused": reused}

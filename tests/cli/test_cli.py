@@ -14,8 +14,8 @@ from lpdeploy.cli.main import main
 from tests.helpers import make_text, make_tiny_model
 
 COMMANDS = [
-    "check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper", "report",
-    "push", "doctor", "demo",
+    "check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper",
+    "generate", "chat", "serve", "report", "push", "doctor", "demo",
 ]  # fmt: skip
 SMALL = [
     "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",
@@ -46,7 +46,7 @@ def run(base, data, tmp_path):
 
 def last_json(result):
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout)  # and nothing else, so that a script can read all of it
 
 
 def check_refused(result, sentence, *, code=1):

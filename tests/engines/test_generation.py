@@ -6,6 +6,7 @@ import torch
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.onnx.runner import load_onnx_runner
 from lpdeploy.engines.runner import Output, pad_left
+from lpdeploy.engines.sampling import Sampling
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.models.loading import load_model
 from tests.helpers import make_export
@@ -59,13 +60,32 @@ def test_a_row_does_not_depend_on_its_batch(runner):
 def test_sampling_repeats_with_its_seed(runner):
     def sample(seed, temperature=1.5):
         return generate(
-            runner, PROMPTS, max_new_tokens=8, eos_ids=set(), temperature=temperature, seed=seed
+            runner,
+            PROMPTS,
+            max_new_tokens=8,
+            eos_ids=set(),
+            sampling=Sampling(temperature=temperature, seed=seed),
         )
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
     # Logits are far apart at this temperature: only the largest has any probability left.
-    assert sample(3, temperature=1e-4) == generate(runner, PROMPTS, max_new_tokens=8, eos_ids=set())
+    assert sample(3, temperature=1e-3) == generate(runner, PROMPTS, max_new_tokens=8, eos_ids=set())
+
+
+def test_a_sampled_row_does_not_depend_on_its_batch(runner):
+    sampling = Sampling(temperature=1.5, seed=4)
+    together = generate(runner, PROMPTS, max_new_tokens=6, eos_ids=set(), sampling=sampling)
+    first = generate(runner, PROMPTS[:1], max_new_tokens=6, eos_ids=set(), sampling=sampling)
+    assert together[0] == first[0]
+
+
+def test_tokens_are_told_as_they_are_chosen(runner):
+    told = []
+    rows = generate(
+        runner, PROMPTS, max_new_tokens=3, eos_ids=set(), on_token=lambda *now: told.append(now)
+    )
+    assert told == [(row, rows[row][place]) for place in range(3) for row in range(len(PROMPTS))]
 
 
 class TableRunner:
@@ -88,7 +108,11 @@ class TableRunner:
 
 def test_sampling_follows_the_temperature():
     rows = generate(
-        TableRunner(), [[0]] * 400, max_new_tokens=10, eos_ids=set(), temperature=2.0, seed=0
+        TableRunner(),
+        [[0]] * 400,
+        max_new_tokens=10,
+        eos_ids=set(),
+        sampling=Sampling(temperature=2.0, seed=0),
     )
     share = sum(row.count(1) for row in rows) / 4000
     # sigmoid(2 / 2) = 0.731; four standard errors of 4,000 draws.
@@ -111,7 +135,6 @@ def test_no_prompt():
     [
         ([[1], []], {}, "prompt 1 is empty; give at least one token"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
-        ([[1]], {"temperature": -1.0}, "temperature is -1.0; it must be 0 .greedy. or more"),
         ([[1] * 32], {}, "need 41 positions, the model has 40; shorten the prompt"),
     ],
 )

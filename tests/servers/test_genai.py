@@ -1,6 +1,7 @@
 """The folder of ONNX Runtime GenAI: the tokens of transformers, and exports taken over."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -79,3 +80,25 @@ def test_an_export_in_another_precision_is_not(tmp_path):
     contract = json.loads((tmp_path / "out" / "io.json").read_text())
     assert contract["precision"] == options["precision"]
     assert contract["block_size"] == options["block_size"]
+
+
+def test_a_model_with_a_chat_template_is_asked_through_it(tmp_path):
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ bos_token + message['role'] + ' said ' "
+        "+ message['content'] + '. ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'then ' }}{% endif %}"
+    )
+    package_for_genai(model, tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "out" / "generate.py", "hello", str(TOKENS)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    turns = [{"role": "user", "content": "hello"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    expected = tokenizer.decode(generate(model, ids), skip_special_tokens=True)
+    assert done.stdout.strip() == expected.strip()
+    assert "apply_chat_template" in (tmp_path / "out" / "README.md").read_text()

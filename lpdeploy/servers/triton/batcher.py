@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lpdeploy.engines.runner import Runner
+from lpdeploy.engines.sampler import Sampler
+from lpdeploy.engines.sampling import Sampling
 from lpdeploy.errors import LpdeployError
 from lpdeploy.servers.triton.rows import Size, build_rows
-from lpdeploy.servers.triton.sampling import Sampler, Sampling
 
 logger = logging.getLogger(__name__)
 

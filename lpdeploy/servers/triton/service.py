@@ -9,10 +9,10 @@ import torch
 
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.contract import load_contract
+from lpdeploy.engines.sampling import Sampling
+from lpdeploy.engines.text_stream import TextStream
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.servers.triton.batcher import STOP, Batcher, Request
-from lpdeploy.servers.triton.sampling import Sampling
-from lpdeploy.servers.triton.text_stream import TextStream
 
 DEFAULT_MAX_TOKENS = 128
 _BYTES_A_TOKEN = 32  # more than a prompt of any language takes; long runs of spaces may

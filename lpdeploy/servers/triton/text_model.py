@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lpdeploy.engines.sampling import Sampling
 from lpdeploy.errors import LpdeployError
-from lpdeploy.servers.triton.sampling import Sampling
 from lpdeploy.servers.triton.service import Piece, Question, TextService
 from lpdeploy.servers.triton.whole_model import OUTPUTS
 

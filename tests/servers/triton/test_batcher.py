@@ -11,11 +11,12 @@ from lpdeploy.engines import get_engine
 from lpdeploy.engines.onnx.exporter import export_onnx
 from lpdeploy.engines.ort.exporter import export_ort
 from lpdeploy.engines.ort.runner import load_ort_runner
+from lpdeploy.engines.sampler import Sampler
+from lpdeploy.engines.sampling import Sampling
 from lpdeploy.engines.torch.runner import TorchRunner
 from lpdeploy.models.loading import load_model
 from lpdeploy.servers.triton.batcher import Batcher, BusyError, Request
 from lpdeploy.servers.triton.rows import JoiningRows, Size, StandingRows
-from lpdeploy.servers.triton.sampling import Sampler, Sampling
 from tests.helpers import make_tiny_model
 
 POSITIONS = 60

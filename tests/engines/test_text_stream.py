@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from lpdeploy.servers.triton.text_stream import TextStream
+from lpdeploy.engines.text_stream import TextStream
 
 TEXT = "Zoë paid 30 € for a naïve 漢字 book ☃. The end. Then the rest of the story"
 

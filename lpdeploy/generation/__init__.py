@@ -1,0 +1,1 @@
+"""Text in, text out: what a model says, and a conversation with it."""
