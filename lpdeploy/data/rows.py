@@ -75,7 +75,7 @@ def parse_row(row: Any, where: str) -> Example:
         raise DataError(f"{where} is a {type(row).__name__}. Give an object with named fields.")
     turns = next((name for name in _TURNS if row.get(name) is not None), None)
     if turns:
-        return Example(messages=_check_turns(_read_turns(row[turns], f"{where}: '{turns}'"), where))
+        return Example(messages=_check_turns(read_turns(row[turns], f"{where}: '{turns}'"), where))
     question, answer = _find(row, _QUESTIONS), _find(row, _ANSWERS)
     if question and answer:
         return Example(messages=_read_pair(row, question, answer, where))
@@ -97,18 +97,23 @@ def _read_pair(
     system = _find(row, _SYSTEMS)
     turns = [Message(SYSTEM, _get_text(row, system, where))] if system else []
     if isinstance(row[question], list):
-        turns += _read_turns(row[question], f"{where}: '{question}'")
+        turns += read_turns(row[question], f"{where}: '{question}'")
     else:
         parts = (_get_text(row, question, where), _get_text(row, "input", where))
         turns.append(Message(USER, "\n\n".join(part for part in parts if part)))
     if isinstance(row[answer], list):
-        turns += _read_turns(row[answer], f"{where}: '{answer}'")
+        turns += read_turns(row[answer], f"{where}: '{answer}'")
     else:
         turns.append(Message(ASSISTANT, _get_text(row, answer, where)))
     return _check_turns([turn for turn in turns if turn.role != SYSTEM or turn.content], where)
 
 
-def _read_turns(turns: Any, where: str) -> list[Message]:
+def read_turns(turns: Any, where: str) -> list[Message]:
+    """Turn a list of turns, as ``parse_row`` describes them, into messages.
+
+    Raises:
+        DataError: It is no such list.
+    """
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DataError(f"{where} is no list of turns. Give each turn as {{'role', 'content'}}.")
     return [

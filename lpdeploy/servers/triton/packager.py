@@ -17,7 +17,7 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
-from lpdeploy.servers.sources import take_export
+from lpdeploy.servers.sources import has_chat_template, take_export
 from lpdeploy.servers.verdicts import Packed
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -92,7 +92,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         folder, "triton/README", path=output.resolve(), tensors=tensors,
         command=shlex.join(command), options=command[2:], precision=contract.precision,
         backend=record.triton, extra=_find_extra(contract, gpus=gpus),
-        built=contract.build is not None, **values,
+        built=contract.build is not None, chat=has_chat_template(model), **values,
     )  # fmt: skip
     kept = {key: values[key] for key in ("name", "engine", "max_batch", "max_seq_len")}
     return Packed(

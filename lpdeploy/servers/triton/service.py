@@ -1,5 +1,6 @@
 """Text in, text out, over an export: what a server's adapter calls."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,10 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from lpdeploy.data.chat import get_chat_template, write_chat
+from lpdeploy.data.rows import USER, Message, read_turns
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.sampling import Sampling
 from lpdeploy.engines.text_stream import TextStream
+from lpdeploy.errors import DataError, quote_error
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.servers.triton.batcher import STOP, Batcher, Request
 
@@ -25,17 +29,32 @@ class Question:
 
     Attributes:
         text: The prompt; special tokens in it count as such, and the tokenizer adds its own.
+        messages: A conversation to answer in place of a prompt: a JSON list of turns with ``role``
+            and ``content``, the last of them a user's.
         max_tokens: At most so many are added; None for 128, or what there is room for.
         stop: Strings that end the text, and are no part of it.
         ignore_eos: Go on after the model's own stop tokens.
         sampling: How tokens are chosen.
     """
 
-    text: str
+    text: str = ""
+    messages: str | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     sampling: Sampling = field(default_factory=Sampling)
+
+
+def _read_messages(text: str) -> list[Message]:
+    try:
+        turns = read_turns(json.loads(text), "messages")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"messages is no JSON ({quote_error(error)})") from error
+    except DataError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+    if not turns or turns[-1].role != USER:
+        raise ValueError("the last of messages must be of the role user")
+    return turns
 
 
 class Piece(NamedTuple):
@@ -106,7 +125,7 @@ class TextService:
         """
         self._batcher.check_room()
         self._check(question)  # before any work is done for it
-        prompt: list[int] = self._tokenizer(question.text).input_ids
+        prompt = self._encode(question)
         stream = TextStream(self._tokenizer, prompt, question.stop)
 
         def tell(token: int | None, reason: str | None) -> bool:
@@ -132,7 +151,8 @@ class TextService:
 
     def _check(self, question: Question) -> None:
         limit = _BYTES_A_TOKEN * self._max_positions
-        if (size := len(question.text.encode(errors="replace"))) > limit:
+        asked = question.text if question.messages is None else question.messages
+        if (size := len(asked.encode(errors="replace"))) > limit:
             raise ValueError(
                 f"the prompt has {size} bytes, more than {self._max_positions} positions can hold; "
                 f"send at most {limit}"
@@ -141,9 +161,28 @@ class TextService:
             raise ValueError(
                 f"there may be at most {_MAX_STOPS} stop strings, of {_MAX_STOP} characters each"
             )
-        asked = question.max_tokens
-        if asked is not None and not 1 <= asked <= self._max_positions:
-            raise ValueError(f"max_tokens is {asked}; it must be 1 to {self._max_positions}")
+        tokens = question.max_tokens
+        if tokens is not None and not 1 <= tokens <= self._max_positions:
+            raise ValueError(f"max_tokens is {tokens}; it must be 1 to {self._max_positions}")
+
+    def _encode(self, question: Question) -> list[int]:
+        """Return the tokens of a prompt, or of a conversation up to where its answer begins."""
+        tokens: list[int]
+        if question.messages is None:
+            tokens = self._tokenizer(question.text).input_ids
+            return tokens
+        template = get_chat_template(self._tokenizer)
+        if template is None:
+            raise ValueError("the model has no chat template; send text_input")
+        messages = _read_messages(question.messages)
+        try:
+            text = write_chat(messages, self._tokenizer, template, answer_next=True)
+        except DataError as error:
+            reason = quote_error(error.__cause__ or error)
+            raise ValueError(f"the chat template refuses these messages ({reason})") from error
+        # A template writes the special tokens itself.
+        tokens = self._tokenizer(text, add_special_tokens=False).input_ids
+        return tokens
 
     def _resolve_max_tokens(self, asked: int | None, prompt: int) -> int:
         if asked is not None:

@@ -25,14 +25,19 @@ def read_question(read: Callable[[str], Any]) -> Question:
         read: Gives the values of an input as a flat list, or None where the client gave none.
 
     Raises:
-        ValueError: A value is out of range, or there is not one prompt.
+        ValueError: A value is out of range, or there is not one prompt or conversation.
     """
-    texts = read("text_input") or []
-    if len(texts) != 1:
-        raise ValueError(f"text_input has {len(texts)} prompts; send one in each request")
-
+    asked = {name: read(name) for name in ("text_input", "messages")}
+    given = {name: values for name, values in asked.items() if values is not None}
+    if len(given) != 1:
+        raise ValueError("send text_input or messages, one of them in each request")
+    ((name, values),) = given.items()
+    if len(values) != 1:
+        raise ValueError(f"{name} has {len(values)} prompts; send one in each request")
+    text = _decode(values[0], name)
     return Question(
-        text=_decode(texts[0], "text_input"),
+        text="" if name == "messages" else text,
+        messages=text if name == "messages" else None,
         stop=tuple(_decode(text, "stop") for text in read("stop") or ()),
         **_read_given(read, ("max_tokens", "ignore_eos")),
         sampling=Sampling(**_read_given(read, ("temperature", "top_k", "top_p", "seed"))),

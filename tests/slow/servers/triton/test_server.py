@@ -188,7 +188,9 @@ def test_a_stop_string_and_a_seed(server, answer):
         ({"text_input": ["a", "b"]}, "text_input"),
         ({"text_input": 5}, "non-string as string"),
         ({"text_input": "a", "max_tokens": "many"}, "non-signed-integer"),
-        ({"max_tokens": 5}, "text_input"),
+        ({"max_tokens": 5}, "send text_input or messages, one of them in each request"),
+        ({"text_input": "a", "messages": "[]"}, "send text_input or messages"),
+        ({"messages": "[]"}, "the model has no chat template; send text_input"),
         ({"data": b"{"}, "JSON"),
     ],
 )
