@@ -184,6 +184,37 @@ def render_answers(data: dict[str, Any]) -> str:
     )
 
 
+def render_formats(data: dict[str, Any]) -> str:
+    """Compare the number formats of one model."""
+    formats = data["formats"]
+    first = next(iter(formats.values()))
+    rows = [
+        (
+            name,
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['perplexity']:.2f} ({row['perplexity'] / first['perplexity'] - 1:+.1%})",
+            f"{row['same_next_token']:.1%}",
+            f"{row['same_greedy_tokens']} of {data['decoded_tokens']}",
+            _write_rate(row),
+        )
+        for name, row in formats.items()
+    ]
+    header = ("format", "MB", "perplexity", "same next token", "same first tokens", "tokens/s")
+    about = (
+        f"{data['model']}, {data['segments']} segments of {data['seq_len']} tokens of "
+        f"{data['text']}. The same next token: the share of positions where the format and fp32 "
+        f"rank the same token first. The same first tokens: how many of {data['decoded_tokens']} "
+        "that are decoded greedily are those of fp32. Tokens/s: decode of one sequence, median "
+        f"(p10 to p90) of {data['rounds']} rounds in which the formats take turns."
+    )
+    return write_table(header, rows, about, describe(data))
+
+
+def _write_rate(row: dict[str, Any]) -> str:
+    median, slow, fast = (1000 / row[f"decode_{part}ms"] for part in ("", "p90_", "p10_"))
+    return f"{median:.1f} ({slow:.1f} to {fast:.1f})"
+
+
 def render_one_shot(data: dict[str, Any]) -> str:
     """Compare ways to prune without training."""
     rows = [("unpruned", "", "", f"{data['dense']:.1f}", "")]
@@ -366,6 +397,7 @@ def render_served(data: dict[str, Any]) -> str:
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "answers": render_answers,
+    "formats": render_formats,
     "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,

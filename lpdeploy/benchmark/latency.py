@@ -218,7 +218,7 @@ def _compute_limit_share(
         itemsize = _ITEMSIZE.get(precision, 4)
         table = config.vocab_size * config.hidden_size * itemsize
         # The table of embeddings is read whole only where it is the head too.
-        shared = config.tie_word_embeddings and precision not in ("int8", "int4")
+        shared = config.tie_word_embeddings
         needed = compute_decode_bytes(
             config,
             context=workload.tokens + workload.decode // 2,

@@ -57,10 +57,10 @@ def test_an_engine_has_a_folder_and_an_entry_of_its_own(tmp_path, monkeypatch):
     assert entry["outputs"] == {"trt": compute_sha256(model / "trt" / "model.engine")}
 
 
-def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path):
-    model = make_tiny_model(
-        tmp_path / "model", num_hidden_layers=1, head_dim=16, intermediate_size=64
-    )
+@pytest.mark.parametrize("tied", [False, True])
+def test_ort_has_a_folder_and_an_entry_of_its_own(tmp_path, tied):
+    shape = {"num_hidden_layers": 1, "head_dim": 16, "intermediate_size": 64}
+    model = make_tiny_model(tmp_path / "model", **shape, tie_word_embeddings=tied)
     with pytest.raises(ArtifactError, match="no ort export .*export .* --engine ort' first"):
         verify(model, engine="ort")
     result = export(str(model), engine="ort", precision="int8", opset=None)

@@ -20,6 +20,7 @@ from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import build_rotary_embedding, get_head_dim, uses_silu
 from lpdeploy.models.shapes import LayerWidths, list_widths
+from lpdeploy.models.weight_files import EMBEDDING, HEAD
 
 OPSET = 23
 _IR_VERSION = 11
@@ -112,8 +113,7 @@ class _Decoder:
         ids = self._add_input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
         lengths = self._add_lengths()
         tables = self._add_rotary_tables(max_seq_len)
-        embedding = self._add_weight("model.embed_tokens.weight")
-        hidden = self._op("Gather", embedding, ids, axis=0)
+        hidden = self._add_embedding(ids)
         normed = self._add_norm(hidden, "model.layers.0.input_layernorm.weight")
         widths = list_widths(self.config)
         for layer, width in enumerate(widths):
@@ -140,6 +140,29 @@ class _Decoder:
             positions=self._add_input(
                 "logits_positions", ir.DataType.INT64, ("batch", "num_logits", 1)
             ),
+        )
+
+    def _add_embedding(self, ids: ir.Value) -> ir.Value:
+        """Look tokens up: (B, T) -> (B, T, hidden)."""
+        form = self.quantization
+        if form is None or not self.config.tie_word_embeddings:
+            return self._op("Gather", self._add_weight(EMBEDDING), ids, axis=0)
+        # The head's own table, unpacked row by row: a copy in full precision would be most of the
+        # bytes of a small model.
+        rows, columns = self.weights.get_shape(EMBEDDING)
+        packed, scales = self._add_packed(EMBEDDING)
+        table = self._op("Reshape", packed, self._add_int64([rows, columns * form.bits // 8]))
+        return self.tape.op(
+            "GatherBlockQuantized",
+            [table, ids, scales],
+            {
+                "bits": form.bits,
+                "block_size": form.block_size,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
+            domain=_MICROSOFT,
+            name="embed_tokens",
         )
 
     def _add_rotary_tables(self, max_seq_len: int) -> tuple[ir.Value, ir.Value]:
@@ -217,7 +240,7 @@ class _Decoder:
 
     def _add_head(self, hidden: ir.Value) -> None:
         tied = self.config.tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        name = EMBEDDING if tied else HEAD
         if tied and self.quantization is None:
             table = self._add_weight(name)  # the embedding's own table, read across
             logits = self.tape.op(
@@ -248,11 +271,9 @@ class _Decoder:
             weight = self.weights.build_constant(*names, transpose=True)
             return self._op("MatMul", states, self.tape.initializer(weight), name=module)
         rows, columns = self.weights.get_shape(*names)
-        packed = self.weights.build_quantized(*names, form=form)
-        tensors = [self.tape.initializer(tensor) for tensor in packed]
         return self.tape.op(
             "MatMulNBits",
-            [states, *tensors],
+            [states, *self._add_packed(*names)],
             {
                 "K": columns,
                 "N": rows,
@@ -292,6 +313,16 @@ class _Decoder:
         if name not in self.constants:
             self.constants[name] = self.tape.initializer(self.weights.build_constant(name))
         return self.constants[name]
+
+    def _add_packed(self, *names: str) -> tuple[ir.Value, ir.Value]:
+        """Add a weight in blocks, and its scales; once, though embedding and head may share it."""
+        assert self.quantization is not None
+        parts = self.weights.build_quantized(*names, form=self.quantization)
+        for part in parts:
+            if part.name not in self.constants:
+                self.constants[str(part.name)] = self.tape.initializer(part)
+        packed, scales = (self.constants[str(part.name)] for part in parts)
+        return packed, scales
 
     def _add_int64(self, value: int | Sequence[int]) -> ir.Value:
         name = f"int64_{value}".replace(" ", "")

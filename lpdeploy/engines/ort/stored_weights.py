@@ -119,7 +119,7 @@ def apply_packed(export: Path, model: Any, *, round_activations: bool) -> None:
     for name in constants:
         if name == _strip(name) or name.endswith(".scales"):
             continue
-        # A tied head is packed under the embedding's name, beside the embedding itself.
+        # A tied head is packed under the embedding's name, and tokens are looked up in it as well.
         names = [HEAD if part == EMBEDDING else part for part in _strip(name).split("+")]
         modules = [part.removesuffix(".weight") for part in names]
         linears = [get_base_linear(base.get_submodule(module)) for module in modules]
@@ -127,7 +127,9 @@ def apply_packed(export: Path, model: Any, *, round_activations: bool) -> None:
         for linear, own in zip(
             linears, torch.split(weight, [linear.out_features for linear in linears]), strict=True
         ):
-            linear.weight = nn.Parameter(own.clone(), requires_grad=False)  # no longer tied
+            linear.weight = nn.Parameter(own.clone(), requires_grad=False)
+            if names == [HEAD] and _strip(name) == EMBEDDING:
+                base.get_input_embeddings().weight = linear.weight
             if round_activations:
                 block = weight.shape[1] // constants[name].shape.numpy()[1]
                 linear.register_forward_pre_hook(partial(_round_input, block))

@@ -158,6 +158,17 @@ def test_a_tied_table_is_stored_once(tmp_path):
     assert (tmp_path / "ort" / "model.onnx.data").stat().st_size < 1.1 * stored
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_tied_table_is_packed_once(tmp_path, precision, bits):
+    """The packed table, a scale for each block, and little else: no copy in full precision."""
+    model = make_model(tmp_path / "model", vocab_size=2000, tie_word_embeddings=True)
+    export_ort(model, tmp_path / "ort", precision=precision, block_size=16)
+    numbers = (model / "model.safetensors").stat().st_size / 4
+    packed = numbers * (bits / 8 + 4 / 16)
+    assert (tmp_path / "ort" / "model.onnx.data").stat().st_size < 1.2 * packed
+    assert count_operators(tmp_path / "ort")["GatherBlockQuantized"] == 1
+
+
 def read_quantized(folder, module):
     """Packed weights and scales as numbers, unpacked by hand: (out, in) and (out, in / block)."""
     graph = load_graph(folder).graph
@@ -183,9 +194,13 @@ def compute_in_float32(folder):
     onnx.save(model, folder / "model.onnx")
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("precision", "block_size"), [("int8", 16), ("int4", 32)])
-def test_packed_weights_are_the_nearest_and_compute_what_they_say(tmp_path, precision, block_size):
-    model_folder = make_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+def test_packed_weights_are_the_nearest_and_compute_what_they_say(
+    tmp_path, precision, block_size, tied
+):
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    model_folder = make_model(tmp_path / "model", **sizes, tie_word_embeddings=tied)
     export_ort(model_folder, tmp_path / "ort", precision=precision, block_size=block_size)
     model = load_model(model_folder)
     stored = load_file(model_folder / "model.safetensors")
@@ -195,6 +210,8 @@ def test_packed_weights_are_the_nearest_and_compute_what_they_say(tmp_path, prec
         parts = [products.pop(f"{own}.{part}_proj")[0] for part in ("q", "k", "v")]
         products[f"{own}.qkv_proj"] = parts
     assert len(products) == 11
+    if tied:
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
     for product, modules in products.items():
         integers, scales = read_quantized(tmp_path / "ort", product)
         weight = np.concatenate([stored[f"{module}.weight"].numpy() for module in modules])
@@ -207,6 +224,7 @@ def test_packed_weights_are_the_nearest_and_compute_what_they_say(tmp_path, prec
         for module in modules:
             linear = model.get_submodule(module)
             stop = start + linear.out_features
+            # Of a tied model, the embedding is the same parameter: tokens are looked up in it.
             linear.weight.data = torch.from_numpy(unpacked[start:stop])
             start = stop
     compute_in_float32(tmp_path / "ort")
