@@ -7,6 +7,7 @@ and keeps a record of the files in them.
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,9 +63,27 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
             if durable:
                 with temporary.open("rb+") as stream:
                     os.fsync(stream.fileno())
+        share_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def share_file(path: Path) -> None:
+    """Let others read a file that was written now, as far as the user's umask does.
+
+    safetensors lets nobody else read what it writes, which a server of another user would have to.
+    A link, or one of several names of a file, belongs to somebody else, and is left alone.
+    """
+    about = path.lstat()
+    if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
+        path.chmod(stat.S_IMODE(about.st_mode) | (0o444 & ~_get_umask()))
+
+
+def _get_umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
 
 
 def save_json(path: Path, data: Any) -> None:

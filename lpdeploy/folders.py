@@ -17,7 +17,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from lpdeploy.artifacts import atomic_file, compute_sha256, explain_full_disk, temporary_path
+from lpdeploy.artifacts import (
+    atomic_file,
+    compute_sha256,
+    explain_full_disk,
+    share_file,
+    temporary_path,
+)
 from lpdeploy.errors import ArtifactError
 from lpdeploy.records import format_json, load_record, read_record
 
@@ -241,6 +247,8 @@ def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator
             temporary.mkdir()
             yield temporary
             files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
+            for file in files:
+                share_file(file)
             stamps = {str(file.relative_to(temporary)): _stamp(file) for file in files}
             FolderRecord(kind, stamps, time.time_ns()).save(temporary)
         _replace_folder(temporary, path)

@@ -1,6 +1,10 @@
 import json
+import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lpdeploy.artifacts import atomic_file, check_unchanged, compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
@@ -148,6 +152,30 @@ def test_a_link_that_is_named_like_a_leftover_loses_nothing_but_itself(tmp_path)
     write_folder(tmp_path / "model", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
     assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode):
+    """Though safetensors lets only the owner read."""
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+        with atomic_folder(tmp_path / "folder", kind="model") as folder:
+            save_file({"x": torch.zeros(1)}, folder / "file")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "file", tmp_path / "folder" / "file"):
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_file_of_somebody_else_keeps_its_mode(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "secret").chmod(0o600)
+    with atomic_folder(tmp_path / "folder", kind="model") as folder:
+        (folder / "link").symlink_to(tmp_path / "secret")
+        (folder / "same").hardlink_to(tmp_path / "secret")
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
 
 
 def test_a_hash_sees_names_and_contents(tmp_path):

@@ -32,7 +32,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
     *,
     output: Path,
     engine: str = "ort",
-    precision: str | None = None,
+    precision: str = "fp32",
     name: str | None = None,
     max_batch: int | None = None,
     max_seq_len: int | None = None,
@@ -50,7 +50,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
         output: Where it will be, for the commands.
         engine: An engine that Triton serves. An export of this very model that lies in its usual
             place and is what the other options ask for is taken over; else one is made.
-        precision: Of the export; None for what is there, or fp32.
+        precision: Of the export.
         name: Of the models; None for the name of ``output``.
         max_batch: Requests that decode at once; None for what the export is made for.
         max_seq_len: Longest prompt and answer together; likewise.

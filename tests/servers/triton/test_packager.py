@@ -72,6 +72,16 @@ def test_an_export_that_is_there_is_taken_over(model):
     assert (result["exported"], result["max_batch"]) == (True, 3)
 
 
+def test_an_export_in_another_precision_is_not_taken_unasked(model):
+    output = model.parent / "third"
+    export(str(model), engine="ort", precision="int8", block_size=16, overwrite=True)
+    result = package(str(model), kind="triton", output=output).to_json()
+    assert (result["exported"], result["precision"]) == (True, "fp32")
+    asked = {"precision": "int8", "overwrite": True}
+    result = package(str(model), kind="triton", output=output, **asked).to_json()
+    assert (result["exported"], result["precision"]) == (False, "int8")
+
+
 def test_gpus_are_written_down(model):
     output = model.parent / "gpus"
     package(str(model), kind="triton", output=output, gpu=(0, 2))
