@@ -90,7 +90,7 @@ def latency(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare the latency of dense and pruned models (the paper's Table 3).
+    """Compare the latency of dense and pruned models (Table 3).
 
     Each RUN is timed together with its unpruned base, with LoRA merged and unmerged. The trials of
     all variants are interleaved, and each engine runs in its own process. Percentages are relative
@@ -159,7 +159,7 @@ def pruning(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Compare the cost of a pruning step by criterion (the paper's Tables 4 and 6).
+    """Compare the cost of a pruning step by criterion (Tables 4, 6).
 
     Measures the time, memory and operations of training steps, including scoring, before and after
     groups are removed. The pruned models are not saved. If MODEL has only a config.json, random

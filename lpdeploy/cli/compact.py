@@ -37,7 +37,7 @@ from lpdeploy.machine import format_bytes
 @overwrite_option
 @shared_options()
 def command(*, run: Path, max_shard_mb: int, as_json: bool, **options: Any) -> None:
-    """Write RUN's pruned model as a dense checkpoint, with LoRA merged.
+    """Write the dense pruned model of RUN, with LoRA merged.
 
     Removed heads and channels are cut out of the base model. If all layers have the same widths,
     AutoModelForCausalLM loads the result without custom code.

@@ -1,5 +1,6 @@
 """The `lpdeploy` group: commands in pipeline order, and errors as one sentence."""
 
+import difflib
 import importlib
 from typing import Any
 
@@ -42,6 +43,19 @@ class _LazyGroup(click.Group):
             return None
         return importlib.import_module(f"lpdeploy.cli.{cmd_name}").command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or suggest the nearest name."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            if not near:
+                raise
+            text = f"{error.message} Did you mean '{near[0]}'?"
+            raise click.UsageError(text, ctx=error.ctx) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, and turn the errors of users into one line and exit code 1 or 2."""
         quieten_libraries()
@@ -52,6 +66,8 @@ class _LazyGroup(click.Group):
                 return super().invoke(ctx)
         except OtherRankError:
             ctx.exit(1)
+        except BrokenPipeError:  # of `| head`, which needs no word: click ends in silence
+            raise
         except (click.ClickException, LpdeployError, OSError) as error:
             if ctx.meta.get(DEBUG) and not isinstance(error, click.ClickException | RecipeError):
                 raise

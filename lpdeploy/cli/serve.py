@@ -4,20 +4,21 @@ import contextlib
 
 import click
 
-from lpdeploy.cli.common import print_result, shared_options
+from lpdeploy.cli.common import Count, print_result, shared_options
 from lpdeploy.cli.options import config_options
 
 
 @click.command("serve")
 @click.argument("model", metavar="RUN|MODEL")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Port to listen on.")
+@click.option("--port", type=Count(1, 65535), default=8000, help="Port to listen on.")
 @config_options("device")
 @shared_options()
 def command(*, model: str, host: str, port: int, device: str, as_json: bool) -> None:
-    """Serve a RUN or MODEL over HTTP with 'transformers serve', on this machine only by default.
+    """Serve a RUN or MODEL over HTTP.
 
-    A RUN must be compacted first. The server answers /v1/chat/completions and /v1/completions of
+    Starts 'transformers serve', by default for this machine alone. A RUN must be compacted first.
+    The server answers /v1/chat/completions and /v1/completions of
     the OpenAI API until Ctrl-C. It is meant for a first look; 'lpdeploy package' prepares a model
     for servers that are made for load.
     """

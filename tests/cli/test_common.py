@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 
 import click
 import pytest
@@ -177,3 +180,32 @@ def test_every_whole_number_has_a_largest_value():
     for param in counts:
         with pytest.raises(click.BadParameter, match="is not in the range from"):
             param.type.convert("1" + "0" * 30, param, None)
+
+
+def test_the_list_of_commands_has_whole_sentences():
+    for words in ([], ["bench"]):
+        listed = CliRunner().invoke(main, [*words, "--help"]).stdout.split("Commands:")[1]
+        assert "..." not in listed
+        assert all(line.endswith(".") for line in listed.splitlines() if line)
+
+
+def test_a_misspelt_command_gets_the_nearest_name():
+    result = CliRunner().invoke(main, ["prun"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "Error: No such command 'prun'. Did you mean 'prune'?"
+    result = CliRunner().invoke(main, ["xyzzy"])
+    assert result.stderr.splitlines()[-1] == "Error: No such command 'xyzzy'."
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break differently")
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As `lpdeploy ... | head -1`: the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lpdeploy", "doctor"],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert "Error" not in done.stderr
+    assert "Traceback" not in done.stderr
