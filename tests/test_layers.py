@@ -43,7 +43,7 @@ ALLOWED = {
     "benchmark": CORE | {"engines", "config", "pruning", "plotting"},
     "report": CORE | {"engines", "evaluation", "benchmark", "pruning"},
     "paper": CORE | {"config", "fields", "presets", "ramps", "pruning", "evaluation", "plotting"},
-    "publish": CORE | {"engines"},
+    "publish": CORE | {"engines", "evaluation"},
     "api": CORE
     | {
         "engines",

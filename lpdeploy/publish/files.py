@@ -9,10 +9,12 @@ from lpdeploy.engines import ENGINES
 from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.exports import find_export
 from lpdeploy.errors import ArtifactError
+from lpdeploy.evaluation.results import Evaluation, load_evaluation
 from lpdeploy.models.card import build_hub_card
 from lpdeploy.models.loading import is_local
-from lpdeploy.models.place import locate_model
+from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.plan import PruningPlan
+from lpdeploy.publish.evaluation import add_evaluation
 from lpdeploy.records import format_json, load_json
 from lpdeploy.run_folder import RunFolder
 
@@ -65,10 +67,20 @@ def list_uploads(run: RunFolder, *, repo: str) -> list[Upload]:
     for engine, folder in exports.items():
         files += [(f"{engine.name}/{path.name}", path) for path in _list_files(folder)]
     card = _build_card(model, plan, repo=repo, exports=list(exports))
+    evaluation = _load_evaluation(run, place)
+    if evaluation is not None:
+        card = add_evaluation(card, evaluation, repo=repo)
     return [
         Upload(CARD, model / CARD, card.encode()),
         *(Upload(path, source, _rewrite(source)) for path, source in sorted(files)),
     ]
+
+
+def _load_evaluation(run: RunFolder, place: ModelPlace) -> Evaluation | None:
+    """Load what was measured of the model that is there now; None if nothing was."""
+    run.check_files(run.evaluation)
+    found = load_evaluation(run.evaluation, fix="Delete it.")
+    return found if found and found.model_sha256 == place.compute_sha256() else None
 
 
 def _list_files(folder: Path) -> Iterator[Path]:

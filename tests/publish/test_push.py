@@ -4,15 +4,18 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from lpdeploy.artifacts import compute_sha256, save_json
 from lpdeploy.engines import ENGINES
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.evaluation.results import Evaluation, Figures, Perplexity
 from lpdeploy.folders import FOLDER_RECORD
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import load_model
@@ -85,9 +88,9 @@ def test_without_yes_it_is_shown_and_nothing_leaves(run, no_hub):
     assert shown["visibility"] == "private"
     assert shown["bytes"] == sum(file["bytes"] for file in shown["files"])
     assert shown["command"] == f"lpdeploy push {run} --repo me/small --private --yes"
-    assert f"To upload: {shown['command']}" in result.stdout
-    assert "base model: private-base (a local folder" in result.stdout
-    assert all(path in result.stdout for path in WANTED)
+    assert f"To upload: {shown['command']}" in result.stderr
+    assert "base model: private-base (a local folder" in result.stderr
+    assert all(path in result.stderr for path in WANTED)
     weights = next(file for file in shown["files"] if file["path"] == "model.safetensors")
     assert weights["bytes"] == (run / "model" / "model.safetensors").stat().st_size
     assert weights["source"] == str(run / "model" / "model.safetensors")
@@ -229,3 +232,50 @@ def test_the_hub_is_out_of_reach(run, no_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(LpdeployError, match="switched off by HF_HUB_OFFLINE. Unset it"):
         push(run, "me/small", execute=True)
+
+
+def save_evaluation(run, **changes):
+    record = load_json(run / "model" / "lpdeploy.json", fix="")
+    figures = Figures(
+        {"wikitext2": Perplexity(12.5, 1.1, 900), str(run / "mine.txt"): Perplexity(3.25, 0.5, 99)},
+        {"piqa": {"acc": 0.61, "acc_stderr": 0.05, "n": 100.0, "num_fewshot": 0.0}},
+    )
+    found = Evaluation(
+        model=str(run), model_sha256=record["sha256"], engine="torch", precision="fp32",
+        seq_len=512, figures=figures, base=Figures({"wikitext2": Perplexity(10.0, 1.0, 900)}),
+    )  # fmt: skip
+    (run / "mine.txt").write_text("x")
+    int4 = replace(found, engine="ort", precision="int4", base=None)
+    with RunFolder(run).recorded(run / "eval.json"):
+        save_json(run / "eval.json", replace(found, others=(int4,), **changes).to_json())
+
+
+def test_what_was_measured_is_on_the_card(run, hub):
+    save_evaluation(run)
+    push(run, "me/small", execute=True)
+    card = ModelCard(hub.repos["me/small"]["files"]["README.md"].decode())
+    assert card.data.model_name == "small"
+    found = {
+        each.dataset_name: (each.task_type, each.metric_type, each.metric_value)
+        for each in card.data.eval_results
+    }
+    assert found == {
+        "wikitext2": ("text-generation", "perplexity", 12.5),
+        "mine.txt": ("text-generation", "perplexity", 3.25),
+        "piqa": ("multiple-choice", "acc", 0.61),
+    }
+    assert "| perplexity of wikitext2 in segments of 512 tokens | 12.50 | 10.00 |" in card.text
+    assert "| perplexity of mine.txt in segments of 512 tokens | 3.25 |  |" in card.text
+    assert "| piqa, acc, 100 documents | 0.610 ± 0.050 |  |" in card.text
+    assert "On torch in fp32:" in card.text
+    assert "On ort in int4:" in card.text
+    assert card.data.tags == ["lpdeploy", "pruned"]
+    assert re.findall(r'from_pretrained\("(.*?)"', card.text) == ["me/small", "me/small"]
+
+
+def test_figures_of_another_model_stay_at_home(run, hub):
+    save_evaluation(run, model_sha256="0" * 64)
+    push(run, "me/small", execute=True)
+    card = hub.repos["me/small"]["files"]["README.md"].decode()
+    assert "Evaluation" not in card
+    assert "model-index" not in card
