@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lpdeploy.benchmark.results import LatencyResult
     from lpdeploy.engines.export import ExportResult
-    from lpdeploy.engines.verify import VerifyResult
+    from lpdeploy.engines.verification import VerifyResult
     from lpdeploy.evaluation.results import Evaluation
     from lpdeploy.models.compact import CompactResult
     from lpdeploy.pruning.training import StepInfo

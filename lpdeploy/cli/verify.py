@@ -11,7 +11,7 @@ from lpdeploy.cli.common import ENGINE, RUN, base_option, log, print_result, sha
 from lpdeploy.engines import ENGINES, list_exporting
 
 if TYPE_CHECKING:
-    from lpdeploy.engines.verify import Pair
+    from lpdeploy.engines.verification import Pair
 
 
 @click.command("verify")
@@ -44,7 +44,7 @@ def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:
     lines = [f"{'logits':36} {'max diff':>10} {'tolerance':>10} {'same top-1':>10}"]
     lines += [
         f"{p.a + ' = ' + p.b:36} {p.max_abs_diff:10.2e} {_write_tolerance(p)} "
-        f"{p.top1_agreement:10.1%} {'ok' if p.ok else 'DIFFERENT'}"
+        f"{p.top1_agreement:10.1%} {_VERDICTS[p.verdict]}"
         for p in result.pairs
     ]
     lines += [
@@ -52,12 +52,20 @@ def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:
         f"{'ok' if check.ok else 'DIFFERENT'}"
         for check in result.weights
     ]
+    lines += [
+        f"{name} is quantized: it ranks the same token first after {share:.1%} of the tokens, and "
+        "is not equal. lpdeploy eval --perplexity measures what that costs."
+        for name, share in result.quantized.items()
+    ]
     print_result(result.to_json(), "\n".join(lines), as_json=as_json)
     asked = ENGINES[engine]
     for other in list_exporting():
         if asked.export and other is not asked and (model / other.name).is_dir():
             log(f"'{model / other.name}' was not compared. Use --engine {other.name} for that.")
     result.check()
+
+
+_VERDICTS = {"equal": "ok", "rounded": "rounded", "different": "DIFFERENT"}
 
 
 def _write_tolerance(pair: Pair) -> str:

@@ -21,6 +21,7 @@ from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import TorchRunner, load_torch_runner
+from lpdeploy.engines.verification import UNPACKED
 from lpdeploy.engines.weight_checks import WeightsCheck, check_checkpoint
 from lpdeploy.models.adapters import LoraWeights, apply_lora_weights, attach_lora, expand_lora
 from lpdeploy.models.compact import find_base
@@ -148,7 +149,7 @@ def _list_exports(place: ModelPlace, against: str, engine: str) -> list[Stage]:
     if precision in _HALF:
         return [replace(stage, build_rounded=lambda: load(precision))]
     if precision in _PACKED:
-        unpacked = f"{folder.name}-unpacked/torch"
+        unpacked = f"{folder.name}{UNPACKED}"
         return [
             Stage(unpacked, lambda: load_unpacked(round_activations=False), against, rounds=True),
             replace(

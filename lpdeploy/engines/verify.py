@@ -3,17 +3,17 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpdeploy.artifacts import save_json
-from lpdeploy.engines import ONNX, get_engine
+from lpdeploy.artifacts import compute_sha256, save_json
+from lpdeploy.engines import ENGINES, ONNX, get_engine
 from lpdeploy.engines.runner import Runner, pad_left
 from lpdeploy.engines.stages import (
     Stage,
@@ -22,10 +22,12 @@ from lpdeploy.engines.stages import (
     list_model_stages,
     list_run_stages,
 )
+from lpdeploy.engines.verification import Pair, VerifyResult, load_verification
 from lpdeploy.engines.weight_checks import WeightsCheck
-from lpdeploy.errors import ArtifactError, ParityError
+from lpdeploy.errors import ArtifactError
 from lpdeploy.folders import check_untouched, find_recorded_folders
 from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -45,81 +47,6 @@ _ROUNDING_MARGIN = 3.0
 # A checkpoint rounds W + BA, and the weights in memory do too; where a sum in another order is on
 # the other side of the middle between two numbers, one weight in a thousand differs by a unit.
 _TIES = 0.1
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two stages compared.
-
-    Attributes:
-        a: The one.
-        b: The other.
-        max_abs_diff: Largest absolute difference of two logits.
-        max_abs_logit: Largest absolute logit of ``a``.
-        top1_agreement: Share of tokens after which both put the same token first.
-        tolerance: What ``max_abs_diff`` may be. None if ``b`` is ``a`` with its weights rounded:
-            then the difference is what rounding does.
-        ok: Whether it is within the tolerance.
-        first_layer: Index of the first decoder layer after which hidden states differ; None if
-            all agree, or if one of the two is an export.
-    """
-
-    a: str
-    b: str
-    max_abs_diff: float
-    max_abs_logit: float
-    top1_agreement: float
-    tolerance: float | None
-    ok: bool
-    first_layer: int | None = None
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """Every stage compared with an earlier one.
-
-    Attributes:
-        pairs: The logits compared, in the order of the stages.
-        weights: The weights compared, one by one.
-    """
-
-    pairs: tuple[Pair, ...]
-    weights: tuple[WeightsCheck, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether every pair agrees, and every weight is right."""
-        return all(pair.ok for pair in self.pairs) and all(check.ok for check in self.weights)
-
-    def check(self) -> None:
-        """Check that all stages agree.
-
-        Raises:
-            ParityError: Some do not. The message says where they differ first: a weight says more
-                than a layer, and a layer more than logits.
-        """
-        again = "Make {} again; if it still differs, please report it."
-        for check in self.weights:
-            if not check.ok:
-                named = ", ".join(check.wrong[:3]) + (", ..." if len(check.wrong) > 3 else "")
-                raise ParityError(
-                    f"{len(check.wrong)} of the {check.num_weights} weights of {check.b} are not "
-                    f"those of {check.a}: {named}. {again.format(check.b)}"
-                )
-        for pair in self.pairs:
-            if not pair.ok:
-                place = (
-                    "" if pair.first_layer is None else f", first after layer {pair.first_layer}"
-                )
-                raise ParityError(
-                    f"{pair.a} and {pair.b} differ by {pair.max_abs_diff:.2e}, more than "
-                    f"{pair.tolerance:.2e}{place}. {again.format(pair.b)}"
-                )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        weights = [{**asdict(check), "ok": check.ok} for check in self.weights]
-        return {"ok": self.ok, "pairs": [asdict(pair) for pair in self.pairs], "weights": weights}
 
 
 @dataclass(frozen=True)
@@ -189,9 +116,24 @@ def verify(
     with place.hold(shared=True):
         result = _compare_all(stages, atol=atol)
     if run is not None:
-        with run.recorded(run.verification):
-            save_json(run.verification, result.to_json())
+        _save(run, result, place, [stage.name for stage in stages])
     return result
+
+
+def _save(run: RunFolder, result: VerifyResult, place: ModelPlace, stages: Sequence[str]) -> None:
+    """Write verify.json, where results of other exports of the same model stay."""
+    contracts = [
+        run.get_export(engine.name, unmerged=unmerged) / engine.contract_file
+        for engine in ENGINES.values()
+        for unmerged in (False, True)
+    ]
+    present = {path.parent.name: compute_sha256(path) for path in contracts if path.is_file()}
+    own = {name: sha256 for name, sha256 in present.items() if name in stages}
+    result = replace(result, model_sha256=place.compute_sha256(), exports=own)
+    old = load_verification(run.verification, fix="Delete it.")
+    with run.recorded(run.verification):
+        merged = result if old is None else result.merge(old, present=present)
+        save_json(run.verification, merged.to_json())
 
 
 def _check_integrity(place: ModelPlace) -> None:

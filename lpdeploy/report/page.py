@@ -12,7 +12,7 @@ from lpdeploy.benchmark.plot import draw_latency, draw_training
 from lpdeploy.benchmark.results import LatencyResult
 from lpdeploy.engines import list_exporting
 from lpdeploy.engines.exports import find_export
-from lpdeploy.engines.verify import VerifyResult
+from lpdeploy.engines.verification import VerifyResult
 from lpdeploy.errors import ArtifactError
 from lpdeploy.evaluation.results import Evaluation, load_evaluation
 from lpdeploy.folders import recorded_files

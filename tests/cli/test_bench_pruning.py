@@ -30,7 +30,7 @@ def invoke(*words):
     return CliRunner().invoke(main, ["bench", "pruning", *words])
 
 
-def test_options_reach_the_workload_and_json_ends_stdout(tmp_path, monkeypatch):
+def test_options_reach_the_workload_and_json_is_all_of_stdout(tmp_path, monkeypatch):
     seen = {}
 
     def bench(model, workload, **arguments):
@@ -44,8 +44,8 @@ def test_options_reach_the_workload_and_json_ends_stdout(tmp_path, monkeypatch):
         "--data", "d.txt", "--output", str(tmp_path), "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1]) == RESULT
-    assert "0.70" in done.stdout
+    assert json.loads(done.stdout) == RESULT
+    assert "0.70" in done.stderr
     assert (seen["model"], seen["data"], seen["output"]) == ("m", "d.txt", tmp_path)
     assert (seen["criteria"], seen["load_in"]) == (("lora", "gate"), ("8bit",))
     options = seen["workload"].options

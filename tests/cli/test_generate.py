@@ -140,8 +140,9 @@ class TestServe:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "lpdeploy", "serve", str(folder), "--port", str(port)]
         server = subprocess.Popen(
-            [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+            [*command, "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        )  # fmt: skip
         try:
             ready = json.loads(server.stdout.readline())
             assert ready["url"] == f"http://127.0.0.1:{port}/v1"
@@ -157,8 +158,8 @@ class TestServe:
             answer = json.loads(connection.getresponse().read())
             assert answer["choices"][0]["message"]["role"] == "assistant"
             server.send_signal(signal.SIGINT)
-            assert server.wait(30) == 0
+            assert server.wait(60) == 0
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(server.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # transformers' own process, too
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait()

@@ -143,9 +143,9 @@ def test_what_scripts_and_people_read(model, tmp_path):
     words = ["package", str(model), "--target", "vllm", "--output", str(tmp_path / "out"), "--json"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout.splitlines()[-1])
+    data = json.loads(result.stdout)
     assert (data["target"], data["output"]) == ("vllm", str(tmp_path / "out"))
-    assert data["command"] in result.stdout.splitlines()
+    assert data["command"] in result.stderr.splitlines()
     assert data["command"] in (tmp_path / "out" / "README.md").read_text()
     again = CliRunner().invoke(main, words)
     assert again.exit_code == 1

@@ -22,7 +22,8 @@ from lpdeploy.artifacts import save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.export import export
-from lpdeploy.engines.verify import VerifyResult, verify
+from lpdeploy.engines.verification import VerifyResult
+from lpdeploy.engines.verify import verify
 from lpdeploy.folders import FOLDER_RECORD, atomic_folder
 from lpdeploy.models.compact import compact
 from lpdeploy.models.loading import compute_model_sha256
