@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lpdeploy.cli.options import (
     drop_overruled,
     is_typed,
 )
-from lpdeploy.config import CHOOSE, DATA
+from lpdeploy.config import CHOOSE, DATA, PruneConfig
 from lpdeploy.machine import format_bytes
 from lpdeploy.presets import PRESETS
 
@@ -68,6 +69,11 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
     "--resume", is_flag=True, help="Continue the stopped run in RUN from its last saved state."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing run in RUN.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, show what the run would do, and stop. Nothing is written to RUN.",
+)
 @shared_options()
 def command(
     *,
@@ -85,14 +91,16 @@ def command(
     Writes a run folder with the plan, the adapter and the log. Run `lpdeploy compact` next to get
     the smaller model.
     """
+    dry_run = values.pop("dry_run")
     drop_overruled(values)
     apply_preset(values, values.pop("preset"))
     config = build_config(values)
-    if config.removal is None and config.effective_removal == "mask":
-        log("Groups are masked until the end: 4-bit and sharded weights cannot be cut in place.")
-    unused = [f"`{name}`" for name in _TRAINING_ONLY if is_typed(name)]
-    if config.schedule == "one-shot" and unused:
-        log(write_flags(f"Without effect, as there is no fine-tuning: {', '.join(unused)}."))
+    _warn(config)
+    given: dict[str, Any] = {"data": data, "output": output, "cache": cache}
+    given |= {"resume": resume, "overwrite": overwrite}
+    if dry_run:
+        _show_dry_run(model, config, **given, as_json=as_json)
+        return
 
     from lpdeploy.benchmark.target import resolve_options
     from lpdeploy.cli.progress import counting_progress, training_progress
@@ -115,20 +123,71 @@ def command(
             signals.enter_context(stop_on_signal(stop))
             begun.set()
 
-        given: dict[str, Any] = {
-            "output": output,
-            "data": data,
-            "cache": cache,
-            "resume": resume,
-            "overwrite": overwrite,
-            "on_tokenize": on_tokenize,
-        }
+        given["on_tokenize"] = on_tokenize
         config, target = resolve_options(model, config, **given)
         calls: dict[str, Any] = {"on_distill": on_distill, "on_start": start, "on_step": on_step}
         result = prune(model, **given, **calls, options=config, target=target, stop=stop)
     leave_ranks()
     print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
     log(f"Next: lpdeploy compact {output}")
+
+
+def _warn(config: PruneConfig) -> None:
+    """Say what an option brings with it, or does not."""
+    if config.removal is None and config.effective_removal == "mask":
+        log("Groups are masked until the end: 4-bit and sharded weights cannot be cut in place.")
+    unused = [f"`{name}`" for name in _TRAINING_ONLY if is_typed(name)]
+    if config.schedule == "one-shot" and unused:
+        log(write_flags(f"Without effect, as there is no fine-tuning: {', '.join(unused)}."))
+
+
+def _show_dry_run(
+    model: str, config: PruneConfig, *, resume: bool, as_json: bool, **given: Any
+) -> None:
+    if resume:
+        raise click.UsageError("--dry-run is for a new run. Leave out --resume.")
+
+    from lpdeploy.benchmark.dry_run import dry_run
+    from lpdeploy.cli.progress import counting_progress
+    from lpdeploy.servers.check import describe_forecast
+
+    with counting_progress("tokenize") as on_tokenize:
+        found = dry_run(model, config, **given, on_tokenize=on_tokenize)
+    lines = [_describe_work(found)]
+    if found.kept is None:
+        lines.append("Trials would choose what goes, before the first step.")
+    else:
+        kept = " and ".join(f"{n:,} of {of:,} {name}" for name, (n, of) in found.kept.items())
+        after = found.parameters["after"]
+        counts = f": {after:,} of {found.parameters['before']:,} parameters" if after else ""
+        average = " on average" if config.scope == "global" else ""
+        lines += [f"A layer would keep {kept}{average}{counts}.", describe_forecast(model, config)]
+    if found.least_seconds:
+        lines.append(
+            "The matrix products of the training alone would take "
+            f"{max(1, round(found.least_seconds / 60)):,} min on this device, at its speed now."
+        )
+    print_result(found.to_json(), "\n".join(lines), as_json=as_json)
+    log("Nothing was written. Leave out --dry-run to start.")
+
+
+def _describe_work(found: Any) -> str:
+    dropped = f" ({found.dropped:,} examples give none)" if found.dropped else ""
+    if not found.steps:
+        return f"The run would prune in one shot, with {found.rows:,} rows of tokens{dropped}."
+    return (
+        f"The run would train on {found.rows:,} rows of tokens{dropped} in {found.steps:,} steps"
+        f"{_describe_events(found.events)}."
+    )
+
+
+def _describe_events(events: Sequence[int]) -> str:
+    if not events:
+        return ""
+    if events[-1] == 0:
+        return ", and remove groups before the first one"
+    steps = ", ".join(f"{step:,}" for step in events)
+    return f", and remove groups after {'step' if len(events) == 1 else 'steps'} {steps}"
 
 
 def _describe(result: Any) -> str:

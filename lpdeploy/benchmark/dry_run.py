@@ -1,0 +1,146 @@
+"""What a run of ``prune`` would do, found out without loading a weight."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpdeploy.benchmark.limits import LimitsProbe
+from lpdeploy.config import PruneConfig
+from lpdeploy.criteria import CRITERIA
+from lpdeploy.data.batches import Progress, TokenDataset
+from lpdeploy.models.costs import compute_training_flops
+from lpdeploy.models.loading import resolve_device, resolve_dtype
+from lpdeploy.models.shapes import count_kept, count_parameters, forecast_config
+from lpdeploy.plan import name_groups
+from lpdeploy.pruning.fit import check_memory
+from lpdeploy.pruning.schedule import build_schedule
+from lpdeploy.pruning.setup import Source, check_refit_data, load_dataset, load_source
+from lpdeploy.pruning.training import count_steps
+from lpdeploy.run_folder import RunFolder
+
+_TRIALS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        model: Folder or hub name of the base.
+        rows: Rows of tokens to train on.
+        dropped: Examples that give no row.
+        steps: Optimizer steps.
+        events: The steps after which groups go; empty where trials choose the shape first.
+        kept: Groups that a layer keeps, and those that it has, by their name: on average over the
+            layers with ``scope='global'``; None where trials choose the shape first.
+        parameters: Of the base (``before``) and of the pruned model (``after``); None for the
+            latter where trials or scores decide.
+        planned_bytes: Memory by its parts, and their total.
+        least_seconds: Of the matrix products of training, at the speed that a product has on this
+            device now. Everything else comes on top, and so do the trials.
+    """
+
+    model: str
+    rows: int
+    dropped: int
+    steps: int
+    events: tuple[int, ...]
+    kept: dict[str, tuple[int, int]] | None
+    parameters: dict[str, int | None]
+    planned_bytes: dict[str, int]
+    least_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``prune --dry-run --json`` prints."""
+        return asdict(self)
+
+
+def dry_run(
+    model: str,
+    options: PruneConfig,
+    *,
+    data: str,
+    output: Path,
+    cache: bool = True,
+    overwrite: bool = False,
+    on_tokenize: Progress | None = None,
+) -> DryRun:
+    """Check a run, and say what it would do. Nothing is written but tokens, for the run itself.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        options: How to prune.
+        data: File, folder or hub name.
+        output: The run folder to be.
+        cache: Keep the tokens of ``data``, and use those of an earlier run.
+        overwrite: Whether a run in ``output`` may be replaced.
+        on_tokenize: Is told (examples tokenized, all examples).
+
+    Raises:
+        LpdeployError: The run could not start: as ``prune``.
+    """
+    source = load_source(model, options)
+    RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
+    memory = check_memory(source.config, options)
+    dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+    known = not options.has_open_shape
+    if known:
+        check_refit_data(source, dataset, options)
+    steps = count_steps(options, len(dataset))
+    return DryRun(
+        model=model,
+        rows=len(dataset),
+        dropped=dataset.num_dropped,
+        steps=steps,
+        events=tuple(build_schedule(options, source.prunable, steps=steps).list_events())
+        if known
+        else (),
+        kept=_count_groups(source, options) if known else None,
+        parameters={
+            "before": count_parameters(source.config),
+            "after": count_parameters(forecast_config(source.config, options.widths))
+            if known and options.scope == "layer"
+            else None,
+        },
+        planned_bytes=memory.to_json(),
+        least_seconds=_compute_least_seconds(source, dataset, options, steps=steps),
+    )
+
+
+def _count_groups(source: Source, options: PruneConfig) -> dict[str, tuple[int, int]]:
+    counts = count_kept(source.config, options.widths)
+    return {name_groups(spec): (counts[spec.kind], spec.num_groups) for spec in source.prunable[:2]}
+
+
+def _compute_least_seconds(
+    source: Source, dataset: TokenDataset, options: PruneConfig, *, steps: int
+) -> float:
+    if not steps:
+        return 0.0
+    device = resolve_device(options.device)
+    flops = compute_training_flops(
+        source.config,
+        tokens=round(float(dataset.lengths.mean())),
+        batch=options.batch_size,
+        rank=options.lora_rank,
+        weight_gradients=CRITERIA[options.criterion].weight_gradients,
+        checkpointing=options.gradient_checkpointing,
+    )
+    dtype = resolve_dtype(options.dtype, source.config, device=device)
+    return steps * flops / _measure_products(device, dtype)
+
+
+def _measure_products(device: str, precision: str) -> float:
+    """Return the floating-point operations a second of a large product, at best of a few."""
+    probe = LimitsProbe(device=device, precision=precision)
+    times = []
+    for _ in range(_TRIALS + 1):  # the first one warms up
+        begun = time.perf_counter()
+        probe.run("matrix")
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return probe.units["matrix"] / min(times[1:])

@@ -1,0 +1,91 @@
+"""`lpdeploy prune --dry-run`: what it says against what the run does; it leaves nothing."""
+
+import json
+
+import pytest
+
+from lpdeploy.run_folder import RunFolder
+from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
+from tests.helpers import list_names, make_text, make_tiny_model
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_text(tmp_path / "text.txt")
+
+
+def prune(base, data, run, *words):
+    return invoke("prune", base, "--data", data, "--output", run, *SMALL, *words)
+
+
+def test_it_foretells_the_run(base, data, tmp_path):
+    run = tmp_path / "run"
+    told = last_json(prune(base, data, run, "--dry-run", "--json"))
+    assert not run.exists()
+    done = last_json(prune(base, data, run, "--json"))
+    plan = RunFolder(run).load_plan()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert told["steps"] == done["steps"]
+    assert told["events"] == [line["step"] for line in log if line["removed"]]
+    assert told["kept"] == {
+        "KV heads": [len(plan.kept["layers.0.heads"]), 2],
+        "channels": [len(plan.kept["layers.0.channels"]), 48],
+    }
+    compacted = last_json(invoke("compact", run, "--json"))
+    assert told["parameters"] == compacted["parameters"]
+    planned = json.loads((run / "manifest.json").read_text())["stages"]["prune"]["planned_bytes"]
+    assert told["planned_bytes"].keys() == planned.keys()
+    assert told["planned_bytes"]["weights"] == planned["weights"]
+    assert told["least_seconds"] > 0
+
+
+def test_what_people_read(base, data, tmp_path):
+    result = prune(base, data, tmp_path / "run", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "in 4 steps, and remove groups after step" in result.stdout
+    assert "A layer would keep 1 of 2 KV heads and 24 of 48 channels: " in result.stdout
+    assert "The pruned model loads in" in result.stdout
+    assert "memory: about" in result.stderr
+    assert result.stderr.splitlines()[-1] == "Nothing was written. Leave out --dry-run to start."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--schedule", "one-shot"], "The run would prune in one shot, with"),
+        (["--schedule", "separate"], "in 4 steps, and remove groups before the first one."),
+        (["--depth", "auto", "--refit"], "Trials would choose what goes, before the first step."),
+        (["--target-params", "9K"], "Trials would choose what goes, before the first step."),
+        (["--scope", "global"], "24 of 48 channels on average."),
+    ],
+)
+def test_what_is_not_known_yet(base, data, tmp_path, words, said):
+    result = prune(base, data, tmp_path / "run", *words, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert said in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence", "code"),
+    [
+        (["--resume"], "--dry-run is for a new run. Leave out --resume.", 2),
+        (["--seq-len", "4096"], "--seq-len 4096 is longer than", 1),
+    ],
+)
+def test_it_refuses_what_a_run_refuses(base, data, tmp_path, words, sentence, code):
+    check_refused(prune(base, data, tmp_path / "run", *words, "--dry-run"), sentence, code=code)
+    assert list_names(tmp_path) == ["base", "text.txt"]
+
+
+def test_a_run_that_is_there_is_refused_and_left(base, data, tmp_path):
+    run = tmp_path / "run"
+    assert prune(base, data, run).exit_code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    check_refused(prune(base, data, run, "--dry-run"), "--overwrite")
+    assert prune(base, data, run, "--dry-run", "--overwrite").exit_code == 0
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
