@@ -107,9 +107,9 @@ class RunFolder:
         return self.path / "target.json"
 
     @property
-    def chat_template(self) -> Path:
-        """How conversations were written, where the base has no such template of its own."""
-        return self.path / "chat_template.jinja"
+    def chat(self) -> Path:
+        """How the conversations were written that the model is tuned on, if it is."""
+        return self.path / "chat.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -164,7 +164,7 @@ class RunFolder:
         bench = (self.benchmark.with_suffix(end) for end in _BENCH)
         return (
             *(self.plan, self.refit, self.importance, self.log, self.manifest, self.recipe),
-            *(self.target, self.chat_template, self.checkpoint, self.verification),
+            *(self.target, self.chat, self.checkpoint, self.verification),
             *(self.evaluation, *bench, self.samples, self.page),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from lpdeploy.cli.common import ENGINE, log, print_result, shared_options
 from lpdeploy.cli.options import config_options
 from lpdeploy.cli.sampling import build_generate_options, sampling_options
+from lpdeploy.errors import LpdeployError
 from lpdeploy.plan import CHAT_TEMPLATE, PROMPT_FORMATS
 
 if TYPE_CHECKING:
@@ -41,8 +43,6 @@ def command(
     """
     options = build_generate_options(values, prompt_format=prompt_format)
 
-    from dataclasses import asdict
-
     from lpdeploy.engines import get_engine
     from lpdeploy.generation.chat import Conversation, check_chat
     from lpdeploy.generation.writer import load_writer
@@ -55,15 +55,31 @@ def command(
     with place.hold(shared=True):
         writer = load_writer(place, engine, device=device)
     check_chat(writer, options)
-    conversation, turns = Conversation(writer, options), []
+    turns: list[dict[str, str]] = []
+    try:
+        refused = _talk(Conversation(writer, options), turns, on_stderr=as_json)
+    finally:  # what was said is not lost, however it ends
+        if as_json:
+            print_result({"model": model, "engine": engine, "messages": turns}, "", as_json=True)
+    if refused:
+        click.get_current_context().exit(1)
+
+
+def _talk(conversation: Conversation, turns: list[dict[str, str]], *, on_stderr: bool) -> int:
+    """Answer all lines, add what is said to ``turns``, and count what could not be answered."""
+    refused = 0
     for line in _read_lines():
         if line == _CLEAR:
             conversation.clear()
             continue
-        _answer(conversation, line, on_stderr=as_json)
-        turns += [asdict(message) for message in conversation.messages[-2:]]
-    if as_json:
-        print_result({"model": model, "engine": engine, "messages": turns}, "", as_json=True)
+        try:
+            _answer(conversation, line, on_stderr=on_stderr)
+        except LpdeployError as error:
+            refused += 1
+            log(f"Error: {error}")
+        else:
+            turns += [asdict(message) for message in conversation.messages[-2:]]
+    return refused
 
 
 def _read_lines() -> Any:
@@ -96,6 +112,9 @@ def _answer(conversation: Conversation, line: str, *, on_stderr: bool) -> None:
     answer = conversation.ask(line, on_text=lambda text: click.echo(text, nl=False, err=on_stderr))
     click.echo(err=on_stderr)
     if forgotten := conversation.num_forgotten - before:
-        log(f"The oldest {forgotten} questions and their answers no longer fit, and are forgotten.")
+        which = (
+            "question and its answer" if forgotten == 1 else f"{forgotten} questions and answers"
+        )
+        log(f"There was no room for the oldest {which}, with what was answered: forgotten.")
     if answer.reason != "stop":
-        log("The answer reached --max-new-tokens.")
+        log(f"The answer was cut after {answer.tokens} tokens.")

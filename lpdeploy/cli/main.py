@@ -66,6 +66,10 @@ class _LazyGroup(click.Group):
                 return super().invoke(ctx)
         except OtherRankError:
             ctx.exit(1)
+        except (click.Abort, KeyboardInterrupt):
+            if as_json and HAS_RESULT not in ctx.meta:
+                print_error("Interrupted", "The command was interrupted.")
+            raise
         except BrokenPipeError:  # of `| head`, which needs no word: click ends in silence
             raise
         except (click.ClickException, LpdeployError, OSError) as error:

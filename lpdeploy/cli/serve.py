@@ -24,9 +24,9 @@ def command(*, model: str, host: str, port: int, device: str, as_json: bool) -> 
     """
     from lpdeploy.servers.transformers_serve import serve
 
-    def announce(url: str) -> None:
-        text = f"Serving {model} at {url}. Press Ctrl-C to stop."
-        print_result({"model": model, "url": url}, text, as_json=as_json)
+    def announce(url: str, name: str) -> None:
+        text = f"Serving '{name}', which is its name there, at {url}. Press Ctrl-C to stop."
+        print_result({"model": name, "url": url}, text, as_json=as_json)
 
     with contextlib.suppress(KeyboardInterrupt):  # which is how a server ends
         serve(model, host=host, port=port, device=device, on_ready=announce)

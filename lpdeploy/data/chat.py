@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from lpdeploy.data.rows import ASSISTANT, Message
+from lpdeploy.data.rows import ASSISTANT, USER, Message
 from lpdeploy.errors import DataError, quote_error
 from lpdeploy.plan import CHAT_TEMPLATE, INSTRUCTION
 
@@ -51,7 +51,7 @@ def find_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str | 
             None, that of the tokenizer if it has one.
 
     Raises:
-        DataError: A template of the tokenizer is asked for, and there is none.
+        DataError: A template of the tokenizer is asked for, and there is none, or several.
     """
     own = get_chat_template(tokenizer)
     if own is not None and prompt_format != INSTRUCTION:
@@ -66,8 +66,35 @@ def find_chat_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str | 
 
 def get_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the template that a tokenizer uses where none is named; None if it has none."""
-    # transformers can hold several, by name, and only then raises for want of a default.
-    return None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # there are several, by name
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise DataError(
+            f"The tokenizer has several chat templates ({names}), and none is called default. "
+            "Rename the one that is to be used."
+        ) from error
+
+
+def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """Return the special token that ends an answer; None if the template writes none.
+
+    It need not be the model's own end of text: a base model that is tuned on conversations has yet
+    to learn it, and servers have to stop there.
+    """
+    question, answer = Message(USER, "a"), Message(ASSISTANT, "b")
+    try:
+        rendered = render_chat((question, answer), tokenizer, template)
+    except DataError:  # the template wants more than that
+        return None
+    ((first, last),) = rendered.answers
+    tail = rendered.text[first:last].partition(answer.content)[2]
+    special = {*tokenizer.all_special_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token for token in found if token in special), None)
 
 
 def render_chat(
@@ -107,8 +134,6 @@ def write_chat(
     Raises:
         DataError: The template fails.
     """
-    from jinja2 import TemplateError
-
     try:
         written = tokenizer.apply_chat_template(
             [asdict(message) for message in messages],
@@ -116,7 +141,7 @@ def write_chat(
             tokenize=False,
             add_generation_prompt=answer_next,
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a template is a program, which can fail in any way
         raise DataError(
             f"The chat template fails for {_quote(messages)} ({quote_error(error)}). Correct the "
             f"conversation, or use `prompt_format='{INSTRUCTION}'`."

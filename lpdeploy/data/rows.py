@@ -58,9 +58,11 @@ def parse_row(row: Any, where: str) -> Example:
       with ``from`` and ``value``. What follows the last answer is left out.
     - A question (``instruction``, ``prompt`` or ``question``) with its answer (``response``,
       ``output``, ``completion`` or ``answer``). ``input`` is added to the question after an empty
-      line, and ``system`` or ``system_prompt`` comes first. Question and answer may each be a list
-      of turns.
+      line. Question and answer may each be a list of turns.
     - ``text``: a document.
+
+    ``system`` or ``system_prompt`` comes before a conversation that has no such turn. A field that
+    is None counts as absent where another has its place.
 
     Args:
         row: A mapping from the names of its fields. None counts as an empty text.
@@ -73,11 +75,12 @@ def parse_row(row: Any, where: str) -> Example:
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}. Give an object with named fields.")
-    turns = next((name for name in _TURNS if row.get(name) is not None), None)
-    if turns:
-        return Example(messages=_check_turns(read_turns(row[turns], f"{where}: '{turns}'"), where))
+    turns = _find(row, _TURNS)
+    if turns and row[turns] is not None:
+        said = read_turns(row[turns], _join(where, turns))
+        return Example(messages=_check_turns([*_read_system(row, said, where), *said], where))
     question, answer = _find(row, _QUESTIONS), _find(row, _ANSWERS)
-    if question and answer:
+    if question and answer and (row[answer] is not None or row.get("text") is None):
         return Example(messages=_read_pair(row, question, answer, where))
     if "text" in row:
         return Example(_get_text(row, "text", where))
@@ -88,24 +91,36 @@ def parse_row(row: Any, where: str) -> Example:
 
 
 def _find(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in row), None)
+    """Return the first name that a row has a value for, or at least has; None if it has none.
+
+    Columns that only other rows have are null where data sets are joined.
+    """
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else None)
 
 
 def _read_pair(
     row: Mapping[str, Any], question: str, answer: str, where: str
 ) -> tuple[Message, ...]:
-    system = _find(row, _SYSTEMS)
-    turns = [Message(SYSTEM, _get_text(row, system, where))] if system else []
+    turns = []
     if isinstance(row[question], list):
-        turns += read_turns(row[question], f"{where}: '{question}'")
+        turns += read_turns(row[question], _join(where, question))
     else:
         parts = (_get_text(row, question, where), _get_text(row, "input", where))
         turns.append(Message(USER, "\n\n".join(part for part in parts if part)))
     if isinstance(row[answer], list):
-        turns += read_turns(row[answer], f"{where}: '{answer}'")
+        turns += read_turns(row[answer], _join(where, answer))
     else:
         turns.append(Message(ASSISTANT, _get_text(row, answer, where)))
-    return _check_turns([turn for turn in turns if turn.role != SYSTEM or turn.content], where)
+    return _check_turns([*_read_system(row, turns, where), *turns], where)
+
+
+def _read_system(row: Mapping[str, Any], turns: list[Message], where: str) -> list[Message]:
+    """Return the system turn that stands in a field of its own, if the turns have none."""
+    name = _find(row, _SYSTEMS)
+    text = _get_text(row, name, where) if name else ""
+    has_one = any(turn.role == SYSTEM for turn in turns)
+    return [Message(SYSTEM, text)] if text and not has_one else []
 
 
 def read_turns(turns: Any, where: str) -> list[Message]:
@@ -153,9 +168,23 @@ def _check_turns(turns: list[Message], where: str) -> tuple[Message, ...]:
 def _get_text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = "" if row.get(name) is None else row[name]
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' is a {type(value).__name__}. Make it a string.")
+        kind = type(value).__name__
+        raise DataError(f"{_join(where, name)} is of type {kind}. Make it a string.")
+    check_text(value, _join(where, name))
+    return value
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where.rstrip(',')}: '{name}'"  # a place ends in a comma where a verb may follow
+
+
+def check_text(value: str, name: str) -> None:
+    """Refuse what is no text: half of a pair that JSON can escape, or bytes that are no UTF-8.
+
+    Raises:
+        DataError: It cannot be encoded.
+    """
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a pair, which is no character
-        raise DataError(f"{where}: '{name}' is not text ({quote_error(error)}).") from error
-    return value
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is not text ({quote_error(error)}). Write it as UTF-8.") from error

@@ -58,7 +58,7 @@ def load_corpus(source: Any, *, split: str = "train") -> Corpus:
     found: Iterable[Example]
     if not _has_name(source):
         rows = enumerate(source)
-        found = (parse_row(dict(row), f"row {number} of {name}") for number, row in rows)
+        found = (parse_row(row, f"Row {number} of {name}") for number, row in rows)
     elif Path(name).exists():
         found = _load_local(Path(name))
     else:

@@ -80,13 +80,15 @@ def evaluate(
             engine=engine,
             precision=runner.precision,
             seq_len=options.seq_len,
-            figures=_measure(runner, place.folder, options, tasks, on_progress),
+            figures=_measure(runner, place.folder, place.folder, options, tasks, on_progress),
         )
         if with_base and place.run is not None:
             base = find_base(place.run.load_plan(), base)
             del runner  # one model in memory at a time
             runner = load_torch_runner(base, device=device)
-            result = replace(result, base=_measure(runner, base, options, tasks, on_progress))
+            # Conversations are written as the run writes them, so that both read the same text.
+            figures = _measure(runner, base, place.folder, options, tasks, on_progress)
+            result = replace(result, base=figures)
         if place.run is not None:
             in_part = options.max_segments is not None or options.limit is not None
             _merge_into(place.run, result, in_part=in_part)
@@ -133,10 +135,16 @@ def _import_harness() -> ModuleType:
 
 
 def _measure(
-    runner: Runner, model: Path, options: EvalOptions, tasks: Any, on_progress: Progress
+    runner: Runner,
+    model: Path,
+    words: Path,
+    options: EvalOptions,
+    tasks: Any,
+    on_progress: Progress,
 ) -> Figures:
+    """Measure a model on texts that the tokenizer in the folder ``words`` writes."""
     config = load_config(model)
-    tokenizer = load_tokenizer(model, config)
+    tokenizer = load_tokenizer(words, load_config(words))
     perplexities, metrics = {}, {}
     for source in options.perplexity:
         perplexities[source] = compute_perplexity(

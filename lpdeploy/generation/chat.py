@@ -2,7 +2,7 @@
 
 from lpdeploy.data.rows import ASSISTANT, SYSTEM, USER, Message
 from lpdeploy.errors import LpdeployError
-from lpdeploy.generation.options import GenerateOptions
+from lpdeploy.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions
 from lpdeploy.generation.results import Answer
 from lpdeploy.generation.writer import OnText, Writer
 
@@ -51,7 +51,10 @@ class Conversation:
         return answer
 
     def _fits(self, prompt: list[int]) -> bool:
-        return self._writer.count_room(prompt, self._options) >= (self._options.max_new_tokens or 1)
+        """Tell whether there is room for an answer: by default for one of a fair length."""
+        positions = self._writer.runner.max_positions
+        fair = min(DEFAULT_NEW_TOKENS, positions // 4)
+        return positions - len(prompt) >= (self._options.max_new_tokens or fair)
 
 
 def check_chat(writer: Writer, options: GenerateOptions) -> None:

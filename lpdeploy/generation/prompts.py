@@ -21,7 +21,7 @@ def load_prompts(path: Path) -> list[str]:
     if path.suffix.lower() in (".jsonl", ".json"):
         found = [_read_row(row, where) for where, row in read_json_rows(path)]
     else:
-        found = [line for line in read_text(path).splitlines() if line.strip()]
+        found = [line for line in read_text(path).split("\n") if line.strip()]
     if not found:
         raise DataError(f"'{path}' holds no prompt. Write one in each line.")
     return found

@@ -45,7 +45,10 @@ def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
 
     Raises:
         LpdeployError: The model, an export, the tokenizer or a prompt cannot be used.
+        ValueError: ``prompts`` is one text, and no list of them.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; give a list of texts")  # noqa: TRY004
     device = resolve_device(device)
     get_engine(engine).check(device)
     if with_base and not RunFolder(model).is_complete:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lpdeploy.data.chat import find_chat_template, write_chat
-from lpdeploy.data.rows import SYSTEM, USER, Message
+from lpdeploy.data.rows import SYSTEM, USER, Message, check_text
 from lpdeploy.engines.exports import load_place
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.runner import Runner
@@ -51,6 +51,7 @@ class Writer:
         if options.prompt_format is not None:
             system = [] if options.system is None else [Message(SYSTEM, options.system)]
             return self.encode_chat([*system, Message(USER, prompt)], options)
+        check_text(prompt, "The prompt")
         tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
         if not tokens:
             raise LpdeployError("The prompt is empty. Give it at least one character.")
@@ -62,6 +63,8 @@ class Writer:
         Raises:
             DataError: The tokenizer has no chat template, and one is asked for, or it fails.
         """
+        for message in messages:
+            check_text(message.content, f"What the {message.role} says")
         asked = None if options.prompt_format == AUTO else options.prompt_format
         template = find_chat_template(self.tokenizer, asked)
         text = write_chat(messages, self.tokenizer, template, answer_next=True)
@@ -99,9 +102,9 @@ class Writer:
         wanted = options.max_new_tokens or max(room, 1)
         if wanted > room:
             raise LpdeployError(
-                f"The prompt has {len(prompt):,} tokens, and {wanted:,} new ones are asked for, "
-                f"but the model has {self.runner.max_positions:,} positions. Shorten the prompt, "
-                "or use a smaller `max_new_tokens`."
+                f"A prompt of {len(prompt):,} tokens and {wanted:,} new tokens need more than the "
+                f"{self.runner.max_positions:,} positions of the model. Shorten the prompt, or use "
+                "a smaller `max_new_tokens`."
             )
         stream, pieces, times = TextStream(self.tokenizer, prompt), [], [time.perf_counter()]
 

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from lpdeploy.artifacts import compute_sha256, save_json
+from lpdeploy.artifacts import check_unchanged, compute_sha256, save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import FOLDER_RECORD, atomic_folder, check_replaceable
-from lpdeploy.manifest import load_stage, record_stage
+from lpdeploy.manifest import load_output_hash, load_stage, record_stage
 from lpdeploy.models.card import build_model_card
+from lpdeploy.models.chat_format import load_chat_format
 from lpdeploy.models.checkpoint import (
     carry_files,
     check_weights,
@@ -156,7 +157,7 @@ def _save_rest(
     widths = list_widths(pruned)
     pruned.save_pretrained(folder)
     _carry_files(base, folder, before=config, after=pruned)
-    _replace_template(run, folder)
+    _apply_chat_format(run, folder, pruned)
     if not merged:
         _copy_adapter(run, folder, plan, base=output)
     record = ModelRecord(
@@ -236,16 +237,22 @@ def _carry_files(base: Path, folder: Path, *, before: Any, after: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _replace_template(run: RunFolder, folder: Path) -> None:
-    """Ship the chat template that a run was tuned with, if it is not that of its base."""
-    if not run.chat_template.is_file():
+def _apply_chat_format(run: RunFolder, folder: Path, config: PretrainedConfig) -> None:
+    """Ship the form in which conversations were written, if the run was tuned on any.
+
+    Raises:
+        ArtifactError: Its file is gone, or has changed.
+    """
+    expected = load_output_hash(run.path, "prune", run.chat.name)
+    if expected is None:
         return
-    shutil.copyfile(run.chat_template, folder / run.chat_template.name)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():  # an older checkpoint has its template here, which some readers prefer
-        kept = load_record(dict[str, Any], settings, fix="Copy the tokenizer anew.")
-        kept.pop("chat_template", None)
-        save_json(settings, kept)
+    fix = "Restore it, or prune again."
+    if not run.chat.is_file():
+        raise ArtifactError(f"'{run.chat}' is missing: the run was tuned on conversations. {fix}")
+    check_unchanged(run.chat, expected, fix=fix)
+    form = load_chat_format(run.chat)
+    assert form is not None
+    form.apply(folder, config)
 
 
 def find_base(plan: PruningPlan, moved_to: Path | None = None) -> Path:

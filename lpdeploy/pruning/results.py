@@ -76,6 +76,7 @@ def save_results(
     stage.outputs = {
         run.adapter.name: compute_sha256(run.adapter),
         run.plan.name: hashlib.sha256(format_json(plan.to_json()).encode()).hexdigest(),
+        **({run.chat.name: compute_sha256(run.chat)} if run.chat.is_file() else {}),
     }
     return plan
 

@@ -24,6 +24,7 @@ from lpdeploy.errors import (
     RunEndedError,
 )
 from lpdeploy.manifest import Stage, record_stage
+from lpdeploy.models.chat_format import ChatFormat
 from lpdeploy.models.loading import (
     compute_model_sha256,
 )
@@ -47,7 +48,7 @@ from lpdeploy.pruning.setup import (
     build_training,
     check_refit_data,
     describe_start,
-    find_new_template,
+    find_chat_format,
     load_dataset,
     load_source,
 )
@@ -257,17 +258,16 @@ def _prepare_output(
             save_json(run.target, target.to_json())
     if checkpoint is not None:
         trim_log(run, checkpoint.step, sha256=checkpoint.log_sha256)
-    _save_template(run, find_new_template(source, dataset))
+    _save_chat_format(run, find_chat_format(source, dataset))
 
 
-def _save_template(run: RunFolder, template: str | None) -> None:
-    """Keep the chat template that a model is tuned with, for all that is made of the run."""
-    with run.recorded(run.chat_template):
-        if template is None:
-            run.chat_template.unlink(missing_ok=True)
+def _save_chat_format(run: RunFolder, form: ChatFormat | None) -> None:
+    """Keep how conversations are written, for all that is made of the run."""
+    with run.recorded(run.chat):
+        if form is None:
+            run.chat.unlink(missing_ok=True)
         else:
-            with atomic_file(run.chat_template) as temporary:
-                temporary.write_text(template, encoding="utf-8")
+            form.save(run.chat)
 
 
 def _run(

@@ -20,12 +20,13 @@ from lpdeploy.data.batches import (
     estimate_padding,
 )
 from lpdeploy.data.cache import find_cache, load_or_build
-from lpdeploy.data.chat import get_chat_template
+from lpdeploy.data.chat import find_end_of_turn
 from lpdeploy.data.sources import compute_source_hash, load_corpus
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import OUTPUT_LINEARS, list_group_specs
 from lpdeploy.models.adapters import attach_lora
+from lpdeploy.models.chat_format import ChatFormat
 from lpdeploy.models.checkpoint import check_weights
 from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
@@ -162,12 +163,12 @@ def load_dataset(
     return load_or_build(find_cache(), identity, build=build)
 
 
-def find_new_template(source: Source, dataset: TokenDataset) -> str | None:
-    """Return the chat template of the rows if the base does not have the same; else None."""
+def find_chat_format(source: Source, dataset: TokenDataset) -> ChatFormat | None:
+    """Return how conversations were written; None for plain text."""
     template = dataset.chat_template
     if template is None or source.tokenizer is None:
         return None
-    return None if template == get_chat_template(source.tokenizer) else template
+    return ChatFormat(template, find_end_of_turn(source.tokenizer, template))
 
 
 def build_training(

@@ -31,7 +31,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     device: str = "auto",
-    on_ready: Callable[[str], None] = lambda _: None,
+    on_ready: Callable[[str, str], None] = lambda *_: None,
 ) -> None:
     """Serve a model until it is interrupted.
 
@@ -40,7 +40,7 @@ def serve(
         host: Address to listen on.
         port: Port to listen on.
         device: ``auto``, ``cpu`` or ``cuda``.
-        on_ready: Is told the address of the API once it answers.
+        on_ready: Is told the address of the API, and what it calls the model, once it answers.
 
     Raises:
         MissingDependencyError: What transformers needs to serve is not installed.
@@ -69,7 +69,7 @@ def serve(
     )
     try:
         _wait_until_ready(process, host, port)
-        on_ready(f"http://{host}:{port}/v1")
+        on_ready(f"http://{host}:{port}/v1", str(place.folder))
         _check_code(process.wait())
     finally:
         _end(process)

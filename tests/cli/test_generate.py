@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
+from lpdeploy.cli import chat as chat_command
 from lpdeploy.cli.main import main
 from lpdeploy.generation.examples import PAPER
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
@@ -115,7 +116,27 @@ class TestChat:
         assert answers[0] == answers[2]  # nothing of the first conversation is remembered
         plain = pipe("w1 w2\nw3\n", "chat", folder, "--max-new-tokens", 4)
         assert plain.stdout.splitlines() == answers[:2]
-        assert "The answer reached --max-new-tokens." in plain.stderr
+        assert "The answer was cut after 4 tokens." in plain.stderr
+
+    def test_what_cannot_be_answered_ends_nothing(self, folder):
+        lines = "w1\n" + "w2 " * 300 + "\nw3\n"
+        result = pipe(lines, "chat", folder, "--max-new-tokens", 4, "--json")
+        assert result.exit_code == 1
+        turns = json.loads(result.stdout)["messages"]
+        assert [turn["content"] for turn in turns if turn["role"] == "user"] == ["w1", "w3"]
+        assert "Error: A prompt of" in result.stderr
+
+    def test_what_was_said_is_not_lost_when_it_is_interrupted(self, folder, monkeypatch):
+        def interrupt():
+            yield "w1"
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(chat_command, "_read_lines", interrupt)
+        result = invoke("chat", folder, "--max-new-tokens", 4, "--json")
+        assert result.exit_code == 1
+        assert [turn["role"] for turn in json.loads(result.stdout)["messages"]] == [
+            "user", "assistant",
+        ]  # fmt: skip
 
     def test_a_model_without_a_template_is_refused_before_anything_is_typed(self, tmp_path):
         model = make_tiny_model(tmp_path / "m")
@@ -146,9 +167,10 @@ class TestServe:
         try:
             ready = json.loads(server.stdout.readline())
             assert ready["url"] == f"http://127.0.0.1:{port}/v1"
+            assert ready["model"] == str(folder)
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             turns = [{"role": "user", "content": "w1"}]
-            body = {"model": str(folder), "messages": turns, "max_tokens": 3}
+            body = {"model": ready["model"], "messages": turns, "max_tokens": 3}
             connection.request(
                 "POST",
                 "/v1/chat/completions",

@@ -57,6 +57,27 @@ class TestForms:
         expected = chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"))
         assert parse_row(row, "here") == expected
 
+    def test_a_system_column_comes_before_turns_that_have_none(self):
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+        row = {"system": "Be kind.", "conversations": turns}
+        kind = chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"))
+        assert parse_row(row, "here") == kind
+        own = [{"from": "system", "value": "Be kind."}, *turns]
+        assert parse_row({"system": "Other.", "conversations": own}, "here") == kind
+
+    @pytest.mark.parametrize(
+        ("row", "expected"),
+        [
+            ({"instruction": None, "question": "Hi", "answer": "Hello"}, QUESTION),
+            ({"prompt": "Hi", "response": None, "output": "Hello"}, QUESTION),
+            ({"text": "all of it", "prompt": None, "completion": None}, Example("all of it")),
+            ({"text": None, "prompt": "Hi", "completion": "Hello"}, QUESTION),
+            ({"system": None, "system_prompt": "", "prompt": "Hi", "answer": "Hello"}, QUESTION),
+        ],
+    )
+    def test_columns_that_only_other_rows_have_do_not_count(self, row, expected):
+        assert parse_row(row, "here") == expected
+
     def test_a_conversation_wins_over_its_formatted_text(self):
         turns = [{"role": role, "content": said} for role, said in TURNS]
         row = {"text": "all of it", "prompt": "Hi", "completion": "x", "messages": turns}
@@ -85,7 +106,7 @@ class TestBadRows:
             ({}, "here has the fields (none). Rename them to 'text', to 'messages', or to"),
             ({"instruction": "a"}, "here has the fields instruction. Rename them to 'text'"),
             ({"response": "a"}, "here has the fields response. Rename them to 'text'"),
-            ({"text": 3}, "here: 'text' is a int. Make it a string."),
+            ({"text": 3}, "here: 'text' is of type int. Make it a string."),
             (
                 {"messages": "Hi"},
                 "here: 'messages' is no list of turns. Give each turn as {'role', 'content'}.",
@@ -108,7 +129,7 @@ class TestBadRows:
             ),
             (
                 {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-                "here: 'messages', turn 1: 'content' is a list. Make it a string.",
+                "here: 'messages', turn 1: 'content' is of type list. Make it a string.",
             ),
             (
                 {"messages": [{"role": "user", "content": "a"}]},

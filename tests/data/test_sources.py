@@ -503,7 +503,7 @@ class TestWhatIsNoData:
     @pytest.mark.parametrize(
         ("text", "sentence"),
         [
-            ('{"text": "\\ud83d"}', "line 1,: 'text' is not text .*surrogates not allowed"),
+            ('{"text": "\\ud83d"}', "line 1: 'text' is not text .*surrogates not allowed"),
             ("[" * 100_000, "line 1, is not valid JSON .maximum recursion depth"),
             ('{"text": ' + "9" * 5000 + "}", "line 1, is not valid JSON .*4300 digits"),
         ],

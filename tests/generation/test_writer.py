@@ -90,12 +90,21 @@ class TestTexts:
         assert writer.write(prompt, GenerateOptions(), asked="").tokens <= 4
         with pytest.raises(
             LpdeployError,
-            match=r"The prompt has 60 tokens, and 5 new ones are asked for, but the model has 64 "
-            r"positions\. Shorten the prompt, or use a smaller `max_new_tokens`\.",
+            match=r"A prompt of 60 tokens and 5 new tokens need more than the 64 positions of the "
+            r"model\. Shorten the prompt, or use a smaller `max_new_tokens`\.",
         ):
             writer.write(prompt, GenerateOptions(max_new_tokens=5), asked="")
-        with pytest.raises(LpdeployError, match="The prompt has 64 tokens, and 1 new ones"):
+        with pytest.raises(LpdeployError, match="A prompt of 64 tokens and 1 new tokens"):
             writer.write([5] * 64, GenerateOptions(), asked="")
+
+    def test_one_text_is_no_list(self, folder):
+        with pytest.raises(ValueError, match="prompts is one text; give a list of texts"):
+            generate_texts(folder, "w1 w2", GenerateOptions())
+
+    @pytest.mark.parametrize("format_", [None, "instruction"])
+    def test_what_is_no_text(self, folder, format_):
+        with pytest.raises(DataError, match=r"is not text \(.*surrogates not allowed\)\. Write it"):
+            open_writer(folder).encode("a\udcff", GenerateOptions(prompt_format=format_))
 
 
 class TestFormats:
@@ -158,11 +167,19 @@ class TestConversation:
         conversation.clear()
         assert [message.role for message in conversation.messages] == ["system"]
 
+    def test_turns_are_forgotten_before_answers_become_short(self, chatty):
+        conversation = Conversation(
+            open_writer(chatty), GenerateOptions(prompt_format="chat-template")
+        )
+        answers = [conversation.ask(f"w{number}") for number in range(8)]
+        assert conversation.num_forgotten > 0
+        assert all(answer.prompt_tokens <= 64 - 16 for answer in answers)  # a quarter is left
+
     def test_a_question_that_never_fits_changes_nothing(self, chatty):
         conversation = Conversation(open_writer(chatty), self.OPTIONS)
         conversation.ask("w1")
         before = list(conversation.messages)
-        with pytest.raises(LpdeployError, match="positions. Shorten the prompt"):
+        with pytest.raises(LpdeployError, match="positions of the model. Shorten the prompt"):
             conversation.ask("w1 " * 70)
         assert conversation.messages == before
 

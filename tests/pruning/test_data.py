@@ -8,7 +8,10 @@ from transformers import AutoTokenizer
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.cache import find_cache
 from lpdeploy.data.chat import INSTRUCTION_TEMPLATE
+from lpdeploy.errors import ArtifactError
 from lpdeploy.models.compact import compact
+from lpdeploy.models.generation import list_stop_tokens
+from lpdeploy.models.loading import load_config
 from lpdeploy.pruning.setup import load_dataset, load_source
 from tests.pruning.test_run import load_log, run
 
@@ -107,7 +110,6 @@ def test_what_is_tuned_on_chats_ships_their_template(base, pairs, tmp_path, own,
     if own:
         (base / "chat_template.jinja").write_text(own)
     run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80, **options})
-    assert (tmp_path / "run" / "chat_template.jinja").exists() is (own != shipped)
     for output, keep_adapter in (("model", False), ("unmerged", True)):
         compact(tmp_path / "run", keep_adapter=keep_adapter)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / output)
@@ -125,6 +127,41 @@ def test_a_template_among_the_settings_of_a_tokenizer_is_replaced(base, pairs, t
     model = tmp_path / "run" / "model"
     assert AutoTokenizer.from_pretrained(model).chat_template == INSTRUCTION_TEMPLATE
     assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
+
+
+def test_the_form_of_the_conversations_is_needed_and_must_not_change(base, pairs, tmp_path):
+    run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80})
+    chat = tmp_path / "run" / "chat.json"
+    kept = chat.read_text()
+    chat.write_text(kept.replace("Answer it", "Answer that"))
+    with pytest.raises(ArtifactError, match=r"chat\.json' has changed since it was written"):
+        compact(tmp_path / "run")
+    chat.unlink()
+    with pytest.raises(ArtifactError, match=r"chat\.json' is missing: the run was tuned on conv"):
+        compact(tmp_path / "run")
+    chat.write_text(kept)
+    compact(tmp_path / "run")
+
+
+@pytest.mark.parametrize("own", [None, [2]])
+def test_what_ends_a_turn_ends_an_answer(base, pairs, tmp_path, own):
+    """Of a base model whose template ends turns with another token than its texts."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w47"]})  # a token of the model
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'] + ' ' + turn['content'] + ' w47 ' }}"
+        "{% endfor %}{{ 'assistant ' if add_generation_prompt else '' }}"
+    )
+    tokenizer.save_pretrained(base)
+    end = tokenizer.convert_tokens_to_ids("w47")
+    settings = base / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": own, "max_length": 77}))
+    run(base, tmp_path / "run", pairs, options=FEW | {"seq_len": 80})
+    compact(tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    before = list_stop_tokens(base, load_config(base))
+    assert list_stop_tokens(model, load_config(model)) == (*before, end)
+    assert json.loads((model / "generation_config.json").read_text())["max_length"] == 77
 
 
 def test_a_template_of_a_former_run_does_not_stay(base, data, pairs, tmp_path):

@@ -22,8 +22,9 @@ from lpdeploy.engines.weight_checks import (
 from lpdeploy.models.adapters import get_base_linear
 from lpdeploy.models.weight_files import EMBEDDING, HEAD
 
-_ROUNDING = 1e-2
-"""A scale in bf16 is off by up to 2^-9, and the largest numbers are 128 of them."""
+_LARGEST = 128
+"""Steps of the largest number, which a rounded scale moves by as many of its rounding errors."""
+_SLACK = 1e-2
 
 
 def check_weights(
@@ -88,12 +89,15 @@ def _load(constant: ir.TensorProtocol) -> Tensor:
 
 
 def _unpack(constants: Mapping[str, ir.TensorProtocol], name: str) -> tuple[Tensor, Tensor]:
-    packed, scales = _load(constants[name]), _load(constants[f"{_strip(name)}.scales"]).float()
+    packed, stored = _load(constants[name]), _load(constants[f"{_strip(name)}.scales"])
+    scales, scales_dtype = stored.float(), stored.dtype
     if name.endswith(".q4"):  # two numbers a byte, the lower half first
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(2).float() - 8
     else:
         codes = packed.float() - 128
-    step = scales.abs().unsqueeze(-1).expand_as(codes)
+    # Of a scale that was rounded to half precision, the step may be as much longer.
+    rounding = torch.finfo(scales_dtype).eps / 2 * _LARGEST
+    step = (1 + rounding) * scales.abs().unsqueeze(-1).expand_as(codes)
     return (codes * scales.unsqueeze(-1)).flatten(1), step.flatten(1)
 
 
@@ -102,7 +106,7 @@ def _is_near(found: Tensor, expected: Tensor, step: Tensor | None) -> bool:
         return is_rounded(found, expected.float())
     if found.shape != expected.shape:
         return False
-    return bool(((found - expected.float()).abs() <= (1 + _ROUNDING) * step).all())
+    return bool(((found - expected.float()).abs() <= (1 + _SLACK) * step).all())
 
 
 def apply_packed(export: Path, model: Any, *, round_activations: bool) -> None:

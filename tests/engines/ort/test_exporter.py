@@ -14,6 +14,7 @@ from lpdeploy.engines.export import export
 from lpdeploy.engines.ort.exporter import export_ort
 from lpdeploy.engines.ort.graph import OPSET
 from lpdeploy.engines.ort.runner import load_ort_runner
+from lpdeploy.engines.ort.stored_weights import check_weights
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.models.adapters import load_unmerged
 from lpdeploy.models.loading import load_config, load_model
@@ -343,3 +344,17 @@ def test_a_damaged_checkpoint(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ArtifactError, match="cannot be read: .* Copy the checkpoint anew"):
         export_ort(model, tmp_path / "ort")
+
+
+@pytest.mark.parametrize("activations", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_with_scales_in_half_precision_are_the_checkpoints(
+    tmp_path, precision, activations
+):
+    """A scale that is rounded moves the largest numbers of its block by a part of a step."""
+    model = make_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    options = {"precision": precision, "activations": activations, "block_size": 16}
+    export_ort(model, tmp_path / "ort", **options)
+    names = {"a": "torch", "b": "ort"}
+    found = check_weights(tmp_path / "ort", model, adapter=None, precision=precision, **names)
+    assert found.ok, found.wrong
