@@ -57,8 +57,15 @@ def load_place(place: ModelPlace, engine: str, *, device: str | None = None) -> 
         device: ``cpu``, ``cuda`` or ``cuda:1``; None for the engine's default.
 
     Raises:
-        ArtifactError: There is no such export, or it was made of another model.
+        ArtifactError: There is no such export, it was made of another model, or the model is a base
+            whose adapter would be left out.
     """
+    made = place.load_record()
+    if made is not None and not made.merged and not place.unmerged:
+        raise ArtifactError(
+            f"'{place.folder}' is a pruned base, whose adapter would be left out. Give the run, or "
+            "the model that 'lpdeploy compact' writes without --keep-adapter."
+        )
     record = get_engine(engine)
     folder = place.folder if record.export is None else need_export(place, engine)
     return record.load(folder, device=device)

@@ -65,6 +65,44 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "{folder}/adapter")"""
 
 
+_ADAPTER_CARD = """\
+---
+{base_model}library_name: peft
+tags:
+- lora
+- lpdeploy
+- pruned
+---
+
+# LoRA of a pruned {base}
+
+The shapes of this adapter are those of the pruned model, so that it does not load on {base} itself.
+`lpdeploy compact` merges it into the model that remains. `lpdeploy compact --keep-adapter` writes
+the pruned base, on which PEFT loads it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("unmerged")
+model = PeftModel.from_pretrained(model, "unmerged/adapter")
+```
+"""
+
+
+def build_adapter_card(base_model: str) -> str:
+    """Return the card of the adapter of a run as Markdown, without a path of this machine.
+
+    Args:
+        base_model: Folder or hub name of the unpruned model.
+    """
+    local = is_local(base_model)
+    return _ADAPTER_CARD.format(
+        base=Path(base_model).name if local else base_model,
+        base_model="" if local else f"base_model: {json.dumps(base_model)}\n",
+    )
+
+
 def build_model_card(
     record: ModelRecord,
     config: PretrainedConfig,

@@ -13,6 +13,7 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import atomic_folder
 from lpdeploy.manifest import Stage
+from lpdeploy.models.card import build_adapter_card
 from lpdeploy.models.shapes import compute_achieved
 from lpdeploy.plan import PruningPlan
 from lpdeploy.pruning.state import PruningState
@@ -71,6 +72,8 @@ def save_results(
     with atomic_folder(run.adapter, kind=ADAPTER, overwrite=True) as temporary:
         # Asking the hub whether the vocabulary grew (peft's "auto") would need a network.
         model.save_pretrained(str(temporary), save_embedding_layers=False)
+        card = build_adapter_card(plan.base_model)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     with run.recorded(run.importance, run.log), atomic_file(run.importance) as path:
         save_file(state.last_seen, path)
     stage.outputs = {

@@ -6,12 +6,16 @@ import pytest
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.engines.export import export
+from lpdeploy.engines.exports import load_place
 from lpdeploy.engines.trt import exporter as tensorrt
 from lpdeploy.engines.trt.library import wrap_module
 from lpdeploy.engines.verify import verify
 from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.models.compact import compact
+from lpdeploy.models.place import locate_model
 from tests import fake_tensorrt
-from tests.helpers import make_tiny_model
+from tests.engines.test_verify import OPTIONS, prune
+from tests.helpers import make_text, make_tiny_model
 from tests.models.families import choose_kept, make_base, make_run
 
 
@@ -91,3 +95,12 @@ def test_an_export_elsewhere_leaves_the_model_as_it_is(tmp_path):
     assert {path: path.read_bytes() for path in model.rglob("*")} == before
     assert "export out" in json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
     export(str(model), output=tmp_path / "out", overwrite=True)
+
+
+def test_an_adapter_is_not_left_out_without_a_word(tmp_path):
+    """A pruned base beside its adapter is half of a model."""
+    base = make_tiny_model(tmp_path / "base", num_hidden_layers=1)
+    prune(str(base), tmp_path / "run", data=str(make_text(tmp_path / "a.txt")), options=OPTIONS)
+    compact(tmp_path / "run", keep_adapter=True)
+    with pytest.raises(ArtifactError, match=r"is a pruned base, whose adapter would be left out"):
+        load_place(locate_model(tmp_path / "run" / "unmerged"), "torch")

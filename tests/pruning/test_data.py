@@ -1,14 +1,17 @@
 """What a run is fed: tokens of earlier runs, how they are counted, what is said of padding."""
 
 import json
+import re
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.cache import find_cache
 from lpdeploy.data.chat import INSTRUCTION_TEMPLATE
 from lpdeploy.errors import ArtifactError
+from lpdeploy.models.card import build_adapter_card
 from lpdeploy.models.compact import compact
 from lpdeploy.models.generation import list_stop_tokens
 from lpdeploy.models.loading import load_config
@@ -189,3 +192,18 @@ def test_only_answers_of_chats_are_trained_on(base, tmp_path):
     dataset = load_dataset(source, str(path), options)
     labels = dataset.collate([0])["labels"][0]
     assert source.tokenizer.decode(labels[labels != -100]).split() == ["w3", "w5", "w6"]
+
+
+def test_the_card_of_an_adapter_names_no_path(base, data, tmp_path, monkeypatch):
+    """It loads where `compact --keep-adapter` has written the base that it fits."""
+    run(base, tmp_path / "run", data, options=FEW)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])  # a folder is no name
+    compact(tmp_path / "run", keep_adapter=True)
+    monkeypatch.chdir(tmp_path / "run")
+    scope = {}
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], scope)
+    assert scope["model"].peft_config
+    hub = build_adapter_card("owner/name")
+    assert yaml.safe_load(hub.split("---")[1])["base_model"] == "owner/name"
