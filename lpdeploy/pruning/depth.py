@@ -42,6 +42,11 @@ logger = logging.getLogger(__name__)
 DEPTH_ROWS = 16
 """Calibration rows that decide which layers go."""
 _CANDIDATES = 8
+_chosen: dict[str, tuple["Drop", ...]] = {}
+"""Of what a choice depends on -> the longest choice so far, which begins with all shorter ones.
+
+A run that tries several depths would make it for each of them, and once more for itself: most of
+the time of the trials."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Depth:
     refitted: frozenset[str] = frozenset()
 
 
-def apply_depth(
+def apply_depth(  # noqa: PLR0913 - all that a choice depends on
     model: Any,
     specs: Sequence[GroupSpec],
     dataset: TokenDataset,
@@ -82,6 +87,7 @@ def apply_depth(
     ranks: Ranks,
     dtype: torch.dtype,
     stored: Mapping[str, torch.dtype],
+    base_sha256: str | None = None,
 ) -> Depth:
     """Drop as many layers as the options ask for, and refit the others if they ask for that.
 
@@ -94,6 +100,8 @@ def apply_depth(
         ranks: The processes that share the rows.
         dtype: Precision in which the model computes.
         stored: Module -> precision of its weight in the checkpoint, of those that may be refitted.
+        base_sha256: Hash of the model, by which a choice is remembered in this process; None
+            remembers nothing.
 
     Raises:
         LpdeployError: As ``refit_layers``.
@@ -112,7 +120,16 @@ def apply_depth(
     if not options.shard:  # which is where it belongs, and cannot be moved
         model.to(ranks.device)
     among = sorted({spec.layer for spec in specs})
-    drops = choose_drops(model, collect(DEPTH_ROWS), among=among, count=options.drop_layers)
+    part = (options.seed, options.micro_batch_size, options.load_in, options.refit, options.shard)
+    key = repr((base_sha256, dataset.sha256, part, ranks.device, ranks.size, dtype, among))
+    known = () if base_sha256 is None else _chosen.get(key, ())
+    if len(known) < options.drop_layers:
+        known = choose_drops(
+            model, collect(DEPTH_ROWS), among=among, count=options.drop_layers, known=known
+        )
+    if base_sha256 is not None:
+        _chosen[key] = known
+    drops = known[: options.drop_layers]
     layers = sorted(drop.layer for drop in drops)
     if ranks.is_first:
         each = ", ".join(f"{drop.layer} ({drop.loss:.3f})" for drop in drops)
@@ -147,8 +164,13 @@ def _describe(
 
 
 def choose_drops(
-    model: Any, calibration: Calibration, *, among: Sequence[int], count: int
-) -> list[Drop]:
+    model: Any,
+    calibration: Calibration,
+    *,
+    among: Sequence[int],
+    count: int,
+    known: Sequence[Drop] = (),
+) -> tuple[Drop, ...]:
     """Choose the layers to drop, one after the other.
 
     Args:
@@ -156,15 +178,17 @@ def choose_drops(
         calibration: The rows that decide.
         among: Layers that may go.
         count: How many of them go.
+        known: The first of them, from an earlier choice over the same rows.
 
     Returns:
         The layers in the order in which they were chosen.
     """
-    gone: list[Drop] = []
+    gone = list(known)
+    before = {drop.layer for drop in known}
     alive = [
         index
         for index, layer in enumerate(model.model.layers)
-        if not isinstance(layer, DroppedLayer)
+        if not isinstance(layer, DroppedLayer) and index not in before
     ]
     with evaluating(model):
         while len(gone) < count:
@@ -175,7 +199,7 @@ def choose_drops(
             losses = _compute_losses_without(model, calibration, alive, left)
             gone.append(min(losses, key=lambda drop: drop.loss))
             alive.remove(gone[-1].layer)
-    return gone
+    return tuple(gone)
 
 
 def _compute_influence(

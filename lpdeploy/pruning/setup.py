@@ -32,6 +32,7 @@ from lpdeploy.models.cutting import apply_cut
 from lpdeploy.models.loading import (
     DTYPES,
     PRECISIONS,
+    compute_model_sha256,
     get_dtype,
     load_config,
     load_model,
@@ -206,6 +207,7 @@ def build_training(
         apply_depth(
             *(model, source.prunable, dataset, options),
             ranks=ranks, dtype=DTYPES[dtype], stored=stored,
+            base_sha256=compute_model_sha256(source.folder) if options.drop_layers else None,
         )
         if checkpoint is None
         else restore_depth(model, source.prunable, kept)

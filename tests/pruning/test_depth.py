@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from lpdeploy.artifacts import compute_sha256
+from lpdeploy.benchmark.target import resolve_options
 from lpdeploy.cli.main import main
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import IGNORED
@@ -30,14 +31,16 @@ from lpdeploy.models.shapes import (
     forecast_config,
 )
 from lpdeploy.plan import PruningPlan, load_plan, rename_layer
+from lpdeploy.pruning import depth
 from lpdeploy.pruning.depth import choose_drops, drop_and_refit
 from lpdeploy.pruning.least_squares import solve_ridge
 from lpdeploy.pruning.pruner import LoRAPruner
 from lpdeploy.pruning.ranks import Ranks
+from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.walk import Calibration, hold_out
 from tests.helpers import make_lora_model, make_tiny_model
 from tests.pruning.test_refit import make_batches, watch
-from tests.pruning.test_run import StoppedError, run, stop_after
+from tests.pruning.test_run import OPTIONS, StoppedError, run, stop_after
 
 LAYERS = 5
 FAMILIES = {
@@ -343,3 +346,34 @@ class TestShapes:
 )
 def test_names(name, expected):
     assert rename_layer(name, (0, 3, 12)) == expected
+
+
+def test_a_choice_goes_on_from_an_earlier_one(deep):
+    model, rows = load_model(deep), collect()
+    whole = choose_drops(model, rows, among=range(LAYERS), count=3)
+    first = choose_drops(model, rows, among=range(LAYERS), count=1)
+    assert whole[:1] == first
+    assert choose_drops(model, rows, among=range(LAYERS), count=3, known=first) == whole
+
+
+def test_trials_of_several_depths_choose_once(deep, data, tmp_path, monkeypatch):
+    """Each layer is chosen once, by the trial that first drops so many; the run chooses none."""
+    counts = []
+
+    def choose(model, calibration, *, among, count, known=()):
+        counts.append(count - len(known))
+        return choose_drops(model, calibration, among=among, count=count, known=known)
+
+    monkeypatch.setattr(depth, "choose_drops", choose)
+    monkeypatch.setattr(depth, "_chosen", {})
+    options = {"depth": "auto", "ratio": 0.5, "refit": True, **ONE_SHOT}
+    config = PruneConfig(**{**OPTIONS, **options})
+    given = {"data": str(data), "output": tmp_path / "run", "cache": False}
+    config, target = resolve_options(str(deep), config, **given)
+    tried = max(trial.ratios["drop_layers"] for trial in target.trials)
+    prune(str(deep), **given, options=config, target=target)
+    assert tried > 1
+    assert sum(counts) == tried
+    monkeypatch.setattr(depth, "_chosen", {})
+    prune(str(deep), **{**given, "output": tmp_path / "again"}, options=config, target=target)
+    assert load_plan(tmp_path / "again" / "plan.json") == load_plan(tmp_path / "run" / "plan.json")
