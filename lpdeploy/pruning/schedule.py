@@ -47,6 +47,15 @@ class Schedule:
         events = [step for step in range(self.every, last + 1, self.every) if step >= first]
         return events or [min(last, self.steps)]
 
+    def describe(self) -> str:
+        """Say how many events there are, and what their number brings with it."""
+        events = self.list_events()
+        said = f"pruning events: {len(events)}"
+        if self.kind != "joint" or len(events) > 1:
+            return said
+        off = "" if events[0] % self.every == 0 else f", which is no multiple of {self.every}"
+        return f"{said}, so that all groups go at once after step {events[0]}{off}"
+
     def compute_ratio(self, step: int) -> float:
         """Return the share of groups that is gone after 1-based step ``step``."""
         return self.ratio * self.compute_progress(step)

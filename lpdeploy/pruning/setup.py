@@ -331,6 +331,6 @@ def describe_start(source: Source, training: Training) -> str:
     return (
         f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
         f"of at most {options.seq_len} tokens{dropped}{padding}; {first}{training.steps} steps, "
-        f"pruning events: {len(training.schedule.list_events())}; {dropped_layers}"
+        f"{training.schedule.describe()}; {dropped_layers}"
         f"a layer keeps {kept}" + (" on average" if options.scope == "global" else "")
     )

@@ -71,3 +71,19 @@ def test_pruning_at_once_has_one_event_before_the_first_step():
         assert schedule.list_events() == [0], (kind, steps)
         ratios = {schedule.compute_ratio(step) for step in range(steps + 1)}
         assert ratios == {0.37}, (kind, steps)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (Schedule(ratio=0.5, steps=100), "9"),
+        (Schedule(ratio=0.5, steps=12), "1, so that all groups go at once after step 10"),
+        (
+            Schedule(ratio=0.5, steps=8),
+            "1, so that all groups go at once after step 7, which is no multiple of 10",
+        ),
+        (Schedule(ratio=0.5, steps=8, kind="separate"), "1"),
+    ],
+)
+def test_a_single_event_is_told(schedule, said):
+    assert schedule.describe() == f"pruning events: {said}"
