@@ -1,7 +1,10 @@
 """Write the tables of the documents from the JSON that tools and `lpdeploy` measured."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from doc_models import render_answers, render_formats
+from doc_text import describe, find_command, write_table
 
 from lpdeploy.benchmark.pruning_table import render_pruning as render_pruning_table
 from lpdeploy.benchmark.results import LatencyResult, PruningResult
@@ -11,30 +14,6 @@ from lpdeploy.paper.results import TableResult
 from lpdeploy.records import read_record
 
 _PARTS = ("training", "scoring", "cutting")
-
-
-def write_table(header: Sequence[str], rows: Iterable[Sequence[object]], *notes: str) -> str:
-    """Write a Markdown table, and below it a paragraph of notes, one per line."""
-    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows))
-    below = ["", *notes] if notes else []
-    return "\n".join([first, "|---" * len(header) + "|", *others, *below])
-
-
-def describe(data: dict[str, Any], library: str = "onnxruntime") -> str:
-    """Describe the machine, the versions, the date and the command of a measurement."""
-    machine = data["machine"]
-    versions = ", ".join(
-        f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", library)
-    )
-    return (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
-        f"{machine['date'][:10]}: `{find_command(data)}`"
-    )
-
-
-def find_command(data: dict[str, Any]) -> str:
-    """Return the recorded command, which older files have outside of the machine."""
-    return data.get("command") or data["machine"]["command"]
 
 
 def strip_heading(text: str) -> str:
@@ -147,72 +126,6 @@ def render_stages(data: dict[str, Any]) -> str:
     )
     header = ("stage", "s", "peak memory, GB", "written, GB")
     return write_table(header, rows, about, describe(data, "onnxruntime"))
-
-
-def render_answers(data: dict[str, Any]) -> str:
-    """Put what models answer side by side, and say which part of their time the head takes."""
-    models = data["models"]
-    rows = [
-        (
-            name,
-            f"{model['parameters'] / 1e6:.1f}",
-            f"{model['bytes'] / 1e6:.0f}",
-            *(
-                f"{model[phase]['ms']:.3g} ({model[phase]['head_share']:.0%})"
-                for phase in ("prefill", "decode")
-            ),
-        )
-        for name, model in models.items()
-    ]
-    header = ("model", "parameters, M", "weights, MB", "prefill, ms (head)", "decode, ms (head)")
-    about = (
-        f"A prompt of {data['prompt_tokens']} tokens, and one token after it, with torch in fp32; "
-        f"medians of {data['repeats']} passes, the models in turn. In brackets: the share of the "
-        "output head."
-    )
-    questions = list(next(iter(models.values()))["answers"])
-    said = [
-        (question, *(" ".join(model["answers"][question].split()) for model in models.values()))
-        for question in questions
-    ]
-    greedy = "Greedy answers through the chat template, cut after the same number of tokens."
-    return "\n\n".join(
-        [
-            write_table(header, rows, about, describe(data, "peft")),
-            write_table(("question", *models), said, greedy),
-        ]
-    )
-
-
-def render_formats(data: dict[str, Any]) -> str:
-    """Compare the number formats of one model."""
-    formats = data["formats"]
-    first = next(iter(formats.values()))
-    rows = [
-        (
-            name,
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['perplexity']:.2f} ({row['perplexity'] / first['perplexity'] - 1:+.1%})",
-            f"{row['same_next_token']:.1%}",
-            f"{row['same_greedy_tokens']} of {data['decoded_tokens']}",
-            _write_rate(row),
-        )
-        for name, row in formats.items()
-    ]
-    header = ("format", "MB", "perplexity", "same next token", "same first tokens", "tokens/s")
-    about = (
-        f"{data['model']}, {data['segments']} segments of {data['seq_len']} tokens of "
-        f"{data['text']}. The same next token: the share of positions where the format and fp32 "
-        f"rank the same token first. The same first tokens: how many of {data['decoded_tokens']} "
-        "that are decoded greedily are those of fp32. Tokens/s: decode of one sequence, median "
-        f"(p10 to p90) of {data['rounds']} rounds in which the formats take turns."
-    )
-    return write_table(header, rows, about, describe(data))
-
-
-def _write_rate(row: dict[str, Any]) -> str:
-    median, slow, fast = (1000 / row[f"decode_{part}ms"] for part in ("", "p90_", "p10_"))
-    return f"{median:.1f} ({slow:.1f} to {fast:.1f})"
 
 
 def render_one_shot(data: dict[str, Any]) -> str:

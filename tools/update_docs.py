@@ -14,7 +14,8 @@ from pathlib import Path
 
 import click
 from api_docs import render_api
-from doc_tables import RENDERERS, write_table
+from doc_tables import RENDERERS
+from doc_text import write_table
 from transformers import LlamaConfig
 
 from lpdeploy.cli.main import main as root

@@ -55,7 +55,7 @@ OPTIONS = {
     "lora_rank": (8, 2),
     "lora_dropout": (0.0, 0.05),
     "train_on_prompt": (False, True),
-    "prompt_format": (None, "instruction"),
+    "prompt_format": (None, "chat-template", "instruction"),
     "load_in": (None, "8bit", "4bit"),
     "offload_gradients": (False, True),
     "gradient_checkpointing": (False, True),
@@ -144,6 +144,10 @@ def make_base(folder, row):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
+    if row["prompt_format"] == "chat-template":
+        (folder / "chat_template.jinja").write_text(
+            "{% for turn in messages %}{{ '<s>' + turn['content'] + '</s>' }}{% endfor %}"
+        )
     path = folder / "model.safetensors"
     tensors = {name: tensor.to(row["stored"]) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})

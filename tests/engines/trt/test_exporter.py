@@ -126,8 +126,8 @@ def test_the_command_builds_an_engine_that_says_what_it_needs(tmp_path):
     words = ["export", str(model), "--engine", "trt", "--max-batch", "2", "--json"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    assert re.search(r"by tensorrt_rtx [\d.]+, cache in-place", result.stdout)
-    printed = json.loads(result.stdout.splitlines()[-1])
+    assert re.search(r"by tensorrt_rtx [\d.]+, cache in-place", result.stderr)
+    printed = json.loads(result.stdout)
     assert printed["compute_capability"] == "any"
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: it would run")
