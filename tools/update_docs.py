@@ -29,7 +29,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("results", "engines", "scaling", "serving", "triton", "costs")
+        for name in ("results", "smollm2", "engines", "scaling", "serving", "triton", "costs")
     ),
 ]
 _CLI_INTRODUCTION = """\
