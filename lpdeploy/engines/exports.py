@@ -63,8 +63,8 @@ def load_place(place: ModelPlace, engine: str, *, device: str | None = None) -> 
     made = place.load_record()
     if made is not None and not made.merged and not place.unmerged:
         raise ArtifactError(
-            f"'{place.folder}' is a pruned base, whose adapter would be left out. Give the run, or "
-            "the model that 'lpdeploy compact' writes without --keep-adapter."
+            f"'{place.folder}' is a pruned base, whose adapter would be left out. Compact the run "
+            "without `keep_adapter`, and give the run."
         )
     record = get_engine(engine)
     folder = place.folder if record.export is None else need_export(place, engine)

@@ -205,9 +205,8 @@ def build_training(
     kept = {} if checkpoint is None else checkpoint.select("kept")
     depth = (
         apply_depth(
-            *(model, source.prunable, dataset, options),
-            ranks=ranks, dtype=DTYPES[dtype], stored=stored,
-            base_sha256=compute_model_sha256(source.folder) if options.drop_layers else None,
+            *(model, source.prunable, dataset, options), ranks=ranks, dtype=DTYPES[dtype],
+            stored=stored, base_sha256=_find_hash(source, options),
         )
         if checkpoint is None
         else restore_depth(model, source.prunable, kept)
@@ -242,6 +241,11 @@ def build_training(
     if checkpoint is not None:
         apply_checkpoint(checkpoint, training)
     return training
+
+
+def _find_hash(source: Source, options: PruneConfig) -> str | None:
+    """Return the hash of the base where layers go, whose choice is remembered by it."""
+    return compute_model_sha256(source.folder) if options.drop_layers else None
 
 
 def check_refit_data(source: Source, dataset: TokenDataset, options: PruneConfig) -> None:
