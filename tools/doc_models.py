@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from doc_text import describe, write_table
+from tools.doc_text import describe, write_table
 
 
 def render_answers(data: dict[str, Any]) -> str:

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from doc_models import render_answers, render_formats
-from doc_text import describe, find_command, write_table
-
 from lpdeploy.benchmark.pruning_table import render_pruning as render_pruning_table
 from lpdeploy.benchmark.results import LatencyResult, PruningResult
 from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import TableResult
 from lpdeploy.records import read_record
+from tools.doc_models import render_answers, render_formats
+from tools.doc_text import describe, find_command, write_table
 
 _PARTS = ("training", "scoring", "cutting")
 

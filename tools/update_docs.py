@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from api_docs import render_api
-from doc_tables import RENDERERS
-from doc_text import write_table
 from transformers import LlamaConfig
 
 from lpdeploy.cli.main import main as root
@@ -24,6 +21,12 @@ from lpdeploy.pruning.travel import compute_travel
 from lpdeploy.servers.verdicts import SERVERS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # it runs as a script, and the others are modules of `tools`
+
+from tools.api_docs import render_api  # noqa: E402
+from tools.doc_tables import RENDERERS  # noqa: E402
+from tools.doc_text import write_table  # noqa: E402
+
 CLI, API = ROOT / "docs" / "cli.md", ROOT / "docs" / "api.md"
 DOCUMENTS = [
     ROOT / "README.md",

@@ -88,13 +88,16 @@ def test_committed_cells_are_found_again():
     assert len(COMMITTED) > 100
     for path in COMMITTED:
         cell = json.loads(path.read_text(encoding="utf-8"))
-        evaluation = EvalSettings()
-        if cell["evaluation"]["perplexity"]:
-            texts = cell["evaluation"]["perplexity"].items()
-            evaluation = EvalSettings(
-                tuple(Source(name, name, identity) for name, identity in texts),
-                cell["evaluation"]["seq_len"],
-            )
+        recorded = cell["evaluation"]
+        tasks = recorded["task_data"]
+        evaluation = EvalSettings(
+            tuple(Source(name, name, known) for name, known in recorded["perplexity"].items()),
+            recorded["seq_len"] or EvalSettings.seq_len,
+            tuple(recorded["tasks"].split(",")) if recorded["tasks"] else (),
+            Source("t", "t", tasks) if tasks else None,
+            recorded.get("max_segments"),
+            recorded.get("limit"),
+        )
         values = rename_fields(cell["options"])
         study = Study(
             model=Source("m", "m", cell["model"]["sha256"]),
