@@ -238,8 +238,8 @@ class Run(RunFolder):
             device: ``auto``, ``cpu`` or ``cuda``.
             max_new_tokens: Largest number of tokens added to each text; None for 256, or as many
                 as there is room for.
-            prompt_format: None to continue each text as it is; ``chat-template`` to make it the
-                turn of a user, or ``instruction`` to put it under a fixed heading.
+            prompt_format: As in ``lpdeploy.generation.options.GenerateOptions``: None continues
+                each text as it is, and the others make it the turn of a user.
             system: A turn of the system before each, with ``prompt_format``.
             sampling: Fields of ``lpdeploy.engines.sampling.Sampling``: ``temperature``, where 0,
                 the default, takes the most likely token, ``top_k``, ``top_p`` and ``seed``.

@@ -134,6 +134,15 @@ def load_record(
         raise ArtifactError(f"'{path}' cannot be used: {error}. {fix}") from error
 
 
+def find_record(
+    kind: type[_Record], path: Path, *, fix: str, schema_version: int | None = None
+) -> _Record | None:
+    """Read a file as ``load_record`` does; None where there is none."""
+    if not path.is_file():
+        return None
+    return load_record(kind, path, fix=fix, schema_version=schema_version)
+
+
 def load_record_lines(kind: type[_Record], path: Path, *, fix: str) -> list[tuple[str, _Record]]:
     """Read a file with one JSON document per line, as the lines and what they hold.
 

@@ -1,13 +1,11 @@
 """What a run of ``prune`` would do, found out without loading a weight."""
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lpdeploy.benchmark.limits import LimitsProbe
+from lpdeploy.benchmark.worker import time_work
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import Progress, TokenDataset
@@ -136,11 +134,7 @@ def _compute_least_seconds(
 def _measure_products(device: str, precision: str) -> float:
     """Return the floating-point operations a second of a large product, at best of a few."""
     probe = LimitsProbe(device=device, precision=precision)
-    times = []
-    for _ in range(_TRIALS + 1):  # the first one warms up
-        begun = time.perf_counter()
-        probe.run("matrix")
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return probe.units["matrix"] / min(times[1:])
+    times = [
+        time_work(lambda: probe.run("matrix"), device=device).seconds for _ in range(_TRIALS + 1)
+    ]
+    return probe.units["matrix"] / min(times[1:])  # the first one warms up

@@ -164,21 +164,17 @@ def build_token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, on_progress: Progress | None = None
 ) -> NDArray[np.int32]:
     """Join all documents, each as bos, tokens, eos, or all conversations; shape (N,)."""
-    bos, eos = ((), ()) if corpus.is_chat else _get_ends(tokenizer)
+    template = find_chat_template(tokenizer) if corpus.is_chat else None
+    bos, eos = _get_ends(tokenizer) if template is None else ((), ())
     pieces: list[NDArray[np.int32]] = []
     for examples in _iterate_chunks(corpus.examples, on_progress):
-        texts = _list_texts(Corpus(corpus.source, examples), tokenizer)
+        texts = [
+            each.text if template is None else write_chat(each.messages, tokenizer, template)
+            for each in examples
+        ]
         encoded = _tokenize(tokenizer, texts)["input_ids"]
         pieces.append(np.array([t for ids in encoded for t in (*bos, *ids, *eos)], dtype=np.int32))
     return np.concatenate(pieces)
-
-
-def _list_texts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """List the documents of a corpus, or its conversations as the chat template writes them."""
-    if not corpus.is_chat:
-        return [example.text for example in corpus.examples]
-    template = find_chat_template(tokenizer)
-    return [write_chat(each.messages, tokenizer, template) for each in corpus.examples]
 
 
 def list_batch(num_rows: int, *, step: int, batch_size: int, seed: int) -> list[int]:

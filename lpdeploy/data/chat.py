@@ -150,6 +150,20 @@ def write_chat(
     return written
 
 
+def encode_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[int]:
+    """Return the tokens of a conversation, up to where the next answer begins.
+
+    Raises:
+        DataError: The template fails.
+    """
+    text = write_chat(messages, tokenizer, template, answer_next=True)
+    # A template writes the special tokens itself.
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens
+
+
 def _quote(messages: Sequence[Message]) -> str:
     roles = ", ".join(message.role for message in messages)
     return f"the conversation ({roles}) that begins with '{messages[0].content[:40]}'"

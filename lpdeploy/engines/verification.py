@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from lpdeploy.engines.weight_checks import WeightsCheck
 from lpdeploy.errors import ParityError
-from lpdeploy.records import load_record
 
 UNPACKED = "-unpacked/torch"
 """How the stage ends in which torch computes with the packed weights of an export."""
@@ -130,16 +128,3 @@ class VerifyResult:
             weights=(*self.weights, *(check for check in old.weights if check.b in names)),
             exports={**self.exports, **kept},
         )
-
-
-def load_verification(path: Path, *, fix: str) -> VerifyResult | None:
-    """Read a ``verify.json``; None where there is none.
-
-    Args:
-        path: The file.
-        fix: Sentence that tells the user what to do where the file cannot be read.
-
-    Raises:
-        ArtifactError: It cannot be read.
-    """
-    return load_record(VerifyResult, path, fix=fix) if path.is_file() else None

@@ -22,11 +22,12 @@ from lpdeploy.engines.stages import (
     list_model_stages,
     list_run_stages,
 )
-from lpdeploy.engines.verification import Pair, VerifyResult, load_verification
+from lpdeploy.engines.verification import Pair, VerifyResult
 from lpdeploy.engines.weight_checks import WeightsCheck
 from lpdeploy.errors import ArtifactError
 from lpdeploy.folders import check_untouched, find_recorded_folders
 from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.records import find_record
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _save(run: RunFolder, result: VerifyResult, place: ModelPlace, stages: Seque
     present = {path.parent.name: compute_sha256(path) for path in contracts if path.is_file()}
     own = {name: sha256 for name, sha256 in present.items() if name in stages}
     result = replace(result, model_sha256=place.compute_sha256(), exports=own)
-    old = load_verification(run.verification, fix="Delete it.")
+    old = find_record(VerifyResult, run.verification, fix="Delete it.")
     with run.recorded(run.verification):
         merged = result if old is None else result.merge(old, present=present)
         save_json(run.verification, merged.to_json())

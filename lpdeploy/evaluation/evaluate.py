@@ -15,7 +15,7 @@ from lpdeploy.engines import get_engine
 from lpdeploy.engines.exports import load_place
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
-from lpdeploy.errors import ArtifactError, MissingDependencyError
+from lpdeploy.errors import MissingDependencyError
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.perplexity import compute_perplexity
 from lpdeploy.evaluation.results import Evaluation, Figures, load_evaluation
@@ -26,7 +26,7 @@ from lpdeploy.models.loading import (
     load_tokenizer,
     resolve_device,
 )
-from lpdeploy.models.place import ModelPlace, locate_model
+from lpdeploy.models.place import ModelPlace, check_has_base, locate_model
 from lpdeploy.run_folder import RunFolder
 
 TASKS = "tasks"
@@ -66,8 +66,8 @@ def evaluate(
     """
     device = resolve_device(device)
     get_engine(engine).check(device)
-    if with_base and not RunFolder(model).is_complete:
-        raise ArtifactError(f"`with_base=True` needs a run, and '{model}' is none. Leave it out.")
+    if with_base:
+        check_has_base(model)
     place = locate_model(model)
     tasks = _load_tasks(options)  # before the model: they are refused sooner than it is loaded
     if place.run is not None:  # before hours of work, whose result goes into this file

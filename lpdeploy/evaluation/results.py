@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.records import load_record, read_record
+from lpdeploy.records import find_record, read_record
 
 PAPER_METRICS = {
     "boolq": "acc",
@@ -230,6 +230,4 @@ def load_evaluation(path: Path, *, fix: str) -> Evaluation | None:
     Raises:
         ArtifactError: It cannot be read.
     """
-    if not path.is_file():
-        return None
-    return load_record(Evaluation, path, fix=fix)
+    return find_record(Evaluation, path, fix=fix)

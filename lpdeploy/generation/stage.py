@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lpdeploy.engines import TORCH, get_engine
-from lpdeploy.errors import ArtifactError
 from lpdeploy.generation.options import GenerateOptions
 from lpdeploy.generation.results import Generated
 from lpdeploy.generation.writer import OnText, Writer, load_base_writer, load_writer
 from lpdeploy.models.compact import find_base
 from lpdeploy.models.loading import resolve_device
-from lpdeploy.models.place import locate_model
-from lpdeploy.run_folder import RunFolder
+from lpdeploy.models.place import check_has_base, locate_model
 
 
 def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
@@ -51,8 +49,8 @@ def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
         raise ValueError("prompts is one text; give a list of texts")  # noqa: TRY004
     device = resolve_device(device)
     get_engine(engine).check(device)
-    if with_base and not RunFolder(model).is_complete:
-        raise ArtifactError(f"`with_base=True` needs a run, and '{model}' is none. Leave it out.")
+    if with_base:
+        check_has_base(model)
     place = locate_model(model)
 
     def write_all(writer: Writer, name: str, engine: str) -> Generated:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lpdeploy.data.chat import find_chat_template, write_chat
+from lpdeploy.data.chat import encode_chat, find_chat_template
 from lpdeploy.data.rows import SYSTEM, USER, Message, check_text
 from lpdeploy.engines.exports import load_place
 from lpdeploy.engines.generation import generate
@@ -66,13 +66,7 @@ class Writer:
         for message in messages:
             check_text(message.content, f"What the {message.role} says")
         asked = None if options.prompt_format == AUTO else options.prompt_format
-        template = find_chat_template(self.tokenizer, asked)
-        text = write_chat(messages, self.tokenizer, template, answer_next=True)
-        # A template writes the special tokens itself.
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return tokens
+        return encode_chat(messages, self.tokenizer, find_chat_template(self.tokenizer, asked))
 
     def count_room(self, prompt: list[int], options: GenerateOptions) -> int:
         """Return how many tokens may be added to a prompt; below 1 where it is too long."""

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.models.generation import list_stop_tokens
-from lpdeploy.records import load_record
+from lpdeploy.records import find_record
 
 _TEMPLATE, _TOKENIZER, _GENERATION = (
     "chat_template.jinja",
@@ -49,16 +49,5 @@ class ChatFormat:
             save_json(path, {**_load(path), "eos_token_id": [*stops, self.end_of_turn]})
 
 
-def load_chat_format(path: Path) -> ChatFormat | None:
-    """Read what ``save`` wrote; None where there is nothing.
-
-    Raises:
-        ArtifactError: It cannot be read.
-    """
-    return load_record(ChatFormat, path, fix="Prune again.") if path.is_file() else None
-
-
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return load_record(dict[str, Any], path, fix="Copy the checkpoint anew.")
+    return find_record(dict[str, Any], path, fix="Copy the checkpoint anew.") or {}

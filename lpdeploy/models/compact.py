@@ -20,7 +20,7 @@ from lpdeploy.families.groups import list_group_specs
 from lpdeploy.folders import FOLDER_RECORD, atomic_folder, check_replaceable
 from lpdeploy.manifest import load_output_hash, load_stage, record_stage
 from lpdeploy.models.card import build_model_card
-from lpdeploy.models.chat_format import load_chat_format
+from lpdeploy.models.chat_format import ChatFormat
 from lpdeploy.models.checkpoint import (
     carry_files,
     check_weights,
@@ -250,9 +250,7 @@ def _apply_chat_format(run: RunFolder, folder: Path, config: PretrainedConfig) -
     if not run.chat.is_file():
         raise ArtifactError(f"'{run.chat}' is missing: the run was tuned on conversations. {fix}")
     check_unchanged(run.chat, expected, fix=fix)
-    form = load_chat_format(run.chat)
-    assert form is not None
-    form.apply(folder, config)
+    load_record(ChatFormat, run.chat, fix=fix).apply(folder, config)
 
 
 def find_base(plan: PruningPlan, moved_to: Path | None = None) -> Path:

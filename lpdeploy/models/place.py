@@ -97,6 +97,16 @@ def locate_model(given: str | os.PathLike[str], *, unmerged: bool = False) -> Mo
     return ModelPlace(str(given), folder, None)
 
 
+def check_has_base(model: str | os.PathLike[str]) -> None:
+    """Check that what a user gives is a run, which names the model that it was pruned from.
+
+    Raises:
+        ArtifactError: It is none.
+    """
+    if not RunFolder(model).is_complete:
+        raise ArtifactError(f"`with_base=True` needs a run, and '{model}' is none. Leave it out.")
+
+
 def _find_run(path: Path) -> RunFolder | None:
     run, parent = RunFolder(path), RunFolder(path.resolve().parent)
     if run.is_complete or run.is_ours:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.records import load_record
+from lpdeploy.records import find_record
 
 FILE = "lpdeploy.json"
 SCHEMA_VERSION = 1
@@ -65,7 +65,4 @@ def load_model_record(folder: Path) -> ModelRecord | None:
     Raises:
         ArtifactError: The record cannot be read.
     """
-    path = folder / FILE
-    if not path.is_file():
-        return None
-    return load_record(ModelRecord, path, fix=_FIX, schema_version=SCHEMA_VERSION)
+    return find_record(ModelRecord, folder / FILE, fix=_FIX, schema_version=SCHEMA_VERSION)

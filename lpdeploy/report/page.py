@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -22,11 +22,10 @@ from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.plan import describe_method
 from lpdeploy.pruning.log import StepInfo, load_log
 from lpdeploy.pruning.target import TargetRecord
-from lpdeploy.records import load_record
+from lpdeploy.records import find_record
 from lpdeploy.run_folder import RunFolder, check_output
 
 _FIX = "Make it again, or delete it."
-_Record = TypeVar("_Record")
 _GENERATOR = '<meta name="generator" content="lpdeploy">'
 
 
@@ -92,7 +91,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
     run.check_files()
     record = load_model_record(run.model)
     _check_exports(run)
-    bench = _load(LatencyResult, run.benchmark)
+    bench = find_record(LatencyResult, run.benchmark, fix=_FIX)
     stages, log = load_stages(run.path), load_log(run)
     pruned = stages["prune"].options if "prune" in stages else {}
     return {
@@ -102,9 +101,9 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "base": Path(plan.base_model).name,
         "model": record,
         "training": _draw_training(log),
-        "target": _load(TargetRecord, run.target),
+        "target": find_record(TargetRecord, run.target, fix=_FIX),
         "events": [i for i in log if i.loss_before is not None and i.loss_after is not None],
-        "verify": _load(VerifyResult, run.verification),
+        "verify": find_record(VerifyResult, run.verification, fix=_FIX),
         "evaluations": _list_evaluations(run, record),
         "bench": bench,
         "latency": draw_latency(bench) if bench else None,
@@ -122,12 +121,8 @@ def _check_exports(run: RunFolder) -> None:
                 find_export(place, engine.name)
 
 
-def _load(kind: type[_Record], path: Path) -> _Record | None:
-    return load_record(kind, path, fix=_FIX) if path.is_file() else None
-
-
 def _load_samples(path: Path) -> list[Sample]:
-    return load_record(list[Sample], path, fix=_FIX) if path.is_file() else []
+    return find_record(list[Sample], path, fix=_FIX) or []
 
 
 def _draw_training(log: list[StepInfo]) -> str | None:

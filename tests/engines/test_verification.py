@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from lpdeploy.engines.export import export
-from lpdeploy.engines.verification import Pair, VerifyResult, load_verification
+from lpdeploy.engines.verification import Pair, VerifyResult
 from lpdeploy.engines.verify import verify
 from lpdeploy.engines.weight_checks import WeightsCheck
 from lpdeploy.models.compact import compact
+from lpdeploy.records import find_record
 from tests.engines.test_verify import OPTIONS, prune
 from tests.helpers import make_text, make_tiny_model
 
@@ -61,8 +62,8 @@ class TestMerging:
 
     def test_json(self, tmp_path):
         (tmp_path / "verify.json").write_text(json.dumps(OLD.to_json()))
-        assert load_verification(tmp_path / "verify.json", fix="") == OLD
-        assert load_verification(tmp_path / "none.json", fix="") is None
+        assert find_record(VerifyResult, tmp_path / "verify.json", fix="") == OLD
+        assert find_record(VerifyResult, tmp_path / "none.json", fix="") is None
 
 
 class TestWords:
@@ -92,10 +93,10 @@ def test_a_run_keeps_the_results_of_all_its_exports(tmp_path):
     for engine, options in (("onnx", {}), ("ort", {"precision": "int8", "block_size": 16})):
         export(str(tmp_path / "run"), engine=engine, **options)
         assert verify(tmp_path / "run", engine=engine).exports == {}  # only the file has them
-    kept = load_verification(tmp_path / "run" / "verify.json", fix="")
+    kept = find_record(VerifyResult, tmp_path / "run" / "verify.json", fix="")
     assert {"onnx", "ort-unpacked/torch", "ort"} <= {pair.b for pair in kept.pairs}
     assert kept.exports.keys() == {"onnx", "ort"}
     export(str(tmp_path / "run"), engine="ort", overwrite=True)
     verify(tmp_path / "run", engine="onnx")
-    kept = load_verification(tmp_path / "run" / "verify.json", fix="")
+    kept = find_record(VerifyResult, tmp_path / "run" / "verify.json", fix="")
     assert kept.exports.keys() == {"onnx"}

@@ -10,6 +10,7 @@ every engine down alike.
 
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MistralConfig
@@ -82,16 +84,23 @@ def build_with_genai(model: Path, output: Path, *, precision: str) -> Path:
     return output
 
 
+def open_genai_model(folder: Path, *, threads: int) -> Any:
+    """Open a folder in GenAI, with a number of threads."""
+    import onnxruntime_genai as genai  # noqa: PLC0415 - optional, and only timed here
+
+    config = genai.Config(str(folder))
+    options = {"session_options": {"intra_op_num_threads": threads}}
+    config.overlay(json.dumps({"model": {"decoder": options}}))
+    return genai.Model(config)
+
+
 def load_genai(folders: Sequence[tuple[str, Path]], threads: int) -> Served:
     """Open folders in GenAI, inside a worker process."""
     import onnxruntime_genai as genai  # noqa: PLC0415 - optional, and only timed here
 
     opened = []
     for _, folder in folders:
-        config = genai.Config(str(folder))
-        options = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(f'{{"model": {{"decoder": {options}}}}}'.replace("'", '"'))
-        opened.append(genai.Model(config))
+        opened.append(open_genai_model(folder, threads=threads))
 
     def answer(index: int, workload: Workload, phase: str) -> Timing:
         generator = torch.Generator().manual_seed(0)

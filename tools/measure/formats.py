@@ -30,7 +30,7 @@ from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.models.loading import load_config, load_tokenizer
 from tools.measure.common import build_parser, report, save_measurement
-from tools.measure.engines import build_with_genai
+from tools.measure.engines import build_with_genai, open_genai_model
 
 PROMPT, DECODED, ROUNDS = 64, 64, 8
 
@@ -78,12 +78,7 @@ def open_genai(name: str, folder: Path, size: int) -> Format:
     """Take a folder that GenAI runs."""
     import onnxruntime_genai as genai  # noqa: PLC0415 - optional
 
-    config = genai.Config(str(folder))
-    threads = torch.get_num_threads()
-    config.overlay(
-        f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}'
-    )
-    model = genai.Model(config)
+    model = open_genai_model(folder, threads=torch.get_num_threads())
 
     def start(ids: list[int], length: int) -> Any:
         settings = genai.GeneratorParams(model)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lpdeploy.data.chat import get_chat_template, write_chat
+from lpdeploy.data.chat import encode_chat, get_chat_template
 from lpdeploy.data.rows import USER, Message, read_turns
 from lpdeploy.engines import get_engine
 from lpdeploy.engines.contract import load_contract
@@ -167,22 +167,18 @@ class TextService:
 
     def _encode(self, question: Question) -> list[int]:
         """Return the tokens of a prompt, or of a conversation up to where its answer begins."""
-        tokens: list[int]
         if question.messages is None:
-            tokens = self._tokenizer(question.text).input_ids
+            tokens: list[int] = self._tokenizer(question.text).input_ids
             return tokens
         template = get_chat_template(self._tokenizer)
         if template is None:
             raise ValueError("the model has no chat template; send text_input")
         messages = _read_messages(question.messages)
         try:
-            text = write_chat(messages, self._tokenizer, template, answer_next=True)
+            return encode_chat(messages, self._tokenizer, template)
         except DataError as error:
             reason = quote_error(error.__cause__ or error)
             raise ValueError(f"the chat template refuses these messages ({reason})") from error
-        # A template writes the special tokens itself.
-        tokens = self._tokenizer(text, add_special_tokens=False).input_ids
-        return tokens
 
     def _resolve_max_tokens(self, asked: int | None, prompt: int) -> int:
         if asked is not None:
