@@ -1,6 +1,5 @@
 """One pruning run in a process of its own, a step at a time: its memory and threads are its own."""
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -154,7 +153,6 @@ def describe(training: Training, process: int, planned: int) -> Prepared:
 
 def run_step(steps: Iterator[Any], *, device: str) -> StepCost:
     """Run the next step of a run, with a peak of its own."""
-    gc.collect()
     reset_peak(device)
     info = next(steps)
     return StepCost(

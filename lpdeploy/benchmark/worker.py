@@ -121,6 +121,7 @@ def time_work(work: Callable[[], Any], *, device: str) -> Timing:
 
 def reset_peak(device: str) -> None:
     """Let the peak that ``read_bytes`` tells begin anew, where the system can."""
+    gc.collect()  # garbage freed later would take time, and hide as much memory of what follows
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         return
