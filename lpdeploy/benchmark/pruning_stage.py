@@ -16,7 +16,8 @@ from lpdeploy.benchmark.pruning_worker import Prepared, PruningVariant, StepCost
 from lpdeploy.benchmark.results import PruningResult
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
-from lpdeploy.models.loading import load_config, resolve_device, resolve_model
+from lpdeploy.models.find import resolve_model
+from lpdeploy.models.loading import load_config, resolve_device
 from lpdeploy.models.quantized import check_load_in
 from lpdeploy.pruning.fit import measure_free_bytes, plan_run
 

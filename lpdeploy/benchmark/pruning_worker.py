@@ -22,8 +22,8 @@ from lpdeploy.benchmark.worker import (
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset, pack_rows
 from lpdeploy.families.groups import list_group_specs
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.loading import PRECISIONS, load_config, load_model, resolve_device
-from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.pruning.fit import plan_run
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.training import Training, run_forward, run_steps

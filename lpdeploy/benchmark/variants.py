@@ -14,10 +14,10 @@ from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.runner import Runner
 from lpdeploy.models.adapters import load_adapter
 from lpdeploy.models.compact import find_base
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.models.shapes import count_parameters
-from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lpdeploy.models.loading import is_local
+from lpdeploy.models.find import is_local
 from lpdeploy.models.record import ModelRecord
 from lpdeploy.plan import describe_method
 

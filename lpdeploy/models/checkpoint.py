@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import expand_index
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.finite import check_finite, round_weight
 from lpdeploy.models.run_weights import RunWeights
 from lpdeploy.models.tensor_files import (
@@ -20,7 +21,7 @@ from lpdeploy.models.tensor_files import (
     load_layout,
     write_tensors,
 )
-from lpdeploy.models.weight_files import index_weights, list_weight_files
+from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import GroupSpec, PruningPlan, Slice, rename_layer
 from lpdeploy.run_folder import ADAPTER
 

@@ -28,12 +28,12 @@ from lpdeploy.models.checkpoint import (
     save_shards,
     stream_pruned_blocks,
 )
+from lpdeploy.models.find import list_weight_files, resolve_model
 from lpdeploy.models.loading import (
     compute_model_sha256,
     find_config,
     load_config,
     load_tokenizer,
-    resolve_model,
 )
 from lpdeploy.models.record import ModelRecord
 from lpdeploy.models.run_weights import RunWeights, load_run_weights
@@ -43,7 +43,6 @@ from lpdeploy.models.shapes import (
     count_parameters,
     list_widths,
 )
-from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.plan import HEADS, PruningPlan, rename_layer
 from lpdeploy.records import load_record
 from lpdeploy.run_folder import ADAPTER, MODEL, RunFolder, check_output

@@ -15,6 +15,7 @@ from lpdeploy.environment import is_remote_code_trusted
 from lpdeploy.errors import ArtifactError, LpdeployError, quote_error
 from lpdeploy.families import FAMILIES, get_family, is_per_layer
 from lpdeploy.models.config_values import find_bad_value
+from lpdeploy.models.find import describe_no_config, resolve_model
 from lpdeploy.models.finite import round_weight
 from lpdeploy.models.generation import load_generation_settings
 from lpdeploy.models.quantized import (
@@ -24,37 +25,14 @@ from lpdeploy.models.quantized import (
     list_misshapen,
     list_scales,
 )
-from lpdeploy.models.weight_files import index_weights, is_tied, list_weight_files
+from lpdeploy.models.weight_files import index_weights, is_tied
 from lpdeploy.records import load_record
 
 logger = logging.getLogger(__name__)
 
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 """torch dtype -> name of the precision."""
-
-
-def resolve_model(model: str) -> Path:
-    """Return the folder of a model: itself if local, else its snapshot from the hub.
-
-    Raises:
-        ArtifactError: It is no folder with a ``config.json``, its weights are only pickled, or
-            the hub has no such model or is out of reach.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _download(model)
-    if not (folder / "config.json").is_file():
-        raise _describe_no_config(model)
-    if not list_weight_files(folder):
-        _refuse_without_safetensors(model, folder)
-    return folder
-
-
-def is_local(name: str) -> bool:
-    """Tell whether a model was named by a path of this machine, not by a name on the hub."""
-    return Path(name).is_absolute() or Path(name).is_dir()
 
 
 def find_config(model: str) -> Any:
@@ -63,43 +41,7 @@ def find_config(model: str) -> Any:
     Raises:
         ArtifactError: As ``resolve_model`` and ``load_config``.
     """
-    folder = Path(model) if Path(model).is_dir() else _download(model, files=["config.json"])
-    if not (folder / "config.json").is_file():
-        raise _describe_no_config(model)
-    return load_config(folder)
-
-
-def _describe_no_config(model: str) -> ArtifactError:
-    return ArtifactError(
-        f"'{model}' is no Hugging Face model: it has no config.json. "
-        "Give a folder that 'save_pretrained' wrote, or a hub name."
-    )
-
-
-def _download(model: str, *, files: list[str] = _HUB_FILES) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:  # no name on the hub is like that
-        raise ArtifactError(f"There is no folder '{model}'. Check the path, or give a hub name.")
-    try:
-        return Path(snapshot_download(model, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(
-            f"'{model}' is neither a folder nor a model the hub gives ({quote_error(error)}). "
-            "Check the name, the network and 'hf auth login', or give a local folder."
-        ) from error
-
-
-def _refuse_without_safetensors(model: str, folder: Path) -> None:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) or any(folder.glob("*.pt")):
-        raise ArtifactError(
-            f"'{model}' holds only pickled weights, which can run code when loaded. "
-            "Convert it once with save_pretrained, which writes safetensors, and use the result."
-        )
-    raise ArtifactError(
-        f"'{model}' has a config.json but no *.safetensors weights. Give a complete checkpoint."
-    )
+    return load_config(resolve_model(model, weights=False))
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -109,7 +51,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         ArtifactError: The model type is not supported, or the config is not valid.
     """
     if not (folder / "config.json").is_file():
-        raise _describe_no_config(str(folder))
+        raise describe_no_config(str(folder))
     raw = load_record(dict[str, Any], folder / "config.json", fix="Copy the checkpoint anew.")
     model_type = str(raw.get("model_type"))
     try:

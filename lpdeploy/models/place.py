@@ -9,7 +9,8 @@ from pathlib import Path
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError
 from lpdeploy.folders import check_untouched
-from lpdeploy.models.loading import compute_model_sha256, resolve_model
+from lpdeploy.models.find import resolve_model
+from lpdeploy.models.loading import compute_model_sha256
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.run_folder import ADAPTER, RunFolder, name_export
 

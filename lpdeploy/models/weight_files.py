@@ -10,11 +10,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lpdeploy.errors import ArtifactError
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.tensor_files import TensorInfo, load_layout
-from lpdeploy.records import load_record
 
-_INDEX = "model.safetensors.index.json"
-_FIX = "Copy the checkpoint anew."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """A tied checkpoint may store either of them, or both."""
 _COMPARED_ROWS = 4096
@@ -38,36 +36,6 @@ class StoredWeight:
         """Read it as it is stored."""
         with safe_open(self.file, framework="pt") as tensors:
             return tensors.get_tensor(self.name)
-
-
-def list_weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint, in the order of their names.
-
-    Where both a whole file and an index are there, the whole file counts, as in transformers.
-
-    Raises:
-        ArtifactError: Its index cannot be read, or names a file that does not lie beside it.
-    """
-    single, index = folder / "model.safetensors", folder / _INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    files = sorted(set(load_record(_Index, index, fix=_FIX).weight_map.values()))
-    if not files:
-        raise ArtifactError(f"'{index}' names no weights. {_FIX}")
-    for name in files:
-        if Path(name).name != name:
-            raise ArtifactError(
-                f"'{index}' names {name!r}, which is no file beside it. {_FIX} Nothing outside its "
-                "folder is read."
-            )
-    return [folder / name for name in files]
-
-
-@dataclass(frozen=True)
-class _Index:
-    weight_map: dict[str, str]
 
 
 def index_weights(folder: Path, config: PretrainedConfig) -> dict[str, StoredWeight]:

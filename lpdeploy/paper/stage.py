@@ -8,7 +8,8 @@ from typing import Any
 
 from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.errors import ArtifactError, LpdeployError
-from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
+from lpdeploy.models.find import resolve_model
+from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.paper.cells import (
     Cell,
     EvalSettings,

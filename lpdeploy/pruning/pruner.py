@@ -13,7 +13,8 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import LINEARS
 from lpdeploy.manifest import record_stage
-from lpdeploy.models.loading import compute_model_sha256, load_config, resolve_model
+from lpdeploy.models.find import resolve_model
+from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.models.shapes import list_prunable
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import list_stored

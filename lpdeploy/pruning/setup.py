@@ -29,6 +29,7 @@ from lpdeploy.models.adapters import attach_lora
 from lpdeploy.models.chat_format import ChatFormat
 from lpdeploy.models.checkpoint import check_weights
 from lpdeploy.models.cutting import apply_cut
+from lpdeploy.models.find import resolve_model
 from lpdeploy.models.loading import (
     DTYPES,
     PRECISIONS,
@@ -39,7 +40,6 @@ from lpdeploy.models.loading import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
-    resolve_model,
 )
 from lpdeploy.models.quantized import get_quantization
 from lpdeploy.models.shapes import count_kept, list_prunable

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lpdeploy.evaluation.results import PAPER_METRICS, Evaluation, Metrics, Perplexity
-from lpdeploy.models.loading import is_local
+from lpdeploy.models.find import is_local
 
 _TEXT, _CHOICE = "text-generation", "multiple-choice"
 

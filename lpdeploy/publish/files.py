@@ -11,7 +11,7 @@ from lpdeploy.engines.exports import find_export
 from lpdeploy.errors import ArtifactError
 from lpdeploy.evaluation.results import Evaluation, load_evaluation
 from lpdeploy.models.card import build_hub_card
-from lpdeploy.models.loading import is_local
+from lpdeploy.models.find import is_local
 from lpdeploy.models.place import ModelPlace, locate_model
 from lpdeploy.plan import PruningPlan
 from lpdeploy.publish.evaluation import add_evaluation

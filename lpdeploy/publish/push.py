@@ -11,7 +11,7 @@ from typing import Any
 
 from lpdeploy.errors import LpdeployError, quote_error
 from lpdeploy.machine import format_bytes
-from lpdeploy.models.loading import is_local
+from lpdeploy.models.find import is_local
 from lpdeploy.publish.files import Upload, list_uploads
 from lpdeploy.run_folder import RunFolder
 

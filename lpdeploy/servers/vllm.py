@@ -8,9 +8,9 @@ from transformers import PretrainedConfig
 
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
-from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, link_or_copy, resolve_length
 from lpdeploy.servers.verdicts import Packed, divide_over_ranks, get_server

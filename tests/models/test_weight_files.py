@@ -16,9 +16,10 @@ from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.engines.verify import build_inputs, collect_logits
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.compact import compact
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.loading import load_config, load_model
 from lpdeploy.models.shapes import count_parameters
-from lpdeploy.models.weight_files import EMBEDDING, HEAD, index_weights, list_weight_files
+from lpdeploy.models.weight_files import EMBEDDING, HEAD, index_weights
 from lpdeploy.pruning.setup import load_source
 from tests.helpers import make_tiny_model
 from tests.models.families import choose_kept, make_run
