@@ -30,7 +30,9 @@ def prune(  # noqa: PLR0913 - what the command takes
     output: str | os.PathLike[str],
     *,
     config: PruneConfig | None = None,
+    valid: "str | os.PathLike[str] | Dataset | None" = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    report_to: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     stop: threading.Event | None = None,
@@ -47,7 +49,11 @@ def prune(  # noqa: PLR0913 - what the command takes
             example a ``datasets.Dataset``.
         output: The run folder.
         config: What to remove, how to choose it and how to train; the defaults if None.
+        valid: Text or conversations that are not trained on. Their loss is measured every
+            ``eval_every`` steps.
         tokenizer: The tokenizer of a model in memory.
+        report_to: Experiment trackers that are told of each step: ``tensorboard``, ``trackio``,
+            ``wandb`` or ``mlflow``.
         resume: Go on with the interrupted run in ``output``.
         overwrite: Replace the run in ``output``.
         stop: Set it, from another thread or a signal handler, to end the run after the current
@@ -64,20 +70,25 @@ def prune(  # noqa: PLR0913 - what the command takes
         ValueError: A model in memory has no tokenizer beside it, or carries an adapter.
     """
     from lpdeploy.benchmark.target import resolve_options
+    from lpdeploy.pruning.inputs import check_inputs, check_place
     from lpdeploy.pruning.run import prune as run_prune
 
     run, config = Run(output), config or PruneConfig()
     if not isinstance(model, str | os.PathLike):
         model = _save_base(run, model, tokenizer, resume=resume, overwrite=overwrite)
-    given: dict[str, Any] = {
-        "data": os.fspath(data) if isinstance(data, os.PathLike) else data,
-        "output": run.path,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
-    config, target = resolve_options(os.fspath(model), config, **given, stop=stop)
-    run_prune(os.fspath(model), **given, options=config, target=target, stop=stop, on_step=on_step)
+    name = os.fspath(model)
+    place: dict[str, Any] = {"output": run.path, "resume": resume, "overwrite": overwrite}
+    beside: dict[str, Any] = {"valid": _name_path(valid), "report_to": report_to}
+    given = {"data": _name_path(data), **place, "stop": stop}
+    check_inputs(name, config, data=given["data"], **beside)
+    check_place(name, **place)
+    config, target = resolve_options(name, config, **given)
+    run_prune(name, **given, **beside, options=config, target=target, on_step=on_step)
     return run
+
+
+def _name_path(data: Any) -> Any:
+    return os.fspath(data) if isinstance(data, os.PathLike) else data
 
 
 def _save_base(

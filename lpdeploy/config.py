@@ -221,6 +221,13 @@ class PruneConfig:
         "(chat-template), or with a heading for each instruction and response (instruction).",
         default=None, choices=PROMPT_FORMATS, unset="the template if there is one",
     )
+    eval_every: int | None = _data(
+        "Number of steps between measurements of the loss on `valid`.",
+        default=None, **_COUNT, unset="a tenth of the steps",
+    )
+    eval_samples: int | None = _data(
+        "Number of rows of `valid` to measure on.", default=None, **_COUNT, unset="64",
+    )
 
     load_in: str | None = _machine(
         "Quantize the frozen base model while pruning. A 4-bit base is masked, not cut.",

@@ -56,11 +56,12 @@ class DryRun:
         return asdict(self)
 
 
-def dry_run(
+def dry_run(  # noqa: PLR0913 - what prune takes
     model: str,
     options: PruneConfig,
     *,
     data: str,
+    valid: str | None = None,
     output: Path,
     cache: bool = True,
     overwrite: bool = False,
@@ -72,6 +73,7 @@ def dry_run(
         model: Hugging Face folder or hub name.
         options: How to prune.
         data: File, folder or hub name.
+        valid: Likewise, to measure the loss on; None for none.
         output: The run folder to be.
         cache: Keep the tokens of ``data``, and use those of an earlier run.
         overwrite: Whether a run in ``output`` may be replaced.
@@ -84,6 +86,8 @@ def dry_run(
     RunFolder(output).check_free(base=source.folder, resume=False, overwrite=overwrite)
     memory = check_memory(source.config, options)
     dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+    if valid is not None:
+        load_dataset(source, valid, options, split="test", cache=cache, on_progress=on_tokenize)
     known = not options.has_open_shape
     if known:
         check_refit_data(source, dataset, options)

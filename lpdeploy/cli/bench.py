@@ -17,6 +17,7 @@ from lpdeploy.cli.common import (
     base_option,
     log,
     print_result,
+    say_next,
     shared_options,
 )
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
@@ -114,6 +115,8 @@ def latency(
         )
     log(f"Wrote {RunFolder(folder).benchmark}, .md, .svg")
     print_result(result.to_json(), format_latency(result), as_json=as_json)
+    if RunFolder(folder).is_complete:
+        say_next("report", folder)
 
 
 @command.command("pruning", cls=GroupedCommand)

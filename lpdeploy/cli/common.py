@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -295,6 +296,11 @@ def log(message: str) -> None:
     """Print a message to stderr, so that stdout holds only the result."""
     if is_first_rank():
         click.echo(write_flags(message), err=True)
+
+
+def say_next(*words: str | os.PathLike[str]) -> None:
+    """Name the command that usually follows, as it can be pasted into a shell."""
+    log(f"Next: lpdeploy {shlex.join(os.fspath(word) for word in words)}")
 
 
 class _TerminalHandler(logging.Handler):

@@ -12,6 +12,7 @@ from lpdeploy.cli.common import (
     base_option,
     overwrite_option,
     print_result,
+    say_next,
     shared_options,
 )
 from lpdeploy.machine import format_bytes
@@ -46,6 +47,8 @@ def command(*, run: Path, max_shard_mb: int, as_json: bool, **options: Any) -> N
 
     result = compact(run, max_shard_bytes=max_shard_mb * 1_000_000, **options)
     print_result(result.to_json(), _describe(result), as_json=as_json)
+    if options["output"] is None and not options["keep_adapter"]:
+        say_next("export", run, "--engine", "ort")
 
 
 def _describe(result: Any) -> str:

@@ -15,6 +15,7 @@ from lpdeploy.cli.common import (
     max_segments_option,
     perplexity_option,
     print_result,
+    say_next,
     shared_options,
     task_data_option,
     write_flags,
@@ -22,6 +23,7 @@ from lpdeploy.cli.common import (
 from lpdeploy.cli.options import config_options
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
+from lpdeploy.run_folder import RunFolder
 
 
 @click.command("eval")
@@ -92,6 +94,8 @@ def command(
             on_progress=lambda _, done, total: progress(done, total),
         )
     print_result(result.to_json(), _describe(result), as_json=as_json)
+    if RunFolder(model).is_complete:
+        say_next("report", model)
 
 
 def _describe(result: Evaluation) -> str:

@@ -12,6 +12,7 @@ from lpdeploy.cli.common import (
     Count,
     overwrite_option,
     print_result,
+    say_next,
     shared_options,
     write_flags,
 )
@@ -88,3 +89,5 @@ def command(*, model: str, as_json: bool, **options: Any) -> None:
             f"by {build.library.name} {build.library.version}, cache {build.cache}"
         )
     print_result(result.to_json(), text, as_json=as_json)
+    if options["output"] is None and not options["unmerged"]:
+        say_next("verify", model, "--engine", contract.engine)

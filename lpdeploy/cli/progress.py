@@ -1,7 +1,8 @@
 """Progress on stderr: a bar on a terminal, and a line now and then in a log file."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,8 @@ from lpdeploy.machine import format_bytes
 
 LINE_SECONDS = 60.0
 """Time between two lines where there is no bar."""
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARK_STEPS = 40
 
 
 class _Lines:
@@ -41,13 +44,24 @@ class _Lines:
 
 
 @contextmanager
-def _open_progress(*columns: str) -> Iterator[Any]:
-    """Yield a bar that is not shown before it is started, and is hidden at the end."""
+def _open_progress(*columns: str, below: Sequence[str] = ()) -> Iterator[Any]:
+    """Yield a bar that is not shown before it is started, and is hidden at the end.
+
+    Args:
+        columns: What follows the count, with the fields of a task.
+        below: Lines under the bar, as they are at the moment.
+    """
     from rich import progress as bars
     from rich.console import Console
+    from rich.text import Text
+
+    class Bars(bars.Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            yield from super().get_renderables()
+            yield from map(Text, below)
 
     console = Console(stderr=True)
-    progress = bars.Progress(
+    progress = Bars(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
@@ -64,29 +78,54 @@ def _open_progress(*columns: str) -> Iterator[Any]:
 
 @contextmanager
 def training_progress() -> Iterator[Callable[[Any], None]]:
-    """Yield a callback for ``StepInfo`` that shows losses, ratio, tokens/s and memory."""
+    """Yield a callback for ``StepInfo`` that shows the loss, what is gone, speed and memory."""
     columns = (
         "loss {task.fields[loss]:.3f}",
-        "removed {task.fields[ratio]:.1%}{task.fields[event]}",
         "{task.fields[tokens_per_s]:,.0f} tokens/s",
         "{task.fields[memory]}",
     )
-    fields = {"loss": float("nan"), "ratio": 0.0, "event": "", "tokens_per_s": 0.0, "memory": ""}
-    with _open_progress(*columns) as progress:
+    fields = {"loss": float("nan"), "tokens_per_s": 0.0, "memory": ""}
+    below: list[str] = []
+    with _open_progress(*columns, below=below) as progress:
         task = progress.add_task("prune", total=None, **fields)
         lines = _Lines("prune", shown=progress.disable)
+        losses: deque[float] = deque(maxlen=_SPARK_STEPS)
+        last: dict[str, str] = {}
 
         def show(info: Any) -> None:
-            own = {name: getattr(info, name) for name in ("loss", "ratio", "tokens_per_s")}
+            own = {name: getattr(info, name) for name in ("loss", "tokens_per_s")}
             memory = format_bytes(info.peak_bytes)
-            if info.removed and info.loss_before is not None:
-                own["event"] = f" (held-out loss {info.loss_before:.3f} to {info.loss_after:.3f})"
+            losses.append(info.loss)
+            last.update(_describe_state(info))
+            below[:] = [f"loss {draw_sparkline(losses)}  {'; '.join(last.values())}"]
             progress.update(task, total=info.steps, completed=info.step, memory=memory, **own)
             progress.start()  # not earlier, because another bar may still be shown
-            more = f" steps, loss {info.loss:.3f}, removed {info.ratio:.1%}"
-            lines.tell(info.step, info.steps, more)
+            more = [f" steps, loss {info.loss:.3f}", *last.values()]
+            lines.tell(info.step, info.steps, ", ".join(more))
 
         yield show
+
+
+def _describe_state(info: Any) -> dict[str, str]:
+    """Return what a step has to say of the model, beside its loss; what it does not, stays."""
+    found = {}
+    if info.achieved is not None:
+        gone = {name: share for name, share in info.achieved.items() if share and name != "groups"}
+        shares = ", ".join(f"{share:.1%} of the {name}" for name, share in gone.items())
+        found["removed"] = f"removed {shares or 'nothing yet'}"
+    if info.removed and info.loss_before is not None:
+        change = f"held-out loss {info.loss_before:.3f} to {info.loss_after:.3f}"
+        found["event"] = f"event after step {info.step}: {change}"
+    if info.valid_loss is not None:
+        found["valid"] = f"valid loss {info.valid_loss:.3f} after step {info.step}"
+    return found
+
+
+def draw_sparkline(values: Collection[float]) -> str:
+    """Draw numbers as a line of blocks, from the lowest at the bottom to the highest."""
+    low, high = min(values), max(values)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((value - low) * scale)] for value in values)
 
 
 @contextmanager

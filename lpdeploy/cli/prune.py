@@ -14,6 +14,7 @@ from lpdeploy.cli.common import (
     NameChoice,
     log,
     print_result,
+    say_next,
     shared_options,
     write_flags,
 )
@@ -30,6 +31,13 @@ from lpdeploy.config import CHOOSE, DATA, PruneConfig
 from lpdeploy.machine import format_bytes
 from lpdeploy.presets import PRESETS
 
+
+def _list_trackers() -> tuple[str, ...]:
+    from lpdeploy.pruning.tracking import TRACKERS
+
+    return TRACKERS
+
+
 # Without these a batch still says over how many rows a gradient is taken that scores groups.
 _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_norm")
 
@@ -43,6 +51,13 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
     required=True,
     metavar="SOURCE",
     help="Train and score on this file, folder or hub name.",
+)
+@click.option(
+    "--valid",
+    cls=GroupedOption,
+    group=DATA,
+    metavar="SOURCE",
+    help="Measure the loss on this text during training. It should not be in --data.",
 )
 @click.option(
     "--cache/--no-cache",
@@ -64,6 +79,12 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
 @config_options()
 @click.option(
     "--output", required=True, type=FOLDER, metavar="RUN", help="Write the run to this folder."
+)
+@click.option(
+    "--report-to",
+    multiple=True,
+    type=NameChoice(_list_trackers),
+    help="Report each step to this experiment tracker, which must be installed. May be repeated.",
 )
 @click.option(
     "--resume", is_flag=True, help="Continue the stopped run in RUN from its last saved state."
@@ -91,17 +112,29 @@ def command(
     Writes a run folder with the plan, the adapter and the log. Run `lpdeploy compact` next to get
     the smaller model.
     """
+    from lpdeploy.pruning.inputs import check_inputs, check_place
+
     dry_run = values.pop("dry_run")
+    beside = {name: values.pop(name) for name in ("valid", "report_to")}
     drop_overruled(values)
     apply_preset(values, values.pop("preset"))
     config = build_config(values)
     _warn(config)
     given: dict[str, Any] = {"data": data, "output": output, "cache": cache}
     given |= {"resume": resume, "overwrite": overwrite}
+    check_inputs(model, config, data=data, **beside)
+    check_place(model, output, resume=resume, overwrite=overwrite)
+    log(f"Loading '{model}'.")
     if dry_run:
-        _show_dry_run(model, config, **given, as_json=as_json)
+        _show_dry_run(model, config, **given, valid=beside["valid"], as_json=as_json)
         return
+    result = _prune(model, config, given, beside)
+    print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
+    say_next("compact", output)
 
+
+def _prune(model: str, config: PruneConfig, given: dict[str, Any], beside: dict[str, Any]) -> Any:
+    """Run it with its progress shown; ``given`` goes to the trials as well, ``beside`` does not."""
     from lpdeploy.benchmark.target import resolve_options
     from lpdeploy.cli.progress import counting_progress, training_progress
     from lpdeploy.cli.signals import explain_interrupt, stop_on_signal
@@ -124,12 +157,12 @@ def command(
             begun.set()
 
         given["on_tokenize"] = on_tokenize
-        config, target = resolve_options(model, config, **given)
+        options, target = resolve_options(model, config, **given)
+        chosen: dict[str, Any] = {"options": options, "target": target, "stop": stop}
         calls: dict[str, Any] = {"on_distill": on_distill, "on_start": start, "on_step": on_step}
-        result = prune(model, **given, **calls, options=config, target=target, stop=stop)
+        result = prune(model, **given, **beside, **chosen, **calls)
     leave_ranks()
-    print_result(dataclasses.asdict(result), _describe(result), as_json=as_json)
-    log(f"Next: lpdeploy compact {output}")
+    return result
 
 
 def _warn(config: PruneConfig) -> None:

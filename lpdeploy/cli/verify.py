@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import ENGINE, RUN, base_option, log, print_result, shared_options
+from lpdeploy.cli.common import (
+    ENGINE,
+    RUN,
+    base_option,
+    log,
+    print_result,
+    say_next,
+    shared_options,
+)
 from lpdeploy.engines import ENGINES, list_exporting
+from lpdeploy.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lpdeploy.engines.verification import Pair
@@ -63,6 +72,9 @@ def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:
         if asked.export and other is not asked and (model / other.name).is_dir():
             log(f"'{model / other.name}' was not compared. Use --engine {other.name} for that.")
     result.check()
+    if RunFolder(model).is_complete:
+        following = ("bench", "latency") if asked.export else ("export",)
+        say_next(*following, model, "--engine", asked.name if asked.export else "ort")
 
 
 _VERDICTS = {"equal": "ok", "rounded": "rounded", "different": "DIFFERENT"}

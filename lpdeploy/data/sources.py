@@ -90,6 +90,21 @@ def name_source(source: Any) -> str:
     return f"dataset {_get_fingerprint(source) or 'in memory'}"
 
 
+def check_source(source: Any) -> None:
+    """Check the name of a source without reading it: a file must be there, a hub name possible.
+
+    Raises:
+        DataError: It can be neither.
+    """
+    name = name_source(source)
+    if not _has_name(source):
+        return
+    if Path(name).exists():
+        _list_files(Path(name))
+    else:
+        _find_hub(name, "train")
+
+
 def compute_source_hash(source: Any, *, split: str = "train") -> str | None:
     """Hash what ``load_corpus`` would read, without parsing it.
 

@@ -41,6 +41,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 _FREE_OPTIONS = (
     "checkpoint_every",
     "device",
+    "eval_every",
+    "eval_samples",
     "gradient_checkpointing",
     "ignore_memory",
     "lr",

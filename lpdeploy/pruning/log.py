@@ -35,6 +35,10 @@ class StepInfo:
         loss_before: Mean loss a token of held-out rows before groups were removed, in nats; None
             if none were.
         loss_after: Likewise, after.
+        valid_loss: Mean cross-entropy a token on the ``valid`` text after the step, in nats; None
+            where it was not measured.
+        achieved: Share that is gone after the step, of groups, heads, channels, layers and
+            parameters.
     """
 
     step: int
@@ -51,6 +55,8 @@ class StepInfo:
     padding: float = 0.0
     loss_before: float | None = None
     loss_after: float | None = None
+    valid_loss: float | None = None
+    achieved: dict[str, float] | None = None
 
 
 def append_log(run: RunFolder, info: StepInfo) -> None:

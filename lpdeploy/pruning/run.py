@@ -4,9 +4,10 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,6 @@ from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress, TokenDataset
 from lpdeploy.data.sources import name_source
-from lpdeploy.errors import (
-    LpdeployError,
-    NonFiniteError,
-    OtherRankError,
-    RankLostError,
-    RunEndedError,
-)
 from lpdeploy.manifest import Stage, record_stage
 from lpdeploy.models.chat_format import ChatFormat
 from lpdeploy.models.loading import (
@@ -35,12 +29,14 @@ from lpdeploy.pruning.checkpoint import (
     check_resumable,
     explain_unfinished,
     load_checkpoint,
-    save_checkpoint,
 )
 from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.fit import check_memory
-from lpdeploy.pruning.guard import EventLoss, LossIncreaseError
-from lpdeploy.pruning.log import StepInfo, append_log, load_log, load_losses, trim_log
+from lpdeploy.pruning.guard import EventLoss
+from lpdeploy.pruning.inputs import check_inputs
+from lpdeploy.pruning.log import StepInfo, load_log, trim_log
+from lpdeploy.pruning.loop import run_training
+from lpdeploy.pruning.monitor import build_monitor
 from lpdeploy.pruning.ranks import OTHER_START, Ranks, join_ranks
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
 from lpdeploy.pruning.setup import (
@@ -53,12 +49,11 @@ from lpdeploy.pruning.setup import (
     load_source,
 )
 from lpdeploy.pruning.target import TargetRecord
-from lpdeploy.pruning.training import Training, run_steps
+from lpdeploy.pruning.tracking import open_trackers
+from lpdeploy.pruning.training import Training
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-_LOSS_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,10 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
     output: Path,
     *,
     data: Any,
+    valid: Any = None,
     options: PruneConfig,
     target: TargetRecord | None = None,
+    report_to: Sequence[str] = (),
     cache: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -112,8 +109,10 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         output: The run folder: plan.json, adapter/, importance.safetensors, log.jsonl,
             manifest.json, recipe.yaml, and checkpoint/ while running.
         data: File, folder or hub name, or rows such as a ``datasets.Dataset``.
+        valid: Likewise, text that is not trained on, to measure the loss on; None for none.
         options: How to prune.
         target: How a budget was turned into these ratios, for target.json; None if none was given.
+        report_to: Experiment trackers that are told of each step; see ``TRACKERS``.
         cache: Keep the tokens of ``data`` for later runs, and use those of an earlier one.
         resume: Go on from the checkpoint in ``output``.
         overwrite: Replace a run that is already there.
@@ -131,10 +130,11 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         OtherRankError: Another rank reports the same error.
     """
     options.check_resolved()  # before anything is read
+    check_inputs(model, options, data=data, valid=valid, report_to=report_to)
     check_load_in(options.load_in)
     run, ranks = RunFolder(output), join_ranks(options, stop=stop)
     source = load_source(model, options)
-    record = {"model": model, "data": name_source(data), **options.to_json()}
+    record = _describe_run(model, data, valid, options)
     recorded = record if target is None else {**record, "target": target.to_json()}
     with (
         _claim(run, ranks, base=source.folder, resume=resume, overwrite=overwrite),
@@ -144,27 +144,26 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         recording = record_stage(run.path, "prune", recorded)
         with recording if ranks.is_first else nullcontext(Stage()) as stage:
             stage.planned = memory.to_json()
-            dataset = load_dataset(source, data, options, cache=cache, on_progress=on_tokenize)
+            load = partial(load_dataset, source, cache=cache, on_progress=on_tokenize)
+            dataset = load(data, options)
+            held_out = None if valid is None else load(valid, options, split="test")
             check_refit_data(source, dataset, options)
-            stage.inputs = {
-                "base": compute_model_sha256(source.folder),
-                "data": dataset.sha256,
-            }
+            base = compute_model_sha256(source.folder)
+            stage.inputs = {"base": base, "data": dataset.sha256}
             checkpoint = _load_checkpoint(run, record, options, stage) if resume else None
             given = (source, dataset, options)
-            teacher = prepare_teacher(
-                *given, ranks, base_sha256=stage.inputs["base"], on_progress=on_distill
-            )
+            teacher = prepare_teacher(*given, ranks, base_sha256=base, on_progress=on_distill)
             training = build_training(*given, checkpoint, ranks, teacher=teacher)
             _check_same_start(ranks, options, stage, checkpoint)
-            if ranks.is_first:
-                logger.info(describe_start(source, training))
-                if checkpoint is not None:
-                    logger.info("going on after step %s of %s", checkpoint.step, training.steps)
+            _log_start(source, training, checkpoint)
             on_start()
             if ranks.is_first:
                 _prepare_output(run, source, dataset, record, checkpoint, target)
-            losses, last_good = _run(run, training, checkpoint, stage=stage, on_step=on_step)
+            complete = build_monitor(source, training, held_out)
+            with open_trackers(report_to if ranks.is_first else (), run, record) as track:
+                losses, last_good = run_training(
+                    *(run, training, checkpoint, complete, (track, on_step)), stage=stage
+                )
             if last_good is not None:
                 del training  # there may be no room for two
                 training = build_training(*given, last_good, ranks)
@@ -175,6 +174,18 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             complete_run(run, plan)
     steps = training.steps if last_good is None else last_good.step
     return _build_result(run, plan, stage, steps=steps, losses=losses, is_first=ranks.is_first)
+
+
+def _describe_run(model: str, data: Any, valid: Any, options: PruneConfig) -> dict[str, Any]:
+    own = {} if valid is None else {"valid": name_source(valid)}
+    return {"model": model, "data": name_source(data), **own, **options.to_json()}
+
+
+def _log_start(source: Source, training: Training, checkpoint: Checkpoint | None) -> None:
+    if training.ranks.is_first:
+        logger.info(describe_start(source, training))
+        if checkpoint is not None:
+            logger.info("going on after step %s of %s", checkpoint.step, training.steps)
 
 
 def _build_result(
@@ -268,106 +279,3 @@ def _save_chat_format(run: RunFolder, form: ChatFormat | None) -> None:
             run.chat.unlink(missing_ok=True)
         else:
             form.save(run.chat)
-
-
-def _run(
-    run: RunFolder,
-    training: Training,
-    checkpoint: Checkpoint | None,
-    *,
-    stage: Stage,
-    on_step: Callable[[StepInfo], None],
-) -> tuple[list[float], Checkpoint | None]:
-    """Run the steps, log each, save checkpoints.
-
-    Returns:
-        The last losses, and the state to end with if not the present one.
-    """
-    last_good = None
-    done = None if checkpoint is None else checkpoint.step
-    losses = [] if done is None else load_losses(run, done)
-    options, ranks = training.options, training.ranks
-    try:
-        for info in run_steps(training, start=done):
-            done = info.step
-            # A calibration's loss is that of the unpruned model: it counts where nothing follows.
-            losses = [*(losses if done > 1 else []), info.loss]
-            if ranks.is_first:
-                append_log(run, info)
-                on_step(info)
-            if training.refused is not None:
-                last_good = _accept_last_good(training.refused, training)
-                break
-            if info.removed:
-                _check_same_groups(training, done)
-            if ranks.is_first and _is_checkpoint_due(options, training, done):
-                _save_checkpoint(run, training, done, stage)
-            if done < training.steps:  # else nothing is left to break off
-                ranks.check_stop()
-    except (NonFiniteError, RankLostError, RunEndedError) as error:
-        raise _break_off(error, run, training, done, stage) from error
-    return losses[-_LOSS_WINDOW:], last_good
-
-
-def _accept_last_good(error: LossIncreaseError, training: Training) -> Checkpoint:
-    """Return the state before an event that cost too much, unless it is the unpruned model."""
-    kept, step = error.last_good.select("kept"), error.last_good.step
-    specs = training.state.specs
-    untouched = all(len(kept[spec.name]) == spec.num_groups for spec in specs)
-    if untouched and not training.options.drop_layers:
-        how = "Allow more, or remove less"
-        if training.options.schedule == "joint":
-            how += ", or remove less at a time with a smaller `prune_every`"
-        raise LpdeployError(
-            f"{error} It was the first event, so there is no pruned model to end with. {how}."
-        )
-    if training.ranks.is_first:
-        logger.warning(
-            "%s The run ends with the groups that were left before it, after step %s of %s.",
-            error,
-            step,
-            training.steps,
-        )
-    return error.last_good
-
-
-def _check_same_groups(training: Training, step: int) -> None:
-    """Refuse to go on where ranks have removed different groups."""
-    if training.ranks.size > 1:
-        training.ranks.check_same(
-            str(training.state.list_kept(training.state.specs)),
-            otherwise=f"it removed other groups at step {step}. Check the memory of its machine, "
-            "and go on from the last checkpoint with `resume=True`.",
-        )
-
-
-def _is_checkpoint_due(options: PruneConfig, training: Training, done: int) -> bool:
-    every = options.checkpoint_every
-    return bool(every) and done % every == 0 and done < training.steps
-
-
-def _break_off(
-    error: LpdeployError, run: RunFolder, training: Training, done: int | None, stage: Stage
-) -> LpdeployError:
-    """Keep what the last whole step left, and return an error that says so and how to go on."""
-    ranks, lost = training.ranks, isinstance(error, RankLostError)
-    if not (ranks.is_first_to_notice() if lost else ranks.is_first):
-        return OtherRankError(str(error))  # which meets the same, writes and speaks
-    if done is None:
-        hint = "start anew" if lost else "check the model and the data, or use `dtype='fp32'`"
-        return type(error)(f"{error} No step was done: {hint}.")
-    _save_checkpoint(run, training, done, stage)
-    match error:
-        case NonFiniteError():
-            how = f"Lower `lr` (it was {training.options.peak_lr:g}) and go on with `resume=True`."
-        case RankLostError():
-            how = "Go on with `resume=True`, with as many ranks as you like."
-        case _:
-            how = RunEndedError.HINT
-    return type(error)(f"{error} The state after step {done} is kept in '{run.checkpoint}'. {how}")
-
-
-def _save_checkpoint(run: RunFolder, training: Training, step: int, stage: Stage) -> None:
-    save_checkpoint(
-        run, step=step, training=training, options=training.options, inputs=stage.inputs
-    )

@@ -21,7 +21,7 @@ from lpdeploy.data.batches import (
 )
 from lpdeploy.data.cache import find_cache, load_or_build
 from lpdeploy.data.chat import find_end_of_turn
-from lpdeploy.data.sources import compute_source_hash, load_corpus
+from lpdeploy.data.sources import compute_source_hash, load_corpus, name_source
 from lpdeploy.errors import ArtifactError, LpdeployError
 from lpdeploy.families import is_per_layer
 from lpdeploy.families.groups import OUTPUT_LINEARS, list_group_specs
@@ -118,6 +118,7 @@ def load_dataset(
     data: str,
     options: PruneConfig,
     *,
+    split: str = "train",
     cache: bool = True,
     on_progress: Progress | None = None,
 ) -> TokenDataset:
@@ -127,6 +128,7 @@ def load_dataset(
         source: The base.
         data: File, folder or hub name.
         options: How to prune.
+        split: ``train``, or ``test`` for text to evaluate on; see ``load_corpus``.
         cache: Whether to look for the tokens of an earlier run, and to keep them for later ones.
         on_progress: Is told (examples tokenized, all examples).
 
@@ -137,8 +139,9 @@ def load_dataset(
     assert tokenizer is not None  # only a source with rows of its own does without
 
     def build() -> TokenDataset:
+        logger.info("Tokenizing '%s'.", name_source(data))
         return build_token_dataset(
-            load_corpus(data),
+            load_corpus(data, split=split),
             tokenizer,
             seq_len=options.seq_len,
             train_on_prompt=options.train_on_prompt,
@@ -146,7 +149,7 @@ def load_dataset(
             on_progress=on_progress,
         )
 
-    text = compute_source_hash(data) if cache else None
+    text = compute_source_hash(data, split=split) if cache else None
     if text is None:
         return build()
     identity = {

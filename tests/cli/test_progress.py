@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from lpdeploy.cli import progress
-from lpdeploy.cli.progress import counting_progress, training_progress
+from lpdeploy.cli.progress import counting_progress, draw_sparkline, training_progress
 from lpdeploy.pruning.log import StepInfo
 
 INFO = StepInfo(
     step=3, steps=10, loss=2.5, ratio=0.125, lr=1e-3, tokens_per_s=1234.0, seconds=1.0,
     scoring_seconds=0.01, cutting_seconds=0.0, peak_bytes=2_120_000_000, removed=False,
+    achieved={"groups": 0.2, "heads": 0.333, "channels": 0.0, "layers": 0.0, "parameters": 0.125},
 )  # fmt: skip
 
 
@@ -20,13 +21,31 @@ def terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_training_shows_loss_ratio_speed_and_memory(terminal, capsys):
+def test_training_shows_loss_shares_speed_and_memory(terminal, capsys):
     with training_progress() as on_step:
         on_step(INFO)
     shown = capsys.readouterr()
-    for text in ("3/10", "loss 2.500", "12.5%", "1,234 tokens/s", "2.12 GB"):
+    for text in ("3/10", "loss 2.500", "1,234 tokens/s", "2.12 GB"):
         assert text in shown.err
+    assert "removed 33.3% of the heads, 12.5% of the parameters" in shown.err
     assert shown.out == ""
+
+
+def test_the_last_event_and_the_last_held_out_loss_stay_in_sight(terminal, capsys):
+    event = replace(INFO, removed=True, loss_before=2.0, loss_after=3.0, valid_loss=2.75)
+    with training_progress() as on_step:
+        on_step(event)
+        on_step(replace(INFO, step=4, loss=2.6))
+    shown = capsys.readouterr().err
+    last = shown[shown.index("4/10") :]
+    assert "event after step 3: held-out loss 2.000 to 3.000" in last
+    assert "valid loss 2.750 after step 3" in last
+    assert "loss ▁█" in last
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+    assert draw_sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert draw_sparkline([2.0, 2.0]) == "▁▁"
 
 
 def test_counting_shows_how_far_it_is(terminal, capsys):
@@ -86,7 +105,10 @@ def test_a_log_file_gets_the_loss_of_a_long_training(clock, capsys):
         on_step(replace(INFO, step=1))
         clock.now += 61
         on_step(replace(INFO, step=3))
-    line = "prune: 3 of 10 steps, loss 2.500, removed 12.5%, about 4 min left"
+    line = (
+        "prune: 3 of 10 steps, loss 2.500, removed 33.3% of the heads, 12.5% of the parameters, "
+        "about 4 min left"
+    )
     assert capsys.readouterr().err.splitlines() == [line]
 
 

@@ -56,6 +56,7 @@ OPTIONS = {
     "lora_dropout": (0.0, 0.05),
     "train_on_prompt": (False, True),
     "prompt_format": (None, "chat-template", "instruction"),
+    "eval_every": (None, 2),
     "load_in": (None, "8bit", "4bit"),
     "offload_gradients": (False, True),
     "gradient_checkpointing": (False, True),
@@ -78,6 +79,7 @@ LEFT_OUT = {
     "engine": "belongs to a budget",
     "depth": "becomes `drop_layers` before anything else, as a budget becomes ratios",
     "ignore_memory": "changes no computation",
+    "eval_samples": "changes no computation of the run",
 }
 FIXED = {"steps": 4, "micro_batch_size": 1, "seq_len": 128, "device": "cpu", "lr": 1e-2}
 BYTES = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -172,7 +174,8 @@ def test_a_row_of_options(row, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     base = make_base(tmp_path / "base", row)
     data = make_data(tmp_path, row["data"])
-    prune(str(base), tmp_path / "run", data=str(data), options=build(row))
+    valid = str(data) if row["eval_every"] else None
+    prune(str(base), tmp_path / "run", data=str(data), valid=valid, options=build(row))
     compact(tmp_path / "run")
     if row["keep_adapter"]:
         compact(tmp_path / "run", keep_adapter=True)
