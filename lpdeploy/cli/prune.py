@@ -152,7 +152,7 @@ def _prune(model: str, config: PruneConfig, given: dict[str, Any], beside: dict[
     ):
 
         def start() -> None:
-            log(describe_forecast(model, config))
+            log(describe_forecast(model, options))
             signals.enter_context(stop_on_signal(stop))
             begun.set()
 

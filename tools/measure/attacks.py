@@ -40,7 +40,7 @@ SHAPE = ("--target-params", "700K", "--drop-layers", "1", "--refit", "--refit-sa
 EVAL = ("eval", "run", "--perplexity", "text.txt", "--seq-len", "16", "--engine", "ort")
 COMMANDS = {
     "prune": ("prune", "base", "--data", "text.txt", "--output", "other", *SMALL),
-    "prune recipe": ("prune", "--recipe", "recipe.yaml", "--output", "other"),
+    "prune recipe": ("prune", "--recipe", "recipe.yaml", "--output", "other", "--dry-run"),
     "compact": ("compact", "run", "--output", "other"),
     "export": ("export", "run", "--engine", "ort", "--output", "other"),
     "package": ("package", "run", "--target", "vllm", "--output", "other"),
