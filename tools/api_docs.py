@@ -13,7 +13,7 @@ _INTRODUCTION = """\
 # Python API
 
 `tools/update_docs.py` makes this page from the docstrings. Five short programs in
-[`examples/`](../examples) show the API at work.
+`examples/` show the API at work.
 
 `import lpdeploy` loads no heavy library. Progress goes to the logger `lpdeploy`. What a user can
 cause is an `lpdeploy.errors.LpdeployError`, and a wrong argument is a `ValueError`. Both name
