@@ -151,7 +151,7 @@ def load_dataset(
 
     text = compute_source_hash(data, split=split) if cache else None
     if text is None:
-        return build()
+        return _tell_unused(build(), options)
     identity = {
         "text": text,
         "tokenizer": type(tokenizer).__name__,
@@ -164,7 +164,15 @@ def load_dataset(
         "train_on_prompt": options.train_on_prompt,
         "prompt_format": options.prompt_format,
     }
-    return load_or_build(find_cache(), identity, build=build)
+    return _tell_unused(load_or_build(find_cache(), identity, build=build), options)
+
+
+def _tell_unused(dataset: TokenDataset, options: PruneConfig) -> TokenDataset:
+    """Say which options have no effect on plain text."""
+    given = [f"`{name}`" for name in ("train_on_prompt", "prompt_format") if getattr(options, name)]
+    if given and dataset.chat_template is None:
+        logger.warning("Without effect, as the data is plain text: %s.", ", ".join(given))
+    return dataset
 
 
 def find_chat_format(source: Source, dataset: TokenDataset) -> ChatFormat | None:

@@ -1,6 +1,7 @@
 """Every example runs as its first lines say, on the demo's model."""
 
 import importlib.util
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -57,3 +58,18 @@ def test_a_new_criterion(tmp_path, capsys):
 def test_all_are_here():
     names = {path.stem for path in FOLDER.glob("*.py")}
     assert names == {"the_line", "own_loop", "sft_trainer", "new_criterion", "serving"}
+
+
+def test_the_notebook(tmp_path, monkeypatch, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((FOLDER / "pruning.ipynb").read_text())
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for cell in cells:
+        exec(cell, names)
+    assert names["steps"][-1].achieved["heads"] == 0.5
+    assert "original: perplexity" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

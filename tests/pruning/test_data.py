@@ -63,6 +63,15 @@ def test_a_second_run_tokenizes_nothing(base, data, tmp_path, told):
     assert len(list_cached()) == 1
 
 
+def test_options_of_conversations_have_no_effect_on_plain_text(base, data, pairs, tmp_path, told):
+    options = {**FEW, "train_on_prompt": True, "prompt_format": "instruction"}
+    run(base, tmp_path / "text", data, options=options)
+    line = "Without effect, as the data is plain text: `train_on_prompt`, `prompt_format`."
+    assert told.count(line) == 1
+    run(base, tmp_path / "chat", pairs, options=options)
+    assert told.count(line) == 1
+
+
 def test_without_a_cache_nothing_is_kept(base, data, tmp_path):
     run(base, tmp_path / "run", data, options=FEW, cache=False)
     assert list_cached() == []
