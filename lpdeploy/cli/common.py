@@ -315,13 +315,16 @@ class _TerminalHandler(logging.Handler):
 def show_log() -> Iterator[None]:
     """Show on stderr what the library logs while a command runs."""
     logger = logging.getLogger("lpdeploy")
-    handler, level = _TerminalHandler(), logger.level
+    handler, level, passes_on = _TerminalHandler(), logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # Some libraries give the root logger a handler, which would print each line once more.
+    logger.propagate = False
     try:
         yield
     finally:
         logger.setLevel(level)
+        logger.propagate = passes_on
         logger.removeHandler(handler)
 
 

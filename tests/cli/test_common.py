@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lpdeploy.cli.common import COUNT, Count, ListOf, shared_options, write_flags
+from lpdeploy.cli.common import COUNT, Count, ListOf, shared_options, show_log, write_flags
 from lpdeploy.cli.main import main
 
 
@@ -209,3 +210,15 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     os.close(writer)
     assert "Error" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_line_is_shown_once_whatever_handles_the_root_logger(capsys):
+    """Some libraries call logging.basicConfig when they are imported."""
+    root, other = logging.getLogger(), logging.StreamHandler()
+    root.addHandler(other)
+    try:
+        with show_log():
+            logging.getLogger("lpdeploy.models").info("once")
+    finally:
+        root.removeHandler(other)
+    assert capsys.readouterr().err.splitlines() == ["once"]

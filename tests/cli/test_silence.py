@@ -40,5 +40,6 @@ def test_no_library_speaks_to_the_user(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("memory: about"), lines[0]
+    assert lines[0] == "Loading 'base'."
+    assert lines[1].startswith("memory: about"), lines[1]
     assert not [line for line in lines for word in FOREIGN if word in line]
