@@ -41,7 +41,7 @@ ALLOWED = {
     "generation": CORE | {"engines"},
     "servers": CORE | {"engines", "config"},
     "benchmark": CORE | {"engines", "config", "pruning", "plotting"},
-    "report": CORE | {"engines", "evaluation", "benchmark", "pruning"},
+    "report": CORE | {"config", "engines", "evaluation", "benchmark", "pruning", "plotting"},
     "paper": CORE | {"config", "fields", "presets", "ramps", "pruning", "evaluation", "plotting"},
     "publish": CORE | {"engines", "evaluation"},
     "api": CORE

@@ -35,6 +35,8 @@ class StepInfo:
         loss_before: Mean loss a token of held-out rows before groups were removed, in nats; None
             if none were.
         loss_after: Likewise, after.
+        valid_loss: Mean cross-entropy of the held-out texts after the step, in nats per token;
+            None if it was not measured there.
     """
 
     step: int
@@ -51,6 +53,7 @@ class StepInfo:
     padding: float = 0.0
     loss_before: float | None = None
     loss_after: float | None = None
+    valid_loss: float | None = None
 
 
 def append_log(run: RunFolder, info: StepInfo) -> None:
