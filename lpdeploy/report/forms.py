@@ -43,6 +43,7 @@ class Form:
         perplexity: On each text.
         accuracy: Mean accuracy over ``tasks``; None over nothing.
         tasks: Names of tasks.
+        documents: Number of their documents.
         times: Phase -> the row of the benchmark, LoRA merged.
     """
 
@@ -54,6 +55,7 @@ class Form:
     perplexity: Mapping[Text, Perplexity] = field(default_factory=dict)
     accuracy: float | None = None
     tasks: tuple[str, ...] = ()
+    documents: int = 0
     times: Mapping[str, LatencyRow] = field(default_factory=dict)
 
     @property
@@ -133,35 +135,38 @@ def _build_form(
         size = record.bytes[side]
     if size is None and pruned:
         size = exports.get((engine, precision))
-    perplexity, accuracy, tasks = _collect_quality(key, evaluations)
+    found = list(_list_figures(key, evaluations))
+    answered = next((figures for _, figures in found if figures.average is not None), Figures())
     return Form(
         *key,
         parameters=record.parameters[side],
         bytes=size,
-        perplexity=perplexity,
-        accuracy=accuracy,
-        tasks=tasks,
+        perplexity=_collect_perplexity(found),
+        accuracy=answered.average,
+        tasks=tuple(answered.average_over),
+        documents=int(sum(answered.tasks[name].get("n") or 0 for name in answered.average_over)),
         times=times,
     )
 
 
-def _collect_quality(
+def _list_figures(
     key: tuple[bool, str, str], evaluations: Sequence[Evaluation]
-) -> tuple[dict[Text, Perplexity], float | None, tuple[str, ...]]:
-    pruned, engine, precision = key
-    perplexity: dict[Text, Perplexity] = {}
-    accuracy: float | None = None
-    tasks: tuple[str, ...] = ()
+) -> Iterator[tuple[int, Figures]]:
+    """Yield the tokens in a segment, and what was measured of a form."""
+    pruned, engine, _ = key
     for part in evaluations:
         figures = part.figures if pruned else _find_base(part, engine)
-        if figures is None or (pruned and (part.engine, part.precision) != (engine, precision)):
-            continue
+        if figures is not None and (not pruned or (part.engine, part.precision) == key[1:]):
+            yield part.seq_len, figures
+
+
+def _collect_perplexity(found: Sequence[tuple[int, Figures]]) -> dict[Text, Perplexity]:
+    perplexity: dict[Text, Perplexity] = {}
+    for seq_len, figures in found:
         for source, measured in figures.perplexity.items():
             name = PurePath(source).name or source
-            perplexity.setdefault(Text(name, part.seq_len, measured.tokens), measured)
-        if accuracy is None and figures.average is not None:
-            accuracy, tasks = figures.average, tuple(figures.average_over)
-    return perplexity, accuracy, tasks
+            perplexity.setdefault(Text(name, seq_len, measured.tokens), measured)
+    return perplexity
 
 
 def _find_base(part: Evaluation, engine: str) -> Figures | None:

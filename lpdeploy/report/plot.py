@@ -13,6 +13,9 @@ from lpdeploy.report.removed import GroupMap
 
 _DENSE, _PRUNED = "#5b6c8f", "#1f6f8b"
 _REACH = 1.5  # powers of ten above and below the mean of a layer that the map's colours tell apart
+_LOG_ABOVE = 3  # A larger factor between the worst and the best would hide what is between them.
+# A scatter's panel, a line and a character of its labels, in points of print.
+_PANEL, _LINE, _CHARACTER = np.array([290.0, 200.0]), 11, 5.0
 _DARK_CELL = 0.55  # of the scale, below which a cell is dark and its cross is light
 
 
@@ -90,31 +93,45 @@ def draw_scatter(points: Sequence[Point], *, x: str, y: str, line: Sequence[Poin
     for point in sorted(points, key=lambda point: -point.area):  # the small ones in front
         color = _PRUNED if point.strong else _DENSE
         panel.scatter([point.x], [point.y], s=point.area, color=color, alpha=0.85, zorder=2)
-    _place_labels(panel, points)
     panel.set_xlim(left=0, right=1.1 * max(point.x for point in points))
     panel.margins(y=0.18)
+    if max(point.y for point in points) > _LOG_ABOVE * min(point.y for point in points) > 0:
+        _use_log_scale(panel)
+    _place_labels(panel, points)
     panel.set_xlabel(x, color=INK)
     panel.set_ylabel(quote_text(y), color=INK)
     panel.grid(axis="x", color=GRID, linewidth=0.8)
     return to_svg(figure)
 
 
+def _use_log_scale(panel: Any) -> None:
+    """Keep one bad point from pressing all others together; plain numbers on the axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(ScalarFormatter())
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _place_labels(panel: Any, points: Sequence[Point]) -> None:
-    """Write each label beside its dot, higher where it would meet another."""
-    top = max(point.y for point in points) - min(point.y for point in points) or 1.0
-    right = max(point.x for point in points) or 1.0
-    written: list[Point] = []
+    """Write each label beside its dot, higher where it would meet one that is there already."""
+    taken: list[tuple[float, float, float]] = []
     for point in sorted(points, key=lambda point: (point.y, point.x)):
-        near = [
-            other for other in written
-            if abs(other.y - point.y) < 0.07 * top and abs(other.x - point.x) < 0.4 * right
-        ]  # fmt: skip
-        written.append(point)
-        is_right = point.x > 0.6 * right
+        place = (panel.transScale + panel.transLimits).transform((point.x, point.y))
+        across, up = place * _PANEL  # points of print from the lower left corner
+        width = _CHARACTER * len(point.label)
+        is_left = across + width > _PANEL[0]
+        start, lift = across - width if is_left else across, 3
+        while any(
+            start < end and begin < start + width and abs(up + lift - height) < _LINE
+            for begin, end, height in taken
+        ):
+            lift += _LINE
+        taken.append((start, start + width, up + lift))
         panel.annotate(
-            quote_text(point.label), (point.x, point.y),
-            xytext=(-7 if is_right else 7, 3 + 11 * len(near)), textcoords="offset points",
-            ha="right" if is_right else "left", color=INK, fontsize=8.5,
+            quote_text(point.label), (point.x, point.y), xytext=(-7 if is_left else 7, lift),
+            textcoords="offset points", ha="right" if is_left else "left", color=INK, fontsize=8.5,
         )  # fmt: skip
 
 

@@ -2,65 +2,26 @@ import itertools
 import json
 import math
 import re
-import shutil
-from html.parser import HTMLParser
 
 import pytest
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.config import PruneConfig
 from lpdeploy.errors import ArtifactError
 from lpdeploy.models.compact import compact
-from lpdeploy.pruning.run import prune
 from lpdeploy.pruning.target import DepthTrial, RateTrial, SizeFound, TargetRecord
 from lpdeploy.report.page import Sample, _arrange_samples, save_report
 from lpdeploy.run_folder import RunFolder
-from tests.helpers import make_text, make_tiny_model
 from tests.report.facts import make_bench, make_row
+from tests.report.pages import check_nesting, measure, read_words
 
 PAIR = {"a": "x", "b": "y", "max_abs_diff": 1e-6, "tolerance": 1e-4, "ok": True}
 PAIR |= {"max_abs_logit": 3.0, "top1_agreement": 1.0}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    base = make_tiny_model(root / "base")
-    options = PruneConfig(
-        steps=3, batch_size=2, micro_batch_size=2, seq_len=16, round_to=4, device="cpu"
-    )
-    prune(str(base), root / "run", data=str(make_text(root / "t.txt")), options=options)
-    return root / "run"
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    shutil.copytree(made, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture
 def compacted(run):
     compact(run)
     return run
-
-
-def measure(run, engine, perplexity, *, precision="fp32", base=None):
-    """What eval.json says of the model that lies in a run."""
-    record = json.loads((run / "model" / "lpdeploy.json").read_text())
-
-    def score(value):
-        return {"perplexity": {"t/v.txt": {"perplexity": value, "bits_per_byte": 1, "tokens": 3}}}
-
-    data = {"model": "m", "model_sha256": record["sha256"], "engine": engine, "seq_len": 16}
-    data |= {"precision": precision, **score(perplexity)}
-    return data if base is None else data | {"base": score(base)}
-
-
-def read_words(page):
-    """Return what a reader sees of a page, with single spaces."""
-    text = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
 
 
 def test_the_page_of_a_bare_run_says_what_is_known(run):
@@ -113,27 +74,6 @@ def test_headings_descend_and_tables_can_be_read_by_ear(compacted):
     assert boxes
     assert all('tabindex="0" role="region" aria-label="' in box for box in boxes)
     check_nesting(page)
-
-
-def check_nesting(page):
-    """Check that every element is closed in its order."""
-    void = {"meta", "link"}
-    stack = []
-
-    class Checker(HTMLParser):
-        def handle_starttag(self, tag, _):
-            if tag not in void:
-                stack.append(tag)
-
-        def handle_startendtag(self, tag, _):
-            """Pass over what ends where it begins, as much of SVG does."""
-
-        def handle_endtag(self, tag):
-            if tag not in void:
-                assert stack.pop() == tag
-
-    Checker().feed(page)
-    assert stack == []
 
 
 def test_the_page_shows_what_later_stages_found_and_escapes_text(run):
