@@ -43,6 +43,7 @@ ALLOWED = {
     "benchmark": CORE | {"engines", "config", "pruning", "plotting"},
     "report": CORE | {"config", "engines", "evaluation", "benchmark", "pruning", "plotting"},
     "paper": CORE | {"config", "fields", "presets", "ramps", "pruning", "evaluation", "plotting"},
+    "sweep": CORE | {"paper", "report"},
     "publish": CORE | {"engines", "evaluation"},
     "api": CORE
     | {

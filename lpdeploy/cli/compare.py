@@ -16,7 +16,7 @@ from lpdeploy.cli.common import RUN, log, print_result, shared_options
 )
 @shared_options(recipe=False)
 def command(*, runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
-    """Compare the size, quality and speed of several RUNs of one model.
+    """Compare several RUNs of a model in size, quality and speed.
 
     What eval and bench latency measured is shown, and which runs no other beats.
     """
