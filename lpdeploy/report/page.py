@@ -8,6 +8,7 @@ from typing import Any
 
 from lpdeploy.benchmark.plot import draw_latency_panels, draw_training, name_models
 from lpdeploy.benchmark.results import LatencyResult, LatencyRow
+from lpdeploy.generation.samples import Sample
 from lpdeploy.pruning.log import StepInfo, load_log
 from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.records import find_record
@@ -28,21 +29,6 @@ from lpdeploy.report.rendering import check_page, save_page
 from lpdeploy.report.rounding import list_roundings
 from lpdeploy.report.verdict import judge, list_unsteady
 from lpdeploy.run_folder import RunFolder, check_output
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a model wrote, in a list in ``samples.json``.
-
-    Attributes:
-        model: What the model is called on the page.
-        opening: The prompt.
-        text: What followed.
-    """
-
-    model: str
-    opening: str
-    text: str
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import pytest
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError
+from lpdeploy.generation.samples import Sample
 from lpdeploy.models.compact import compact
 from lpdeploy.pruning.target import DepthTrial, RateTrial, SizeFound, TargetRecord
-from lpdeploy.report.page import Sample, _arrange_samples, save_report
+from lpdeploy.report.page import _arrange_samples, save_report
 from lpdeploy.run_folder import RunFolder
 from tests.report.facts import make_bench, make_row
 from tests.report.pages import check_nesting, measure, read_words
