@@ -151,7 +151,7 @@ def draw_map(groups: GroupMap) -> str:
     with np.errstate(divide="ignore"):
         shown = np.clip(np.log10(groups.importance), -_REACH, _REACH)
     shown[list(groups.dropped)] = np.nan
-    colors = mpl.colormaps["cividis"].with_extremes(bad="#8a8a8a")
+    colors = mpl.colormaps["cividis"].with_extremes(bad="#6b6b6b")
     image = panel.imshow(
         np.ma.masked_invalid(shown), cmap=colors, vmin=-_REACH, vmax=_REACH, aspect="auto",
         interpolation="none",

@@ -19,8 +19,6 @@ WORDS = {GOOD: "Good", LOSS: "With losses", OPEN: "Not complete", BAD: "Problem"
 # perplexity, or all of these points, is more than a user expects of a model that still works.
 _LOSS_GROWTH, _BAD_GROWTH = 0.20, 0.50
 _LOSS_POINTS, _BAD_POINTS = 0.03, 0.10
-# Figures of one machine differ by so much between two runs of the same benchmark.
-_SLOWER = 1.02
 # Where the slowest tenth takes half as long again as the fastest, something else was running.
 _UNSTEADY = 1.5
 
@@ -156,13 +154,18 @@ def _grade(loss: float, some: float, much: float) -> str:
 def _judge_speed(forms: Sequence[Form]) -> Iterator[Finding]:
     for form in forms:
         for phase, row in form.times.items():
-            if form.pruned and row.relative is not None and row.relative > _SLOWER:
+            if form.pruned and _is_slower(row):
                 yield Finding(
-                    LOSS, f"On {form.runs_on}, {phase} takes {100 * (row.relative - 1):.0f} % "
-                    "longer than with the dense model.",
+                    LOSS, f"On {form.runs_on}, {phase} takes {100 * ((row.relative or 1) - 1):.0f} "
+                    "% longer than with the dense model.",
                 )  # fmt: skip
     if list_unsteady([row for form in forms for row in form.times.values()]):
         yield Finding(GOOD, "The times are not steady, so the factors above are rough.")
+
+
+def _is_slower(row: LatencyRow) -> bool:
+    """Tell whether even the fastest tenth takes longer than the dense model does."""
+    return bool(row.relative) and row.p10_ms > row.median_ms / (row.relative or 1)
 
 
 def list_unsteady(rows: Sequence[LatencyRow]) -> list[LatencyRow]:

@@ -171,7 +171,18 @@ def test_the_loss_is_drawn_with_its_events_and_the_held_out_loss(run):
     lines[-1]["valid_loss"] = 3.25
     with RunFolder(run).recorded(run / "log.jsonl"):
         (run / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert "held out" in save_report(run).read_text()
+    page = save_report(run).read_text()
+    assert "held out" in page
+    assert "The training loss is the cross-entropy mixed with" not in page
+
+
+def test_a_run_that_distilled_says_that_its_loss_is_mixed(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["prune"]["options"]["distill"] = 0.5
+    with RunFolder(run).recorded(run / "manifest.json"):
+        save_json(run / "manifest.json", manifest)
+    page = save_report(run).read_text()
+    assert "The training loss is the cross-entropy mixed with" in page
 
 
 def test_the_page_shows_what_was_tried_for_depth_and_learning_rate(run):

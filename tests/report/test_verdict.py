@@ -108,6 +108,13 @@ def test_a_model_that_is_slower_is_not_good():
     )
 
 
+def test_a_difference_within_the_spread_is_not_called_slower():
+    slower = make_row(ratio=0.5, parameters=AFTER, relative=1.1, p10_ms=1.8)
+    verdict = judge_growth(10.0, 11.0, bench=make_bench(make_row(parameters=BEFORE), slower))
+    assert verdict.level == "good"
+    assert "decode 0.91 times as fast" in verdict.headline
+
+
 def test_times_that_are_not_steady_are_called_rough():
     rows = [make_row(parameters=BEFORE, p90_ms=4.0)]
     sentences = [f.sentence for f in judge_growth(10, 11, bench=make_bench(*rows)).findings]

@@ -11,6 +11,7 @@ from lpdeploy.artifacts import save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.models.compact import compact
 from lpdeploy.pruning.run import prune
+from lpdeploy.report.compare import compare
 from lpdeploy.report.page import save_report
 from tests.helpers import make_text, make_tiny_model
 from tests.report.facts import make_bench, make_row
@@ -49,7 +50,10 @@ def test_a_page_is_right_in_light_and_dark_on_a_phone_and_in_print(browser, tmp_
     texts = [{"model": name, "opening": "o", "text": "t " * 99} for name in ("dense", "pruned")]
     save_json(run / "samples.json", texts)
     full = save_report(run, output=tmp_path / "full.html")
-    check_pages(browser, tmp_path, bare, full)
+    shutil.copytree(run, tmp_path / "other")
+    both = tmp_path / "both.html"
+    compare([run, tmp_path / "other"], output=both)
+    check_pages(browser, tmp_path, bare, full, both)
 
 
 def check_pages(browser, folder, *pages):
