@@ -1,5 +1,6 @@
 """The compare stage: runs of one model in a table and, if it is wanted, on a page."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +184,7 @@ def _draw_front(
     name: str,
 ) -> Picture | None:
     """Draw quality over a cost, with a line through what no other beats."""
+    points = {index: point for index, point in points.items() if all(map(math.isfinite, point))}
     if len(points) < 2:
         return None
     text = found.measure

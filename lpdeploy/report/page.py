@@ -1,5 +1,6 @@
 """The report stage: one HTML page from the files of a run; nothing is computed anew."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,8 +95,16 @@ def _collect(run: RunFolder) -> dict[str, Any]:
 def _draw_forms(forms: Sequence[Form]) -> Picture | None:
     """Draw quality against size, if there is more than one form to compare."""
     text = choose_text(forms)
-    shown = [form for form in forms if text in form.perplexity and form.bytes]
-    if text is None or len(shown) < 2:
+    if text is None:
+        return None
+    shown = [
+        form
+        for form in forms
+        if text in form.perplexity
+        and form.bytes
+        and math.isfinite(form.perplexity[text].perplexity)
+    ]
+    if len(shown) < 2:
         return None
     slowest = max((_get_time(form) or 0 for form in shown), default=0) or 1
     points = [_place(form, text, slowest) for form in shown]

@@ -162,6 +162,15 @@ def test_the_page_marks_the_front_and_needs_no_other_file(runs, tmp_path):
     assert [own.name for own in found.contenders] == ["dense", "a", "b"]
 
 
+def test_a_run_that_lost_everything_is_on_no_front_and_no_picture(runs, tmp_path):
+    for run, perplexity in zip(runs, ("Infinity", 19.0), strict=True):
+        save_json(run / "eval.json", measure(run, "torch", perplexity, base=18.0))
+    found = compare(runs, output=tmp_path / "page.html")
+    assert [found.contenders[i].name for i in found.size_front] == ["b", "dense"]
+    assert "inf" in format_comparison(found)
+    assert (tmp_path / "page.html").read_text().count("<svg") == 1
+
+
 def test_a_page_replaces_no_part_of_a_run_and_no_other_file(runs, tmp_path):
     with pytest.raises(ArtifactError, match="is a part of the run"):
         compare(runs, output=runs[0] / "eval.json")

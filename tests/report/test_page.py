@@ -111,6 +111,15 @@ def test_the_page_shows_the_quality_of_every_engine(compacted):
     assert "perplexity 18.00 to 19.50 on v.txt" in words
 
 
+@pytest.mark.parametrize("lost", ["NaN", "Infinity"])
+def test_a_perplexity_that_is_no_number_is_a_problem_and_not_a_dot(compacted, lost):
+    save_json(compacted / "eval.json", measure(compacted, "torch", lost, base=18.0))
+    page = save_report(compacted).read_text()
+    assert "Problem:" in page
+    assert "perplexity on v.txt is not a finite number, unlike the dense model" in page
+    assert page.count("<svg") == 4  # no scatter: the dense model alone
+
+
 def test_what_is_rounded_is_not_called_equal(compacted):
     torch = measure(compacted, "torch", 19.5, base=18.0)
     rounded = measure(compacted, "ort", 20.5, precision="int4")
