@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpdeploy.api import Run, prune
+    from lpdeploy.api import Run, compare, prune
     from lpdeploy.config import PruneConfig
     from lpdeploy.environment import trust_remote_code
     from lpdeploy.pruning.callback import PruneCallback
@@ -12,7 +12,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRAPruner", "PruneCallback", "PruneConfig", "Run", "prune", "trust_remote_code"]
+__all__ = [
+    "LoRAPruner",
+    "PruneCallback",
+    "PruneConfig",
+    "Run",
+    "compare",
+    "prune",
+    "trust_remote_code",
+]
 
 # Imported when they are first used, so that `import lpdeploy` loads no torch.
 _HOMES = {
@@ -20,6 +28,7 @@ _HOMES = {
     "PruneCallback": "lpdeploy.pruning.callback",
     "PruneConfig": "lpdeploy.config",
     "Run": "lpdeploy.api",
+    "compare": "lpdeploy.api",
     "trust_remote_code": "lpdeploy.environment",
     "prune": "lpdeploy.api",
 }

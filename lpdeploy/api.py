@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lpdeploy.models.compact import CompactResult
     from lpdeploy.pruning.training import StepInfo
     from lpdeploy.publish.push import PushResult
+    from lpdeploy.report.comparison import Comparison
     from lpdeploy.servers.package import PackageResult
 
 
@@ -89,6 +90,28 @@ def prune(  # noqa: PLR0913 - what the command takes
 
 def _name_path(data: Any) -> Any:
     return os.fspath(data) if isinstance(data, os.PathLike) else data
+
+
+def compare(
+    runs: Sequence[str | os.PathLike[str]], *, output: str | os.PathLike[str] | None = None
+) -> "Comparison":
+    """Put runs of one model side by side: size, quality and speed, and what no other run beats.
+
+    Args:
+        runs: Run folders, two or more.
+        output: HTML file to write the comparison to as well.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        LpdeployError: A folder is no run, the runs are of different models, or they were measured
+            on different texts or questions.
+        ValueError: There are fewer than two runs, or one is given twice.
+    """
+    from lpdeploy.report.compare import compare as compare_runs
+
+    return compare_runs(runs, output=None if output is None else Path(output))
 
 
 def _save_base(

@@ -37,7 +37,8 @@ EXPORT, PACKAGE = "export", "package"
 _UNMERGED_EXPORT = "{engine}-unmerged"
 _LOCK = ".lock"
 _BENCH = (".json", ".md", ".svg")
-_WRITERS = {name: name for name in ("eval", "verify", "report")} | {"bench": "bench latency"}
+_WRITERS = {name: name for name in ("eval", "verify", "report")}
+_WRITERS |= {"bench": "bench latency", "samples": "generate"}
 
 
 @dataclass(frozen=True, init=False)

@@ -41,8 +41,10 @@ ALLOWED = {
     "generation": CORE | {"engines"},
     "servers": CORE | {"engines", "config"},
     "benchmark": CORE | {"engines", "config", "pruning", "plotting"},
-    "report": CORE | {"engines", "evaluation", "benchmark", "pruning"},
+    "report": CORE
+    | {"config", "engines", "evaluation", "generation", "benchmark", "pruning", "plotting"},
     "paper": CORE | {"config", "fields", "presets", "ramps", "pruning", "evaluation", "plotting"},
+    "sweep": CORE | {"paper", "report"},
     "publish": CORE | {"engines", "evaluation"},
     "api": CORE
     | {
@@ -56,7 +58,7 @@ ALLOWED = {
         "report",
         "publish",
     },
-    "demo": CORE | {"api", "engines", "evaluation", "benchmark", "config", "report"},
+    "demo": CORE | {"api", "engines", "evaluation", "generation", "benchmark", "config"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxruntime",
          "tensorrt", "tensorrt_rtx", "numpy", "matplotlib", "rich", "lm_eval"}  # fmt: skip

@@ -24,7 +24,7 @@ fields in backticks.
 def render_api() -> str:
     """Return the reference as Markdown."""
     parts = [_INTRODUCTION]
-    for name in ("prune", "Run", "PruneConfig", "LoRAPruner", "PruneCallback"):
+    for name in ("prune", "Run", "compare", "PruneConfig", "LoRAPruner", "PruneCallback"):
         parts += _render(f"lpdeploy.{name}", getattr(lpdeploy, name))
     return "\n".join(parts)
 

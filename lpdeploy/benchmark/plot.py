@@ -5,13 +5,15 @@ from typing import Any
 
 from lpdeploy.benchmark.pruning_table import name_variant
 from lpdeploy.benchmark.results import LatencyResult, LatencyRow, PruningResult
-from lpdeploy.plotting import COLORS, INK, make_panels, to_svg
+from lpdeploy.plotting import COLORS, GRID, INK, make_panels, to_svg
+from lpdeploy.pruning.log import StepInfo
 
 _MERGED, _UNMERGED = COLORS[:2]
+_ROOM = 1.25  # of the longest bar, so that its label has room behind it
 
 
 def draw_latency(bench: LatencyResult) -> str:
-    """Draw medians with their p10 to p90, a panel an engine and phase, merged beside unmerged.
+    """Draw medians with their p10 to p90, a panel an engine and phase.
 
     Of several batch sizes the first is drawn.
 
@@ -21,77 +23,143 @@ def draw_latency(bench: LatencyResult) -> str:
     Returns:
         SVG.
     """
-    first = bench.rows[0]
-    chosen: dict[tuple[str, ...], list[LatencyRow]] = {}
-    for row in bench.rows:
-        if row.batch == first.batch:
-            key = (row.phase, row.engine, row.precision)
-            chosen.setdefault(key, []).append(row)
-    phases = {phase for phase, *_ in chosen}
-    figure, panels = make_panels(len(chosen), rows=len(phases))
-    for panel, ((phase, *engine), rows) in zip(panels, chosen.items(), strict=True):
+    chosen = _group_rows(bench)
+    phases = {phase for phase, _ in chosen}
+    most = max(len(rows) for rows in chosen.values())
+    figure, panels = make_panels(len(chosen), rows=len(phases), height=_measure_height(most))
+    for panel, ((phase, engine), rows) in zip(panels, chosen.items(), strict=True):
         _draw_engine(panel, rows)
-        what = f"{first.tokens} tokens" if phase == "prefill" else "a token"
-        panel.set_title(f"{' '.join(engine)}, {phase} of {what}, ms", loc="left", color=INK)
-    fullest = max(panels, key=lambda panel: len(panel.containers))
-    fullest.legend(frameon=False, loc="upper right")
-    _share_scales(dict(zip(panels, (phase for phase, *_ in chosen), strict=True)))
+        panel.set_title(f"{engine}, {_name_work(phase, rows)}, ms", loc="left", color=INK)
+    _share_scales(dict(zip(panels, (phase for phase, _ in chosen), strict=True)))
     return to_svg(figure)
+
+
+def draw_latency_panels(bench: LatencyResult) -> dict[str, str]:
+    """Draw the same as ``draw_latency``, each panel as a picture of its own.
+
+    Returns:
+        What a panel shows -> SVG.
+    """
+    chosen = _group_rows(bench)
+    tops = {
+        phase: max(row.p90_ms for (own, _), rows in chosen.items() if own == phase for row in rows)
+        for phase, _ in chosen
+    }
+    drawn = {}
+    for (phase, engine), rows in chosen.items():
+        figure, (panel,) = make_panels(1, height=_measure_height(len(rows)))
+        _draw_engine(panel, rows)
+        panel.set_xlim(0, _ROOM * tops[phase])
+        drawn[f"{engine}, {_name_work(phase, rows)}, ms"] = to_svg(figure)
+    return drawn
+
+
+def _group_rows(bench: LatencyResult) -> dict[tuple[str, str], list[LatencyRow]]:
+    chosen: dict[tuple[str, str], list[LatencyRow]] = {}
+    for row in bench.rows:
+        if row.batch == bench.rows[0].batch:
+            chosen.setdefault((row.phase, f"{row.engine} {row.precision}"), []).append(row)
+    return chosen
+
+
+def _measure_height(bars: int) -> float:
+    return 0.9 + 0.42 * bars  # inches
+
+
+def _name_work(phase: str, rows: Sequence[LatencyRow]) -> str:
+    return f"{phase} of {rows[0].tokens} tokens" if phase == "prefill" else f"{phase} of a token"
 
 
 def _share_scales(phases: Mapping[Any, str]) -> None:
     """Give the panels of a phase one scale, so that engines can be compared by eye."""
     for phase in set(phases.values()):
         panels = [panel for panel, own in phases.items() if own == phase]
-        top = max(panel.get_ylim()[1] for panel in panels)
+        top = max(panel.get_xlim()[1] for panel in panels)
         for panel in panels:
-            panel.set_ylim(0, top)
+            panel.set_xlim(0, top)
 
 
 def _draw_engine(panel: Any, rows: Sequence[LatencyRow]) -> None:
-    ratios = sorted({row.ratio for row in rows})
-    forms = [form for form in (True, False) if any(row.merged == form for row in rows)]
-    width = 0.76 / len(forms)
-    for place, merged in enumerate(forms):
-        chosen = [row for row in rows if row.merged == merged]
-        shift = (place - (len(forms) - 1) / 2) * width
-        medians = [row.median_ms for row in chosen]
-        low = [row.median_ms - row.p10_ms for row in chosen]
-        high = [row.p90_ms - row.median_ms for row in chosen]
-        bars = panel.bar(
-            [ratios.index(row.ratio) + shift for row in chosen],
-            medians,
-            width * 0.95,
-            color=_MERGED if merged else _UNMERGED,
-            label="LoRA merged" if merged else "LoRA unmerged",
-            yerr=[low, high],
-            error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3},
-        )
-        panel.bar_label(bars, fmt="%.3g", padding=3, color=INK, fontsize=9)
-    panel.set_xticks(range(len(ratios)), [f"{ratio:.0%} pruned" for ratio in ratios])
-    panel.set_xlim(-0.6, len(ratios) - 0.4)
-    panel.margins(y=0.2)
+    medians = [row.median_ms for row in rows]
+    low = [row.median_ms - row.p10_ms for row in rows]
+    high = [row.p90_ms - row.median_ms for row in rows]
+    bars = panel.barh(
+        range(len(rows)),
+        medians,
+        0.62,
+        color=[_MERGED if row.merged else _UNMERGED for row in rows],
+        xerr=[low, high],
+        error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3},
+    )
+    panel.bar_label(bars, fmt="%.3g", padding=4, color=INK, fontsize=9)
+    panel.set_yticks(range(len(rows)), name_models(rows), fontsize=9)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.set_xlim(0, _ROOM * max(row.p90_ms for row in rows))
+    panel.grid(axis="y", visible=False)
+    panel.grid(axis="x", color=GRID, linewidth=0.8)
 
 
-def draw_training(steps: Sequence[int], *, losses: Sequence[float], ratios: Sequence[float]) -> str:
-    """Draw loss, and the share of groups removed, over the steps of a run.
+def name_models(rows: Sequence[LatencyRow]) -> list[str]:
+    """Name the model of each row by the parameters that it has, which a ratio does not tell.
 
     Args:
-        steps: Numbers of the steps.
-        losses: Loss of each step, in nats per token.
-        ratios: Share of groups that are gone after each step.
+        rows: Rows of one benchmark.
 
     Returns:
-        SVG.
+        Such as ``dense`` and ``47 % fewer parameters, LoRA unmerged``.
     """
-    figure, (loss, ratio) = make_panels(2)
-    loss.plot(steps, losses, color=_MERGED, linewidth=1.2)
-    loss.set_title("loss, nats a token", loc="left", color=INK)
-    ratio.step(steps, [100 * share for share in ratios], where="post", color=_UNMERGED)
-    ratio.set_title("groups removed, %", loc="left", color=INK)
-    for panel in (loss, ratio):
-        panel.set_xlabel("step")
-    return to_svg(figure)
+    dense = next((row.parameters for row in rows if row.ratio == 0 and row.merged), None)
+    dense = dense or next((row.parameters for row in rows if row.ratio == 0), None)
+    several = len({row.merged for row in rows}) > 1
+    names = []
+    for row in rows:
+        if row.ratio == 0:
+            name = "dense"
+        elif dense is None:
+            name = f"{row.parameters / 1e6:,.4g} M parameters"
+        else:
+            name = f"{100 * (1 - row.parameters / dense):.0f} % fewer parameters"
+        form = "LoRA merged" if row.merged else "LoRA unmerged"
+        names.append(f"{name}, {form}" if several else name)
+    return names
+
+
+def draw_training(log: Sequence[StepInfo]) -> dict[str, str]:
+    """Draw the loss, with the events and the held-out loss, and the share of groups removed.
+
+    Args:
+        log: What each step did.
+
+    Returns:
+        What a picture shows -> SVG.
+    """
+    steps = [info.step for info in log]
+    figure, (loss,) = make_panels(1)
+    loss.plot(steps, [info.loss for info in log], color=_MERGED, linewidth=1.2, label="training")
+    _draw_events(loss, [info for info in log if info.removed])
+    _draw_valid(loss, [info for info in log if info.valid_loss is not None])
+    loss.set_xlabel("step")
+    loss.legend(frameon=False, fontsize=8)
+    shares, (ratio,) = make_panels(1)
+    ratio.step(steps, [100 * info.ratio for info in log], where="post", color=_UNMERGED)
+    ratio.set_xlabel("step")
+    return {
+        "loss, nats a token": to_svg(figure),
+        "groups removed, %": to_svg(shares),
+    }
+
+
+def _draw_events(panel: Any, events: Sequence[StepInfo]) -> None:
+    for place, info in enumerate(events):
+        label = "groups removed" if place == 0 else None
+        panel.axvline(info.step, color=INK, linestyle=":", linewidth=0.8, label=label)
+
+
+def _draw_valid(panel: Any, measured: Sequence[StepInfo]) -> None:
+    if measured:
+        losses = [info.valid_loss for info in measured]
+        own = {"color": _UNMERGED, "linewidth": 1.4, "marker": "o", "markersize": 3}
+        panel.plot([info.step for info in measured], losses, label="held out", **own)
 
 
 def draw_pruning(bench: PruningResult) -> str:

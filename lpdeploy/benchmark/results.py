@@ -53,6 +53,11 @@ class LatencyRow:
     parameters: int
     bytes: int
 
+    @property
+    def spread(self) -> float:
+        """The 90th percentile over the 10th: 1 on a machine that nothing disturbs."""
+        return self.p90_ms / self.p10_ms if self.p10_ms else 1.0
+
 
 @dataclass(frozen=True)
 class LatencyResult:

@@ -49,6 +49,7 @@ _STDIN = "-"
 @click.option("--engine", type=ENGINE, default="torch", help="Engine that runs the model.")
 @click.option("--with-base", is_flag=True, help="Show the answers of the unpruned base of a RUN.")
 @base_option
+@click.option("--save", is_flag=True, help="Keep the answers in RUN, for the page of report.")
 @config_options("device")
 @shared_options()
 def command(

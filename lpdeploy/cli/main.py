@@ -28,7 +28,7 @@ from lpdeploy.errors import (
 # Pipeline order, which is also the order of `lpdeploy --help`.
 _COMMANDS = (
     *("check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper"),
-    *("generate", "chat", "serve", "report", "push", "doctor", "demo"),
+    *("generate", "chat", "serve", "report", "compare", "sweep", "push", "doctor", "demo"),
 )
 
 

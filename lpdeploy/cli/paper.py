@@ -1,7 +1,7 @@
 """`lpdeploy paper`: the tables of the paper, on your own model."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,11 @@ _GIVEN = {"data", "output", "resume", "overwrite", "as_json", "seed", "preset"}
 _GIVEN |= {*RATIOS, *BUDGETS, *LATENCY}
 
 
-class _Command(click.Command):
+class CommandWithPrune(click.Command):
     """A command that says where the options of prune belong."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words, or say that an option of prune stands before the dashes."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -50,7 +51,7 @@ class _Command(click.Command):
             ) from error
 
 
-@click.command("paper", cls=_Command)
+@click.command("paper", cls=CommandWithPrune)
 @click.argument("table", type=click.Choice(list(TABLES)), metavar="TABLE")
 @click.argument("model")
 @click.argument("prune_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- PRUNE_OPTIONS...]")
@@ -131,13 +132,13 @@ def command(  # noqa: PLR0913 - one parameter an option
     Markdown and SVG. Options after -- are passed to every prune, such as --steps 200 or
     --recipe FILE.
     """
-    for flag, given, needed in (
-        ("--task-data", task_data, "--tasks NAMES" if not tasks else None),
-        ("--limit", limit, "--tasks NAMES" if not tasks else None),
-        ("--max-segments", max_segments, "--perplexity SOURCE" if not perplexity else None),
-    ):
-        if given and needed:
-            raise click.UsageError(f"{flag} needs {needed}. Add it, or leave {flag} out.")
+    check_parts(
+        perplexity=perplexity,
+        tasks=tasks,
+        task_data=task_data,
+        limit=limit,
+        max_segments=max_segments,
+    )
     spec = TABLES[table]
     options = _read_prune_options(spec, rows or (), model, data, prune_options)
 
@@ -170,6 +171,24 @@ def command(  # noqa: PLR0913 - one parameter an option
         show_progress=jobs == 1,
     )
     _print(document, output / spec.file_stem, as_json=as_json)
+
+
+def check_parts(
+    *,
+    perplexity: Collection[str],
+    tasks: Collection[str] | None,
+    task_data: Path | None,
+    limit: int | None,
+    max_segments: int | None,
+) -> None:
+    """Refuse an option that says how to measure what is not measured."""
+    for flag, given, needed in (
+        ("--task-data", task_data, "--tasks NAMES" if not tasks else None),
+        ("--limit", limit, "--tasks NAMES" if not tasks else None),
+        ("--max-segments", max_segments, "--perplexity SOURCE" if not perplexity else None),
+    ):
+        if given and needed:
+            raise click.UsageError(f"{flag} needs {needed}. Add it, or leave {flag} out.")
 
 
 def _read_prune_options(

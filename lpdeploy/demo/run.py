@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.api import Run, prune
-from lpdeploy.artifacts import save_json
 from lpdeploy.benchmark.results import LatencyRow
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_relative
 from lpdeploy.benchmark.worker import Workload
 from lpdeploy.config import PruneConfig
+from lpdeploy.data.sources import load_corpus
 from lpdeploy.engines.generation import generate
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import ArtifactError
 from lpdeploy.evaluation.results import Evaluation, Figures
 from lpdeploy.folders import remove_leftovers
+from lpdeploy.generation.samples import DENSE, PRUNED, Sample, save_samples
 from lpdeploy.models.loading import load_tokenizer
-from lpdeploy.report.page import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ _TRAIN_SEQ_LEN = 128
 _EVAL_SEQ_LEN = 256
 _BENCH_TOKENS = 448
 _NEW_TOKENS = 110
+_STORIES = 3
 
 _ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
 _BASE = _ASSETS / "story-llama-1M"
@@ -109,11 +110,9 @@ def run_demo(
         output=half.path,
     )
     logger.info("generate a few lines")
-    opening = _read_opening(valid)
-    models = {"dense": _BASE, f"{RATIOS[-1]:.0%} pruned": half.model}
-    samples = [asdict(_write_lines(opening, *item)) for item in models.items()]
-    with half.recorded(half.samples):
-        save_json(half.samples, samples)
+    openings = _read_openings(valid)
+    models = {DENSE: _BASE, PRUNED: half.model}
+    save_samples(half, [s for item in models.items() for s in _write_lines(openings, *item)])
     page = half.report(output=output / "index.html")
     seconds = round(time.perf_counter() - start, 1)
     return DemoResult(page, seconds, _list_perplexities(measured), bench.rows)
@@ -169,20 +168,24 @@ def _export_run(run: Run) -> None:
         run.export(unmerged=unmerged)
 
 
-def _read_opening(path: Path) -> str:
-    """Return the first sentences of a held-out story, for both models to continue."""
-    return ".".join(path.read_text(encoding="utf-8").split(".")[:3]) + "."
+def _read_openings(path: Path) -> list[str]:
+    """Return the first sentences of held-out stories, for both models to continue."""
+    stories = load_corpus(path).examples[:_STORIES]
+    return [".".join(story.text.split(".")[:3]) + "." for story in stories]
 
 
-def _write_lines(opening: str, name: str, model: Path) -> Sample:
+def _write_lines(openings: list[str], name: str, model: Path) -> list[Sample]:
     runner = load_torch_runner(model)
     tokenizer = load_tokenizer(model, runner.config)
-    prompt = tokenizer(opening)["input_ids"]
-    written = generate(
-        runner, [prompt], max_new_tokens=_NEW_TOKENS, eos_ids={tokenizer.eos_token_id}
-    )[0]
-    text = tokenizer.decode(written, skip_special_tokens=True)
-    return Sample(name, opening, text)
+    samples = []
+    for opening in openings:
+        prompt = tokenizer(opening)["input_ids"]
+        written = generate(
+            runner, [prompt], max_new_tokens=_NEW_TOKENS, eos_ids={tokenizer.eos_token_id}
+        )[0]
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        samples.append(Sample(name, opening, text))
+    return samples
 
 
 def _list_perplexities(measured: Evaluation) -> dict[str, float]:

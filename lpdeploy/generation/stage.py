@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lpdeploy.engines import TORCH, get_engine
+from lpdeploy.errors import ArtifactError
 from lpdeploy.generation.options import GenerateOptions
 from lpdeploy.generation.results import Generated
+from lpdeploy.generation.samples import list_samples, save_samples
 from lpdeploy.generation.writer import OnText, Writer, load_base_writer, load_writer
 from lpdeploy.models.compact import find_base
 from lpdeploy.models.loading import resolve_device
@@ -22,6 +24,7 @@ def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
     device: str = "auto",
     with_base: bool = False,
     base: Path | None = None,
+    save: bool = False,
     on_prompt: Callable[[str], None] = lambda _: None,
     on_text: OnText = lambda _: None,
 ) -> list[Generated]:
@@ -35,6 +38,7 @@ def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
         device: ``auto``, ``cpu`` or ``cuda``.
         with_base: Of a run, ask the unpruned base too, in torch.
         base: Where the base lies now, if it was moved.
+        save: Of a run, keep the answers for its page, in place of those that were kept before.
         on_prompt: Is told each prompt before it is answered.
         on_text: Is told each piece of an answer.
 
@@ -52,6 +56,8 @@ def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
     if with_base:
         check_has_base(model)
     place = locate_model(model)
+    if save and place.run is None:
+        raise ArtifactError(f"`save=True` needs a run, and '{model}' is none. Leave it out.")
 
     def write_all(writer: Writer, name: str, engine: str) -> Generated:
         answers = []
@@ -72,4 +78,6 @@ def generate_texts(  # noqa: PLR0913 - what the command takes, and callbacks
             found.append(
                 write_all(load_base_writer(folder, device=device), plan.base_model, TORCH.name)
             )
+        if save and place.run is not None:
+            save_samples(place.run, list_samples(found))
     return found

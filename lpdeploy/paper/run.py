@@ -246,10 +246,9 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
     run, done = RunFolder(work / "run"), work / "prune.json"
     prune_words = list_prune_words(cell, study, run=run.path)
     if not done.is_file():
-        resume = run.checkpoint.is_file()
-        pruned = commands.call([*prune_words, "--resume" if resume else "--overwrite"])
+        pruned, resumed = prune_or_resume(prune_words, run, commands)
         pruned = {**pruned, "run": run.path.name}
-        save_json(done, {"prune": pruned, "interrupted": resume})
+        save_json(done, {"prune": pruned, "interrupted": resumed})
     result = load_record(dict[str, Any], done, fix="Delete it.")
     result["commands"] = [show_command(prune_words)]
     result["training"] = summarize_log(run)
@@ -261,6 +260,24 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
         result["eval"] = _name_sources(commands.call(eval_words), cell)
         result["commands"] += [show_command(compact_words), show_command(eval_words)]
     return result
+
+
+def prune_or_resume(words: Sequence[str], run: RunFolder, commands: Commands) -> tuple[Any, bool]:
+    """Prune, or go on with a prune that was interrupted.
+
+    Args:
+        words: The command, without what says which of both.
+        run: The run folder that the command names.
+        commands: What runs it.
+
+    Returns:
+        What the command printed, and whether it went on.
+
+    Raises:
+        CommandError: It failed.
+    """
+    resume = run.checkpoint.is_file()
+    return commands.call([*words, "--resume" if resume else "--overwrite"]), resume
 
 
 def _name_sources(measured: Mapping[str, Any], cell: Cell) -> dict[str, Any]:

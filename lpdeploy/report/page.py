@@ -1,47 +1,48 @@
-"""The report stage: one HTML page from the JSON files of a run; nothing is computed anew."""
+"""The report stage: one HTML page from the files of a run; nothing is computed anew."""
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from lpdeploy.artifacts import atomic_file
-from lpdeploy.benchmark.plot import draw_latency, draw_training
-from lpdeploy.benchmark.results import LatencyResult
-from lpdeploy.engines import list_exporting
-from lpdeploy.engines.exports import find_export
-from lpdeploy.engines.verification import VerifyResult
-from lpdeploy.errors import ArtifactError
-from lpdeploy.evaluation.results import Evaluation, load_evaluation
-from lpdeploy.folders import recorded_files
-from lpdeploy.manifest import load_stages
-from lpdeploy.models.place import locate_model
-from lpdeploy.models.record import ModelRecord, load_model_record
-from lpdeploy.plan import describe_method
+from lpdeploy.benchmark.plot import draw_latency_panels, draw_training, name_models
+from lpdeploy.benchmark.results import LatencyResult, LatencyRow
+from lpdeploy.generation.samples import Sample
 from lpdeploy.pruning.log import StepInfo, load_log
 from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.records import find_record
+from lpdeploy.report.facts import FIX, Facts, load_facts
+from lpdeploy.report.forms import Form, Text, choose_text
+from lpdeploy.report.origin import name_source, trace_origin
+from lpdeploy.report.plot import (
+    Picture,
+    Point,
+    describe_map,
+    draw_map,
+    draw_scatter,
+    embed,
+    embed_all,
+)
+from lpdeploy.report.removed import GroupMap, build_maps, load_importance
+from lpdeploy.report.rendering import check_page, save_page
+from lpdeploy.report.rounding import list_roundings
+from lpdeploy.report.verdict import judge, list_unsteady
 from lpdeploy.run_folder import RunFolder, check_output
-
-_FIX = "Make it again, or delete it."
-_GENERATOR = '<meta name="generator" content="lpdeploy">'
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a model wrote, in a list in ``samples.json``.
+class SampleTable:
+    """What several models wrote after the same prompts.
 
     Attributes:
-        model: What the model is called on the page.
-        opening: The prompt.
-        text: What followed.
+        models: The models, a column each.
+        rows: Each prompt with the text of every model; None where a model was not asked.
     """
 
-    model: str
-    opening: str
-    text: str
+    models: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> Path:
@@ -61,86 +62,120 @@ def save_report(run: str | os.PathLike[str], *, output: Path | None = None) -> P
     run = RunFolder(run)
     path = output or run.page
     check_output(path, default=run.page, inputs=())
-    _check_page(path)
-    environment = Environment(
-        loader=PackageLoader("lpdeploy.report", "."), autoescape=True, undefined=StrictUndefined
-    )
+    check_page(path)
     with run.hold(shared=True):
-        page = environment.get_template("page.html.j2").render(**_collect(run))
-    with recorded_files(path.parent, path), atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        values = _collect(run)
+    save_page(path, "page.html.j2", values)
     return path
 
 
-def _check_page(path: Path) -> None:
-    """Refuse to replace what is not a page of ours."""
-    if not path.exists():
-        return
-    with path.open("rb") as stream:
-        head = stream.read(1024)
-    if _GENERATOR.encode() not in head:
-        raise ArtifactError(
-            f"'{path}' is not a page that lpdeploy wrote, so it is not replaced. Use another "
-            "`output`."
-        )
-
-
 def _collect(run: RunFolder) -> dict[str, Any]:
-    """Read what the page shows: plan, sizes, training curve, and each stage's JSON or None."""
-    plan = run.load_plan()
-    run.check_files()
-    record = load_model_record(run.model)
-    _check_exports(run)
-    bench = find_record(LatencyResult, run.benchmark, fix=_FIX)
-    stages, log = load_stages(run.path), load_log(run)
-    pruned = stages["prune"].options if "prune" in stages else {}
+    """Read what the page shows: what each stage found, or None, and its pictures."""
+    facts = load_facts(run)
+    log = load_log(run)
     return {
-        "run": run.path.name,
-        "plan": plan,
-        "method": describe_method(pruned),
-        "base": Path(plan.base_model).name,
-        "model": record,
+        "facts": facts,
+        "base": name_source(facts.plan.base_model),
+        "verdict": judge(facts),
+        "texts": list(dict.fromkeys(text for form in facts.forms for text in form.perplexity)),
+        "scatter": _draw_forms(facts.forms),
+        "maps": _draw_maps(facts),
         "training": _draw_training(log),
-        "target": find_record(TargetRecord, run.target, fix=_FIX),
         "events": [i for i in log if i.loss_before is not None and i.loss_after is not None],
-        "verify": find_record(VerifyResult, run.verification, fix=_FIX),
-        "evaluations": _list_evaluations(run, record),
-        "bench": bench,
-        "latency": draw_latency(bench) if bench else None,
-        "samples": _load_samples(run.samples),
-        "stages": stages,
+        "target": find_record(TargetRecord, run.target, fix=FIX),
+        "latency": _draw_latency(facts.bench),
+        "timed": _name_rows(facts.bench),
+        "unsteady": list_unsteady(facts.bench.rows if facts.bench else ()),
+        "roundings": list_roundings(facts.forms, facts.verification),
+        "samples": _arrange_samples(find_record(list[Sample], run.samples, fix=FIX) or []),
+        "origin": trace_origin(facts),
     }
 
 
-def _check_exports(run: RunFolder) -> None:
-    """Refuse a run in which an export is of another model: its figures would mislead."""
-    for unmerged in (False, True):
-        if run.get_model(unmerged=unmerged).is_dir():
-            place = locate_model(run, unmerged=unmerged)
-            for engine in list_exporting():
-                find_export(place, engine.name)
-
-
-def _load_samples(path: Path) -> list[Sample]:
-    return find_record(list[Sample], path, fix=_FIX) or []
-
-
-def _draw_training(log: list[StepInfo]) -> str | None:
-    if not log:
+def _draw_forms(forms: Sequence[Form]) -> Picture | None:
+    """Draw quality against size, if there is more than one form to compare."""
+    text = choose_text(forms)
+    if text is None:
         return None
-    return draw_training(
-        [info.step for info in log],
-        losses=[info.loss for info in log],
-        ratios=[info.ratio for info in log],
+    shown = [
+        form
+        for form in forms
+        if text in form.perplexity
+        and form.bytes
+        and math.isfinite(form.perplexity[text].perplexity)
+    ]
+    if len(shown) < 2:
+        return None
+    slowest = max((_get_time(form) or 0 for form in shown), default=0) or 1
+    points = [_place(form, text, slowest) for form in shown]
+    svg = draw_scatter(points, x="MB of weights", y=f"perplexity on {text.name}")
+    spoken = "; ".join(f"{p.label}: {p.x:.1f} MB, perplexity {p.y:.2f}" for p in points)
+    title = f"Perplexity on {text.name} against MB of weights; lower and further left is better"
+    return embed(svg, title=title, label=f"{title}. {spoken}.", name="forms")
+
+
+def _place(form: Form, text: Text, slowest: float) -> Point:
+    time = _get_time(form)
+    label = form.name if time is None else f"{form.name}: {time:.3g} ms"
+    area = 30.0 if time is None else 30 + 130 * time / slowest
+    return Point((form.bytes or 0) / 1e6, form.perplexity[text].perplexity, label,
+                 strong=form.pruned, area=area)  # fmt: skip
+
+
+def _get_time(form: Form) -> float | None:
+    """Return the time of a decoded token where it was measured, else of a prefill."""
+    row = form.times.get("decode") or form.times.get("prefill")
+    return row.median_ms if row else None
+
+
+def _draw_maps(facts: Facts) -> list[tuple[GroupMap, Picture]]:
+    maps = build_maps(facts.plan, load_importance(facts.run.importance))
+    return [
+        (
+            groups,
+            embed(
+                draw_map(groups),
+                title=f"Layers by {groups.what}",
+                label=describe_map(groups),
+                name=f"map-{place}",
+            ),
+        )
+        for place, groups in enumerate(maps)
+    ]
+
+
+def _draw_training(log: Sequence[StepInfo]) -> list[Picture]:
+    if not log:
+        return []
+    first, last = log[0], log[-1]
+    spoken = (
+        f"{len(log)} entries from step {first.step} to {last.step}; loss from {first.loss:.3f} to "
+        f"{last.loss:.3f}; {100 * last.ratio:.0f} % of the groups removed in the end"
+    )
+    return embed_all(
+        draw_training(log), name="training", describe=lambda title: f"{title}: {spoken}."
     )
 
 
-def _list_evaluations(run: RunFolder, record: ModelRecord | None) -> list[Evaluation]:
-    """Return one evaluation for each engine and precision, the newest first."""
-    newest = load_evaluation(run.evaluation, fix=_FIX)
-    if newest and record and newest.model_sha256 != record.sha256:
-        raise ArtifactError(
-            f"'{run.evaluation}' was measured on another model than '{run.model}' is now. "
-            f"Run 'lpdeploy eval {run}' again, or delete the file."
-        )
-    return [newest, *newest.others] if newest else []
+def _draw_latency(bench: LatencyResult | None) -> list[Picture]:
+    if bench is None:
+        return []
+    return embed_all(
+        draw_latency_panels(bench),
+        name="latency",
+        describe=lambda title: f"Bars: {title}. The table below has the figures.",
+    )
+
+
+def _name_rows(bench: LatencyResult | None) -> list[tuple[LatencyRow, str]]:
+    return list(zip(bench.rows, name_models(bench.rows), strict=True)) if bench else []
+
+
+def _arrange_samples(samples: Sequence[Sample]) -> SampleTable:
+    models = tuple(dict.fromkeys(sample.model for sample in samples))
+    texts = {(sample.opening, sample.model): sample.text for sample in samples}
+    openings = dict.fromkeys(sample.opening for sample in samples)
+    rows = tuple(
+        (opening, tuple(texts.get((opening, model)) for model in models)) for opening in openings
+    )
+    return SampleTable(models, rows)

@@ -16,7 +16,7 @@ from lpdeploy.benchmark.latency import (
     measure_latency,
     time_interleaved,
 )
-from lpdeploy.benchmark.plot import draw_latency
+from lpdeploy.benchmark.plot import draw_latency, draw_latency_panels, name_models
 from lpdeploy.benchmark.results import LatencyResult, LatencyRow
 from lpdeploy.benchmark.stage import bench_latency
 from lpdeploy.benchmark.table import format_latency, render_latency
@@ -229,21 +229,50 @@ def test_a_run_is_timed_dense_and_pruned_merged_and_unmerged(run):
 
 
 def test_the_plot_shows_every_bar():
-    row = LatencyRow(
-        model="m", ratio=0, engine="torch", precision="fp32", merged=True, phase="decode",
-        tokens=8, batch=1, median_ms=2, p10_ms=1, p90_ms=3, tokens_per_s=500, relative=1,
-        limit_share=None, peak_bytes=None, repeats=3, parameters=10, bytes=40,
-    )  # fmt: skip
+    row = make_row()
     rows = tuple(
-        replace(row, phase=phase, engine=engine, ratio=ratio, merged=merged)
+        replace(
+            row,
+            phase=phase,
+            engine=engine,
+            ratio=ratio,
+            merged=merged,
+            parameters=6 if ratio else 10,
+        )
         for phase in ("prefill", "decode")
         for engine in ("torch", "onnx")
         for ratio in (0.0, 0.5)
         for merged in (True, False)
     )
-    svg = draw_latency(LatencyResult(describe_machine(), {}, rows))
-    for text in ("0% pruned", "50% pruned", "LoRA merged", "LoRA unmerged"):
-        assert text in svg
-    for engine in ("torch", "onnx"):
-        assert f"{engine} fp32, prefill of 8 tokens, ms" in svg
-        assert f"{engine} fp32, decode of a token, ms" in svg
+    bench = LatencyResult(describe_machine(), {}, rows)
+    svg, panels = draw_latency(bench), draw_latency_panels(bench)
+    assert list(panels) == [
+        "torch fp32, prefill of 8 tokens, ms", "onnx fp32, prefill of 8 tokens, ms",
+        "torch fp32, decode of a token, ms", "onnx fp32, decode of a token, ms",
+    ]  # fmt: skip
+    assert all(title in svg for title in panels)
+    for picture in (svg, *panels.values()):
+        for form in ("LoRA merged", "LoRA unmerged"):
+            assert f"dense, {form}" in picture
+            assert f"40 % fewer parameters, {form}" in picture
+
+
+def test_a_bar_is_named_by_the_parameters_that_the_model_has():
+    dense = make_row()
+    half = replace(dense, ratio=0.5, parameters=6)
+    assert name_models([dense, half]) == ["dense", "40 % fewer parameters"]
+    # Without the dense model, a share cannot be told.
+    assert name_models([replace(half, parameters=2_500_000)]) == ["2.5 M parameters"]
+
+
+def test_the_spread_of_a_row_is_its_90th_percentile_over_its_10th():
+    assert make_row().spread == 3
+    assert replace(make_row(), p10_ms=0).spread == 1
+
+
+def make_row():
+    return LatencyRow(
+        model="m", ratio=0, engine="torch", precision="fp32", merged=True, phase="decode",
+        tokens=8, batch=1, median_ms=2, p10_ms=1, p90_ms=3, tokens_per_s=500, relative=1,
+        limit_share=None, peak_bytes=None, repeats=3, parameters=10, bytes=40,
+    )  # fmt: skip

@@ -15,7 +15,8 @@ from tests.helpers import make_text, make_tiny_model
 
 COMMANDS = [
     "check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper",
-    "generate", "chat", "serve", "report", "push", "doctor", "demo",
+    "generate", "chat", "serve", "report", "compare", "sweep", "push", "doctor",
+    "demo",
 ]  # fmt: skip
 SMALL = [
     "--steps", "4", "--batch-size", "2", "--micro-batch-size", "2", "--seq-len", "16",

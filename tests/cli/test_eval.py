@@ -73,7 +73,9 @@ def test_a_run_keeps_both_kinds(run, folder):
     assert kept["base"]["tasks"] == tasks["base"]["tasks"]
     page = invoke("report", run)
     assert page.exit_code == 0, page.output
-    assert "of arc_easy, dense" in (run / "report.html").read_text()
+    text = (run / "report.html").read_text()
+    assert text.count("% of arc_easy</td>") == 2  # the dense and the pruned model
+    assert "% over 1 task</p>" in text
 
 
 def test_a_recipe_may_list_the_tasks(model, folder, tmp_path):

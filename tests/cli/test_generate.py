@@ -42,6 +42,33 @@ def pipe(text, *words):
 
 
 class TestGenerate:
+    def test_answers_are_kept_for_the_page(self, run, tmp_path):
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("w1 w2\nw3 w4\n")
+        words = ("--prompts", prompts, "--max-new-tokens", 4, "--with-base", "--save", "--json")
+        answered = last_json(invoke("generate", run, *words))
+        kept = json.loads((run / "samples.json").read_text())
+        assert [(each["model"], each["opening"]) for each in kept] == [
+            ("dense, torch fp32", "w1 w2"), ("dense, torch fp32", "w3 w4"),
+            ("pruned, torch fp32", "w1 w2"), ("pruned, torch fp32", "w3 w4"),
+        ]  # fmt: skip
+        texts = [
+            answer["text"] for part in (answered["base"], answered) for answer in part["answers"]
+        ]
+        assert [each["text"] for each in kept] == texts
+        assert invoke("report", run, "--output", tmp_path / "page.html").exit_code == 0
+        page = (tmp_path / "page.html").read_text()
+        for column in ("prompt", "dense, torch fp32", "pruned, torch fp32"):
+            assert f'<th scope="col">{column}</th>' in page
+        (run / "samples.json").write_text("[]")
+        result = invoke("generate", run, "w1", "--max-new-tokens", 1, "--save")
+        check_refused(result, "samples.json' has changed .* delete it and run 'lpdeploy generate")
+        (run / "samples.json").unlink()
+
+    def test_answers_of_a_model_that_is_no_run_cannot_be_kept(self, folder):
+        result = invoke("generate", folder, "w1", "--save")
+        check_refused(result, "--save needs a run, and '.*' is none. Leave it out")
+
     def test_the_text_alone_is_on_stdout(self, folder):
         result = invoke("generate", folder, "w1 w2", "--max-new-tokens", 5)
         tokenizer = AutoTokenizer.from_pretrained(folder)
