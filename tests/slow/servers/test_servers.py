@@ -1,7 +1,9 @@
 """Real servers, each in an environment of its own: `python3 tools/dev.py test --servers`."""
 
 import json
+import os
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,54 @@ def test_llamacpp_loads_each_type(tmp_path, record, precision):
     version = f"llama-cpp-python {found['version']}"
     shape = f"demo pruned to 5 heads of 16, {precision}"
     record(server="llama.cpp", version=version, shape=shape, result="loads, the first greedy token")
+
+
+def package_with_llama(model, output, precision):
+    """Run the command in the Python that has llama-cpp-python, with the libraries of this one."""
+    python = find_python("llama-cpp-python")
+    words = [python, "-m", "lpdeploy", "package", model, "--target", "llamacpp", "--output", output,
+             "--precision", precision, "--json"]  # fmt: skip
+    paths = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+    done = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), done.stderr
+
+
+# Its 128 columns are no multiple of 256, and its 96 none either: no K-quant takes them.
+@pytest.mark.parametrize(
+    ("precision", "types"),
+    [("q4_k_m", {"Q5_0", "Q8_0", "F16"}), ("q6_k", {"Q8_0", "F16"}), ("q4_0", {"Q4_0", "F16"}),
+     ("iq4_nl", {"IQ4_NL", "F16"})],
+)  # fmt: skip
+def test_llamacpp_makes_and_loads_small_types(tmp_path, record, precision, types):
+    run = make_demo_run(tmp_path / "run")
+    result, said = package_with_llama(run, tmp_path / "out", precision)
+    assert types <= result["types"].keys()
+    assert sum(result["types"].values()) == pytest.approx(1)
+    assert "llama_model_quantize" not in said
+    if "_k" in precision:
+        assert "100.0% lie in rows of no multiple of 256" in said
+        assert "Prune with --round-to 256" in said
+    ids = AutoTokenizer.from_pretrained(run / "model")(PROMPT).input_ids
+    found = run_llama(tmp_path / "out" / result["file"], ids)
+    assert found["tokens"][0] == generate(run / "model", ids, tokens=1)[0]
+    record(
+        server="llama.cpp",
+        version=f"llama-cpp-python {found['version']}",
+        shape=f"demo pruned to 5 heads of 16, {precision}",
+        result="loads, the first greedy token",
+    )
+
+
+def test_rows_of_256_are_k_quants(tmp_path):
+    model = make_family(tmp_path / "model", "llama-gqa", hidden_size=256, intermediate_size=512)
+    result, said = package_with_llama(model, tmp_path / "out", "q4_k_m")
+    assert {name for name in result["types"] if name.endswith("_K")} == {"Q4_K", "Q6_K"}
+    assert "in rows of no multiple" in said  # those of o_proj, which follow the heads
+    assert run_llama(tmp_path / "out" / result["file"], [1, 5], tokens=4)["tokens"]
 
 
 def make_tokenizer_like(name):
