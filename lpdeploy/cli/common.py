@@ -133,7 +133,7 @@ PRECISION = NameChoice(
 def _list_packed_precisions() -> list[str]:
     from lpdeploy.servers.gguf_types import list_precisions
 
-    return list(dict.fromkeys([*PRECISION.choices, *list_precisions()]))
+    return list(dict.fromkeys([*PRECISION.choices, "fp8", *list_precisions()]))
 
 
 PACKED_PRECISION = NameChoice(_list_packed_precisions)

@@ -27,8 +27,8 @@ from lpdeploy.machine import format_bytes
 @click.option(
     "--precision",
     type=PACKED_PRECISION,
-    help="Precision of the weights. triton takes those of --engine, genai all but llama.cpp's own "
-    "names, and llamacpp all but int4.  [default: fp32; for llamacpp that of the checkpoint]",
+    help="Precision of the weights. triton and genai take those of an export, vllm fp8, and "
+    "llamacpp all but int4 and fp8.  [default: fp32; for llamacpp and vllm that of the checkpoint]",
 )
 @click.option("--engine", type=SERVED, help="Engine that triton runs.  [default: ort]")
 @click.option(
