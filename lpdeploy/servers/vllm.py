@@ -94,8 +94,12 @@ def package_vllm(
         architecture=(config.architectures or [""])[0],
         chat=has_chat_template(folder),
     )
-    details = {"dtype": dtype, "precision": precision, "max_seq_len": length}
-    details["tensor_parallel"] = ranks
+    details = {
+        "dtype": dtype,
+        "precision": precision,
+        "max_seq_len": length,
+        "tensor_parallel": ranks,
+    }
     return Packed(command=shlex.join(command), notes=notes, details=details)
 
 
