@@ -212,14 +212,22 @@ class _Decoder:
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Project to queries, keys and values: in one product where nothing comes in between."""
         parts = [f"{module}.{part}_proj" for part in ("q", "k", "v")]
-        apart = (
-            self._choose_form(f"{parts[-1]}.weight") != self.quantization
-            or any(f"{part}.bias" in self.weights or self.weights.has_lora(part) for part in parts)
+        names = [f"{part}.weight" for part in parts]
+        if (
+            any(f"{part}.bias" in self.weights or self.weights.has_lora(part) for part in parts)
             or f"{module}.q_norm.weight" in self.weights
-        )
-        if not apart:  # the operator splits what it gets: (B, T, (H + 2 K) * D)
-            names = [f"{part}.weight" for part in parts]
+        ):
+            return self._project_apart(hidden, module, parts)
+        # The operator splits what it gets: (B, T, (H + 2 K) * D)
+        if self._choose_form(names[-1]) == self.quantization:
             return self._add_product(hidden, *names, module=f"{module}.qkv_proj"), None, None
+        both = self._add_product(hidden, *names[:2], module=f"{module}.qk_proj")
+        value = self._add_product(hidden, names[2], module=parts[2])
+        return self._op("Concat", both, value, axis=-1), None, None
+
+    def _project_apart(
+        self, hidden: ir.Value, module: str, parts: Sequence[str]
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         query, key, value = (self._add_linear(hidden, part) for part in parts)
         query = self._add_head_norm(query, f"{module}.q_norm.weight")
         return query, self._add_head_norm(key, f"{module}.k_norm.weight"), value

@@ -187,7 +187,7 @@ def read_quantized(folder, module):
 @pytest.mark.parametrize(
     ("precision", "kv_heads", "packed"),
     [
-        ("int4", 2, {"q_proj": 4, "k_proj": 4, "v_proj": 8, "o_proj": 4, "down_proj": 4}),
+        ("int4", 2, {"qk_proj": 4, "v_proj": 8, "o_proj": 4, "down_proj": 4}),
         ("int4", 4, {"qkv_proj": 4, "o_proj": 4, "down_proj": 4}),
         ("int8", 2, {"qkv_proj": 8, "o_proj": 8, "down_proj": 8}),
     ],
