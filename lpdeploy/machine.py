@@ -19,7 +19,7 @@ from lpdeploy import __version__
 
 _LIBRARIES = (
     *("torch", "transformers", "peft", "accelerate", "bitsandbytes"),
-    *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "lm_eval"),
+    *("onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "lm_eval", "llama_cpp_python"),
 )
 
 

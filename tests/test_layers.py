@@ -80,6 +80,7 @@ ONE_MODULE = {
     "bitsandbytes": "models/quantized.py",
     "lm_eval": "evaluation/harness.py",
     "gguf": "servers/gguf_file.py",
+    "llama_cpp": "servers/llama_quantizer.py",
     "tensorrt": "engines/trt/library.py",
     "tensorrt_rtx": "engines/trt/library.py",
 }

@@ -69,3 +69,32 @@ def render_formats(data: dict[str, Any]) -> str:
 def _write_rate(row: dict[str, Any]) -> str:
     median, slow, fast = (1000 / row[f"decode_{part}ms"] for part in ("", "p90_", "p10_"))
     return f"{median:.1f} ({slow:.1f} to {fast:.1f})"
+
+
+def render_int4(data: dict[str, Any]) -> str:
+    """Compare ways to round weights to 4 bits on several models."""
+    models = data["models"]
+    first = next(iter(models.values()))
+    rows = [
+        (name, *(_write_way(model, name) for model in models.values())) for name in first["ways"]
+    ]
+    texts = ", ".join(
+        f"{name} {model['perplexity']:.2f} ({model['segments']} segments of {model['seq_len']} "
+        f"tokens of {model['text']})"
+        for name, model in models.items()
+    )
+    kinds = data["product"]["kinds"]
+    plain = kinds["symmetric"]["median_us"]
+    times = ", ".join(f"{name} {kind['median_us'] / plain:.2f}" for name, kind in kinds.items())
+    about = (
+        "What rounding adds to perplexity, and bits of a weight with its scales. Unrounded "
+        f"perplexity: {texts}. The time of a product of one token with a matrix of "
+        f"{data['product']['width']:,} x {data['product']['width']:,} in ONNX Runtime, against "
+        f"symmetric blocks of 32: {times}."
+    )
+    return write_table(("weights", *models), rows, about, describe(data))
+
+
+def _write_way(model: dict[str, Any], name: str) -> str:
+    way = model["ways"][name]
+    return f"{way['perplexity'] / model['perplexity'] - 1:+.1%} ({way['bits']:.2f} bits)"

@@ -9,7 +9,7 @@ from lpdeploy.benchmark.table import render_latency as render_latency_table
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import TableResult
 from lpdeploy.records import read_record
-from tools.doc_models import render_answers, render_formats
+from tools.doc_models import render_answers, render_formats, render_int4
 from tools.doc_text import describe, find_command, write_table
 
 _PARTS = ("training", "scoring", "cutting")
@@ -310,6 +310,7 @@ def render_served(data: dict[str, Any]) -> str:
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "answers": render_answers,
     "formats": render_formats,
+    "int4": render_int4,
     "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,

@@ -130,6 +130,15 @@ PRECISION = NameChoice(
     lambda: dict.fromkeys(name for engine in list_exporting() for name in engine.precisions)
 )
 
+
+def _list_packed_precisions() -> list[str]:
+    from lpdeploy.servers.gguf_types import list_precisions
+
+    return list(dict.fromkeys([*PRECISION.choices, "fp8", *list_precisions()]))
+
+
+PACKED_PRECISION = NameChoice(_list_packed_precisions)
+
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 base_option = click.option(
     "--base",

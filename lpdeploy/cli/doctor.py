@@ -9,6 +9,7 @@ from lpdeploy.cli.common import print_result, shared_options
 # Module -> (extra that installs it, what it is for).
 _OPTIONAL = {
     "bitsandbytes": ("quant", "--load-in 8bit and 4bit"),
+    "llama_cpp": ("llamacpp", "package --target llamacpp in llama.cpp's smaller types"),
     "lm_eval": ("eval", "eval --tasks"),
     "onnxruntime": ("cpu", "running exported ONNX models"),
     "onnxruntime_genai": ("genai", "serving --engine ort exports with ONNX Runtime GenAI"),

@@ -8,7 +8,7 @@ import click
 from lpdeploy.cli.common import (
     COUNT,
     FOLDER,
-    PRECISION,
+    PACKED_PRECISION,
     SERVED,
     TARGET,
     Count,
@@ -26,9 +26,9 @@ from lpdeploy.machine import format_bytes
 @click.option("--output", type=FOLDER, required=True, help="Write the package to this folder.")
 @click.option(
     "--precision",
-    type=PRECISION,
-    help="Precision of the weights for triton, genai and llamacpp (which has no int4).  [default: "
-    "fp32; for llamacpp that of the checkpoint]",
+    type=PACKED_PRECISION,
+    help="Precision of the weights. triton and genai take those of an export, vllm fp8, and "
+    "llamacpp all but int4 and fp8.  [default: fp32; for llamacpp and vllm that of the checkpoint]",
 )
 @click.option("--engine", type=SERVED, help="Engine that triton runs.  [default: ort]")
 @click.option(

@@ -79,7 +79,9 @@ class CommandWithPrune(click.Command):
 )
 @max_segments_option
 @limit_option
-@click.option("--seeds", type=COUNT, default=3, help="Number of seeds per row: 0, 1, ...")
+@click.option(
+    "--seeds", type=COUNT, default=3, help="Number of seeds per row: 0, 1, ... Table 9 has one."
+)
 @click.option(
     "--ratios",
     type=ListOf(click.FloatRange(0, 1, min_open=True, max_open=True)),
@@ -122,10 +124,11 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run a table or figure of the paper on your own MODEL.
 
-    TABLE is 2, 4, 5, 6, 7, 8, figure-4 or figure-6. Seven more tables are not in the paper. forms
-    compares how scores are summed, ramps when groups are removed, rates learning rates, refit
-    pruning with and without --refit, and recipe LoRAPrune with the parts of --preset best together.
-    recovery shows what each of these parts gives, and settings other settings of them.
+    TABLE is 2, 4, 5, 6, 7, 8, 9, figure-4 or figure-6. Table 9 shows what the models answer to the
+    paper's instructions. Seven more tables are not in the paper. forms compares how scores are
+    summed, ramps when groups are removed, rates learning rates, refit pruning with and without
+    --refit, and recipe LoRAPrune with the parts of --preset best together. recovery shows what each
+    of these parts gives, and settings other settings of them.
 
     Each cell is a separate prune, compact and eval, repeated for several seeds. If you stop the
     command, run it again to continue: finished cells are kept. The table is written to DIR as JSON,
@@ -143,7 +146,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     options = _read_prune_options(spec, rows or (), model, data, prune_options)
 
     from lpdeploy.paper.cells import select
-    from lpdeploy.paper.stage import build_evaluation, build_study, run_paper
+    from lpdeploy.paper.stage import adapt_evaluation, build_evaluation, build_study, run_paper
 
     evaluation = build_evaluation(
         perplexity,
@@ -153,9 +156,6 @@ def command(  # noqa: PLR0913 - one parameter an option
         task_data=task_data,
         limit=limit,
     )
-    if evaluation and spec.kind == "similarity":
-        log(f"{spec.heading} compares only masks; --perplexity and --tasks are ignored.")
-        evaluation = build_evaluation([], seq_len=eval_seq_len, tasks=(), task_data=None)
     document = run_paper(
         select(spec, rows=rows or (), ratios=ratios or (), seeds=seeds),
         build_study(
@@ -163,7 +163,7 @@ def command(  # noqa: PLR0913 - one parameter an option
             data=data,
             prune_words=prune_options,
             prune_options=options,
-            evaluation=evaluation,
+            evaluation=adapt_evaluation(spec, evaluation),
         ),
         output,
         jobs=jobs,
@@ -258,7 +258,8 @@ def _refuse_shared(table: Table, row: Row, given: Mapping[str, Any]) -> None:
 
 
 def _print(document: TableResult, stem: Path, *, as_json: bool) -> None:
-    log(f"Wrote {stem}.json, .md, .svg")
+    suffixes = [end for end in (".json", ".md", ".svg") if stem.with_suffix(end).is_file()]
+    log(f"Wrote {stem}{', '.join(suffixes)}")
     text = stem.with_suffix(".md").read_text(encoding="utf-8")
     print_result(document.to_json(), text, as_json=as_json)
     if document.failed:

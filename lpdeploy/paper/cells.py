@@ -65,6 +65,7 @@ class EvalSettings:
         task_data: Folder with the data of the tasks; None for the hub.
         max_segments: Number of segments of each text that are measured; None for all.
         limit: Number of documents of each task that are run; None for all.
+        examples: Whether the models answer the instructions of Table 9.
     """
 
     perplexity: tuple[Source, ...] = ()
@@ -73,13 +74,18 @@ class EvalSettings:
     task_data: Source | None = None
     max_segments: int | None = None
     limit: int | None = None
+    examples: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.perplexity or self.tasks)
+        return bool(self.perplexity or self.tasks or self.examples)
 
     def to_json(self) -> dict[str, Any]:
         """Return what determines the result, without paths."""
-        parts = {"max_segments": self.max_segments, "limit": self.limit}
+        parts = {
+            "max_segments": self.max_segments,
+            "limit": self.limit,
+            "examples": self.examples or None,
+        }
         return {
             "perplexity": {s.name: s.identity for s in self.perplexity},
             "seq_len": self.seq_len if self.perplexity else None,
@@ -173,6 +179,8 @@ def select(
     chosen = tuple(row for row in table.rows if not rows or row.name in rows)
     if table.kind == "similarity" and len(chosen) < 2:
         raise LpdeployError(f"{table.heading} compares two rows. Leave --rows out.")
+    if table.kind == "texts":  # the texts of several seeds have no mean
+        seeds = 1
     return Selection(table, chosen, tuple(ratios) or table.ratios, seeds)
 
 
@@ -249,9 +257,17 @@ def list_prune_words(cell: Cell, study: Study, *, run: Path) -> list[str]:
 def list_eval_words(cell: Cell, study: Study, *, model: str) -> list[str]:
     """Return the words of a cell's ``eval`` command."""
     words = ["eval", model, *cell.evaluation.list_words(seq_len="--seq-len")]
-    if (device := study.prune_options.get("device", "auto")) != "auto":
-        words += ["--device", device]
-    return words
+    return [*words, *_list_device_words(study)]
+
+
+def list_generate_words(study: Study, *, model: str) -> list[str]:
+    """Return the words of a cell's ``generate`` command."""
+    return ["generate", model, "--examples", *_list_device_words(study)]
+
+
+def _list_device_words(study: Study) -> list[str]:
+    device = study.prune_options.get("device", "auto")
+    return [] if device == "auto" else ["--device", device]
 
 
 def _list_options(options: Mapping[str, Any]) -> list[str]:

@@ -139,6 +139,7 @@ def _build_rows(
                     values=values,
                     paper=dict(selection.table.get_paper(ratio, row.name)),
                     cells=tuple(cell.key for cell in own),
+                    texts=finished[0].texts or () if finished else (),
                 )
             )
     return rows

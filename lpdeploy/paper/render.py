@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lpdeploy.machine import Machine
 from lpdeploy.paper.results import SCALES, SYMBOLS, ResultRow, TableResult, Value
+from lpdeploy.paper.texts import list_text_notes, render_texts
 
 _ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 _PAPER_UNITS = {
@@ -17,8 +18,23 @@ _PAPER_UNITS = {
 
 def render_markdown(document: TableResult) -> str:
     """Write a table as Markdown: mean and spread, the best in bold, and the paper's figures."""
-    spec, has_masks = document.spec, document.spec.kind == "similarity"
-    paper = _list_paper_columns(document)
+    spec, paper = document.spec, _list_paper_columns(document)
+    lines = render_texts(document) if spec.kind == "texts" else _render_values(document, paper)
+    return "\n".join(
+        [
+            f"# {spec.heading}: {spec.title}",
+            "",
+            spec.about,
+            "",
+            *lines,
+            "",
+            *_list_notes(document, has_paper=bool(paper)),
+        ]
+    )
+
+
+def _render_values(document: TableResult, paper: Sequence[str]) -> list[str]:
+    has_masks = document.spec.kind == "similarity"
     header = [
         "pruned",
         _name_rows(document),
@@ -29,17 +45,7 @@ def render_markdown(document: TableResult) -> str:
     ]
     lines = [header, ["---"] * len(header)]
     lines += [_render_row(row, document, paper) for row in document.rows]
-    return "\n".join(
-        [
-            f"# {spec.heading}: {spec.title}",
-            "",
-            spec.about,
-            "",
-            *(f"| {' | '.join(line)} |" for line in lines),
-            "",
-            *_list_notes(document, has_paper=bool(paper)),
-        ]
-    )
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _name_rows(document: TableResult) -> str:
@@ -98,20 +104,11 @@ def _escape(text: str) -> str:
 
 
 def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
-    over = "layers and seeds" if document.spec.kind == "similarity" else "seeds"
-    spread = f"Mean ± sample standard deviation over {over}."
-    notes = [f"Model {document.model}, data {document.data}. {spread}"]
-    if any(c.better for c in document.columns):
-        notes[0] += " The best value of each ratio is bold."
-    if document.spec.kind == "cost":
-        notes[0] += " In brackets: change from the first row."
-    if any(c.name == "average" for c in document.columns):
-        notes[0] += " Accuracies are normalized by length for the tasks for which the paper's are."
-        shown = [v for row in document.rows for v in row.values.values() if v.relative is None]
-        if any(value.error is not None for value in shown):
-            notes[0] += " In brackets: the standard error over the documents."
+    is_text = document.spec.kind == "texts"
+    about = list_text_notes(document) if is_text else _list_value_notes(document)
     if has_paper:
-        notes[0] += " The paper's figures are for LLaMA-7B."
+        about.append("The paper's figures are for LLaMA-7B.")
+    notes = [" ".join([f"Model {document.model}, data {document.data}.", *about])]
     if document.missing:
         notes.append(f"{document.missing} of {document.cells} cells are missing.")
     for failure in document.failed:
@@ -123,6 +120,22 @@ def _list_notes(document: TableResult, *, has_paper: bool) -> list[str]:
     if document.machines > 1:
         notes.append(f"Cells come from {document.machines} machines or sets of versions.")
     return [*"\n\n".join(notes).split("\n"), ""]
+
+
+def _list_value_notes(document: TableResult) -> list[str]:
+    """Say what stands beside a mean."""
+    over = "layers and seeds" if document.spec.kind == "similarity" else "seeds"
+    notes = [f"Mean ± sample standard deviation over {over}."]
+    if any(c.better for c in document.columns):
+        notes.append("The best value of each ratio is bold.")
+    if document.spec.kind == "cost":
+        notes.append("In brackets: change from the first row.")
+    if any(c.name == "average" for c in document.columns):
+        notes.append("Accuracies are normalized by length for the tasks for which the paper's are.")
+        shown = [v for row in document.rows for v in row.values.values() if v.relative is None]
+        if any(value.error is not None for value in shown):
+            notes.append("In brackets: the standard error over the documents.")
+    return notes
 
 
 def describe_machine_line(machine: Machine) -> str:

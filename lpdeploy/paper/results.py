@@ -12,6 +12,23 @@ SCALES = {"share": 100, "bytes": 1e-9}
 """Unit of a column -> the factor from a value to what a reader sees."""
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a model answered.
+
+    Attributes:
+        prompt: The instruction.
+        text: The answer.
+        tokens: Number of its tokens.
+        reason: ``stop`` if the model ended it, ``length`` if it was cut.
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
     """A finished cell.
@@ -32,6 +49,7 @@ class CellResult:
         training: Medians over the steps, see ``summarize_log``; None for the unpruned model.
         compact: JSON of ``lpdeploy compact``; None if it did not run.
         eval: JSON of ``lpdeploy eval``; None if it did not run.
+        texts: What it answered to ``lpdeploy generate``; None if it was not asked.
     """
 
     key: str
@@ -48,11 +66,12 @@ class CellResult:
     training: dict[str, float] | None = None
     compact: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
+    texts: tuple[Text, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what the cell's file holds; commands that did not run are left out."""
         data = asdict(self) | {"machine": self.machine.to_json(), "date": self.machine.date}
-        optional = ("prune", "training", "compact", "eval")
+        optional = ("prune", "training", "compact", "eval", "texts")
         return {k: v for k, v in data.items() if v is not None or k not in optional}
 
 
@@ -111,6 +130,7 @@ class ResultRow:
         place: Position on the axis of a plot over rows.
         panel: Plot that the row belongs to, if a figure has several.
         cells: Keys of its cells; empty if masks are compared.
+        texts: What the model of its cell answered; empty if it was not asked.
     """
 
     name: str
@@ -122,11 +142,13 @@ class ResultRow:
     place: float | None = None
     panel: str = ""
     cells: tuple[str, ...] = ()
+    texts: tuple[Text, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; rows of masks have no ``place``, ``panel`` and ``cells``."""
         data = asdict(self) | {"values": {k: v.to_json() for k, v in self.values.items()}}
-        unused = () if self.cells else ("place", "panel", "cells")
+        unused = [] if self.cells else ["place", "panel", "cells"]
+        unused += [] if self.texts else ["texts"]
         return {k: v for k, v in data.items() if k not in unused}
 
 

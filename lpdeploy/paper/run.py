@@ -16,15 +16,22 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
 from lpdeploy.machine import describe_machine
-from lpdeploy.paper.cells import Cell, Study, list_eval_words, list_prune_words, show_command
-from lpdeploy.paper.results import CellResult
+from lpdeploy.paper.cells import (
+    Cell,
+    Study,
+    list_eval_words,
+    list_generate_words,
+    list_prune_words,
+    show_command,
+)
+from lpdeploy.paper.results import CellResult, Text
 from lpdeploy.pruning.log import load_log
 from lpdeploy.records import load_record, parse_json
 from lpdeploy.run_folder import RunFolder
@@ -193,7 +200,7 @@ def run_cell(
     alone: bool = True,
     fresh: bool = False,
 ) -> None:
-    """Prune, compact and evaluate; write ``cells/KEY.json``, and delete the weights.
+    """Prune, compact and measure; write ``cells/KEY.json``, and delete the weights.
 
     An interrupted cell resumes from the checkpoint of its prune, or after the prune, unless it
     must be ``fresh``. A failed cell leaves nothing. Times can be trusted if it runs ``alone``.
@@ -237,9 +244,7 @@ def run_cell(
 
 
 def _run_dense(cell: Cell, study: Study, commands: Commands) -> dict[str, Any]:
-    words = list_eval_words(cell, study, model=study.model.given)
-    measured = commands.call(words)
-    return {"commands": [show_command(words)], "eval": _name_sources(measured, cell)}
+    return _measure(cell, study, commands, model=study.model.given)
 
 
 def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dict[str, Any]:
@@ -255,10 +260,10 @@ def _run_pruned(cell: Cell, study: Study, work: Path, commands: Commands) -> dic
     if cell.evaluation:
         compact_words = ["compact", str(run)]
         compacted = commands.call([*compact_words, "--overwrite"])
-        eval_words = list_eval_words(cell, study, model=str(run))
+        measured = _measure(cell, study, commands, model=str(run))
+        words = [*result["commands"], show_command(compact_words), *measured["commands"]]
         result["compact"] = {k: v for k, v in compacted.items() if k != "model"}
-        result["eval"] = _name_sources(commands.call(eval_words), cell)
-        result["commands"] += [show_command(compact_words), show_command(eval_words)]
+        result |= {**measured, "commands": words}
     return result
 
 
@@ -278,6 +283,21 @@ def prune_or_resume(words: Sequence[str], run: RunFolder, commands: Commands) ->
     """
     resume = run.checkpoint.is_file()
     return commands.call([*words, "--resume" if resume else "--overwrite"]), resume
+
+
+def _measure(cell: Cell, study: Study, commands: Commands, *, model: str) -> dict[str, Any]:
+    """Evaluate a model, or let it answer the instructions of Table 9."""
+    if cell.evaluation.examples:
+        words = list_generate_words(study, model=model)
+        names = [own.name for own in fields(Text)]
+        answers = commands.call(words)["answers"]
+        texts = tuple(Text(**{name: answer[name] for name in names}) for answer in answers)
+        return {"commands": [show_command(words)], "texts": texts}
+    words = list_eval_words(cell, study, model=model)
+    return {
+        "commands": [show_command(words)],
+        "eval": _name_sources(commands.call(words), cell),
+    }
 
 
 def _name_sources(measured: Mapping[str, Any], cell: Cell) -> dict[str, Any]:

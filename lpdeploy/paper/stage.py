@@ -26,6 +26,7 @@ from lpdeploy.paper.plot import draw_document
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import TableResult
 from lpdeploy.paper.run import CELLS, CommandError, Commands, check_output, load_cell, run_cells
+from lpdeploy.paper.table import Table
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,18 @@ def build_evaluation(
             raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
     folder = identify_source(str(task_data)) if task_data else None
     return EvalSettings(texts, seq_len, tuple(tasks), folder, max_segments, limit)
+
+
+def adapt_evaluation(table: Table, evaluation: EvalSettings) -> EvalSettings:
+    """Return what the cells of a table are measured on, which not every table lets one choose."""
+    compared = {"similarity": "masks", "texts": "texts"}.get(table.kind)
+    if compared is None:
+        return evaluation
+    if evaluation:
+        logger.info(
+            "%s compares only %s; --perplexity and --tasks are ignored.", table.heading, compared
+        )
+    return EvalSettings(examples=table.kind == "texts")
 
 
 def run_paper(

@@ -1,89 +1,23 @@
 """The tables and figures of the paper, and three of ours, as data: rows, and what is measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from lpdeploy.paper.figures import FIGURES
+from lpdeploy.paper.table import Row, Table
 from lpdeploy.presets import PRESETS
 from lpdeploy.ramps import RAMPS
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: what it is called, and the options of ``prune`` that make it.
-
-    Attributes:
-        name: What ``--rows`` takes.
-        label: What a reader sees.
-        options: Options of ``prune`` that this row sets, besides the ratio and the seed.
-        step_factor: Multiplies the steps that the user gives; None leaves them unchanged.
-        dense: Whether the row is the unpruned model.
-        place: Position on the axis of a plot over rows.
-        panel: Plot that the row belongs to, if a figure has several.
-    """
-
-    name: str
-    label: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    step_factor: float | None = None
-    dense: bool = False
-    place: float | None = None
-    panel: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table or figure of the paper.
-
-    Attributes:
-        name: ``2`` or ``figure-4``.
-        title: One line.
-        about: What the paper measured, and what differs here.
-        rows: The rows, in the order in which they run and are shown.
-        ratios: Default shares of groups to remove.
-        kind: ``quality`` (perplexity, tasks), ``cost`` (time and memory, relative to the first
-            row) or ``similarity`` (masks of two rows).
-        axis: Meaning of a row's ``place``, for plots over rows.
-    """
-
-    name: str
-    title: str
-    about: str
-    rows: tuple[Row, ...]
-    ratios: tuple[float, ...]
-    kind: str = "quality"
-    axis: str = ""
-
-    @property
-    def file_stem(self) -> str:
-        """``table-7``, ``figure-4`` or ``ramps``."""
-        return f"table-{self.name}" if self.name.isdigit() else self.name
-
-    @property
-    def heading(self) -> str:
-        """``Table 7``, ``Figure 4`` or ``Ramps``."""
-        return self.file_stem.replace("-", " ").capitalize()
-
-    @property
-    def own_options(self) -> set[str]:
-        """Options of ``prune`` that some row sets."""
-        return {name for row in self.rows for name in row.options}
-
-    def get_paper(self, ratio: float, row: str) -> Mapping[str, float]:
-        """Return the paper's own figures of a cell; empty if it has none."""
-        return FIGURES.get(self.name, {}).get(ratio, {}).get(row, {})
-
 
 SIMILARITY_SAMPLES = 128
 """Number of sequences that the groups are scored on for both masks of Figure 4."""
 
 _8BIT = {"criterion": "lora", "load_in": "8bit"}
+_DENSE = Row("dense", "unpruned", dense=True)
 _LORA = Row("lora", "LoRAPrune (lora)", {"criterion": "lora"})
 # All rows of a table have the learning rate that the user gives.
 _RECIPE = {name: value for name, value in PRESETS["best"].items() if name != "lr"}
+_BEST = Row("recipe", "--preset best (not in the paper)", _RECIPE)
 _CRITERIA = (
-    Row("dense", "unpruned", dense=True),
+    _DENSE,
     Row("magnitude", "Magnitude", {"criterion": "magnitude"}),
     Row("wanda", "WANDA", {"criterion": "wanda"}),
     Row("gradient", "LLM-Pruner (gradient)", {"criterion": "gradient"}),
@@ -91,7 +25,7 @@ _CRITERIA = (
     _LORA,
     Row("gate", "gate (not in the paper)", {"criterion": "gate"}),
     Row("random", "random (not in the paper)", {"criterion": "random"}),
-    Row("recipe", "--preset best (not in the paper)", _RECIPE),
+    _BEST,
 )
 _COST = (
     "The runs are separate processes, one at a time, and the rows take turns. Other work on the "
@@ -184,6 +118,15 @@ TABLES: dict[str, Table] = {
             ),
             (0.5,),
             axis="steps between pruning events",
+        ),
+        Table(
+            "9",
+            "What pruned models write",
+            "The paper gives LLaMA-7B, unpruned and pruned by 20%, an instruction about common "
+            "sense, one to translate and one to write code.",
+            (_DENSE, _LORA, _BEST),
+            (0.2,),
+            kind="texts",
         ),
         Table(
             "figure-4",
@@ -345,7 +288,7 @@ TABLES: dict[str, Table] = {
             "learning rates 1e-3 and 3e-3. All rows of a ratio leave as many parameters, but for "
             "rounding. One-shot rows are not fine-tuned.",
             (
-                Row("dense", "unpruned", dense=True),
+                _DENSE,
                 Row("one-shot", "one-shot, lora", _AT_ONCE),
                 Row("one-shot-width", "one-shot, gate, refit", {**_AT_ONCE, **_GATE, **_REFIT}),
                 Row("one-shot-depth", "one-shot, gate, refit, depth", _RECIPE_AT_ONCE),

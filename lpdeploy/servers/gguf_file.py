@@ -1,6 +1,7 @@
 """A checkpoint as a GGUF file, written one weight at a time with the ``gguf`` library."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lpdeploy.errors import LpdeployError, MissingDependencyError
+from lpdeploy.errors import ArtifactError, LpdeployError, MissingDependencyError, quote_error
 from lpdeploy.families import GgufArchitecture, get_family
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.finite import check_finite, round_weight
@@ -21,10 +22,9 @@ from lpdeploy.models.loading import (
     refuse_incomplete,
 )
 from lpdeploy.models.weight_files import index_weights
+from lpdeploy.servers.gguf_types import TYPES
 from lpdeploy.servers.gguf_vocab import Vocabulary, build_vocabulary
 
-# Precision -> name of the type of matrices in gguf. Vectors stay in F32, as its readers expect.
-TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STOPS = ("eos", "eot", "eom")
@@ -39,8 +39,8 @@ def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str
         model: A Hugging Face folder whose layers are alike.
         file: Where to.
         name: What the file calls the model.
-        precision: Of its matrices: a key of ``TYPES``. Rows of ``int8`` that are no multiple of
-            its block of 32 stay in fp16.
+        precision: Of its matrices: a key of ``TYPES``. Rows of ``int8`` (or ``q8_0``, the same)
+            that are no multiple of its block of 32 stay in fp16.
 
     Returns:
         What to know of the file, a sentence each.
@@ -79,6 +79,28 @@ def save_gguf(model: Path, file: Path, *, name: str, precision: str) -> list[str
         writer.write_tensor_data(_encode(gguf, tensor, kinds[source], name=source))
     writer.close()
     return [*vocabulary.notes, *notes]
+
+
+def measure_types(file: Path) -> dict[str, float]:
+    """Return the share of the weights in matrices that each type holds, the largest first.
+
+    Args:
+        file: A GGUF file.
+
+    Raises:
+        ArtifactError: It is incomplete.
+    """
+    counts: Counter[str] = Counter()
+    try:
+        for tensor in _load_library().GGUFReader(file).tensors:
+            if len(tensor.shape) > 1:
+                counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    except (ValueError, IndexError) as error:
+        raise ArtifactError(
+            f"'{file.name}' is incomplete ({quote_error(error)}). Check that the disk has room for "
+            "it, and run the command again."
+        ) from error
+    return {name: count / counts.total() for name, count in counts.most_common()}
 
 
 def _load_library() -> Any:

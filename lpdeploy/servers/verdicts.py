@@ -15,10 +15,11 @@ from lpdeploy.errors import LpdeployError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import get_head_dim, has_bias, uses_silu
 from lpdeploy.models.shapes import list_widths
+from lpdeploy.servers.gguf_types import K_BLOCK
 
 _ANSWERS = ("yes", "condition", "no")
-# Weights of a row that share a scale: in most of llama.cpp's types, and in its K-quants.
-_GGUF_BLOCK, _GGUF_K_BLOCK = 32, 256
+# Weights of a row that share a scale in llama.cpp's types other than K-quants.
+_GGUF_BLOCK = 32
 _ORT_HEAD_MULTIPLE = 16
 
 
@@ -248,13 +249,13 @@ def fit_gguf_blocks(config: PretrainedConfig, _: int) -> Finding | None:
             f"Quantized types want rows of a multiple of {_GGUF_BLOCK}, and {odd[0]} is none: such "
             "tensors stay in f16.",
         )
-    if odd := [row for row in sorted(rows) if row % _GGUF_K_BLOCK]:
+    if odd := [row for row in sorted(rows) if row % K_BLOCK]:
         channels = {width.channels for width in list_widths(config)}
-        way = f"`round_to={_GGUF_K_BLOCK}`, or " if set(odd) <= channels else ""
+        way = f"`round_to={K_BLOCK}` for the channels, or " if channels & set(odd) else ""
         return Finding(
             "condition",
-            f"K-quants want rows of a multiple of {_GGUF_K_BLOCK}, and {odd[0]} is none: such "
-            f"tensors take a type of more bits. Use {way}Q8_0 or Q4_0.",
+            f"K-quants want rows of a multiple of {K_BLOCK}, and {odd[0]} is none: such "
+            f"tensors take a type of more bits. Use {way}`precision=q8_0`, q4_0 or iq4_nl.",
         )
     return None
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
+from lpdeploy.servers.fp8 import save_fp8
 from lpdeploy.servers.readme import save_readme
 from lpdeploy.servers.sources import has_chat_template, link_or_copy, resolve_length
 from lpdeploy.servers.verdicts import Packed, divide_over_ranks, get_server
@@ -19,6 +21,11 @@ _RANKS = (1, 2, 4, 8)
 # Numbers of a head that its attention is compiled for on a CPU, in version 0.32.
 _CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _INDEX = "model.safetensors.index.json"
+_FP8 = "fp8"
+_FP8_NOTE = (
+    "Its projections are in FP8, with a scale a row, and their inputs are rounded to FP8 token by "
+    "token. vLLM computes so on GPUs of compute capability 8.9 and newer."
+)
 
 
 def package_vllm(
@@ -26,6 +33,7 @@ def package_vllm(
     folder: Path,
     *,
     output: Path,
+    precision: str | None = None,
     tensor_parallel: int = 1,
     max_seq_len: int | None = None,
 ) -> Packed:
@@ -35,34 +43,41 @@ def package_vllm(
         place: The model, a Hugging Face folder whose layers are alike.
         folder: To fill.
         output: Where it will be, for the commands.
+        precision: ``fp8`` to round the projections, for vLLM alone; None for the checkpoint as it
+            is.
         tensor_parallel: GPUs that share the heads; the shape was checked against it.
         max_seq_len: Longest prompt and answer together; None for the model's positions.
 
     Returns:
-        With the details ``dtype``, ``max_seq_len``, and ``tensor_parallel``: the numbers of GPUs
-        up to 8 that heads and channels divide over.
+        With the details ``dtype``, ``precision``, ``max_seq_len``, and ``tensor_parallel``: the
+        numbers of GPUs up to 8 that heads and channels divide over.
 
     Raises:
-        ArtifactError: There is no tokenizer.
-        LpdeployError: The model has fewer positions than ``max_seq_len``.
+        ArtifactError: There is no tokenizer, or as ``save_fp8``.
+        LpdeployError: The model has fewer positions than ``max_seq_len``, or ``precision`` is
+            another.
     """
+    if precision not in (None, _FP8):
+        raise LpdeployError(
+            f"`target=vllm` does not write `precision={precision}`. Use `precision=fp8`, or leave "
+            "`precision` out for the checkpoint as it is."
+        )
     model = place.folder
     config = load_config(model)
     load_tokenizer(model, config)
     length = resolve_length(max_seq_len, positions=config.max_position_embeddings)
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    for file in list_weight_files(model):
-        link_or_copy(file, folder / file.name)
-    for name in ("config.json", _INDEX):
-        if (model / name).is_file():
-            shutil.copyfile(model / name, folder / name)
+    if precision == _FP8:
+        save_fp8(model, folder)
+    else:
+        _link_checkpoint(model, folder)
     carry_files(model, folder)
     _complete_generation_config(folder, config)
     options = ["--dtype", dtype, "--max-model-len", str(length)]
     options += ["--tensor-parallel-size", str(tensor_parallel)] if tensor_parallel > 1 else []
     command = ["vllm", "serve", str(output), *options]
     ranks = [size for size in _RANKS if divide_over_ranks(config, size) is None]
-    notes = _list_notes(config)
+    notes = [*_list_notes(config), *([_FP8_NOTE] if precision == _FP8 else [])]
     save_readme(
         folder,
         "vllm",
@@ -72,14 +87,28 @@ def package_vllm(
         command=shlex.join(command),
         options=shlex.join(options),
         dtype=dtype,
+        precision=precision,
         length=length,
         ranks=ranks,
         version=get_server("vllm").version,
         architecture=(config.architectures or [""])[0],
         chat=has_chat_template(folder),
     )
-    details = {"dtype": dtype, "max_seq_len": length, "tensor_parallel": ranks}
+    details = {
+        "dtype": dtype,
+        "precision": precision,
+        "max_seq_len": length,
+        "tensor_parallel": ranks,
+    }
     return Packed(command=shlex.join(command), notes=notes, details=details)
+
+
+def _link_checkpoint(model: Path, folder: Path) -> None:
+    for file in list_weight_files(model):
+        link_or_copy(file, folder / file.name)
+    for name in ("config.json", _INDEX):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
 
 
 def _list_notes(config: PretrainedConfig) -> list[str]:

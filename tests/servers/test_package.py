@@ -109,8 +109,8 @@ def test_what_it_is_made_from_is_never_replaced(run, tmp_path):
 
 
 def test_an_option_of_another_target_is_refused(model, tmp_path):
-    with pytest.raises(LpdeployError, match="`precision` is not an option of"):
-        package(str(model), kind="vllm", output=tmp_path / "out", precision="fp16")
+    with pytest.raises(LpdeployError, match="`max_batch` is not an option of"):
+        package(str(model), kind="vllm", output=tmp_path / "out", max_batch=4)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,10 +2,10 @@
 
     python -m tools.measure.formats MODEL --text valid.txt --output docs/measurements/formats.json
 
-The model is exported for ONNX Runtime in each precision, and converted by GenAI's own builder for
-comparison. Perplexity is over the same segments for all; "same next token" is the share of their
-positions where a format and fp32 in torch find the same token most likely. Decode takes turns,
-format by format.
+The model is exported for ONNX Runtime in each precision, converted by GenAI's own builder, and
+packaged for llama.cpp (run it where llama-cpp-python is installed). Perplexity is over the same
+segments for all; "same next token" is the share of their positions where a format and fp32 in torch
+find the same token most likely. Decode takes turns, format by format.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from lpdeploy.engines.ort.runner import load_ort_runner
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.models.loading import load_config, load_tokenizer
+from lpdeploy.servers.package import package
 from tools.measure.common import build_parser, report, save_measurement
 from tools.measure.engines import build_with_genai, open_genai_model
 
@@ -102,6 +103,36 @@ def open_genai(name: str, folder: Path, size: int) -> Format:
     return Format(name, size, score, extend)
 
 
+def open_llama(name: str, file: Path, *, length: int) -> Format:
+    """Take a GGUF file that llama.cpp runs."""
+    import llama_cpp  # noqa: PLC0415 - optional
+
+    threads = torch.get_num_threads()
+    model = llama_cpp.Llama(
+        str(file),
+        n_ctx=max(length, PROMPT + DECODED),
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=True,
+        verbose=False,
+    )
+
+    def evaluate(ids: list[int]) -> Tensor:
+        model.reset()
+        model.eval(ids)
+        return torch.from_numpy(model.scores[: model.n_tokens])
+
+    def extend(ids: list[int]) -> tuple[list[int], float]:
+        row = [int(evaluate(ids)[-1].argmax())]
+        begun = time.perf_counter()
+        while len(row) < DECODED:
+            model.eval(row[-1:])
+            row.append(int(model.scores[model.n_tokens - 1].argmax()))
+        return row, (time.perf_counter() - begun) / (DECODED - 1)
+
+    return Format(name, file.stat().st_size, lambda ids: evaluate(ids).clone(), extend)
+
+
 def measure_quality(each: Format, segments: Sequence[list[int]], best: list[Tensor]) -> Any:
     """Measure perplexity, and how often the most likely next token is that of the first format."""
     loss, same, count = 0.0, 0, 0
@@ -170,6 +201,11 @@ def list_formats(options: argparse.Namespace, scratch: Path) -> list[Format]:
     for precision in filter(None, options.genai.split(",")):
         folder = build_with_genai(model, scratch / f"genai-{precision}", precision=precision)
         formats.append(open_genai(f"genai builder {precision}", folder, measure_bytes(folder)))
+    for precision in filter(None, options.llama.split(",")):
+        name = f"llama.cpp {precision}"
+        result = package(model, kind="llamacpp", output=scratch / name, precision=precision)
+        file = scratch / name / result.details["file"]
+        formats.append(open_llama(name, file, length=options.seq_len))
     return formats
 
 
@@ -180,6 +216,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--precisions", default="fp32,int8,int4")
     parser.add_argument("--genai", default="int4", help="precisions of GenAI's own builder")
+    parser.add_argument("--llama", default="", help="precisions of llama.cpp, such as q4_k_m")
     parser.add_argument(
         "--export", type=Path, action="append", default=[], help="a further ort export of the model"
     )

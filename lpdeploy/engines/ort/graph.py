@@ -7,7 +7,7 @@ weights only while the file is written, and takes layers of different widths as 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -15,10 +15,10 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import PretrainedConfig
 
-from lpdeploy.engines.exporting import check_no_dynamic_rope, get_rope_type
+from lpdeploy.engines.ort.rotary import compute_rotary_tables, get_window
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
 from lpdeploy.errors import LpdeployError
-from lpdeploy.families.groups import build_rotary_embedding, get_head_dim, uses_silu
+from lpdeploy.families.groups import get_head_dim, uses_silu
 from lpdeploy.models.shapes import LayerWidths, list_widths
 from lpdeploy.models.weight_files import EMBEDDING, HEAD
 
@@ -102,6 +102,7 @@ class _Decoder:
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
         self.dtype = from_torch_dtype(self.torch_dtype)
         self.quantization = quantization
+        self.shares_values = config.num_key_value_heads < config.num_attention_heads
         self.head_dim = get_head_dim(config)
         self.tape = ir.tape.Tape()
         self.constants: dict[str, ir.Value] = {}  # those that several nodes read
@@ -150,7 +151,7 @@ class _Decoder:
         # The head's own table, unpacked row by row: a copy in full precision would be most of the
         # bytes of a small model.
         rows, columns = self.weights.get_shape(EMBEDDING)
-        packed, scales = self._add_packed(EMBEDDING)
+        packed, scales = self._add_packed(EMBEDDING, form=form)
         table = self._op("Reshape", packed, self._add_int64([rows, columns * form.bits // 8]))
         return self.tape.op(
             "GatherBlockQuantized",
@@ -211,13 +212,22 @@ class _Decoder:
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Project to queries, keys and values: in one product where nothing comes in between."""
         parts = [f"{module}.{part}_proj" for part in ("q", "k", "v")]
-        apart = (
+        names = [f"{part}.weight" for part in parts]
+        if (
             any(f"{part}.bias" in self.weights or self.weights.has_lora(part) for part in parts)
             or f"{module}.q_norm.weight" in self.weights
-        )
-        if not apart:  # the operator splits what it gets: (B, T, (H + 2 K) * D)
-            names = [f"{part}.weight" for part in parts]
+        ):
+            return self._project_apart(hidden, module, parts)
+        # The operator splits what it gets: (B, T, (H + 2 K) * D)
+        if self._choose_form(names[-1]) == self.quantization:
             return self._add_product(hidden, *names, module=f"{module}.qkv_proj"), None, None
+        both = self._add_product(hidden, *names[:2], module=f"{module}.qk_proj")
+        value = self._add_product(hidden, names[2], module=parts[2])
+        return self._op("Concat", both, value, axis=-1), None, None
+
+    def _project_apart(
+        self, hidden: ir.Value, module: str, parts: Sequence[str]
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         query, key, value = (self._add_linear(hidden, part) for part in parts)
         query = self._add_head_norm(query, f"{module}.q_norm.weight")
         return query, self._add_head_norm(key, f"{module}.k_norm.weight"), value
@@ -266,14 +276,14 @@ class _Decoder:
         return output
 
     def _add_product(self, states: ir.Value, *names: str, module: str) -> ir.Value:
-        form = self.quantization
+        form = self._choose_form(*names)
         if form is None:
             weight = self.weights.build_constant(*names, transpose=True)
             return self._op("MatMul", states, self.tape.initializer(weight), name=module)
         rows, columns = self.weights.get_shape(*names)
         return self.tape.op(
             "MatMulNBits",
-            [states, *self._add_packed(*names)],
+            [states, *self._add_packed(*names, form=form)],
             {
                 "K": columns,
                 "N": rows,
@@ -314,10 +324,19 @@ class _Decoder:
             self.constants[name] = self.tape.initializer(self.weights.build_constant(name))
         return self.constants[name]
 
-    def _add_packed(self, *names: str) -> tuple[ir.Value, ir.Value]:
+    def _choose_form(self, *names: str) -> BlockFormat | None:
+        """Return how a weight is packed: values that several query heads read have 8 bits.
+
+        They are few, and their errors are those of all these heads.
+        """
+        form = self.quantization
+        if form is None or not self.shares_values or not names[0].endswith("v_proj.weight"):
+            return form
+        return replace(form, bits=8)
+
+    def _add_packed(self, *names: str, form: BlockFormat) -> tuple[ir.Value, ir.Value]:
         """Add a weight in blocks, and its scales; once, though embedding and head may share it."""
-        assert self.quantization is not None
-        parts = self.weights.build_quantized(*names, form=self.quantization)
+        parts = self.weights.build_quantized(*names, form=form)
         for part in parts:
             if part.name not in self.constants:
                 self.constants[str(part.name)] = self.tape.initializer(part)
@@ -361,36 +380,3 @@ class _Decoder:
             name="decoder",
         )
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="lpdeploy")
-
-
-def get_window(config: PretrainedConfig, layer: int) -> int:
-    """Return how many tokens a layer looks back on, -1 for all."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if window is None or (types and types[layer] != "sliding_attention"):
-        return -1
-    return int(window)
-
-
-def compute_rotary_tables(
-    config: PretrainedConfig, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cosines and sines of all positions, as transformers does.
-
-    Returns:
-        Two tensors of shape (length, head_dim / 2), float32.
-
-    Raises:
-        LpdeployError: The angles depend on how long the text is, which a table cannot say.
-    """
-    check_no_dynamic_rope(config)
-    if get_rope_type(config) == "longrope":
-        raise LpdeployError(
-            "Engine ort does not take rotary positions of type 'longrope', which change with the "
-            "length of the text. Use `engine='onnx'`."
-        )
-    rotary = build_rotary_embedding(config)
-    positions = torch.arange(length).unsqueeze(0)  # (1, L)
-    cos, sin = rotary(torch.zeros(1), positions)  # (1, L, D), its halves alike
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

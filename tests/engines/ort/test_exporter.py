@@ -184,6 +184,27 @@ def read_quantized(folder, module):
     return integers, scales.reshape(values["N"], -1, 1)
 
 
+@pytest.mark.parametrize(
+    ("precision", "kv_heads", "packed"),
+    [
+        ("int4", 2, {"qk_proj": 4, "v_proj": 8, "o_proj": 4, "down_proj": 4}),
+        ("int4", 4, {"qkv_proj": 4, "o_proj": 4, "down_proj": 4}),
+        ("int8", 2, {"qkv_proj": 8, "o_proj": 8, "down_proj": 8}),
+    ],
+)
+def test_values_that_several_heads_read_have_more_bits(tmp_path, precision, kv_heads, packed):
+    model = make_model(tmp_path / "model", kv_heads=kv_heads)
+    export_ort(model, tmp_path / "ort", precision=precision, block_size=16)
+    bits = {
+        node.name.rpartition(".")[2]: attribute.i
+        for node in load_graph(tmp_path / "ort").graph.node
+        for attribute in node.attribute
+        if attribute.name == "bits" and node.name.startswith("model.layers.0.")
+    }
+    others = dict.fromkeys(("gate_proj", "up_proj"), packed["o_proj"])
+    assert bits == packed | others
+
+
 def compute_in_float32(folder):
     """Let the products keep activations as they are, which the fast kernels round to int8."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)

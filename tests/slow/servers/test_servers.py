@@ -1,12 +1,16 @@
 """Real servers, each in an environment of its own: `python3 tools/dev.py test --servers`."""
 
 import json
+import os
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lpdeploy.models.compact import compact
 from lpdeploy.servers.gguf_vocab import _SPLITS
@@ -117,6 +121,54 @@ def test_llamacpp_loads_each_type(tmp_path, record, precision):
     record(server="llama.cpp", version=version, shape=shape, result="loads, the first greedy token")
 
 
+def package_with_llama(model, output, precision):
+    """Run the command in the Python that has llama-cpp-python, with the libraries of this one."""
+    python = find_python("llama-cpp-python")
+    words = [python, "-m", "lpdeploy", "package", model, "--target", "llamacpp", "--output", output,
+             "--precision", precision, "--json"]  # fmt: skip
+    paths = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+    done = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), done.stderr
+
+
+# Its 128 columns are no multiple of 256, and its 96 none either: no K-quant takes them.
+@pytest.mark.parametrize(
+    ("precision", "types"),
+    [("q4_k_m", {"Q5_0", "Q8_0", "F16"}), ("q6_k", {"Q8_0", "F16"}), ("q4_0", {"Q4_0", "F16"}),
+     ("iq4_nl", {"IQ4_NL", "F16"})],
+)  # fmt: skip
+def test_llamacpp_makes_and_loads_small_types(tmp_path, record, precision, types):
+    run = make_demo_run(tmp_path / "run")
+    result, said = package_with_llama(run, tmp_path / "out", precision)
+    assert types <= result["types"].keys()
+    assert sum(result["types"].values()) == pytest.approx(1)
+    assert "llama_model_quantize" not in said
+    if "_k" in precision:
+        assert "100.0% lie in rows of no multiple of 256" in said
+        assert "Prune with --round-to 256" in said
+    ids = AutoTokenizer.from_pretrained(run / "model")(PROMPT).input_ids
+    found = run_llama(tmp_path / "out" / result["file"], ids)
+    assert found["tokens"][0] == generate(run / "model", ids, tokens=1)[0]
+    record(
+        server="llama.cpp",
+        version=f"llama-cpp-python {found['version']}",
+        shape=f"demo pruned to 5 heads of 16, {precision}",
+        result="loads, the first greedy token",
+    )
+
+
+def test_rows_of_256_are_k_quants(tmp_path):
+    model = make_family(tmp_path / "model", "llama-gqa", hidden_size=256, intermediate_size=512)
+    result, said = package_with_llama(model, tmp_path / "out", "q4_k_m")
+    assert {name for name in result["types"] if name.endswith("_K")} == {"Q4_K", "Q6_K"}
+    assert "in rows of no multiple" in said  # those of o_proj, which follow the heads
+    assert run_llama(tmp_path / "out" / result["file"], [1, 5], tokens=4)["tokens"]
+
+
 def make_tokenizer_like(name):
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     tokenizer.normalizer = None
@@ -165,22 +217,84 @@ def test_vllm_gives_the_tokens_of_transformers(tmp_path, record, shape):
     family, config, keep = VLLM_SHAPES[shape]
     model = make_pruned(tmp_path, family, keep=keep, channels=96, **_WIDE, **config)
     result = package(str(model), kind="vllm", output=tmp_path / "out").to_json()
-    options = result["command"].split()[3:]
-    command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "out", *options,
-        "--host", "127.0.0.1", "--port", "PORT", "--enforce-eager",
-    ]  # fmt: skip
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
     ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
-    with serve(command, tmp_path / "log.txt", seconds=420, env=variables) as address:
-        answer = complete(
-            address, model=tmp_path / "out", prompt=PROMPT, tokens=TOKENS, ignore_eos=True,
-            return_token_ids=True,
-        )  # fmt: skip
+    answer = ask_vllm(python, tmp_path, result["command"], tokens=TOKENS)
     assert answer["choices"][0]["prompt_token_ids"] == ids
     expected = generate(model, ids)
     assert answer["choices"][0]["token_ids"] == expected
     assert len(set(expected)) > 2
+    record(server="vllm", version=find_version(python), shape=shape, result=SAME)
+
+
+def ask_vllm(python, folder, command, *, tokens):
+    words = [
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "out",
+        *command.split()[3:], "--host", "127.0.0.1", "--port", "PORT", "--enforce-eager",
+    ]  # fmt: skip
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
+    with serve(words, folder / "log.txt", seconds=420, env=variables) as address:
+        return complete(
+            address, model=folder / "out", prompt=PROMPT, tokens=tokens, ignore_eos=True,
+            return_token_ids=True,
+        )  # fmt: skip
+
+
+def find_version(python):
     words = [python, "-c", "import vllm; print(vllm.__version__)"]
-    version = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
-    record(server="vllm", version=version, shape=shape, result=SAME)
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def compute_in_fp8(model, folder, ids):
+    """The logits with weights as they are stored in FP8, and their inputs rounded by token."""
+    model = AutoModelForCausalLM.from_pretrained(model)
+    stored = load_file(folder / "model.safetensors")
+
+    def round_input(_, inputs):
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 448
+        return ((inputs[0] / scale).to(torch.float8_e4m3fn).float() * scale,)
+
+    for name, module in model.named_modules():
+        if f"{name}.weight_scale" in stored:
+            weight = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
+            module.weight = torch.nn.Parameter(weight)
+            module.register_forward_pre_hook(round_input)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def test_compressed_tensors_reads_fp8(tmp_path):
+    python = find_python("vllm")
+    model = make_pruned(tmp_path, "llama-gqa", keep=3, channels=96, **_WIDE, heads=8, kv_heads=4)
+    package(str(model), kind="vllm", output=tmp_path / "out", precision="fp8")
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    worker = Path(__file__).parent / "fp8_worker.py"
+    # -P: the folder of the worker has a `triton` of its own, which is not the library.
+    words = [str(python), "-P", str(worker), str(tmp_path / "out"), json.dumps(ids)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected = compute_in_fp8(model, tmp_path / "out", ids)
+    plain = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([ids])).logits[0]
+    error = (torch.tensor(found) - expected).abs().max()
+    # A sum in another order may round an input to the next number of FP8, a sixteenth of it away,
+    # which moves a logit by less than a tenth of what FP8 moves it by.
+    assert error < 0.1 * (plain - expected).abs().max()
+
+
+def test_vllm_answers_in_fp8(tmp_path, record):
+    python = find_python("vllm")
+    model = make_pruned(tmp_path, "llama-gqa", keep=3, channels=96, **_WIDE, heads=8, kv_heads=4)
+    result = package(str(model), kind="vllm", output=tmp_path / "out", precision="fp8").to_json()
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    answer = ask_vllm(python, tmp_path, result["command"], tokens=4)
+    logits = compute_in_fp8(model, tmp_path / "out", ids)[-1]
+    # A sum in another order may turn a close choice; the three likeliest are apart.
+    assert answer["choices"][0]["token_ids"][0] in logits.topk(3).indices.tolist()
+    record(
+        server="vllm",
+        version=find_version(python),
+        shape="llama, grouped heads, pruned, fp8",
+        result="loads, a likely first token",
+    )
