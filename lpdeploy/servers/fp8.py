@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lpdeploy.artifacts import save_json
 from lpdeploy.families.groups import LINEARS
+from lpdeploy.models.find import list_weight_files
 from lpdeploy.models.finite import check_finite
-from lpdeploy.models.weight_files import list_weight_files
 from lpdeploy.records import load_record
 
 FP8 = torch.float8_e4m3fn
