@@ -11,6 +11,8 @@ from lpdeploy.cli.common import (
     COUNT,
     ENGINE,
     FOLDER,
+    MODEL,
+    SOURCE,
     Count,
     ListOf,
     NameChoice,
@@ -42,7 +44,7 @@ def command() -> None:
 
 
 @command.command("latency")
-@click.argument("models", nargs=-1, required=True, metavar="RUN|MODEL...")
+@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option(
     "--engine",
     "engines",
@@ -120,7 +122,7 @@ def latency(
 
 
 @command.command("pruning", cls=GroupedCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--criterion",
     "criteria",
@@ -140,6 +142,7 @@ def latency(
 )
 @click.option(
     "--data",
+    type=SOURCE,
     metavar="SOURCE",
     help="Train on this file, folder or hub name.  [default: random tokens]",
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.environment import trust_remote_code
@@ -28,6 +29,25 @@ _ARGUMENTS = ("model", "run")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+
+class PathOrName(click.types.StringParamType):
+    """A path or a name on the hub, as the library takes it; shells complete it as a path."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Leave it to the shell to list ``file`` (which includes folders) or ``dir``."""
+        return [CompletionItem(incomplete, type=self._kind)]
+
+
+MODEL = PathOrName("dir")
+SOURCE = PathOrName("file")
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -115,6 +135,14 @@ class ListOf(click.ParamType):
             self.fail(f"{value!r} is empty. Give values, separated by commas", param, ctx)
         return tuple(self._kind.convert(text, param, ctx) for text in given)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the last value, and leave those before it as they are."""
+        before, comma, last = incomplete.rpartition(",")
+        found = self._kind.shell_complete(ctx, param, last)
+        return [CompletionItem(f"{before}{comma}{item.value}") for item in found]
+
 
 def _list_targets() -> list[str]:
     from lpdeploy.servers.verdicts import list_targets
@@ -139,6 +167,7 @@ base_option = click.option(
 perplexity_option = click.option(
     "--perplexity",
     multiple=True,
+    type=SOURCE,
     metavar="SOURCE",
     help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
 )

@@ -9,7 +9,7 @@ from lpdeploy.extras import EXTRAS
 @click.command("doctor")
 @shared_options(recipe=False)
 def command(*, as_json: bool) -> None:
-    """Show devices, libraries and extras, and how to install what is missing."""
+    """Show devices, libraries and extras, and what is missing."""
     import torch
 
     from lpdeploy.machine import describe_machine

@@ -8,6 +8,7 @@ import click
 from lpdeploy.cli.common import (
     COUNT,
     ENGINE,
+    MODEL,
     Count,
     ListOf,
     base_option,
@@ -27,7 +28,7 @@ from lpdeploy.run_folder import RunFolder
 
 
 @click.command("eval")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @perplexity_option
 @click.option(
     "--seq-len",

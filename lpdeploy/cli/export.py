@@ -8,6 +8,7 @@ from lpdeploy.cli.common import (
     COUNT,
     EXPORTED,
     FOLDER,
+    MODEL,
     PRECISION,
     Count,
     overwrite_option,
@@ -38,7 +39,7 @@ def _describe_precisions() -> str:
 
 
 @click.command("export", help=_HELP + _describe_engines())
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option("--engine", type=EXPORTED, required=True, help="Engine that will run the model.")
 @click.option("--precision", type=PRECISION, default="fp32", help=_describe_precisions())
 @click.option(

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import (
-    ENGINE,
-    base_option,
-    log,
-    print_result,
-    shared_options,
-)
+from lpdeploy.cli.common import ENGINE, MODEL, base_option, log, print_result, shared_options
 from lpdeploy.cli.options import config_options
 from lpdeploy.cli.sampling import build_generate_options, sampling_options
 from lpdeploy.generation.examples import PAPER
@@ -29,7 +23,7 @@ _STDIN = "-"
 
 
 @click.command("generate")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.argument("prompt", required=False)
 @click.option(
     "--prompts",

@@ -8,6 +8,7 @@ import click
 from lpdeploy.cli.common import (
     COUNT,
     FOLDER,
+    MODEL,
     PRECISION,
     SERVED,
     TARGET,
@@ -21,7 +22,7 @@ from lpdeploy.machine import format_bytes
 
 
 @click.command("package")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option("--target", type=TARGET, required=True, help="Server that will load the folder.")
 @click.option("--output", type=FOLDER, required=True, help="Write the package to this folder.")
 @click.option(

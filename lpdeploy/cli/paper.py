@@ -12,6 +12,8 @@ from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
     COUNT,
     FOLDER,
+    MODEL,
+    SOURCE,
     Count,
     ListOf,
     limit_option,
@@ -52,9 +54,15 @@ class _Command(click.Command):
 
 @click.command("paper", cls=_Command)
 @click.argument("table", type=click.Choice(list(TABLES)), metavar="TABLE")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.argument("prune_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- PRUNE_OPTIONS...]")
-@click.option("--data", required=True, metavar="SOURCE", help="Train and score all cells on this.")
+@click.option(
+    "--data",
+    required=True,
+    type=SOURCE,
+    metavar="SOURCE",
+    help="Train and score all cells on this.",
+)
 @click.option(
     "--output",
     required=True,

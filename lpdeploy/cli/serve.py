@@ -4,12 +4,12 @@ import contextlib
 
 import click
 
-from lpdeploy.cli.common import Count, print_result, shared_options
+from lpdeploy.cli.common import MODEL, Count, print_result, shared_options
 from lpdeploy.cli.options import config_options
 
 
 @click.command("serve")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=Count(1, 65535), default=8000, help="Port to listen on.")
 @config_options("device")
