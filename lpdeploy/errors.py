@@ -25,6 +25,10 @@ class RecipeError(LpdeployError):
     """A recipe file that cannot be read, or names an unknown command or option."""
 
 
+class OptionError(LpdeployError):
+    """An option that is wrong whatever the model is; a command exits 2 for it."""
+
+
 class ArtifactError(LpdeployError):
     """A model, run or exported folder that is missing, in the way, changed or unusable."""
 

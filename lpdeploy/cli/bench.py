@@ -24,6 +24,7 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.criteria import CRITERIA
+from lpdeploy.engines import ENGINES
 from lpdeploy.run_folder import RunFolder
 
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
@@ -33,8 +34,12 @@ class _EngineAtPrecision(NameChoice):
     """An engine, which a precision may follow after a colon."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the engine; the library checks the precision."""
-        super().convert(value.partition(":")[0], param, ctx)
+        """Check the engine, and that it has the precision."""
+        name, colon, precision = value.partition(":")
+        known = ENGINES[super().convert(name, param, ctx)].precisions
+        if colon and precision not in known:
+            choices = f"Use {', '.join(known)}" if known else "It takes that of the checkpoint"
+            self.fail(f"{name} has no precision '{precision}'. {choices}.", param, ctx)
         return value
 
 

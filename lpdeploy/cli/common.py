@@ -1,6 +1,7 @@
 """What commands share: types, options such as --json and --recipe, and the printing of results."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -71,6 +72,19 @@ class Count(click.ParamType):
 
 
 COUNT = Count()
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Convert to a float, and check the bounds, which NaN is within for click."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 class NameChoice(click.Choice[str]):

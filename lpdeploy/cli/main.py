@@ -19,6 +19,7 @@ from lpdeploy.cli.signals import interrupt_on_sigterm, let_first_rank_speak
 from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import (
     LpdeployError,
+    OptionError,
     OtherRankError,
     RankLostError,
     RecipeError,
@@ -91,7 +92,8 @@ def _explain(error: Exception) -> click.ClickException:
         return error
     if isinstance(error, OSError):
         return click.ClickException(describe_os_error(error))
-    kind = click.UsageError if isinstance(error, RecipeError) else click.ClickException
+    wrong_usage = isinstance(error, RecipeError | OptionError)
+    kind = click.UsageError if wrong_usage else click.ClickException
     return kind(write_flags(str(error)))
 
 

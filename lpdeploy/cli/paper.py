@@ -16,6 +16,7 @@ from lpdeploy.cli.common import (
     SOURCE,
     Count,
     ListOf,
+    Number,
     limit_option,
     log,
     max_segments_option,
@@ -89,7 +90,7 @@ class _Command(click.Command):
 @click.option("--seeds", type=COUNT, default=3, help="Number of seeds per row: 0, 1, ...")
 @click.option(
     "--ratios",
-    type=ListOf(click.FloatRange(0, 1, min_open=True, max_open=True)),
+    type=ListOf(Number(0, 1, min_open=True, max_open=True)),
     help="Run these ratios, separated by commas, such as 0.2,0.5.  [default: those of the paper]",
 )
 @click.option(
