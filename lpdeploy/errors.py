@@ -4,6 +4,9 @@ import errno
 import os
 import re
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, or another signal that asks a program to end."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What numpy says of a write that the disk took a part of, without an errno.

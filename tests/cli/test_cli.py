@@ -400,7 +400,7 @@ def test_another_rank_is_quiet(base, data, tmp_path, monkeypatch):
     words = ("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL, "--json")
     result = invoke(*words)
     assert (result.exit_code, result.output) == (0, "")
-    # Also where it is told to end before the first step: not even an "Aborted!".
+    # Also where it is told to end before the first step: not even a sentence.
     assert handlers == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.SIG_DFL}
 
 
