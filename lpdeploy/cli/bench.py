@@ -17,6 +17,7 @@ from lpdeploy.cli.common import (
     ListOf,
     NameChoice,
     base_option,
+    check_models,
     log,
     print_result,
     say_next,
@@ -104,6 +105,7 @@ def latency(
     all variants are interleaved, and each engine runs in its own process. Percentages are relative
     to the merged dense model on the same engine.
     """
+    check_models(*(model for model in models if not RunFolder(model).is_complete))
     # Set before torch is imported: waiting OpenMP threads that spin take a core from the engine
     # that is timed next. In training, it costs more to wake the threads than this saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

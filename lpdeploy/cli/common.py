@@ -341,6 +341,18 @@ def log(message: str) -> None:
         click.echo(write_flags(message), err=True)
 
 
+def check_models(*models: str, unmerged: bool = False) -> None:
+    """Check that models and runs are there, before anything heavy is imported.
+
+    Raises:
+        ArtifactError: As ``locate_model``.
+    """
+    from lpdeploy.models.place import locate_model
+
+    for model in models:
+        locate_model(model, unmerged=unmerged)
+
+
 def say_next(*words: str | os.PathLike[str]) -> None:
     """Name the command that usually follows, as it can be pasted into a shell."""
     log(f"Next: lpdeploy {shlex.join(os.fspath(word) for word in words)}")

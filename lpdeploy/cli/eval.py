@@ -12,6 +12,7 @@ from lpdeploy.cli.common import (
     Count,
     ListOf,
     base_option,
+    check_models,
     limit_option,
     max_segments_option,
     perplexity_option,
@@ -80,6 +81,11 @@ def command(
         options = EvalOptions(**{**values, "tasks": values["tasks"] or ()})
     except ValueError as error:
         raise click.UsageError(write_flags(f"{error}.")) from error
+    check_models(model)
+    from lpdeploy.data.sources import check_source
+
+    for source in options.perplexity:
+        check_source(source)
 
     from lpdeploy.cli.progress import counting_progress
     from lpdeploy.evaluation.evaluate import evaluate

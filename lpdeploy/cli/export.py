@@ -11,6 +11,7 @@ from lpdeploy.cli.common import (
     MODEL,
     PRECISION,
     Count,
+    check_models,
     overwrite_option,
     print_result,
     say_next,
@@ -75,6 +76,7 @@ def _describe_precisions() -> str:
 @shared_options()
 def command(*, model: str, as_json: bool, **options: Any) -> None:
     """Export a run or a model for an engine."""
+    check_models(model, unmerged=options["unmerged"])
     from lpdeploy.engines.export import export
 
     result = export(model, **options)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import ENGINE, MODEL, base_option, log, print_result, shared_options
+from lpdeploy.cli.common import (
+    ENGINE,
+    MODEL,
+    base_option,
+    check_models,
+    log,
+    print_result,
+    shared_options,
+)
 from lpdeploy.cli.options import config_options
 from lpdeploy.cli.sampling import build_generate_options, sampling_options
 from lpdeploy.generation.examples import PAPER
@@ -63,6 +71,7 @@ def command(
     default = AUTO if examples else None
     options = build_generate_options(values, prompt_format=prompt_format or default)
     prompts = _read_prompts(prompt, file, examples=examples)
+    check_models(model)
 
     from lpdeploy.generation.results import describe_speed
     from lpdeploy.generation.stage import generate_texts

@@ -13,6 +13,7 @@ from lpdeploy.cli.common import (
     SERVED,
     TARGET,
     Count,
+    check_models,
     overwrite_option,
     print_result,
     shared_options,
@@ -72,6 +73,7 @@ def command(*, model: str, target: str, output: Path, as_json: bool, **options: 
 
     llamacpp: a GGUF file for llama.cpp.
     """
+    check_models(model)
     from lpdeploy.servers.package import package
 
     result = package(model, kind=target, output=output, **options)

@@ -59,6 +59,7 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
     "--valid",
     cls=GroupedOption,
     group=DATA,
+    type=SOURCE,
     metavar="SOURCE",
     help="Measure the loss on this text during training. It should not be in --data.",
 )
