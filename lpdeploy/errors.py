@@ -4,6 +4,9 @@ import errno
 import os
 import re
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, or another signal that asks a program to end."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What numpy says of a write that the disk took a part of, without an errno.
@@ -23,6 +26,10 @@ class LpdeployError(Exception):
 
 class RecipeError(LpdeployError):
     """A recipe file that cannot be read, or names an unknown command or option."""
+
+
+class OptionError(LpdeployError):
+    """An option that is wrong whatever the model is; a command exits 2 for it."""
 
 
 class ArtifactError(LpdeployError):

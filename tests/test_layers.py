@@ -17,6 +17,7 @@ CORE = BASE | {"families", "models", "data"}
 ALLOWED = {
     "errors": set(),
     "environment": {"errors"},
+    "extras": set(),
     "records": {"errors"},
     "plotting": set(),
     "criteria": set(),
@@ -66,6 +67,7 @@ LIGHT = [
     *(ROOT / "cli").glob("*.py"),
     ROOT / "__init__.py",
     ROOT / "config.py",
+    ROOT / "extras.py",
     ROOT / "fields.py",
     ROOT / "plan.py",
     ROOT / "artifacts.py",

@@ -11,7 +11,7 @@ from lpdeploy.run_folder import ADAPTER, RunFolder
 ROOT = Path(lpdeploy.__file__).parent
 # Python packages and their extras, some of which are called as an engine is.
 PACKAGES = {
-    *("machine.py", "paper/render.py", "cli/doctor.py", "engines/trt/library.py"),
+    *("machine.py", "paper/render.py", "extras.py", "engines/trt/library.py"),
     *("pruning/checkpoint.py", "pruning/run.py"),
 }
 # Rows of the paper's tables are criteria; a checkpoint has a section for LoRA's weights.

@@ -3,10 +3,12 @@
     python3 tools/supply_chain.py lock --index URL    write the hashes into constraints.txt
     python3 tools/supply_chain.py audit               known faults, and dist/sbom.cdx.json
     python3 tools/supply_chain.py wheel               build dist/*.whl twice, and compare
+    python3 tools/supply_chain.py try                 install it elsewhere, and run the demo
 
 `lock` reads the hashes of every file of each version from a package index (its JSON, PEP 691).
-`audit` installs pip-audit and cyclonedx-bom into an environment of their own, and needs the
-network. This file needs the standard library only.
+`audit` installs pip-audit and cyclonedx-bom into an environment of their own, and `try` the wheel
+with all that it needs into an empty one; both need the network. This file needs the standard
+library only.
 """
 
 import argparse
@@ -119,10 +121,23 @@ def wheel() -> None:
     print(f"{DIST / wheels[0].name} sha256:{digests.pop()}")
 
 
-def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+def try_wheel() -> None:
+    """Install the wheel into an empty environment, and run the demo in an empty folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, nothing = Path(scratch), {"PYTHONPATH": ""}  # but what is installed there
+        built = build_wheel(folder)
+        venv.create(folder / "venv", with_pip=True)
+        own, empty = folder / "venv" / BIN.name, folder / "empty"
+        empty.mkdir()
+        run(own / "python", "-m", "pip", "install", "--quiet", f"{built}[cpu]", env=nothing)
+        run(own / "lpdeploy", "doctor", cwd=empty, env=nothing)
+        run(own / "lpdeploy", "demo", cwd=empty, env=nothing)
+
+
+def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
     """Run a command, and exit with its exit code if it fails."""
     done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env={**os.environ, **(env or {})}, check=False
+        [str(word) for word in command], cwd=cwd, env={**os.environ, **(env or {})}, check=False
     )
     if done.returncode:
         sys.exit(done.returncode)
@@ -137,11 +152,12 @@ def main() -> None:
     commands.add_parser("lock").add_argument("--index", required=True, metavar="URL")
     commands.add_parser("audit")
     commands.add_parser("wheel")
+    commands.add_parser("try")
     options = parser.parse_args()
     if options.command == "lock":
         lock(options.index)
     else:
-        {"audit": audit, "wheel": wheel}[options.command]()
+        {"audit": audit, "wheel": wheel, "try": try_wheel}[options.command]()
 
 
 if __name__ == "__main__":

@@ -42,9 +42,18 @@ _CLI_INTRODUCTION = """\
 one top-level key for each command (`prune`, `bench latency`) and option names with underscores
 below it. Options on the command line override the recipe.
 
-Exit codes: 0 means done; 1 means that the command failed or was interrupted, or that `verify` found
-a difference; 2 means that an option or a value is wrong. With 1 and 2 a sentence on stderr says
-what to do.
+Exit codes: 0 means done; 1 means that the command failed, or that `verify` found a difference; 2
+means that an option or a value is wrong; 130 means that the command was interrupted. Unless it is
+0, a sentence on stderr says what happened.
+
+To complete commands, options, names and paths with the Tab key, add the line of your shell to the
+file that it names, and open a new terminal:
+
+```
+eval "$(_LPDEPLOY_COMPLETE=bash_source lpdeploy)"      # bash 4.4 or newer: ~/.bashrc
+eval "$(_LPDEPLOY_COMPLETE=zsh_source lpdeploy)"       # zsh: ~/.zshrc, after compinit
+_LPDEPLOY_COMPLETE=fish_source lpdeploy | source       # fish: ~/.config/fish/config.fish
+```
 """
 _TABLE = re.compile(
     r"(<!-- (?:table: (\w+) (\S+)|(servers|travel)) -->\n).*?(<!-- end -->)", re.DOTALL

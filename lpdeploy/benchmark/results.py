@@ -68,15 +68,18 @@ class LatencyResult:
         limits: What the machine reached in between, ``flops_per_s`` and ``bytes_per_s``; without
             those that were not measured.
         rows: One for each variant and phase, prefill before decode.
+        note: What was timed, in sentences, where the models alone do not say it.
     """
 
     machine: Machine
     limits: dict[str, float]
     rows: tuple[LatencyRow, ...]
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``bench.json`` holds."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        """Return what ``bench.json`` holds; without ``note`` where there is none."""
+        data = {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+        return data if self.note else {k: v for k, v in data.items() if k != "note"}
 
 
 @dataclass(frozen=True)

@@ -101,4 +101,5 @@ def _list_notes(result: LatencyResult) -> list[str]:
         "Of the limit: operations of a prefill, bytes of a decoded token, a second, over what the "
         f"machine reached in between ({', '.join(reached)})."
     )
-    return [how, limit, describe_origin(result.machine)]
+    own = [result.note] if result.note else []
+    return [*own, how, limit, describe_origin(result.machine)]

@@ -17,7 +17,7 @@ from lpdeploy.benchmark.limits import LimitsProbe
 from lpdeploy.benchmark.variants import Variant
 from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.torch.runner import load_torch_runner
-from lpdeploy.environment import quieten_libraries
+from lpdeploy.environment import ignore_interrupts, quieten_libraries
 from lpdeploy.errors import LpdeployError
 from lpdeploy.machine import read_process_bytes
 
@@ -198,9 +198,14 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, load), daemon=True)
-        self._process.start()
+        with ignore_interrupts():
+            self._process.start()
         other.close()
-        self.described = self._receive()
+        try:
+            self.described = self._receive()
+        except BaseException:
+            self._process.terminate()
+            raise
 
     def time(self, index: int, workload: Workload, phase: str) -> Timing:
         """Run one trial of one variant.
@@ -242,7 +247,7 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         self._connection.close()  # its next reading ends it
-        self._process.join(timeout=10)
+        self._process.join(timeout=10 if error is None else 0)
         if self._process.is_alive():
             self._process.terminate()
 
@@ -257,7 +262,7 @@ def _serve(connection: Connection, load: Callable[[], Served]) -> None:
         while True:
             connection.send(answer(*connection.recv()))
             gc.collect()
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         return
     except LpdeployError as error:
         connection.send(LpdeployError(str(error)))

@@ -11,10 +11,13 @@ from lpdeploy.cli.common import (
     COUNT,
     ENGINE,
     FOLDER,
+    MODEL,
+    SOURCE,
     Count,
     ListOf,
     NameChoice,
     base_option,
+    check_models,
     log,
     print_result,
     say_next,
@@ -22,6 +25,7 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.criteria import CRITERIA
+from lpdeploy.engines import ENGINES
 from lpdeploy.run_folder import RunFolder
 
 _FORMS = {"merged": (True,), "unmerged": (False,), "both": (True, False)}
@@ -31,8 +35,12 @@ class _EngineAtPrecision(NameChoice):
     """An engine, which a precision may follow after a colon."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the engine; the library checks the precision."""
-        super().convert(value.partition(":")[0], param, ctx)
+        """Check the engine, and that it has the precision."""
+        name, colon, precision = value.partition(":")
+        known = ENGINES[super().convert(name, param, ctx)].precisions
+        if colon and precision not in known:
+            choices = f"Use {', '.join(known)}" if known else "It takes that of the checkpoint"
+            self.fail(f"{name} has no precision '{precision}'. {choices}.", param, ctx)
         return value
 
 
@@ -42,7 +50,7 @@ def command() -> None:
 
 
 @command.command("latency")
-@click.argument("models", nargs=-1, required=True, metavar="RUN|MODEL...")
+@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option(
     "--engine",
     "engines",
@@ -97,6 +105,7 @@ def latency(
     all variants are interleaved, and each engine runs in its own process. Percentages are relative
     to the merged dense model on the same engine.
     """
+    check_models(*(model for model in models if not RunFolder(model).is_complete))
     # Set before torch is imported: waiting OpenMP threads that spin take a core from the engine
     # that is timed next. In training, it costs more to wake the threads than this saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -120,7 +129,7 @@ def latency(
 
 
 @command.command("pruning", cls=GroupedCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--criterion",
     "criteria",
@@ -140,6 +149,7 @@ def latency(
 )
 @click.option(
     "--data",
+    type=SOURCE,
     metavar="SOURCE",
     help="Train on this file, folder or hub name.  [default: random tokens]",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import ENGINE, log, print_result, shared_options
+from lpdeploy.cli.common import ENGINE, MODEL, check_models, log, print_result, shared_options
 from lpdeploy.cli.options import config_options
 from lpdeploy.cli.sampling import build_generate_options, sampling_options
 from lpdeploy.errors import LpdeployError
@@ -21,7 +21,7 @@ _CLEAR, _EXIT = "/clear", "/exit"
 
 
 @click.command("chat")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option(
     "--prompt-format",
     type=click.Choice(PROMPT_FORMATS),
@@ -42,6 +42,7 @@ def command(
     With --json, answers are shown on stderr, and all turns are printed at the end.
     """
     options = build_generate_options(values, prompt_format=prompt_format)
+    check_models(model)
 
     from lpdeploy.engines import get_engine
     from lpdeploy.generation.chat import Conversation, check_chat

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import COUNT, base_option, print_result, shared_options, write_flags
+from lpdeploy.cli.common import COUNT, MODEL, base_option, print_result, shared_options, write_flags
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
 from lpdeploy.machine import format_bytes
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command("check", cls=GroupedCommand)
-@click.argument("model", metavar="MODEL|RUN")
+@click.argument("model", type=MODEL, metavar="MODEL|RUN")
 @config_options(
     "ratio", "head_ratio", "channel_ratio", "drop_layers", "round_to", "round_heads_to", "heads"
 )

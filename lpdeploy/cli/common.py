@@ -1,6 +1,7 @@
 """What commands share: types, options such as --json and --recipe, and the printing of results."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from lpdeploy.engines import ENGINES, list_exporting
 from lpdeploy.environment import trust_remote_code
@@ -28,6 +30,25 @@ _ARGUMENTS = ("model", "run")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+
+class PathOrName(click.types.StringParamType):
+    """A path or a name on the hub, as the library takes it; shells complete it as a path."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Leave it to the shell to list ``file`` (which includes folders) or ``dir``."""
+        return [CompletionItem(incomplete, type=self._kind)]
+
+
+MODEL = PathOrName("dir")
+SOURCE = PathOrName("file")
 RUN = click.Path(path_type=Path, file_okay=False, exists=True)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -51,6 +72,19 @@ class Count(click.ParamType):
 
 
 COUNT = Count()
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Convert to a float, and check the bounds, which NaN is within for click."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 class NameChoice(click.Choice[str]):
@@ -115,6 +149,14 @@ class ListOf(click.ParamType):
             self.fail(f"{value!r} is empty. Give values, separated by commas", param, ctx)
         return tuple(self._kind.convert(text, param, ctx) for text in given)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the last value, and leave those before it as they are."""
+        before, comma, last = incomplete.rpartition(",")
+        found = self._kind.shell_complete(ctx, param, last)
+        return [CompletionItem(f"{before}{comma}{item.value}") for item in found]
+
 
 def _list_targets() -> list[str]:
     from lpdeploy.servers.verdicts import list_targets
@@ -148,6 +190,7 @@ base_option = click.option(
 perplexity_option = click.option(
     "--perplexity",
     multiple=True,
+    type=SOURCE,
     metavar="SOURCE",
     help="Measure perplexity on this file, folder or hub name (wikitext2, ptb). May be repeated.",
 )
@@ -305,6 +348,18 @@ def log(message: str) -> None:
     """Print a message to stderr, so that stdout holds only the result."""
     if is_first_rank():
         click.echo(write_flags(message), err=True)
+
+
+def check_models(*models: str, unmerged: bool = False) -> None:
+    """Check that models and runs are there, before anything heavy is imported.
+
+    Raises:
+        ArtifactError: As ``locate_model``.
+    """
+    from lpdeploy.models.place import locate_model
+
+    for model in models:
+        locate_model(model, unmerged=unmerged)
 
 
 def say_next(*words: str | os.PathLike[str]) -> None:

@@ -8,9 +8,11 @@ import click
 from lpdeploy.cli.common import (
     COUNT,
     ENGINE,
+    MODEL,
     Count,
     ListOf,
     base_option,
+    check_models,
     limit_option,
     max_segments_option,
     perplexity_option,
@@ -27,7 +29,7 @@ from lpdeploy.run_folder import RunFolder
 
 
 @click.command("eval")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @perplexity_option
 @click.option(
     "--seq-len",
@@ -79,6 +81,11 @@ def command(
         options = EvalOptions(**{**values, "tasks": values["tasks"] or ()})
     except ValueError as error:
         raise click.UsageError(write_flags(f"{error}.")) from error
+    check_models(model)
+    from lpdeploy.data.sources import check_source
+
+    for source in options.perplexity:
+        check_source(source)
 
     from lpdeploy.cli.progress import counting_progress
     from lpdeploy.evaluation.evaluate import evaluate

@@ -8,8 +8,10 @@ from lpdeploy.cli.common import (
     COUNT,
     EXPORTED,
     FOLDER,
+    MODEL,
     PRECISION,
     Count,
+    check_models,
     overwrite_option,
     print_result,
     say_next,
@@ -38,7 +40,7 @@ def _describe_precisions() -> str:
 
 
 @click.command("export", help=_HELP + _describe_engines())
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option("--engine", type=EXPORTED, required=True, help="Engine that will run the model.")
 @click.option("--precision", type=PRECISION, default="fp32", help=_describe_precisions())
 @click.option(
@@ -74,6 +76,7 @@ def _describe_precisions() -> str:
 @shared_options()
 def command(*, model: str, as_json: bool, **options: Any) -> None:
     """Export a run or a model for an engine."""
+    check_models(model, unmerged=options["unmerged"])
     from lpdeploy.engines.export import export
 
     result = export(model, **options)

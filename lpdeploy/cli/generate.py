@@ -10,7 +10,9 @@ import click
 
 from lpdeploy.cli.common import (
     ENGINE,
+    MODEL,
     base_option,
+    check_models,
     log,
     print_result,
     shared_options,
@@ -29,7 +31,7 @@ _STDIN = "-"
 
 
 @click.command("generate")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.argument("prompt", required=False)
 @click.option(
     "--prompts",
@@ -70,6 +72,7 @@ def command(
     default = AUTO if examples else None
     options = build_generate_options(values, prompt_format=prompt_format or default)
     prompts = _read_prompts(prompt, file, examples=examples)
+    check_models(model)
 
     from lpdeploy.generation.results import describe_speed
     from lpdeploy.generation.stage import generate_texts

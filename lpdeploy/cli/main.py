@@ -11,6 +11,7 @@ from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
     DEBUG,
     HAS_RESULT,
+    log,
     print_error,
     show_log,
     write_flags,
@@ -18,10 +19,13 @@ from lpdeploy.cli.common import (
 from lpdeploy.cli.signals import interrupt_on_sigterm, let_first_rank_speak
 from lpdeploy.environment import quieten_libraries
 from lpdeploy.errors import (
+    INTERRUPTED,
     LpdeployError,
+    OptionError,
     OtherRankError,
     RankLostError,
     RecipeError,
+    RunEndedError,
     describe_os_error,
 )
 
@@ -30,6 +34,12 @@ _COMMANDS = (
     *("check", "prune", "compact", "export", "package", "verify", "bench", "eval", "paper"),
     *("generate", "chat", "serve", "report", "compare", "sweep", "push", "doctor", "demo"),
 )
+
+_INTERRUPTED = "The command was interrupted."
+
+
+class _RunEnded(click.ClickException):
+    exit_code = INTERRUPTED
 
 
 class _LazyGroup(click.Group):
@@ -68,8 +78,9 @@ class _LazyGroup(click.Group):
             ctx.exit(1)
         except (click.Abort, KeyboardInterrupt):
             if as_json and HAS_RESULT not in ctx.meta:
-                print_error("Interrupted", "The command was interrupted.")
-            raise
+                print_error("Interrupted", _INTERRUPTED)
+            log(f"\n{_INTERRUPTED}")  # below a ^C or a half-written line
+            ctx.exit(INTERRUPTED)
         except BrokenPipeError:  # of `| head`, which needs no word: click ends in silence
             raise
         except (click.ClickException, LpdeployError, OSError) as error:
@@ -91,7 +102,11 @@ def _explain(error: Exception) -> click.ClickException:
         return error
     if isinstance(error, OSError):
         return click.ClickException(describe_os_error(error))
-    kind = click.UsageError if isinstance(error, RecipeError) else click.ClickException
+    kind = click.ClickException
+    if isinstance(error, RecipeError | OptionError):
+        kind = click.UsageError
+    elif isinstance(error, RunEndedError):
+        kind = _RunEnded
     return kind(write_flags(str(error)))
 
 

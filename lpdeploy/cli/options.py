@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from lpdeploy.cli.common import ENGINE, Count, NameChoice, NumberOrWord, log, write_flags
+from lpdeploy.cli.common import ENGINE, Count, NameChoice, Number, NumberOrWord, log, write_flags
 from lpdeploy.config import GROUPS, PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.fields import RENAMED, get_kind, get_option
@@ -178,9 +178,7 @@ def _choose_type(name: str) -> click.ParamType:
         return Count(int(rules.low), int(rules.high))
     low = rules.low if rules.above is None else rules.above
     high = rules.high if rules.below is None else rules.below
-    number = click.FloatRange(
-        low, high, min_open=rules.above is not None, max_open=rules.below is not None
-    )
+    number = Number(low, high, min_open=rules.above is not None, max_open=rules.below is not None)
     return NumberOrWord(number, rules.words) if rules.words else number
 
 

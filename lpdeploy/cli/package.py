@@ -8,10 +8,12 @@ import click
 from lpdeploy.cli.common import (
     COUNT,
     FOLDER,
+    MODEL,
     PACKED_PRECISION,
     SERVED,
     TARGET,
     Count,
+    check_models,
     overwrite_option,
     print_result,
     shared_options,
@@ -21,7 +23,7 @@ from lpdeploy.machine import format_bytes
 
 
 @click.command("package")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option("--target", type=TARGET, required=True, help="Server that will load the folder.")
 @click.option("--output", type=FOLDER, required=True, help="Write the package to this folder.")
 @click.option(
@@ -71,6 +73,7 @@ def command(*, model: str, target: str, output: Path, as_json: bool, **options: 
 
     llamacpp: a GGUF file for llama.cpp.
     """
+    check_models(model)
     from lpdeploy.servers.package import package
 
     result = package(model, kind=target, output=output, **options)

@@ -12,8 +12,11 @@ from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
     COUNT,
     FOLDER,
+    MODEL,
+    SOURCE,
     Count,
     ListOf,
+    Number,
     limit_option,
     log,
     max_segments_option,
@@ -53,9 +56,15 @@ class CommandWithPrune(click.Command):
 
 @click.command("paper", cls=CommandWithPrune)
 @click.argument("table", type=click.Choice(list(TABLES)), metavar="TABLE")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.argument("prune_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- PRUNE_OPTIONS...]")
-@click.option("--data", required=True, metavar="SOURCE", help="Train and score all cells on this.")
+@click.option(
+    "--data",
+    required=True,
+    type=SOURCE,
+    metavar="SOURCE",
+    help="Train and score all cells on this.",
+)
 @click.option(
     "--output",
     required=True,
@@ -84,7 +93,7 @@ class CommandWithPrune(click.Command):
 )
 @click.option(
     "--ratios",
-    type=ListOf(click.FloatRange(0, 1, min_open=True, max_open=True)),
+    type=ListOf(Number(0, 1, min_open=True, max_open=True)),
     help="Run these ratios, separated by commas, such as 0.2,0.5.  [default: those of the paper]",
 )
 @click.option(

@@ -23,7 +23,7 @@ class _Lines:
     """
 
     def __init__(self, description: str, *, shown: bool) -> None:
-        self._description, self._shown = description, shown
+        self.description, self._shown = description, shown
         self._begun = self._last = 0.0
         self._before, self._done, self._total = 0, 0, 0
 
@@ -38,7 +38,7 @@ class _Lines:
         self._last = now
         left = (now - self._begun) * (total - done) / (done - self._before)
         log(
-            f"{self._description}: {done:,} of {total:,}{more}, "
+            f"{self.description}: {done:,} of {total:,}{more}, "
             f"about {max(1, round(left / 60)):,} min left"
         )
 
@@ -141,5 +141,24 @@ def counting_progress(description: str) -> Iterator[Callable[[int, int], None]]:
             lines.tell(done, total)
             if done >= total:
                 progress.stop()
+
+        yield show
+
+
+@contextmanager
+def part_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback ``(part, done, total)``; where total is 0, the bar only moves."""
+    with _open_progress() as progress:
+        task = progress.add_task("", total=None)
+        lines = _Lines("", shown=False)
+
+        def show(part: str, done: int, total: int) -> None:
+            nonlocal lines
+            if lines.description != part:
+                lines = _Lines(part, shown=progress.disable)
+                progress.reset(task, description=part)
+            progress.update(task, completed=done, total=total or None)
+            progress.start()
+            lines.tell(done, total)
 
         yield show

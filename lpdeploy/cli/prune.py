@@ -11,6 +11,8 @@ import click
 
 from lpdeploy.cli.common import (
     FOLDER,
+    MODEL,
+    SOURCE,
     NameChoice,
     log,
     print_result,
@@ -43,12 +45,13 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
 
 
 @click.command("prune", cls=GroupedCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--data",
     cls=GroupedOption,
     group=DATA,
     required=True,
+    type=SOURCE,
     metavar="SOURCE",
     help="Train and score on this file, folder or hub name.",
 )
@@ -56,6 +59,7 @@ _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_nor
     "--valid",
     cls=GroupedOption,
     group=DATA,
+    type=SOURCE,
     metavar="SOURCE",
     help="Measure the loss on this text during training. It should not be in --data.",
 )

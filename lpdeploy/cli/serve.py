@@ -4,12 +4,12 @@ import contextlib
 
 import click
 
-from lpdeploy.cli.common import Count, print_result, shared_options
+from lpdeploy.cli.common import MODEL, Count, check_models, print_result, shared_options
 from lpdeploy.cli.options import config_options
 
 
 @click.command("serve")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", type=MODEL, metavar="RUN|MODEL")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=Count(1, 65535), default=8000, help="Port to listen on.")
 @config_options("device")
@@ -22,6 +22,7 @@ def command(*, model: str, host: str, port: int, device: str, as_json: bool) -> 
     the OpenAI API until Ctrl-C. It is meant for a first look; 'lpdeploy package' prepares a model
     for servers that are made for load.
     """
+    check_models(model)
     from lpdeploy.servers.transformers_serve import serve
 
     def announce(url: str, name: str) -> None:

@@ -10,6 +10,7 @@ import click
 from lpdeploy.cli.common import (
     ENGINE,
     RUN,
+    Number,
     base_option,
     log,
     print_result,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @base_option
 @click.option(
     "--atol",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Absolute tolerance for every pair.  [default: depends on the precision]",
 )
 @click.option(

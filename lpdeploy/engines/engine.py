@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, OptionError
 
 if TYPE_CHECKING:
     from lpdeploy.engines.contract import Contract
@@ -111,14 +111,14 @@ class Engine:
         """Check that the exporter supports these options, and the precision among them.
 
         Raises:
-            LpdeployError: It does not.
+            OptionError: It does not.
         """
         unknown = sorted(options.keys() - {"precision", *self.options})
         if unknown:
-            raise LpdeployError(f"`{unknown[0]}` is no option of engine {self.name}. Leave it out.")
+            raise OptionError(f"`{unknown[0]}` is no option of engine {self.name}. Leave it out.")
         precision = options.get("precision", self.precisions[0])
         if precision not in self.precisions:
-            raise LpdeployError(
+            raise OptionError(
                 f"`precision` {precision} is not supported by engine {self.name}. "
                 f"Use {', '.join(self.precisions)}."
             )

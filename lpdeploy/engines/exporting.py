@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256
 from lpdeploy.engines.contract import FileRecord, ModelRecord, SourceRecord
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, OptionError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.models.checkpoint import carry_files
 from lpdeploy.models.generation import list_stop_tokens
@@ -45,10 +45,10 @@ def check_max_batch(max_batch: int) -> None:
     """Check the largest batch to be served.
 
     Raises:
-        LpdeployError: It is less than 1, or more than any server runs.
+        OptionError: It is less than 1, or more than any server runs.
     """
     if not 1 <= max_batch <= _MAX_BATCH:
-        raise LpdeployError(f"`max_batch` is {max_batch}; it must be from 1 to {_MAX_BATCH:,}.")
+        raise OptionError(f"`max_batch` is {max_batch}; it must be from 1 to {_MAX_BATCH:,}.")
 
 
 def describe_model(config: PretrainedConfig, model_folder: Path) -> ModelRecord:

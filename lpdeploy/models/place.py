@@ -10,7 +10,6 @@ from lpdeploy.artifacts import compute_sha256
 from lpdeploy.errors import ArtifactError
 from lpdeploy.folders import check_untouched
 from lpdeploy.models.find import resolve_model
-from lpdeploy.models.loading import compute_model_sha256
 from lpdeploy.models.record import ModelRecord, load_model_record
 from lpdeploy.run_folder import ADAPTER, RunFolder, name_export
 
@@ -69,6 +68,8 @@ class ModelPlace:
 
     def compute_sha256(self) -> str:
         """Return the hash of weights and config: as it was recorded, or computed now."""
+        from lpdeploy.models.loading import compute_model_sha256  # with torch
+
         record = self.load_record()
         return record.sha256 if record else compute_model_sha256(self.folder)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import compute_sha256
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import OptionError
 from lpdeploy.fields import RENAMED
 from lpdeploy.paper.tables import Row, Table
 
@@ -168,17 +168,17 @@ def select(
     """Choose rows and ratios of a table; all rows and the paper's ratios by default.
 
     Raises:
-        LpdeployError: There is no such row, or nothing is left to compare.
+        OptionError: There is no such row, or nothing is left to compare.
     """
     known = {row.name: row for row in table.rows}
     for name in rows:
         if name not in known:
-            raise LpdeployError(
+            raise OptionError(
                 f"{table.heading} has no row '{name}'. Choose from {', '.join(known)}."
             )
     chosen = tuple(row for row in table.rows if not rows or row.name in rows)
     if table.kind == "similarity" and len(chosen) < 2:
-        raise LpdeployError(f"{table.heading} compares two rows. Leave --rows out.")
+        raise OptionError(f"{table.heading} compares two rows. Leave --rows out.")
     if table.kind == "texts":  # the texts of several seeds have no mean
         seeds = 1
     return Selection(table, chosen, tuple(ratios) or table.ratios, seeds)
@@ -188,13 +188,13 @@ def list_cells(selection: Selection, study: Study) -> list[Cell]:
     """List the cells in the order in which they run: seed 0 of all rows first.
 
     Raises:
-        LpdeployError: A row scales the steps, but the options of ``prune`` have none.
+        OptionError: A row scales the steps, but the options of ``prune`` have none.
     """
     table = selection.table
     dense = [_build_dense(row, study) for row in selection.rows if row.dense]
     pruned = [row for row in selection.rows if not row.dense]
     if any(row.step_factor is not None for row in pruned) and not study.prune_options.get("steps"):
-        raise LpdeployError(
+        raise OptionError(
             f"{table.heading} varies the steps, so it needs to know them. "
             "Give --steps N among the options of prune, after '--'."
         )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.errors import ArtifactError, LpdeployError, RunEndedError
+from lpdeploy.errors import INTERRUPTED, ArtifactError, LpdeployError
 from lpdeploy.machine import describe_machine
 from lpdeploy.paper.cells import (
     Cell,
@@ -101,7 +101,7 @@ class Commands:
             finally:
                 self._live.discard(process)
             if code:
-                killed = code < 0 or last == "Aborted!" or last.startswith(RunEndedError.SENTENCE)
+                killed = code < 0 or code == INTERRUPTED
                 raise CommandError(last or f"exit code {code}", killed=killed)
             output.seek(0)
             return parse_json(output.read().splitlines()[-1])

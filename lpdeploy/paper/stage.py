@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import atomic_file, save_json
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError, OptionError
 from lpdeploy.models.find import resolve_model
 from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.paper.cells import (
@@ -75,13 +75,13 @@ def build_evaluation(
     """Identify the texts and tasks that cells are measured on.
 
     Raises:
-        LpdeployError: Two texts would have the same name in the table.
+        OptionError: Two texts would have the same name in the table.
     """
     texts = tuple(identify_source(given) for given in perplexity)
     names = [text.name for text in texts]
     for name in names:
         if names.count(name) > 1:
-            raise LpdeployError(f"Two of --perplexity are called '{name}'. Rename one of them.")
+            raise OptionError(f"Two of --perplexity are called '{name}'. Rename one of them.")
     folder = identify_source(str(task_data)) if task_data else None
     return EvalSettings(texts, seq_len, tuple(tasks), folder, max_segments, limit)
 
@@ -155,11 +155,11 @@ def run_paper(
 def _check_asked(selection: Selection, study: Study, *, jobs: int) -> None:
     table = selection.table
     if table.kind == "quality" and not study.evaluation:
-        raise LpdeployError(
+        raise OptionError(
             f"{table.heading} has nothing to show. Give --perplexity SOURCE, --tasks NAMES or both."
         )
     if table.kind == "cost" and jobs > 1:
-        raise LpdeployError(
+        raise OptionError(
             f"--jobs {jobs}: {table.heading} measures time and memory, which other cells disturb. "
             "Leave --jobs out."
         )

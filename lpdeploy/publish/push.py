@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.errors import LpdeployError, quote_error
+from lpdeploy.errors import LpdeployError, OptionError, quote_error
 from lpdeploy.machine import format_bytes
 from lpdeploy.models.find import is_local
 from lpdeploy.publish.files import Upload, list_uploads
@@ -111,9 +111,9 @@ def _check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise LpdeployError(f"`repo` '{repo}': {quote_error(error)}. Give owner/name.") from error
+        raise OptionError(f"`repo` '{repo}': {quote_error(error)}. Give owner/name.") from error
     if not _NAME.fullmatch(repo):
-        raise LpdeployError(f"`repo` '{repo}' names no owner. Give owner/name.")
+        raise OptionError(f"`repo` '{repo}' names no owner. Give owner/name.")
 
 
 def _upload(uploads: Sequence[Upload], repo: str, *, private: bool) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lpdeploy.artifacts import compute_sha256, save_json
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.errors import ArtifactError, OptionError
 from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
 from lpdeploy.manifest import record_stage
@@ -68,7 +68,7 @@ def package(
     Raises:
         ArtifactError: The run has no model yet, the server does not take its shape, or ``output``
             exists, holds what it is made from, or lies inside the model.
-        LpdeployError: There is no such target, or its packager does not know an option.
+        OptionError: There is no such target, or its packager does not know an option.
     """
     options = {name: value for name, value in options.items() if value is not None}
     server = get_server(kind)
@@ -103,7 +103,7 @@ def package(
 def _check_options(kind: str, packager: Packager, options: Mapping[str, object]) -> None:
     unknown = options.keys() - inspect.signature(packager).parameters
     if unknown:
-        raise LpdeployError(f"`{min(unknown)}` is not an option of `target={kind}`. Leave it out.")
+        raise OptionError(f"`{min(unknown)}` is not an option of `target={kind}`. Leave it out.")
 
 
 def _check_shape(model: Path, server: Server, *, ranks: int) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import OptionError
 from lpdeploy.families import get_family, is_per_layer
 from lpdeploy.families.groups import get_head_dim, has_bias, uses_silu
 from lpdeploy.models.shapes import list_widths
@@ -129,12 +129,12 @@ def get_server(target: str) -> Server:
     """Return the server that a package target stands for.
 
     Raises:
-        LpdeployError: There is no such target.
+        OptionError: There is no such target.
     """
     for server in SERVERS:
         if target and server.target == target:
             return server
-    raise LpdeployError(
+    raise OptionError(
         f"There is no package `target={target}`. Use one of {', '.join(list_targets())}."
     )
 

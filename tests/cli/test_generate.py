@@ -160,7 +160,7 @@ class TestChat:
 
         monkeypatch.setattr(chat_command, "_read_lines", interrupt)
         result = invoke("chat", folder, "--max-new-tokens", 4, "--json")
-        assert result.exit_code == 1
+        assert result.exit_code == 130
         assert [turn["role"] for turn in json.loads(result.stdout)["messages"]] == [
             "user", "assistant",
         ]  # fmt: skip

@@ -92,13 +92,13 @@ def test_an_option_may_need_one_that_the_rows_set(ask, monkeypatch):
 )
 def test_what_a_table_cannot_do(ask, table, words, sentence):
     result = ask(table, *words)
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 2, result.output
     assert re.search(sentence, " ".join(result.stderr.split())), result.stderr
 
 
 def test_a_table_with_nothing_to_show_is_refused(ask):
     result = ask("7", perplexity=False)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Table 7 has nothing to show. Give --perplexity SOURCE, --tasks NAMES" in result.stderr
 
 
@@ -106,7 +106,7 @@ def test_two_texts_of_one_name_are_refused(ask, tmp_path):
     (tmp_path / "b").mkdir()
     other = make_text(tmp_path / "b" / "text.txt")
     result = ask("7", "--perplexity", other)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Two of --perplexity are called 'text.txt'. Rename one" in result.stderr
 
 

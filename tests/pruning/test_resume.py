@@ -231,7 +231,7 @@ class TestSignals:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, shown = process.communicate()
-        assert process.returncode == 1
+        assert process.returncode == 130
         last = load_log(tmp_path / "run")[-1]["step"]
         assert shown.splitlines()[-1] == (
             f"Error: The run was told to end. The state after step {last} is kept in "

@@ -181,7 +181,7 @@ def test_a_repository_that_exists_is_updated_not_wiped(run, hub):
      ("me/sm all", "'me/sm all'.*Give owner/name"), ("me/a--b", "Cannot have -- or ..")],
 )  # fmt: skip
 def test_a_bad_name_is_refused_before_anything(run, no_hub, repo, sentence):
-    check_refused(invoke("push", run, "--repo", repo), sentence)
+    check_refused(invoke("push", run, "--repo", repo), sentence, code=2)
 
 
 def test_a_run_that_is_not_ready_is_refused(run, tmp_path):

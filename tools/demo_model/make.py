@@ -19,7 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lpdeploy.evaluation.evaluate import evaluate
@@ -36,6 +36,7 @@ SEGMENT = 256
 BATCH_SIZE = 8
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
+ROUNDING = 0.1  # of the standard deviation of a matrix; the perplexity changes in the fifth digit
 TRAIN_CHARS, VALID_CHARS, TOKENIZER_CHARS = 600_000, 50_000, 2_000_000
 
 README = """\
@@ -62,6 +63,9 @@ The perplexity is that of `lpdeploy eval --seq-len {segment}`. It is low because
 little to guess. The training is short: the model knows the sentences, but does not look back, so
 it still guesses a name or a colour that returns in a story. The text is lower case, and the
 tokenizer turns a prompt into lower case.
+
+The weights were rounded after the training, each matrix to multiples of about a tenth of its
+spread, so that they pack into a small wheel. The perplexity is that of the rounded weights.
 """
 
 
@@ -88,6 +92,7 @@ def main(output: Path, steps: int, seed: int) -> None:
     batches = iter_batches(tokenizer, Random(f"{seed}/stream"), held_out=frozenset(valid))
     train_model(model, batches, steps=steps)
     seconds = time.perf_counter() - start
+    apply_rounding(model)
     model.save_pretrained(folder)
     # The weights are written for their owner alone; a packaged file must be readable by all.
     (folder / "model.safetensors").chmod(0o644)
@@ -226,6 +231,19 @@ def _build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     gains = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
+
+
+def apply_rounding(model: nn.Module) -> None:
+    """Round each matrix to whole multiples of a power of two, near a tenth of its spread.
+
+    The weights stay float32, but most of their bits are zero: a wheel packs them in a third of the
+    bytes that it would otherwise need.
+    """
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                step = 2.0 ** round(math.log2(ROUNDING * weight.std().item()))
+                weight.copy_(torch.round(weight / step) * step)
 
 
 def compute_perplexity(folder: Path, text: Path) -> Perplexity:

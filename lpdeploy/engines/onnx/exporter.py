@@ -28,7 +28,7 @@ from lpdeploy.engines.onnx import ENGINE
 from lpdeploy.engines.onnx.traced import SCATTER_OPSET, ConcatModel, InPlaceModel
 from lpdeploy.engines.torch.runner import load_model_with_adapter
 from lpdeploy.environment import set_variable
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, OptionError
 from lpdeploy.families.groups import get_head_dim
 from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
@@ -92,7 +92,7 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
 
     Raises:
         ArtifactError: ``output`` exists, or the model or adapter cannot be loaded.
-        LpdeployError: An option is out of range.
+        OptionError: An option is out of range.
     """
     config = load_config(model_folder)
     default = SCATTER_OPSET if in_place else DEFAULT_OPSET
@@ -128,12 +128,12 @@ def export_onnx(  # noqa: PLR0913 - one keyword an option of the command
 
 def _check_opset(opset: int, *, in_place: bool) -> None:
     if in_place and opset != SCATTER_OPSET:
-        raise LpdeployError(
+        raise OptionError(
             f"`opset` {opset} is not supported with a cache that is written in place; it must be "
             f"{SCATTER_OPSET}. Leave it out."
         )
     if not in_place and opset not in SUPPORTED_OPSETS:
-        raise LpdeployError(
+        raise OptionError(
             f"`opset` {opset} is not supported; it must be {SUPPORTED_OPSETS[0]} to "
             f"{SUPPORTED_OPSETS[-1]}. Leave it out for {DEFAULT_OPSET}."
         )

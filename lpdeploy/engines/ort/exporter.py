@@ -19,7 +19,7 @@ from lpdeploy.engines.ort import ENGINE
 from lpdeploy.engines.ort.genai import save_genai_files
 from lpdeploy.engines.ort.graph import OPSET, build_decoder
 from lpdeploy.engines.ort.weights import BlockFormat, Weights
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import LpdeployError, OptionError
 from lpdeploy.folders import atomic_folder
 from lpdeploy.machine import list_versions
 from lpdeploy.models.loading import load_config
@@ -67,7 +67,8 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
 
     Raises:
         ArtifactError: ``output`` exists, or the model or adapter cannot be loaded.
-        LpdeployError: An option is out of range, or a block does not fit a width.
+        OptionError: An option is out of range.
+        LpdeployError: A block does not fit a width.
     """
     config = load_config(model_folder)
     ENGINE.check_options({"precision": precision})
@@ -105,7 +106,7 @@ def export_ort(  # noqa: PLR0913 - one keyword an option of the command
 
 def _resolve_activations(precision: str, activations: str | None) -> str:
     if activations is not None and precision in _ACTIVATIONS:
-        raise LpdeployError(
+        raise OptionError(
             f"`activations` {activations} goes with int8 or int4 weights only; `precision` "
             f"{precision} sets both. Leave `activations` out."
         )
@@ -116,7 +117,7 @@ def _resolve_blocks(precision: str, block_size: int) -> BlockFormat | None:
     if precision not in _BITS:
         return None
     if block_size not in BLOCK_SIZES:
-        raise LpdeployError(
+        raise OptionError(
             f"`block_size` {block_size} is not a block that ONNX Runtime packs. "
             f"Use {', '.join(map(str, BLOCK_SIZES))}."
         )

@@ -13,7 +13,7 @@ from lpdeploy.engines.engine import Engine
 from lpdeploy.engines.export import export_folder
 from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.trt.library import EXTRAS
-from lpdeploy.errors import LpdeployError
+from lpdeploy.errors import OptionError
 from lpdeploy.models.loading import load_config, load_tokenizer
 from lpdeploy.models.place import ModelPlace
 from lpdeploy.servers.readme import render, save_readme
@@ -63,7 +63,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
 
     Raises:
         ArtifactError: There is no tokenizer, or the model cannot be exported.
-        LpdeployError: An option is out of range.
+        OptionError: An option is out of range.
     """
     model = place.folder
     name = _resolve_name(name, output)
@@ -105,7 +105,7 @@ def package_triton(  # noqa: PLR0913 - one keyword an option of the command
 def _resolve_name(name: str | None, output: Path) -> str:
     chosen = name or output.name
     if not _NAME.fullmatch(chosen):
-        raise LpdeployError(
+        raise OptionError(
             f"'{chosen}' is not a valid model name for Triton. Use letters, digits, '_', '-' and "
             "'.', starting with a letter, and set it with `name`."
         )
@@ -115,7 +115,7 @@ def _resolve_name(name: str | None, output: Path) -> str:
 def _get_engine(name: str) -> Engine:
     served = [engine.name for engine in ENGINES.values() if engine.triton is not None]
     if name not in served:
-        raise LpdeployError(f"Triton does not serve `engine` {name}. Use {' or '.join(served)}.")
+        raise OptionError(f"Triton does not serve `engine` {name}. Use {' or '.join(served)}.")
     return ENGINES[name]
 
 

@@ -1,0 +1,62 @@
+"""What `lpdeploy doctor` says of this machine, and of every extra."""
+
+import importlib.metadata
+import tomllib
+
+import pytest
+
+from lpdeploy.extras import EXTRAS, Extra
+from tests.cli.test_cli import invoke, last_json
+from tests.helpers import ROOT
+
+THERE = Extra("there", ("click",), "be there")
+MISSING = Extra("nothing", ("no-such-package",), "be missing")
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """Let there be two extras, one of which is installed."""
+    monkeypatch.setattr("lpdeploy.cli.doctor.EXTRAS", (THERE, MISSING))
+
+
+def test_it_names_versions():
+    machine = last_json(invoke("doctor", "--json"))["machine"]
+    assert machine["versions"]["torch"]
+    assert machine["cuda"] in {True, False}
+
+
+def test_it_knows_every_extra_and_what_that_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["optional-dependencies"]
+    assert {extra.name for extra in EXTRAS} == declared.keys() - {"dev"}
+    for extra in EXTRAS:
+        (requirement,) = declared[extra.name]
+        if extra.name == "serve":  # an extra of transformers
+            requires = importlib.metadata.requires("transformers")
+            own = {line.split(";")[0].split(">")[0] for line in requires if '"serving"' in line}
+            assert requirement.startswith("transformers[serving]")
+            assert set(extra.packages) <= own
+        else:
+            assert extra.packages == (requirement.split(">=")[0],)
+
+
+def test_an_extra_needs_all_its_packages():
+    assert Extra("both", ("click", "no-such-package"), "").find_version() is None
+    assert Extra("one", ("click",), "").find_version() == importlib.metadata.version("click")
+
+
+def test_it_says_what_is_there_and_how_to_install_the_rest(one_of_two):
+    found = last_json(invoke("doctor", "--json"))
+    version, install = importlib.metadata.version("click"), "pip install 'lpdeploy[nothing]'"
+    assert found["missing"] == {"no-such-package": install}
+    assert found["extras"] == [
+        {"name": "there", "packages": ["click"], "purpose": "be there",
+         "version": version, "install": "pip install 'lpdeploy[there]'"},
+        {"name": "nothing", "packages": ["no-such-package"], "purpose": "be missing",
+         "version": None, "install": install},
+    ]  # fmt: skip
+    lines = invoke("doctor").stdout.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["there", "click", version, "be", "there"] in rows
+    assert ["nothing", "no-such-package", "missing", "be", "missing"] in rows
+    assert lines[-1] == install
