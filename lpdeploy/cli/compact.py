@@ -15,6 +15,7 @@ from lpdeploy.cli.common import (
     say_next,
     shared_options,
 )
+from lpdeploy.engines import ORT
 from lpdeploy.machine import format_bytes
 
 
@@ -48,7 +49,7 @@ def command(*, run: Path, max_shard_mb: int, as_json: bool, **options: Any) -> N
     result = compact(run, max_shard_bytes=max_shard_mb * 1_000_000, **options)
     print_result(result.to_json(), _describe(result), as_json=as_json)
     if options["output"] is None and not options["keep_adapter"]:
-        say_next("export", run, "--engine", "ort")
+        say_next("export", run, "--engine", ORT.name)
 
 
 def _describe(result: Any) -> str:

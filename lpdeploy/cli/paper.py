@@ -54,8 +54,15 @@ class CommandWithPrune(click.Command):
             ) from error
 
 
+class _TableChoice(click.Choice[str]):
+    """A table or figure by its name; ``table-9`` is as good as ``9``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(str(value).removeprefix("table-"), param, ctx)
+
+
 @click.command("paper", cls=CommandWithPrune)
-@click.argument("table", type=click.Choice(list(TABLES)), metavar="TABLE")
+@click.argument("table", type=_TableChoice(list(TABLES)), metavar="TABLE")
 @click.argument("model", type=MODEL)
 @click.argument("prune_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- PRUNE_OPTIONS...]")
 @click.option(

@@ -17,7 +17,7 @@ from lpdeploy.cli.common import (
     say_next,
     shared_options,
 )
-from lpdeploy.engines import ENGINES, list_exporting
+from lpdeploy.engines import ENGINES, ORT, list_exporting
 from lpdeploy.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def command(*, model: Path, engine: str, as_json: bool, **options: Any) -> None:
     result.check()
     if RunFolder(model).is_complete:
         following = ("bench", "latency") if asked.export else ("export",)
-        say_next(*following, model, "--engine", asked.name if asked.export else "ort")
+        say_next(*following, model, "--engine", (asked if asked.export else ORT).name)
 
 
 _VERDICTS = {"equal": "ok", "rounded": "rounded", "different": "DIFFERENT"}

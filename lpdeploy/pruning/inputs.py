@@ -37,8 +37,7 @@ def check_inputs(
     """
     check_model(model)
     check_source(data)
-    _check_valid(options, valid)
-    check_trackers(report_to)
+    check_beside(options, valid=valid, report_to=report_to)
 
 
 def check_place(model: str, output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -63,7 +62,9 @@ def check_place(model: str, output: Path, *, resume: bool, overwrite: bool) -> N
         run.check_free(base=base, resume=resume, overwrite=overwrite)
 
 
-def _check_valid(options: PruneConfig, valid: Any) -> None:
+def check_beside(options: PruneConfig, *, valid: Any, report_to: Sequence[str]) -> None:
+    """Check what watches a run, and the options that belong to it; as ``check_inputs``."""
+    check_trackers(report_to)
     if valid is not None:
         check_source(valid)
         return

@@ -33,7 +33,7 @@ from lpdeploy.pruning.checkpoint import (
 from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.fit import check_memory
 from lpdeploy.pruning.guard import EventLoss
-from lpdeploy.pruning.inputs import check_inputs
+from lpdeploy.pruning.inputs import check_beside
 from lpdeploy.pruning.log import StepInfo, load_log, trim_log
 from lpdeploy.pruning.loop import run_training
 from lpdeploy.pruning.monitor import build_monitor
@@ -130,7 +130,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
         OtherRankError: Another rank reports the same error.
     """
     options.check_resolved()  # before anything is read
-    check_inputs(model, options, data=data, valid=valid, report_to=report_to)
+    check_beside(options, valid=valid, report_to=report_to)
     check_load_in(options.load_in)
     run, ranks = RunFolder(output), join_ranks(options, stop=stop)
     source = load_source(model, options)

@@ -31,6 +31,11 @@ def test_the_help_names_every_table():
     assert [name for name in TABLES if not re.search(rf"\b{name}\b", about)] == []
 
 
+def test_a_table_may_be_called_a_table(ask):
+    for name in ("4", "table-4"):
+        assert "Table 4" in ask(name, "--jobs", "2").stderr
+
+
 @pytest.mark.parametrize(
     ("table", "words", "sentence"),
     [
