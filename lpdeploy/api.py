@@ -33,7 +33,7 @@ def prune(  # noqa: PLR0913 - what the command takes
     config: PruneConfig | None = None,
     valid: "str | os.PathLike[str] | Dataset | None" = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    report_to: Sequence[str] = (),
+    report_to: str | Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     stop: threading.Event | None = None,
@@ -71,17 +71,18 @@ def prune(  # noqa: PLR0913 - what the command takes
         ValueError: A model in memory has no tokenizer beside it, or carries an adapter.
     """
     from lpdeploy.benchmark.target import resolve_options
-    from lpdeploy.pruning.inputs import check_inputs, check_place
+    from lpdeploy.pruning.inputs import check_data, check_place
     from lpdeploy.pruning.run import prune as run_prune
 
     run, config = Run(output), config or PruneConfig()
+    trackers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
+    beside: dict[str, Any] = {"valid": _name_path(valid), "report_to": trackers}
+    check_data(config, data=_name_path(data), **beside)  # before an older run is replaced
     if not isinstance(model, str | os.PathLike):
         model = _save_base(run, model, tokenizer, resume=resume, overwrite=overwrite)
     name = os.fspath(model)
     place: dict[str, Any] = {"output": run.path, "resume": resume, "overwrite": overwrite}
-    beside: dict[str, Any] = {"valid": _name_path(valid), "report_to": report_to}
     given = {"data": _name_path(data), **place, "stop": stop}
-    check_inputs(name, config, data=given["data"], **beside)
     check_place(name, **place)
     config, target = resolve_options(name, config, **given)
     run_prune(name, **given, **beside, options=config, target=target, on_step=on_step)

@@ -30,8 +30,7 @@ from lpdeploy.folders import (
 from lpdeploy.manifest import load_output_hash
 from lpdeploy.plan import PruningPlan, load_plan
 
-RUN, BASE, ADAPTER, MODEL = "run", "base", "adapter", "model"
-EXPORT, PACKAGE = "export", "package"
+RUN, BASE, ADAPTER, MODEL, EXPORT, PACKAGE = "run", "base", "adapter", "model", "export", "package"
 """Kinds of folders that lpdeploy writes."""
 
 _UNMERGED_EXPORT = "{engine}-unmerged"
@@ -118,6 +117,11 @@ class RunFolder:
         return self.path / "checkpoint" / "state.safetensors"
 
     @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard was told of the steps."""
+        return self.path / "tensorboard"
+
+    @property
     def model(self) -> Path:
         """The dense, merged model that ``compact`` writes."""
         return self.path / "model"
@@ -171,8 +175,7 @@ class RunFolder:
 
     @property
     def _folders(self) -> dict[Path, str]:
-        own = {self.adapter: ADAPTER, self.model: MODEL, self.unmerged: MODEL}
-        return {self.base: BASE, **own}
+        return {self.base: BASE, self.adapter: ADAPTER, self.model: MODEL, self.unmerged: MODEL}
 
     # What state it is in.
 
@@ -236,8 +239,7 @@ class RunFolder:
     def hold(self, *, shared: bool = False) -> Iterator[None]:
         """Keep other processes from writing into the run meanwhile.
 
-        The lock is the operating system's: it is released when the process ends, however that
-        happens. Where no run came of it, the folder is left as it was.
+        The lock ends with the process. Where no run came of it, the folder is left as it was.
 
         Args:
             shared: Let others read at the same time; nobody may prune, compact or export.
@@ -336,6 +338,7 @@ class RunFolder:
             check_replaceable(folder, kind=kind, overwrite=True)
         for folder in parts:
             shutil.rmtree(folder)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
         for file in self._files:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or something else lies in it

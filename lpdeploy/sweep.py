@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpdeploy.artifacts import save_json
-from lpdeploy.errors import ArtifactError, LpdeployError
+from lpdeploy.errors import ArtifactError, LpdeployError, OptionError
 from lpdeploy.models.record import load_model_record
 from lpdeploy.paper.cells import Cell, Study, build_cell, list_eval_words, list_prune_words
 from lpdeploy.paper.run import CommandError, Commands, prune_or_resume
@@ -109,7 +109,12 @@ def run_sweep(
         ArtifactError: ``output`` holds something else, or runs of another model, data or options.
         LpdeployError: Two runs in a row failed with the same error.
     """
-    cells = {own.name: _build_cell(own, study) for own in combinations}
+    chosen = list(combinations)
+    cells = {own.name: _build_cell(own, study) for own in chosen}
+    if len(cells) < len(chosen):
+        raise OptionError(
+            "Two runs of the sweep would have the same name. Give ratios that differ."
+        )
     _check_same(_load_record(output), cells, output)
     with RunFolder(output).hold():
         failed = _run_all(cells, study, output, Commands(show=show_progress))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lpdeploy
 from lpdeploy.cli.main import main
-from lpdeploy.errors import ArtifactError, ParityError
+from lpdeploy.errors import ArtifactError, DataError, LpdeployError, ParityError
 
 CONFIG = lpdeploy.PruneConfig(
     steps=4, batch_size=2, micro_batch_size=2, seq_len=16, prune_every=1, round_to=4, device="cpu",
@@ -108,6 +108,19 @@ def test_a_model_in_memory_needs_a_tokenizer_and_no_adapter(base, data, tmp_path
     with pytest.raises(ValueError, match="adapter"):
         lpdeploy.prune(model, data=data, output=tmp_path / "run", config=CONFIG, tokenizer=object())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_beside_a_model_in_memory_costs_no_older_run(base, data, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    run = lpdeploy.prune(model, data, tmp_path / "run", config=CONFIG, tokenizer=tokenizer)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    given = {"config": CONFIG, "tokenizer": tokenizer, "overwrite": True}
+    with pytest.raises(DataError, match="called 'nothing.txt'"):
+        lpdeploy.prune(model, data, run, valid="nothing.txt", **given)
+    with pytest.raises(LpdeployError, match="no tracker 'excel'"):
+        lpdeploy.prune(model, data, run, report_to="excel", **given)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

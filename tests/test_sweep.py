@@ -152,6 +152,7 @@ def test_a_preset_of_prune_is_passed_on(sweep, recorder):
     [
         (["--ratio", "0.5"], PRUNE, "Give two ratios or more, or two criteria: a sweep compares"),
         (["--ratio", "0.5,0.5"], PRUNE, "Give two ratios or more, or two criteria"),
+        (["--ratio", "0.2,0.2000001"], PRUNE, "would have the same name. Give ratios that differ"),
         (["--ratio", "0.5,1.5"], PRUNE, "1.5 is not in the range"),
         (["--ratio", "0.2,0.5", "--criterion", "x"], PRUNE, "'x' is not one of"),
         (["--ratio", "0.2,0.5"], ["--ratio", "0.3"], "--ratio is set for each run. Remove it"),

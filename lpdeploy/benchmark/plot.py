@@ -141,12 +141,17 @@ def draw_training(log: Sequence[StepInfo]) -> dict[str, str]:
     loss.set_xlabel("step")
     loss.legend(frameon=False, fontsize=8)
     shares, (ratio,) = make_panels(1)
-    ratio.step(steps, [100 * info.ratio for info in log], where="post", color=_UNMERGED)
+    ratio.step(steps, [100 * count_gone(info) for info in log], where="post", color=_UNMERGED)
     ratio.set_xlabel("step")
     return {
         "loss, nats a token": to_svg(figure),
         "groups removed, %": to_svg(shares),
     }
+
+
+def count_gone(info: StepInfo) -> float:
+    """Return the share of groups that is gone after a step; of older logs, what was to go."""
+    return info.ratio if info.achieved is None else info.achieved["groups"]
 
 
 def _draw_events(panel: Any, events: Sequence[StepInfo]) -> None:

@@ -8,14 +8,7 @@ import click
 
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
-    COUNT,
     ENGINE,
-    FOLDER,
-    MODEL,
-    SOURCE,
-    Count,
-    ListOf,
-    NameChoice,
     base_option,
     check_models,
     log,
@@ -24,6 +17,7 @@ from lpdeploy.cli.common import (
     shared_options,
 )
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
+from lpdeploy.cli.types import COUNT, FOLDER, MODEL, SOURCE, Count, ListOf, NameChoice
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.engines import ENGINES
 from lpdeploy.run_folder import RunFolder

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import ENGINE, MODEL, check_models, log, print_result, shared_options
+from lpdeploy.cli.common import ENGINE, check_models, log, print_result, shared_options
 from lpdeploy.cli.options import config_options
 from lpdeploy.cli.sampling import build_generate_options, sampling_options
+from lpdeploy.cli.types import MODEL
 from lpdeploy.errors import LpdeployError
 from lpdeploy.plan import CHAT_TEMPLATE, PROMPT_FORMATS
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import COUNT, MODEL, base_option, print_result, shared_options, write_flags
+from lpdeploy.cli.common import base_option, print_result, shared_options, write_flags
 from lpdeploy.cli.options import GroupedCommand, build_config, config_options
+from lpdeploy.cli.types import COUNT, MODEL
 from lpdeploy.machine import format_bytes
 
 if TYPE_CHECKING:

@@ -6,15 +6,13 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import (
-    COUNT,
-    FOLDER,
-    RUN,
     base_option,
     overwrite_option,
     print_result,
     say_next,
     shared_options,
 )
+from lpdeploy.cli.types import COUNT, FOLDER, RUN
 from lpdeploy.engines import ORT
 from lpdeploy.machine import format_bytes
 

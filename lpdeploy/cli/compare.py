@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import RUN, log, print_result, shared_options
+from lpdeploy.cli.common import log, print_result, shared_options
+from lpdeploy.cli.types import RUN
 
 
 @click.command("compare")

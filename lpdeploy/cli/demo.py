@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import FOLDER, overwrite_option, print_result, shared_options
+from lpdeploy.cli.common import overwrite_option, print_result, shared_options
+from lpdeploy.cli.types import FOLDER
 
 
 @click.command("demo")

@@ -6,11 +6,7 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import (
-    COUNT,
     ENGINE,
-    MODEL,
-    Count,
-    ListOf,
     base_option,
     check_models,
     limit_option,
@@ -23,6 +19,7 @@ from lpdeploy.cli.common import (
     write_flags,
 )
 from lpdeploy.cli.options import config_options
+from lpdeploy.cli.types import COUNT, MODEL, Count, ListOf
 from lpdeploy.evaluation.options import EvalOptions
 from lpdeploy.evaluation.results import Evaluation, Figures, Metrics
 from lpdeploy.run_folder import RunFolder

@@ -5,12 +5,8 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import (
-    COUNT,
     EXPORTED,
-    FOLDER,
-    MODEL,
     PRECISION,
-    Count,
     check_models,
     overwrite_option,
     print_result,
@@ -18,6 +14,7 @@ from lpdeploy.cli.common import (
     shared_options,
     write_flags,
 )
+from lpdeploy.cli.types import COUNT, FOLDER, MODEL, Count
 from lpdeploy.engines import list_exporting
 from lpdeploy.machine import format_bytes
 

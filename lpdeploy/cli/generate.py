@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import (
-    ENGINE,
-    MODEL,
-    base_option,
-    check_models,
-    log,
-    print_result,
-    shared_options,
-)
+from lpdeploy.cli.common import ENGINE, base_option, check_models, log, print_result, shared_options
 from lpdeploy.cli.options import config_options
 from lpdeploy.cli.sampling import build_generate_options, sampling_options
+from lpdeploy.cli.types import MODEL
 from lpdeploy.generation.examples import PAPER
 from lpdeploy.generation.options import AUTO, FORMATS
 

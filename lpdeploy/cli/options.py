@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from lpdeploy.cli.common import ENGINE, Count, NameChoice, Number, NumberOrWord, log, write_flags
+from lpdeploy.cli.common import ENGINE, log, write_flags
+from lpdeploy.cli.types import Count, NameChoice, Number, NumberOrWord
 from lpdeploy.config import GROUPS, PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.fields import RENAMED, get_kind, get_option

@@ -6,19 +6,16 @@ from typing import Any
 import click
 
 from lpdeploy.cli.common import (
-    COUNT,
-    FOLDER,
-    MODEL,
     PACKED_PRECISION,
     SERVED,
     TARGET,
-    Count,
     check_models,
     overwrite_option,
     print_result,
     shared_options,
     write_flags,
 )
+from lpdeploy.cli.types import COUNT, FOLDER, MODEL, Count
 from lpdeploy.machine import format_bytes
 
 

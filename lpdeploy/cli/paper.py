@@ -10,13 +10,6 @@ import click
 from lpdeploy.cli import prune
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
-    COUNT,
-    FOLDER,
-    MODEL,
-    SOURCE,
-    Count,
-    ListOf,
-    Number,
     limit_option,
     log,
     max_segments_option,
@@ -26,6 +19,7 @@ from lpdeploy.cli.common import (
     task_data_option,
 )
 from lpdeploy.cli.options import build_config
+from lpdeploy.cli.types import COUNT, FOLDER, MODEL, SOURCE, Count, ListOf, Number
 from lpdeploy.config import PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.errors import LpdeployError

@@ -9,17 +9,7 @@ from typing import Any
 
 import click
 
-from lpdeploy.cli.common import (
-    FOLDER,
-    MODEL,
-    SOURCE,
-    NameChoice,
-    log,
-    print_result,
-    say_next,
-    shared_options,
-    write_flags,
-)
+from lpdeploy.cli.common import log, print_result, say_next, shared_options, write_flags
 from lpdeploy.cli.options import (
     GroupedCommand,
     GroupedOption,
@@ -29,6 +19,7 @@ from lpdeploy.cli.options import (
     drop_overruled,
     is_typed,
 )
+from lpdeploy.cli.types import FOLDER, MODEL, SOURCE, NameChoice
 from lpdeploy.config import CHOOSE, DATA, PruneConfig
 from lpdeploy.machine import format_bytes
 from lpdeploy.presets import PRESETS
@@ -116,7 +107,7 @@ def command(
     Writes a run folder with the plan, the adapter and the log. Run `lpdeploy compact` next to get
     the smaller model.
     """
-    from lpdeploy.pruning.inputs import check_inputs, check_place
+    from lpdeploy.pruning.inputs import check_data, check_place
 
     dry_run = values.pop("dry_run")
     beside = {name: values.pop(name) for name in ("valid", "report_to")}
@@ -126,8 +117,8 @@ def command(
     _warn(config)
     given: dict[str, Any] = {"data": data, "output": output, "cache": cache}
     given |= {"resume": resume, "overwrite": overwrite}
-    check_inputs(model, config, data=data, **beside)
     check_place(model, output, resume=resume, overwrite=overwrite)
+    check_data(config, data=data, **beside)
     log(f"Loading '{model}'.")
     if dry_run:
         _show_dry_run(model, config, **given, valid=beside["valid"], as_json=as_json)
@@ -202,10 +193,15 @@ def _show_dry_run(
     if found.least_seconds:
         lines.append(
             "The matrix products of the training alone would take "
-            f"{max(1, round(found.least_seconds / 60)):,} min on this device, at its speed now."
+            f"{_write_minutes(found.least_seconds)} on this device, at its speed now. Everything "
+            "else comes on top: choosing layers, scoring before the first step, and refits."
         )
     print_result(found.to_json(), "\n".join(lines), as_json=as_json)
-    log("Nothing was written. Leave out --dry-run to start.")
+    log("Nothing was written but cached tokens. Leave out --dry-run to start.")
+
+
+def _write_minutes(seconds: float) -> str:
+    return f"{round(seconds / 60):,} min" if seconds >= 60 else "less than a minute"
 
 
 def _describe_work(found: Any) -> str:

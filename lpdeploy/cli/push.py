@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lpdeploy.cli.common import RUN, print_result, shared_options
+from lpdeploy.cli.common import print_result, shared_options
+from lpdeploy.cli.types import RUN
 from lpdeploy.machine import format_bytes
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from lpdeploy.cli.common import RUN, print_result, shared_options
+from lpdeploy.cli.common import print_result, shared_options
+from lpdeploy.cli.types import RUN
 
 
 @click.command("report")

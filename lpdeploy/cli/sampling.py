@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
-from lpdeploy.cli.common import COUNT, Count, write_flags
+from lpdeploy.cli.common import write_flags
+from lpdeploy.cli.types import COUNT, Count
 from lpdeploy.engines.sampling import Sampling
 from lpdeploy.generation.options import GenerateOptions
 

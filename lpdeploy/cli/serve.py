@@ -4,8 +4,9 @@ import contextlib
 
 import click
 
-from lpdeploy.cli.common import MODEL, Count, check_models, print_result, shared_options
+from lpdeploy.cli.common import check_models, print_result, shared_options
 from lpdeploy.cli.options import config_options
+from lpdeploy.cli.types import MODEL, Count
 
 
 @click.command("serve")

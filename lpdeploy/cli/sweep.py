@@ -11,10 +11,6 @@ import click
 from lpdeploy.cli import prune
 from lpdeploy.cli.common import (
     CONTEXT_SETTINGS,
-    FOLDER,
-    Count,
-    ListOf,
-    NameChoice,
     limit_option,
     log,
     max_segments_option,
@@ -25,6 +21,7 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.cli.options import apply_preset, build_config, drop_overruled
 from lpdeploy.cli.paper import CommandWithPrune, check_parts
+from lpdeploy.cli.types import FOLDER, Count, ListOf, NameChoice
 from lpdeploy.config import PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.criteria import CRITERIA

@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli.common import (
-    ENGINE,
-    RUN,
-    Number,
-    base_option,
-    log,
-    print_result,
-    say_next,
-    shared_options,
-)
+from lpdeploy.cli.common import ENGINE, base_option, log, print_result, say_next, shared_options
+from lpdeploy.cli.types import RUN, Number
 from lpdeploy.engines import ENGINES, ORT, list_exporting
 from lpdeploy.run_folder import RunFolder
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from lpdeploy.data.hub import HUB_SOURCES, HubSource
@@ -141,6 +141,11 @@ def compute_source_hash(source: Any, *, split: str = "train") -> str | None:
 def _get_fingerprint(rows: Any) -> str | None:
     # datasets has no public name for it. It changes with every transform of the rows.
     return getattr(rows, "_fingerprint", None)
+
+
+def is_data_file(path: PurePath) -> bool:
+    """Tell whether a file has a suffix that is read."""
+    return path.suffix.lower() in _READERS
 
 
 def _list_files(path: Path) -> list[Path]:

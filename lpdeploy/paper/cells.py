@@ -14,7 +14,7 @@ from lpdeploy.fields import RENAMED
 from lpdeploy.paper.tables import Row, Table
 
 # Options of prune that do not change a result.
-_WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory")
+_WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory", "eval_every", "eval_samples")
 # Keys are made of the names that options had when the first cells were run.
 _FORMER_NAMES = {name: former for former, name in RENAMED.items()}
 # One run scores all groups. The ratio that it then prunes to does not matter.

@@ -87,10 +87,12 @@ class Commands:
                 stdout=output,
                 stderr=subprocess.PIPE,
                 env=environment,
+                # Ctrl-C in a terminal is for this process, which then ends the other.
+                process_group=0,
             )
             self._live.add(process)
             try:
-                last = self._read_stderr(process)
+                last = self._finish(process)
                 code = process.wait()
             except BaseException:
                 process.terminate()
@@ -100,22 +102,32 @@ class Commands:
                 raise
             finally:
                 self._live.discard(process)
+                if process.stderr is not None:
+                    process.stderr.close()
             if code:
                 killed = code < 0 or code == INTERRUPTED
                 raise CommandError(last or f"exit code {code}", killed=killed)
             output.seek(0)
             return parse_json(output.read().splitlines()[-1])
 
+    def _finish(self, process: subprocess.Popen[bytes]) -> str:
+        """Read to the end; where this is interrupted, let a run end with a checkpoint."""
+        try:
+            return self._read_stderr(process)
+        except KeyboardInterrupt:
+            process.terminate()
+            self._read_stderr(process)  # a second interrupt ends it at once
+            raise
+
     def _read_stderr(self, process: subprocess.Popen[bytes]) -> str:
         """Read to the end, and return the last line that is not empty."""
         tail = b""
         assert process.stderr is not None
-        with process.stderr as stream:
-            while chunk := os.read(stream.fileno(), 4096):
-                tail = (tail + chunk)[-_TAIL_BYTES:]
-                if self.show:
-                    sys.stderr.buffer.write(chunk)
-                    sys.stderr.buffer.flush()
+        while chunk := os.read(process.stderr.fileno(), 4096):
+            tail = (tail + chunk)[-_TAIL_BYTES:]
+            if self.show:
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
         text = _ESCAPES.sub("", tail.decode(errors="replace")).replace("\r", "\n")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1].removeprefix("Error: ") if lines else ""

@@ -124,6 +124,8 @@ def apply_depth(  # noqa: PLR0913 - all that a choice depends on
     key = repr((base_sha256, dataset.sha256, part, ranks.device, ranks.size, dtype, among))
     known = () if base_sha256 is None else _chosen.get(key, ())
     if len(known) < options.drop_layers:
+        if ranks.is_first:
+            logger.info("Choosing the layers to drop, by the loss without each.")
         known = choose_drops(
             model, collect(DEPTH_ROWS), among=among, count=options.drop_layers, known=known
         )
@@ -137,6 +139,8 @@ def apply_depth(  # noqa: PLR0913 - all that a choice depends on
     if not options.refit:
         drop_layers(model, layers)
         return _describe(specs, layers)
+    if ranks.is_first:
+        logger.info("Refitting the other layers.")
     columns = max(spec.num_groups * get_output(spec).block for spec in specs)
     rows = collect(count_refit_rows(options, dataset.lengths, columns=columns))
     return _describe(specs, layers, drop_and_refit(model, layers, rows, stored=stored))

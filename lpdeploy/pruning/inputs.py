@@ -13,20 +13,14 @@ from lpdeploy.pruning.tracking import check_trackers
 from lpdeploy.run_folder import RunFolder
 
 
-def check_inputs(
-    model: str,
-    options: PruneConfig,
-    *,
-    data: Any,
-    valid: Any = None,
-    report_to: Sequence[str] = (),
+def check_data(
+    options: PruneConfig, *, data: Any, valid: Any = None, report_to: Sequence[str] = ()
 ) -> None:
-    """Check the names of all that a run reads.
+    """Check the names of the data that a run reads, and of what watches it.
 
     Only names are read, so this takes no time. What the files hold is checked later.
 
     Args:
-        model: Hugging Face folder or hub name.
         options: How to prune.
         data: File, folder or hub name, or rows.
         valid: Likewise; None for none.
@@ -35,13 +29,12 @@ def check_inputs(
     Raises:
         LpdeployError: One of them cannot be used.
     """
-    check_model(model)
     check_source(data)
     check_beside(options, valid=valid, report_to=report_to)
 
 
 def check_place(model: str, output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Check that a run may be written to a folder, or go on there.
+    """Check the name of a model, and that a run of it may be written to a folder, or go on there.
 
     Of several ranks, the first one checks it later: it alone holds the folder.
 
@@ -52,9 +45,10 @@ def check_place(model: str, output: Path, *, resume: bool, overwrite: bool) -> N
         overwrite: Whether a run that is there already is to be replaced.
 
     Raises:
-        ArtifactError: It may not.
+        ArtifactError: The model or the folder cannot be used.
         RunInUseError: Another process holds the folder.
     """
+    check_model(model)
     if count_ranks() > 1:
         return
     base, run = Path(model) if Path(model).is_dir() else None, RunFolder(output)
@@ -63,7 +57,7 @@ def check_place(model: str, output: Path, *, resume: bool, overwrite: bool) -> N
 
 
 def check_beside(options: PruneConfig, *, valid: Any, report_to: Sequence[str]) -> None:
-    """Check what watches a run, and the options that belong to it; as ``check_inputs``."""
+    """Check what watches a run, and the options that belong to it; as ``check_data``."""
     check_trackers(report_to)
     if valid is not None:
         check_source(valid)

@@ -31,13 +31,17 @@ def build_monitor(
     specs = list_group_specs(source.config, heads=options.widths.heads)
     rows = None if valid is None else _collect_rows(training, valid)
     every = options.eval_every or max(1, training.steps // _MEASUREMENTS)
-    achieved: dict[str, float] | None = None
+
+    def measure_shares() -> dict[str, float]:
+        kept = training.state.list_kept(specs)
+        return dict(compute_achieved(source.config, specs, kept))
+
+    achieved = measure_shares()
 
     def complete(info: StepInfo) -> StepInfo:
         nonlocal achieved
-        if achieved is None or info.removed:
-            kept = training.state.list_kept(specs)
-            achieved = dict(compute_achieved(source.config, specs, kept))
+        if info.removed:
+            achieved = measure_shares()
         due = info.step % every == 0 or info.step == info.steps
         # What an event left that is not to stand is no state of the run.
         measured = rows is not None and due and training.refused is None

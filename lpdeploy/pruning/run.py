@@ -160,7 +160,11 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             if ranks.is_first:
                 _prepare_output(run, source, dataset, record, checkpoint, target)
             complete = build_monitor(source, training, held_out)
-            with open_trackers(report_to if ranks.is_first else (), run, record) as track:
+            names, first = (
+                report_to if ranks.is_first else (),
+                checkpoint.step + 1 if checkpoint else 0,
+            )
+            with open_trackers(names, run, record, first=first) as track:
                 losses, last_good = run_training(
                     *(run, training, checkpoint, complete, (track, on_step)), stage=stage
                 )

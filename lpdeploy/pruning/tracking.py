@@ -37,7 +37,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_trackers(
-    names: Sequence[str], run: RunFolder, record: Mapping[str, Any]
+    names: Sequence[str], run: RunFolder, record: Mapping[str, Any], *, first: int = 0
 ) -> Iterator[Callable[[StepInfo], None]]:
     """Open trackers for a run, and yield what tells them of a step.
 
@@ -47,16 +47,21 @@ def open_trackers(
         names: Of the trackers; see ``TRACKERS``.
         run: What the run is called in them. TensorBoard's files go into its folder.
         record: What the run was started with.
+        first: The step that it goes on with; what TensorBoard has of later ones is left out.
     """
-    trackers = dict(zip(names, (_build(name, run) for name in names), strict=True))
+    names = tuple(dict.fromkeys(names))
+    trackers: dict[str, Any] = {}
+    failed: set[str] = set()
 
     def attempt(name: str, work: str, *values: Any, **more: Any) -> None:
-        if name not in trackers:
+        if name in failed:
             return
         try:
+            if name not in trackers:
+                trackers[name] = _build(name, run, first)
             getattr(trackers[name], work)(*values, **more)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a run
-            del trackers[name]
+            failed.add(name)
             logger.warning("%s takes no more figures (%s).", name, quote_error(error))
 
     def tell(info: StepInfo) -> None:
@@ -74,13 +79,14 @@ def open_trackers(
             attempt(name, "finish")
 
 
-def _build(name: str, run: RunFolder) -> Any:
+def _build(name: str, run: RunFolder, first: int) -> Any:
     from accelerate import tracking
 
     title = run.path.resolve().name
     match name:
         case "tensorboard":
-            return tracking.TensorBoardTracker("tensorboard", run.path)
+            folder = run.tensorboard
+            return tracking.TensorBoardTracker(folder.name, folder.parent, purge_step=first)
         case "mlflow":
             return tracking.MLflowTracker(_PROJECT, run_name=title)
         case "wandb":

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lpdeploy.config import PruneConfig
+from lpdeploy.data.sources import is_data_file
 from lpdeploy.manifest import StageRecord
 from lpdeploy.report.facts import Facts
 
@@ -37,6 +38,7 @@ def trace_origin(facts: Facts) -> Origin:
     named = {
         "base model": name_source(facts.plan.base_model),
         "data": name_source(str(options.get("data") or "rows in memory")),
+        **({"held-out text": name_source(str(options["valid"]))} if options.get("valid") else {}),
         "seed": str(options.get("seed", "not recorded")),
         "how": facts.method,
     }
@@ -49,11 +51,15 @@ def trace_origin(facts: Facts) -> Origin:
 
 def name_source(given: str) -> str:
     """Return the last part of a path, and a hub name as it is."""
-    return PurePath(given).name if given.startswith(("/", ".", "~")) else given
+    path = PurePath(given)
+    is_path = given.startswith(("/", ".", "~")) or len(path.parts) > 2 or is_data_file(path)
+    return path.name if is_path else given
 
 
 def _write_command(facts: Facts, options: Mapping[str, Any]) -> str:
     words = [name_source(facts.plan.base_model), "--data", name_source(str(options.get("data")))]
+    if options.get("valid"):
+        words += ["--valid", name_source(str(options["valid"]))]
     words += ["--output", facts.name, *_list_words(options)]
     return shlex.join(["lpdeploy", "prune", *words])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpdeploy.benchmark.plot import draw_latency_panels, draw_training, name_models
+from lpdeploy.benchmark.plot import count_gone, draw_latency_panels, draw_training, name_models
 from lpdeploy.benchmark.results import LatencyResult, LatencyRow
 from lpdeploy.generation.samples import Sample
 from lpdeploy.pruning.log import StepInfo, load_log
@@ -150,7 +150,7 @@ def _draw_training(log: Sequence[StepInfo]) -> list[Picture]:
     first, last = log[0], log[-1]
     spoken = (
         f"{len(log)} entries from step {first.step} to {last.step}; loss from {first.loss:.3f} to "
-        f"{last.loss:.3f}; {100 * last.ratio:.0f} % of the groups removed in the end"
+        f"{last.loss:.3f}; {100 * count_gone(last):.0f} % of the groups removed in the end"
     )
     return embed_all(
         draw_training(log), name="training", describe=lambda title: f"{title}: {spoken}."

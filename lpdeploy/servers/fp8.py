@@ -93,6 +93,8 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = weight.float().abs().amax(1, keepdim=True)
     scale = (largest / _LARGEST).to(weight.dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros
+    # Below its smallest normal number a type has few digits; FP8 itself has small numbers enough.
+    scale = scale.clamp(min=torch.finfo(weight.dtype).tiny)
+    scale = torch.where(largest == 0, torch.ones_like(scale), scale)  # a row of zeros
     numbers = (weight.float() / scale.float()).clamp(-_LARGEST, _LARGEST)
     return numbers.to(FP8), scale

@@ -11,8 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lpdeploy.cli.common import COUNT, Count, ListOf, shared_options, show_log, write_flags
+from lpdeploy.cli.common import shared_options, show_log, write_flags
 from lpdeploy.cli.main import main
+from lpdeploy.cli.types import COUNT, Count, ListOf
 
 
 @pytest.mark.parametrize(

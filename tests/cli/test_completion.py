@@ -9,8 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lpdeploy.cli.common import MODEL, SOURCE
 from lpdeploy.cli.main import main
+from lpdeploy.cli.types import MODEL, SOURCE
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.engines import ENGINES
 from tests.cli.test_cli import COMMANDS

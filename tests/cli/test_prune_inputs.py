@@ -61,7 +61,8 @@ def test_so_is_the_output(base, data, tmp_path):
 
 
 def test_the_first_line_says_what_is_loading(base, data, tmp_path):
-    result = invoke("prune", base, "--data", data, "--output", tmp_path / "a b", *SMALL)
+    words = ("prune", base, "--data", data, "--output", tmp_path / "a b", "--no-cache", *SMALL)
+    result = invoke(*words)
     lines = result.stderr.splitlines()
     assert lines[0] == f"Loading '{base}'."
     assert f"Tokenizing '{data}'." in lines

@@ -3,9 +3,9 @@
 import click
 import pytest
 
-from lpdeploy.cli.common import Count, ListOf, NumberOrWord
 from lpdeploy.cli.main import main
 from lpdeploy.cli.options import Quantity
+from lpdeploy.cli.types import Count, ListOf, NumberOrWord
 from tests.cli.test_cli import check_refused, invoke
 
 # What a command needs beside the value that is wrong.

@@ -99,3 +99,11 @@ def test_a_loss_that_is_no_number_keeps_the_state_before_it(
         run(base, tmp_path / "run", data, valid=valid, options={"eval_every": 4})
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").is_file()
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def test_an_event_that_is_not_to_stand_changes_no_share(base, data, tmp_path):
+    options = {"max_loss_increase": 1e-9, "drop_layers": 1, "round_to": 1}
+    result = run(base, tmp_path / "run", data, options=options)
+    log = load_log(tmp_path / "run")
+    assert not log[-1]["removed"]
+    assert log[-1]["achieved"] == result.achieved

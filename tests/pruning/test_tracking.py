@@ -32,7 +32,7 @@ def test_tensorboard_gets_what_the_log_gets(base, data, tmp_path):
     assert scalars["removed/parameters"] == pytest.approx(gone)
 
 
-@pytest.mark.parametrize("work", ["start", "log", "finish"])
+@pytest.mark.parametrize("work", ["__init__", "start", "log", "finish"])
 def test_a_tracker_that_fails_does_not_end_the_run(base, data, tmp_path, monkeypatch, caplog, work):
     from accelerate.tracking import TensorBoardTracker
 
@@ -56,3 +56,15 @@ def test_a_tracker_that_is_not_installed_is_refused(base, data, tmp_path, monkey
     with pytest.raises(MissingDependencyError, match="Install it with: pip install wandb"):
         run(base, tmp_path / "run", data, report_to=["wandb"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_named_twice_is_told_once(base, data, tmp_path):
+    run(base, tmp_path / "run", data, report_to=["tensorboard", "tensorboard"])
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) == 1
+
+
+def test_a_replaced_run_leaves_no_curve(base, data, tmp_path):
+    run(base, tmp_path / "run", data, report_to=["tensorboard"])
+    run(base, tmp_path / "run", data, report_to=["tensorboard"], overwrite=True,
+        options={"steps": 4})  # fmt: skip
+    assert sorted(read_scalars(tmp_path / "run" / "tensorboard")["train/loss"]) == [1, 2, 3, 4]

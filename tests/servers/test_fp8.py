@@ -101,6 +101,17 @@ def test_a_row_of_zeros_and_one_too_small_for_its_type():
     assert (numbers[2].float() * scale[2].float()).allclose(weight[2].float(), rtol=2**-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_of_small_numbers_keep_their_digits(dtype):
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    rows = rows / rows.abs().amax(1, keepdim=True)
+    weight = (rows * torch.tensor([1.0, 1e-2, 1e-3, 3e-4, 1e-4, 5e-5])[:, None]).to(dtype)
+    numbers, scale = round_rows(weight)
+    error = (numbers.float() * scale.float() - weight.float()).abs().amax(1)
+    # Half a step of E4M3, whose numbers have three bits after the first, and the scale's rounding.
+    assert (error <= (2**-4 + 2**-8) * weight.float().abs().amax(1)).all()
+
+
 def test_what_is_refused(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     with pytest.raises(
