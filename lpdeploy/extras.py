@@ -47,7 +47,7 @@ EXTRAS = (
     Extra("trt", ("tensorrt",), "build and run engines on the GPU that will serve them"),
     Extra("trt-rtx", ("tensorrt-rtx",), "build engines for RTX cards, on any machine"),
     Extra("gguf", ("gguf",), "package a model for llama.cpp"),
-    Extra("llamacpp", ("llama-cpp-python",), "package it in llama.cpp's smaller types"),
+    Extra("llamacpp", ("llama-cpp-python",), "package a model in llama.cpp's smaller types"),
     Extra("serve", ("fastapi", "uvicorn", "openai"), "serve the OpenAI API on this machine"),
     Extra("eval", ("lm-eval",), "measure accuracy on the tasks of lm-eval"),
     Extra("quant", ("bitsandbytes",), "keep the base in 8 or 4 bits while it is pruned"),

@@ -21,7 +21,7 @@ from lpdeploy.cli.common import (
 )
 from lpdeploy.cli.options import apply_preset, build_config, drop_overruled
 from lpdeploy.cli.paper import CommandWithPrune, check_parts
-from lpdeploy.cli.types import FOLDER, Count, ListOf, NameChoice
+from lpdeploy.cli.types import FOLDER, MODEL, SOURCE, Count, ListOf, NameChoice, Number
 from lpdeploy.config import PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.criteria import CRITERIA
@@ -46,12 +46,12 @@ _GIVEN = {
 
 
 @click.command("sweep", cls=CommandWithPrune)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.argument("prune_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- PRUNE_OPTIONS...]")
 @click.option(
     "--ratio",
     required=True,
-    type=ListOf(click.FloatRange(0, 1, min_open=True, max_open=True)),
+    type=ListOf(Number(0, 1, min_open=True, max_open=True)),
     metavar="LIST",
     help="Remove these shares of the groups, separated by commas, such as 0.2,0.3,0.5.",
 )
@@ -61,7 +61,13 @@ _GIVEN = {
     metavar="LIST",
     help="Choose groups by these criteria, separated by commas.  [default: as prune does]",
 )
-@click.option("--data", required=True, metavar="SOURCE", help="Train and score all runs on this.")
+@click.option(
+    "--data",
+    required=True,
+    type=SOURCE,
+    metavar="SOURCE",
+    help="Train and score all runs on this.",
+)
 @click.option(
     "--output",
     required=True,

@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,11 +160,7 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
             if ranks.is_first:
                 _prepare_output(run, source, dataset, record, checkpoint, target)
             complete = build_monitor(source, training, held_out)
-            names, first = (
-                report_to if ranks.is_first else (),
-                checkpoint.step + 1 if checkpoint else 0,
-            )
-            with open_trackers(names, run, record, first=first) as track:
+            with _open_trackers(report_to, run, record, checkpoint, ranks) as track:
                 losses, last_good = run_training(
                     *(run, training, checkpoint, complete, (track, on_step)), stage=stage
                 )
@@ -183,6 +179,17 @@ def prune(  # noqa: PLR0913 - what the command takes, and callbacks
 def _describe_run(model: str, data: Any, valid: Any, options: PruneConfig) -> dict[str, Any]:
     own = {} if valid is None else {"valid": name_source(valid)}
     return {"model": model, "data": name_source(data), **own, **options.to_json()}
+
+
+def _open_trackers(
+    names: Sequence[str],
+    run: RunFolder,
+    record: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+) -> AbstractContextManager[Callable[[StepInfo], None]]:
+    first = 0 if checkpoint is None else checkpoint.step + 1
+    return open_trackers(names if ranks.is_first else (), run, record, first=first)
 
 
 def _log_start(source: Source, training: Training, checkpoint: Checkpoint | None) -> None:

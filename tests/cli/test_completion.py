@@ -94,7 +94,7 @@ def test_bash_completes_it(shell, tmp_path):
     script = (
         'eval "$(_LPDEPLOY_COMPLETE=bash_source lpdeploy)" || exit 1\n'
         "compopt() { echo compopt $*; }\n"
-        'COMP_WORDS=(lpdeploy comp); COMP_CWORD=1; _lpdeploy_completion lpdeploy\n'
+        'COMP_WORDS=(lpdeploy compac); COMP_CWORD=1; _lpdeploy_completion lpdeploy\n'
         'echo "${COMPREPLY[@]}"\n'
         'COMP_WORDS=(lpdeploy eval mo); COMP_CWORD=2; _lpdeploy_completion lpdeploy\n'
     )  # fmt: skip

@@ -30,7 +30,8 @@ def test_it_knows_every_extra_and_what_that_installs():
     declared = project["optional-dependencies"]
     assert {extra.name for extra in EXTRAS} == declared.keys() - {"dev"}
     for extra in EXTRAS:
-        (requirement,) = declared[extra.name]
+        *beside, requirement = declared[extra.name]
+        assert not beside or beside == declared["gguf"]  # which is an extra of its own
         if extra.name == "serve":  # an extra of transformers
             requires = importlib.metadata.requires("transformers")
             own = {line.split(";")[0].split(">")[0] for line in requires if '"serving"' in line}

@@ -20,6 +20,8 @@ NEEDED = {
     "bench pruning": ["."],
     "eval": ["."],
     "paper": ["2", ".", "--data", "text", "--output", "tables"],
+    "compare": [".", ".."],
+    "sweep": [".", "--ratio", "0.2,0.5", "--data", "text", "--output", "runs"],
     "generate": [".", "prompt"],
     "chat": ["."],
     "serve": ["."],
