@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from lpdeploy.artifacts import atomic_file, save_json
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import Progress, TokenDataset
 from lpdeploy.data.sources import name_source
+from lpdeploy.errors import RecipeError
 from lpdeploy.manifest import Stage, record_stage
 from lpdeploy.models.chat_format import ChatFormat
 from lpdeploy.models.loading import (
@@ -51,6 +52,7 @@ from lpdeploy.pruning.setup import (
 from lpdeploy.pruning.target import TargetRecord
 from lpdeploy.pruning.tracking import open_trackers
 from lpdeploy.pruning.training import Training
+from lpdeploy.recipe import load_sections
 from lpdeploy.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -260,6 +262,14 @@ def _load_checkpoint(
     stage: Stage,
 ) -> Checkpoint:
     names = {"base": record["model"], "data": record["data"]}
+    with suppress(RecipeError, KeyError):  # a recipe that was lost says nothing
+        before = load_sections(run.recipe)["prune"].get("valid")
+        if before and record.get("valid") not in (None, before):
+            logger.warning(
+                "`valid` was '%s' when the run began, and is '%s' now: earlier losses in the log are "
+                "of the former.",
+                *(before, record["valid"]),
+            )
     return load_checkpoint(run, options=options, inputs=stage.inputs, names=names)
 
 

@@ -76,6 +76,16 @@ def test_a_resumed_run_may_measure_otherwise(base, data, valid, tmp_path):
     assert recipe["valid"] == valid
 
 
+def test_another_text_than_before_is_told(base, data, valid, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="lpdeploy")
+    other = str(make_text(tmp_path / "other.txt", seed=8))
+    with pytest.raises(StoppedError):
+        run(base, tmp_path / "run", data, valid=valid, on_step=stop_after(5))
+    run(base, tmp_path / "run", data, resume=True, valid=other)
+    (told,) = [r.getMessage() for r in caplog.records if "of the former" in r.getMessage()]
+    assert told.startswith(f"`valid` was '{valid}' when the run began, and is '{other}' now: ")
+
+
 def test_one_shot_measures_after_the_removal(base, data, valid, tmp_path):
     options = {"schedule": "one-shot", "calibration_samples": 4}
     run(base, tmp_path / "run", data, valid=valid, options=options)
