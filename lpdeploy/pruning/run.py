@@ -266,8 +266,8 @@ def _load_checkpoint(
         before = load_sections(run.recipe)["prune"].get("valid")
         if before and record.get("valid") not in (None, before):
             logger.warning(
-                "`valid` was '%s' when the run began, and is '%s' now: earlier losses in the log are "
-                "of the former.",
+                "`valid` was '%s' when the run began, and is '%s' now: earlier losses are "
+                "of the former text.",
                 *(before, record["valid"]),
             )
     return load_checkpoint(run, options=options, inputs=stage.inputs, names=names)

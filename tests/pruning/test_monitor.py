@@ -82,7 +82,7 @@ def test_another_text_than_before_is_told(base, data, valid, tmp_path, caplog):
     with pytest.raises(StoppedError):
         run(base, tmp_path / "run", data, valid=valid, on_step=stop_after(5))
     run(base, tmp_path / "run", data, resume=True, valid=other)
-    (told,) = [r.getMessage() for r in caplog.records if "of the former" in r.getMessage()]
+    (told,) = [r.getMessage() for r in caplog.records if "of the former text" in r.getMessage()]
     assert told.startswith(f"`valid` was '{valid}' when the run began, and is '{other}' now: ")
 
 
