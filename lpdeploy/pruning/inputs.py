@@ -52,7 +52,7 @@ def check_place(model: str, output: Path, *, resume: bool, overwrite: bool) -> N
     if count_ranks() > 1:
         return
     base, run = Path(model) if Path(model).is_dir() else None, RunFolder(output)
-    with run.hold(shared=True):
+    with run.hold():
         run.check_free(base=base, resume=resume, overwrite=overwrite)
 
 

@@ -265,7 +265,7 @@ def test_an_interrupt_says_that_there_is_nothing_to_resume(
         *(["--json"] if as_json else []),
     ]
     result = CliRunner().invoke(main, words)
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     said = json.loads(result.stdout)["error"] if as_json else result.stderr
     assert "no run to resume" in str(said)
     assert not (tmp_path / "run").exists()

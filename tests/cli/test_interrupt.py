@@ -52,6 +52,14 @@ def test_a_run_that_was_told_to_end_ends_with_130(monkeypatch, tmp_path):
     assert result.stderr == "Error: The run was told to end. Go on with --resume.\n"
 
 
+@pytest.fixture(autouse=True)
+def _heeded():
+    """Heed Ctrl-C, which a job in the background is started to ignore, and so are its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
 def test_what_is_started_meanwhile_ignores_ctrl_c():
     show = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     before = signal.getsignal(signal.SIGINT)

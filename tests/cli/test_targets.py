@@ -304,6 +304,7 @@ def test_a_latency_with_an_open_rate_resumes(wide, data, tmp_path, told_times):
     words += ["--round-to", "8", "--calibration-samples", "4", "--steps", "12", "--lr", "auto"]
     first = prune(wide, data, tmp_path / "run", *words)
     assert first.exit_code == 0, first.stderr
+    (tmp_path / "run" / "plan.json").unlink()  # as if it had not come to its end
     again = prune(wide, data, tmp_path / "run", *words, "--resume")
     assert "another target" not in again.stderr
     assert "as chosen when the run began" in again.stderr

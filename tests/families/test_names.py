@@ -7,8 +7,9 @@ from pathlib import Path
 from lpdeploy.families import FAMILIES, is_per_layer, name_per_layer
 
 ROOT = Path(__file__).parent.parent.parent / "lpdeploy"
-# llama.cpp's own words for tokenizers and types.
+# llama.cpp's own words for tokenizers and types; the demo times one shape of one family.
 OTHER_MEANINGS = {
+    ("demo/timing.py", "LlamaConfig"),
     ("servers/gguf_vocab.py", "llama"),
     ("servers/gguf_vocab.py", "qwen2"),
     ("servers/gguf_file.py", "LlamaFileType"),

@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from lpdeploy.cli.common import CONTEXT_SETTINGS
 from lpdeploy.cli.main import main
 from tests.helpers import ROOT
 
@@ -54,7 +55,8 @@ def find_command(words):
 def test_a_command_parses(words):
     """Every option is there, takes such a value, and nothing that it needs is missing."""
     command, rest = find_command(words)
-    context = click.Context(command, info_name=command.name)
+    # click remembers the names of the help option with the command.
+    context = click.Context(command, info_name=command.name, **CONTEXT_SETTINGS)
     given, left, _ = command.make_parser(context).parse_args(list(rest))
     assert not left
     for param in command.get_params(context):

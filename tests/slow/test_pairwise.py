@@ -79,7 +79,6 @@ LEFT_OUT = {
     "engine": "belongs to a budget",
     "depth": "becomes `drop_layers` before anything else, as a budget becomes ratios",
     "ignore_memory": "changes no computation",
-    "eval_samples": "changes no computation of the run",
 }
 FIXED = {"steps": 4, "micro_batch_size": 1, "seq_len": 128, "device": "cpu", "lr": 1e-2}
 BYTES = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
