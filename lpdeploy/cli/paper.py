@@ -1,7 +1,8 @@
 """`lpdeploy paper`: the tables of the paper, on your own model."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,35 @@ class CommandWithPrune(click.Command):
                 f"{error.option_name} is an option of prune. Put it at the end, after '--'.",
                 ctx=ctx,
             ) from error
+
+
+@contextmanager
+def parse_prune(
+    model: str, data: str, words: Sequence[str], *, own: Sequence[str] = ()
+) -> Iterator[tuple[click.Context, Mapping[str, Any]]]:
+    """Parse options of prune with its own parser, as its process will.
+
+    Args:
+        model: What is pruned.
+        data: What it is pruned with.
+        words: What the user typed after the dashes.
+        own: What the command adds to them.
+
+    Yields:
+        The context with all options, and those that the user typed.
+
+    Raises:
+        click.UsageError: They are wrong, or refused while this is open; says where they stand.
+    """
+    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
+    given = [model, "--data", data, "--output", "RUN", *words, *own]
+    try:
+        context = prune.command.make_context("prune", given, parent=group)
+        typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
+        yield context, rename_fields(typed)
+    except click.UsageError as error:
+        reason = error.format_message()
+        raise click.UsageError(f"In the options of prune after '--': {reason}") from error
 
 
 class _TableChoice(click.Choice[str]):
@@ -205,18 +235,11 @@ def _read_prune_options(
     table: Table, rows: tuple[str, ...], model: str, data: str, words: tuple[str, ...]
 ) -> dict[str, Any]:
     """Parse the options with prune's own parser, and refuse those that cells set or cannot have."""
-    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
-    given = [model, "--data", data, "--output", "RUN"]
-    try:
-        context = prune.command.make_context("prune", [*given, *words], parent=group)
-        typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
-        _refuse_typed(table, rename_fields(typed))
+    with parse_prune(model, data, words) as (context, typed):
+        _refuse_typed(table, typed)
         _refuse_preset(context.params["preset"])
         names = [field.name for field in dataclasses.fields(PruneConfig)]
         options = _check_rows(table, rows, {n: context.params[n] for n in names if n not in _GIVEN})
-    except click.UsageError as error:
-        reason = error.format_message()
-        raise click.UsageError(f"In the options of prune after '--': {reason}") from error
     return {name: value for name, value in options.items() if name not in _GIVEN}
 
 

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lpdeploy.cli import prune
 from lpdeploy.cli.common import (
-    CONTEXT_SETTINGS,
     limit_option,
     log,
     max_segments_option,
@@ -20,13 +18,12 @@ from lpdeploy.cli.common import (
     task_data_option,
 )
 from lpdeploy.cli.options import apply_preset, build_config, drop_overruled
-from lpdeploy.cli.paper import CommandWithPrune, check_parts
+from lpdeploy.cli.paper import CommandWithPrune, check_parts, parse_prune
 from lpdeploy.cli.types import FOLDER, MODEL, SOURCE, Count, ListOf, NameChoice, Number
 from lpdeploy.config import PruneConfig
 from lpdeploy.conflicts import BUDGETS, LATENCY, RATIOS
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
-from lpdeploy.fields import rename_fields
 
 if TYPE_CHECKING:
     from lpdeploy.sweep import SweepResult
@@ -152,13 +149,9 @@ def _read_options(
     model: str, data: str, words: tuple[str, ...], criterion: str | None, ratio: float
 ) -> dict[str, Any]:
     """Parse the options of one run with prune's own parser, as its process will."""
-    group = click.Context(click.Group("lpdeploy"), info_name="lpdeploy", **CONTEXT_SETTINGS)
     own = ["--ratio", str(ratio), *(["--criterion", criterion] if criterion else [])]
-    given = [model, "--data", data, "--output", "RUN", *words]
-    try:
-        context = prune.command.make_context("prune", [*given, *own], parent=group)
-        typed, _, _ = prune.command.make_parser(context).parse_args(list(words))
-        _refuse_typed(rename_fields(typed), criterion)
+    with parse_prune(model, data, words, own=own) as (context, typed):
+        _refuse_typed(typed, criterion)
         with context.scope(cleanup=False):
             values = {
                 field.name: context.params[field.name] for field in dataclasses.fields(PruneConfig)
@@ -166,9 +159,6 @@ def _read_options(
             drop_overruled(values)
             apply_preset(values, context.params["preset"])
             return build_config(values).to_json()
-    except click.UsageError as error:
-        reason = error.format_message()
-        raise click.UsageError(f"In the options of prune after '--': {reason}") from error
 
 
 def _refuse_typed(typed: Iterable[str], criterion: str | None) -> None:

@@ -29,16 +29,6 @@ def invoke(*words):
 
 
 @pytest.fixture
-def base(tmp_path):
-    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_text(tmp_path / "text.txt")
-
-
-@pytest.fixture
 def run(base, data, tmp_path):
     result = invoke("prune", base, "--data", data, "--output", tmp_path / "run", *SMALL)
     assert result.exit_code == 0, result.output

@@ -6,17 +6,7 @@ import pytest
 
 from lpdeploy.run_folder import RunFolder
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
-from tests.helpers import list_names, make_text, make_tiny_model
-
-
-@pytest.fixture
-def base(tmp_path):
-    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_text(tmp_path / "text.txt")
+from tests.helpers import list_names
 
 
 def prune(base, data, run, *words):

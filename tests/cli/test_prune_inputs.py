@@ -4,10 +4,8 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from tests.cli.test_cli import SMALL, invoke
-from tests.helpers import make_text, make_tiny_model
+from tests.helpers import make_tiny_model
 
 PROBE = """
 import sys
@@ -17,16 +15,6 @@ try:
 finally:
     print([name for name in ("torch", "transformers", "datasets") if name in sys.modules])
 """
-
-
-@pytest.fixture
-def base(tmp_path):
-    return make_tiny_model(tmp_path / "base", heads=4, kv_heads=2)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_text(tmp_path / "text.txt")
 
 
 def refuse(base, data, run, *words):
