@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lpdeploy.benchmark.results import LatencyResult
-from lpdeploy.engines import get_engine, list_exporting
+from lpdeploy.engines import list_exporting
 from lpdeploy.engines.contract import load_contract
 from lpdeploy.engines.exports import find_export
 from lpdeploy.engines.verification import VerifyResult
@@ -92,7 +92,7 @@ def _measure_exports(run: RunFolder) -> ExportSizes:
             for engine in list_exporting():
                 folder = find_export(place, engine.name)
                 if folder is not None and not unmerged:
-                    contract = load_contract(folder, get_engine(engine.name))
+                    contract = load_contract(folder, engine)
                     total = sum(file.bytes for file in contract.files.values())
                     sizes[engine.name, contract.precision] = total
     return sizes
