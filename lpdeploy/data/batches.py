@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from lpdeploy.data.chat import find_chat_template, render_chat, write_chat
+from lpdeploy.data.chat import find_chat_template, render_chat
 from lpdeploy.data.rows import Example
 from lpdeploy.data.sources import Corpus
 from lpdeploy.errors import DataError
@@ -163,16 +163,11 @@ def pack_rows(tokens: NDArray[np.int32], *, seq_len: int) -> TokenDataset:
 def build_token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, on_progress: Progress | None = None
 ) -> NDArray[np.int32]:
-    """Join all documents, each as bos, tokens, eos, or all conversations; shape (N,)."""
-    template = find_chat_template(tokenizer) if corpus.is_chat else None
-    bos, eos = _get_ends(tokenizer) if template is None else ((), ())
+    """Join all documents of a plain text, each as bos, tokens, eos; shape (N,)."""
+    bos, eos = _get_ends(tokenizer)
     pieces: list[NDArray[np.int32]] = []
     for examples in _iterate_chunks(corpus.examples, on_progress):
-        texts = [
-            each.text if template is None else write_chat(each.messages, tokenizer, template)
-            for each in examples
-        ]
-        encoded = _tokenize(tokenizer, texts)["input_ids"]
+        encoded = _tokenize(tokenizer, [each.text for each in examples])["input_ids"]
         pieces.append(np.array([t for ids in encoded for t in (*bos, *ids, *eos)], dtype=np.int32))
     return np.concatenate(pieces)
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from lpdeploy.data.batches import IGNORED, build_token_stream
+from lpdeploy.data.batches import (
+    IGNORED,
+    TokenDataset,
+    build_token_dataset,
+    build_token_stream,
+    pack_rows,
+)
 from lpdeploy.data.sources import Corpus
 from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
@@ -33,8 +39,10 @@ def compute_perplexity(
 
     The documents, each with its bos and eos, are joined and cut into segments of ``seq_len`` that
     do not overlap. Each segment is predicted by itself, all its tokens but the first. An
-    incomplete last segment is left out, unless it is the only one. An instruction pair counts as
-    one document, its prompt included.
+    incomplete last segment is left out, unless it is the only one.
+
+    A conversation or an instruction pair is a segment of its own, as in training: written with the
+    chat template, truncated at ``seq_len``, and only the answers are predicted.
 
     Args:
         runner: The model, on any engine.
@@ -48,7 +56,7 @@ def compute_perplexity(
     Raises:
         ValueError: ``seq_len`` is below 2.
         LpdeployError: The model has fewer positions than ``seq_len``.
-        DataError: The corpus has fewer than 2 tokens.
+        DataError: The corpus has fewer than 2 tokens, or no answer begins within ``seq_len``.
         NonFiniteError: The loss is NaN or infinite.
 
     Source:
@@ -63,52 +71,59 @@ def compute_perplexity(
             f"The model has {runner.max_positions} positions; "
             f"use `seq_len={runner.max_positions}` or less."
         )
-    stream = torch.from_numpy(build_token_stream(corpus, tokenizer)).long()
-    whole = _cut_segments(stream, seq_len, source=corpus.source)
-    segments = whole[:max_segments]
-    total = 0.0
+    segments, tokens_per_byte = _cut_segments(
+        corpus, tokenizer, seq_len=seq_len, max_segments=max_segments
+    )
+    total, tokens = 0.0, 0
     for start in range(0, len(segments), batch_size):
-        batch = segments[start : start + batch_size]
-        total += _sum_losses(runner, batch)
-        done = start + len(batch)
+        rows = range(start, min(start + batch_size, len(segments)))
+        batch = segments.collate(rows)
+        total += _sum_losses(runner, batch["input_ids"], batch["labels"])
+        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
         if not math.isfinite(total):
-            _refuse_non_finite(runner, f"{total} at segment {done} of {len(segments)}")
+            _refuse_non_finite(runner, f"{total} at segment {rows.stop} of {len(segments)}")
         if on_progress is not None:
-            on_progress(done, len(segments))
-    tokens = segments.shape[0] * (segments.shape[1] - 1)
-    if len(segments) == len(whole) and not corpus.is_chat:
-        ratio = len(stream) / sum(len(example.text.encode()) for example in corpus.examples)
+            on_progress(rows.stop, len(segments))
+    return _summarize(runner, total / tokens, tokens=tokens, tokens_per_byte=tokens_per_byte)
+
+
+def _cut_segments(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    max_segments: int | None,
+) -> tuple[TokenDataset, float]:
+    """Cut a corpus into segments, and count the tokens of a byte of what they predict."""
+    if corpus.is_chat:
+        whole = build_token_dataset(corpus, tokenizer, seq_len=seq_len)
     else:
-        part = stream if len(segments) == len(whole) else segments.flatten()
-        ratio = len(part) / max(1, _count_bytes(part, tokenizer))
-    return _summarize(runner, total / tokens, tokens=tokens, ratio=ratio)
+        stream = build_token_stream(corpus, tokenizer)
+        if len(stream) < 2:
+            raise DataError(
+                f"'{corpus.source}' holds {len(stream)} token, which leaves none to predict. "
+                "Give more text."
+            )
+        length = min(seq_len, len(stream))
+        whole = pack_rows(stream[: len(stream) // length * length], seq_len=length)
+        if max_segments is None or max_segments >= len(whole):
+            num_bytes = sum(len(example.text.encode()) for example in corpus.examples)
+            return whole, len(stream) / num_bytes
+    segments = whole.select(range(min(len(whole), max_segments or len(whole))))
+    predicted = segments.tokens[segments.labelled]
+    text = tokenizer.decode(predicted.tolist(), skip_special_tokens=True)
+    return segments, len(predicted) / max(1, len(str(text).encode()))
 
 
-def _count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    return len(str(text).encode())
-
-
-def _cut_segments(stream: Tensor, seq_len: int, *, source: str) -> Tensor:
-    """Cut (N,) into (segments, seq_len), or into (1, N) where it is shorter than one."""
-    if len(stream) < 2:
-        raise DataError(
-            f"'{source}' holds {len(stream)} token, which leaves none to predict. Give more text."
-        )
-    count = len(stream) // seq_len
-    if count == 0:
-        return stream.unsqueeze(0)
-    return stream[: count * seq_len].view(count, seq_len)  # (S*T,) -> (S, T)
-
-
-def _sum_losses(runner: Runner, input_ids: Tensor) -> float:
-    """Sum the negative log-likelihoods (nats) of all tokens of (B, T) but the first of each row."""
+def _sum_losses(runner: Runner, input_ids: Tensor, labels: Tensor) -> float:
+    """Sum the negative log-likelihoods (nats) of what is labelled in rows (B, T), but the first."""
     with torch.no_grad():
+        # Shorter rows are padded on the right, where no earlier token attends to the padding.
         logits = runner.forward(input_ids, attention_mask=torch.ones_like(input_ids)).logits
         # The last position of each row predicts nothing. Ignoring it by its target, rather than
         # cutting it off, leaves the logits (B, T, V) in place: a cut would copy all of them.
-        targets = torch.full_like(input_ids, IGNORED)
-        targets[:, :-1] = input_ids[:, 1:]
+        targets = torch.full_like(labels, IGNORED)
+        targets[:, :-1] = labels[:, 1:]
         pieces = zip(
             logits.flatten(0, 1).split(_POSITIONS_AT_ONCE),  # (B, T, V) -> (B*T, V)
             targets.flatten().to(logits.device).split(_POSITIONS_AT_ONCE),
@@ -122,12 +137,12 @@ def _sum_losses(runner: Runner, input_ids: Tensor) -> float:
         )
 
 
-def _summarize(runner: Runner, mean: float, *, tokens: int, ratio: float) -> Perplexity:
+def _summarize(runner: Runner, mean: float, *, tokens: int, tokens_per_byte: float) -> Perplexity:
     try:
         perplexity = math.exp(mean)
     except OverflowError:
         _refuse_non_finite(runner, f"{mean:.0f} a token")
-    return Perplexity(perplexity, bits_per_byte=mean / math.log(2) * ratio, tokens=tokens)
+    return Perplexity(perplexity, bits_per_byte=mean / math.log(2) * tokens_per_byte, tokens=tokens)
 
 
 def _refuse_non_finite(runner: Runner, loss: str) -> NoReturn:

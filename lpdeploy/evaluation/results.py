@@ -30,8 +30,8 @@ class Perplexity:
         perplexity: exp of the mean negative log-likelihood (nats) of the predicted tokens.
         bits_per_byte: That mean in bits, times the tokens of the text (bos and eos of each
             document included, since they are predicted, too) over its UTF-8 bytes; of a part of
-            the text, over the bytes that its tokens stand for. Unlike the perplexity, it compares
-            models with different tokenizers.
+            the text, or of the answers in conversations, over the bytes that the predicted tokens
+            stand for. Unlike the perplexity, it compares models with different tokenizers.
         tokens: Number of predicted tokens.
     """
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lpdeploy.errors import LpdeployError
+from lpdeploy.pruning.gram import add_gram
 
 RIDGES = (1e-2, 1e-3, 1e-1)
 """Ridges to choose from, the first of those that are equally good."""
@@ -28,7 +29,7 @@ class Sums:
 
     def add(self, inputs: Tensor, missing: Tensor) -> None:
         """Add tokens: inputs (tokens, kept) and what is missing behind them (tokens, hidden)."""
-        self.gram.addmm_(inputs.T, inputs)
+        add_gram(self.gram, inputs)
         self.cross.addmm_(inputs.T, missing)
 
     def compute_loss(self, change: Tensor) -> float:

@@ -14,6 +14,7 @@ from lpdeploy.models.adapters import get_base_linear, get_lora_weights
 from lpdeploy.models.cutting import DroppedLayer
 from lpdeploy.models.sharded import get_rows
 from lpdeploy.plan import GroupSpec, get_output
+from lpdeploy.pruning.gram import add_gram
 from lpdeploy.pruning.importance import Importance
 from lpdeploy.pruning.walk import Calibration, enter_layers, evaluating
 
@@ -104,7 +105,7 @@ def _sum_inputs(
         tokens = inputs[shown[-1]].float()
         if name not in grams:
             grams[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1])
-        grams[name].addmm_(tokens.T, tokens)
+        add_gram(grams[name], tokens)
 
     handles = [
         linear.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))

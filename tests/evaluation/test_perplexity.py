@@ -38,6 +38,22 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer):
+    """The same, with a template that ends each answer with an eos."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "<s>{% for turn in messages %}{{ turn['content'] }}"
+        "{% if turn['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def chats(said):
+    turns = [(Message(USER, prompt), Message(ASSISTANT, answer)) for prompt, answer in said]
+    return Corpus("pairs.jsonl", [Example(messages=messages) for messages in turns])
+
+
 class TableRunner:
     """Logits from a random table and all tokens so far, so that context and its lack show."""
 
@@ -135,18 +151,42 @@ class TestAgainstALoop:
         assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
         assert found.tokens == len(stream) - 1
 
-    def test_conversations_count_as_their_text(self, tokenizer):
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = (
-            "<s>{% for turn in messages %}{{ turn['content'] }}{% endfor %}</s>"
+    @pytest.mark.parametrize("number", [None, 2])
+    def test_conversations_count_by_their_answers(self, chat_tokenizer, number):
+        said = [("say cat: ", "cat"), ("and now a dog: ", "dog!"), ("twice: ", "catcat")]
+        found = compute_perplexity(
+            TableRunner(), chats(said), chat_tokenizer, seq_len=30, max_segments=number
         )
-        said = [("say cat: ", "cat"), ("say dog: ", "dog")]
-        turns = [(Message(USER, prompt), Message(ASSISTANT, answer)) for prompt, answer in said]
-        pairs = Corpus("pairs.jsonl", [Example(messages=messages) for messages in turns])
-        whole = corpus(["say cat: cat", "say dog: dog"])
-        assert compute_perplexity(TableRunner(), pairs, tokenizer, seq_len=8) == compute_perplexity(
-            TableRunner(), whole, tokenizer, seq_len=8
+        total, num_tokens, num_bytes = 0.0, 0, 0
+        for prompt, answer in said[:number]:
+            ids = [BOS, *chat_tokenizer.encode(prompt + answer, add_special_tokens=False), EOS]
+            # One token a byte, and the eos that ends the turn.
+            first = 1 + len(prompt)
+            total += expected_loss(TableRunner(), [ids]) - expected_loss(
+                TableRunner(), [ids[:first]]
+            )
+            num_tokens += len(answer) + 1
+            num_bytes += len(answer)
+        mean = total / num_tokens
+        assert found.tokens == num_tokens
+        assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+        assert found.bits_per_byte == pytest.approx(
+            mean / math.log(2) * num_tokens / num_bytes, rel=1e-5
         )
+
+    def test_what_does_not_fit_of_an_answer_is_left_out(self, chat_tokenizer):
+        said = [("say cat: ", "cat and dog"), ("a prompt that is longer: ", "cat")]
+        found = compute_perplexity(TableRunner(), chats(said), chat_tokenizer, seq_len=15)
+        ids = [BOS, *chat_tokenizer.encode("say cat: cat and dog", add_special_tokens=False)][:15]
+        total = expected_loss(TableRunner(), [ids]) - expected_loss(TableRunner(), [ids[:10]])
+        assert found.tokens == 5
+        assert found.perplexity == pytest.approx(math.exp(total / 5), rel=1e-5)
+
+    def test_answers_that_all_begin_too_late_are_refused(self, chat_tokenizer):
+        with pytest.raises(DataError, match=r"No answer of 'pairs\.jsonl' begins within"):
+            compute_perplexity(
+                TableRunner(), chats([("say cat: ", "cat")]), chat_tokenizer, seq_len=8
+            )
 
     def test_uniform_model(self, tokenizer):
         """A model that knows nothing has the vocabulary as perplexity, and 8 bits a byte or so."""
