@@ -265,7 +265,7 @@ class Run(RunFolder):
         system: str | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Continue texts, or answer prompts, with the compacted model.
+        """Answer prompts, or continue texts, with the compacted model.
 
         Args:
             prompts: Texts, of any lengths.
@@ -273,9 +273,10 @@ class Run(RunFolder):
             device: ``auto``, ``cpu`` or ``cuda``.
             max_new_tokens: Largest number of tokens added to each text; None for 256, or as many
                 as there is room for.
-            prompt_format: As in ``lpdeploy.generation.options.GenerateOptions``: None continues
-                each text as it is, and the others make it the turn of a user.
-            system: A turn of the system before each, with ``prompt_format``.
+            prompt_format: ``raw`` continues each text as it is; the others make it the turn of a
+                user, as in ``lpdeploy.generation.options.GenerateOptions``. None does so if the
+                model has a chat template.
+            system: A turn of the system before each.
             sampling: Fields of ``lpdeploy.engines.sampling.Sampling``: ``temperature``, where 0,
                 the default, takes the most likely token, ``top_k``, ``top_p`` and ``seed``.
 

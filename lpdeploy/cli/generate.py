@@ -37,8 +37,9 @@ _STDIN = "-"
     "--prompt-format",
     type=click.Choice(FORMATS),
     help="Ask the prompt as the turn of a user: in the model's own template (chat-template), under "
-    "fixed headings (instruction), or in its template if it has one (auto).  [default: continue "
-    "the prompt as it is; auto with --examples]",
+    "fixed headings (instruction), or in its template if it has one (auto). raw continues the "
+    "prompt as it is.  [default: chat-template if the model has one, else raw; auto with "
+    "--examples]",
 )
 @sampling_options(seed=0)
 @click.option("--engine", type=ENGINE, default="torch", help="Engine that runs the model.")

@@ -7,8 +7,9 @@ from lpdeploy.plan import PROMPT_FORMATS
 
 DEFAULT_NEW_TOKENS = 256
 AUTO = "auto"
-FORMATS = (AUTO, *PROMPT_FORMATS)
-"""Ways to make a prompt the turn of a user."""
+RAW = "raw"
+FORMATS = (AUTO, *PROMPT_FORMATS, RAW)
+"""Ways to write a prompt; all but ``raw`` make it the turn of a user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +20,11 @@ class GenerateOptions:
         max_new_tokens: At most so many tokens are added to each prompt; None for 256, or as many
             as there is room for.
         sampling: How tokens are chosen.
-        prompt_format: None to continue a prompt as it is. ``chat-template`` makes it the turn of a
+        prompt_format: ``raw`` continues a prompt as it is. ``chat-template`` makes it the turn of a
             user, in the template of the tokenizer; ``instruction`` does so in a fixed template, and
-            ``auto`` in that of the tokenizer if it has one.
-        system: A turn of the system before it; belongs to ``prompt_format``.
+            ``auto`` in that of the tokenizer if it has one, else in the fixed one. None is
+            ``chat-template`` if the tokenizer has one, else ``raw``.
+        system: A turn of the system before it; makes None ``auto``, and contradicts ``raw``.
 
     Raises:
         ValueError: A field is out of range, or two contradict each other.
@@ -39,7 +41,7 @@ class GenerateOptions:
         if self.prompt_format not in (None, *FORMATS):
             known = " or ".join(FORMATS)
             raise ValueError(f"`prompt_format` is {self.prompt_format!r}; it must be {known}")
-        if self.system is not None and self.prompt_format is None:
+        if self.system is not None and self.prompt_format == RAW:
             raise ValueError(
-                "`system` is a turn of a conversation; give `prompt_format='auto'` too"
+                "`system` is a turn of a conversation; it contradicts `prompt_format='raw'`"
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lpdeploy.data.chat import encode_chat, find_chat_template
+from lpdeploy.data.chat import encode_chat, find_chat_template, get_chat_template
 from lpdeploy.data.rows import SYSTEM, USER, Message, check_text
 from lpdeploy.engines.exports import load_place
 from lpdeploy.engines.generation import generate
@@ -14,7 +14,7 @@ from lpdeploy.engines.runner import Runner
 from lpdeploy.engines.text_stream import TextStream
 from lpdeploy.engines.torch.runner import load_torch_runner
 from lpdeploy.errors import LpdeployError
-from lpdeploy.generation.options import AUTO, DEFAULT_NEW_TOKENS, GenerateOptions
+from lpdeploy.generation.options import AUTO, DEFAULT_NEW_TOKENS, RAW, GenerateOptions
 from lpdeploy.generation.results import LENGTH, STOP, Answer
 from lpdeploy.models.generation import list_stop_tokens
 from lpdeploy.models.loading import load_config, load_tokenizer
@@ -48,7 +48,7 @@ class Writer:
             DataError: The tokenizer has no chat template, and one is asked for, or it fails.
             LpdeployError: The prompt is empty.
         """
-        if options.prompt_format is not None:
+        if self._makes_turn(options):
             system = [] if options.system is None else [Message(SYSTEM, options.system)]
             return self.encode_chat([*system, Message(USER, prompt)], options)
         check_text(prompt, "The prompt")
@@ -56,6 +56,11 @@ class Writer:
         if not tokens:
             raise LpdeployError("The prompt is empty. Give it at least one character.")
         return tokens
+
+    def _makes_turn(self, options: GenerateOptions) -> bool:
+        if options.prompt_format is None and options.system is None:
+            return get_chat_template(self.tokenizer) is not None
+        return options.prompt_format != RAW
 
     def encode_chat(self, messages: Sequence[Message], options: GenerateOptions) -> list[int]:
         """Return the tokens of a conversation, up to where the next answer begins.

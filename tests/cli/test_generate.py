@@ -70,7 +70,8 @@ class TestGenerate:
         check_refused(result, "--save needs a run, and '.*' is none. Leave it out")
 
     def test_the_text_alone_is_on_stdout(self, folder):
-        result = invoke("generate", folder, "w1 w2", "--max-new-tokens", 5)
+        words = ("--prompt-format", "raw", "--max-new-tokens", 5)
+        result = invoke("generate", folder, "w1 w2", *words)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer("w1 w2")["input_ids"]
         expected = continue_with_transformers(folder, ids, 5)
@@ -118,7 +119,11 @@ class TestGenerate:
             (["w1", "--examples"], r"Give one of PROMPT, --prompts and --examples\.", 2),
             (["w1", "--temperature", "-1"], r"--temperature is -1\.0; it must be 0", 2),
             (["w1", "--top-p", "0"], r"--top-p is 0\.0; it must be above 0", 2),
-            (["w1", "--system", "x"], "--system is a turn of a conversation; give --prompt-f", 2),
+            (
+                ["w1", "--system", "x", "--prompt-format", "raw"],
+                "--system is a turn of a conversation; it contradicts --prompt-format raw",
+                2,
+            ),
             (
                 ["w1", "--max-new-tokens", "300"],
                 "Shorten the prompt, or use a smaller --max-new",

@@ -101,7 +101,7 @@ class TestTexts:
         with pytest.raises(ValueError, match="prompts is one text; give a list of texts"):
             generate_texts(folder, "w1 w2", GenerateOptions())
 
-    @pytest.mark.parametrize("format_", [None, "instruction"])
+    @pytest.mark.parametrize("format_", ["raw", "instruction"])
     def test_what_is_no_text(self, folder, format_):
         with pytest.raises(DataError, match=r"is not text \(.*surrogates not allowed\)\. Write it"):
             open_writer(folder).encode("a\udcff", GenerateOptions(prompt_format=format_))
@@ -115,10 +115,21 @@ class TestFormats:
         options = GenerateOptions(prompt_format="chat-template", system="w3")
         assert open_writer(chatty).encode("w1 w2", options) == expected
 
-    def test_without_a_format_nothing_is_added(self, chatty):
+    def test_raw_adds_nothing(self, chatty):
         tokenizer = AutoTokenizer.from_pretrained(chatty)
-        encoded = open_writer(chatty).encode("w1 w2", GenerateOptions())
+        encoded = open_writer(chatty).encode("w1 w2", GenerateOptions(prompt_format="raw"))
         assert encoded == tokenizer("w1 w2")["input_ids"]
+
+    def test_the_default_is_the_template_of_a_model_that_has_one(self, folder, chatty):
+        writer = open_writer(chatty)
+        turn = writer.encode("w1", GenerateOptions(prompt_format="chat-template"))
+        assert writer.encode("w1", GenerateOptions()) == turn
+        plain = open_writer(folder)
+        raw = plain.encode("w1", GenerateOptions(prompt_format="raw"))
+        assert plain.encode("w1", GenerateOptions()) == raw
+        assert plain.encode("w1", GenerateOptions(system="w2")) == plain.encode(
+            "w1", GenerateOptions(system="w2", prompt_format="instruction")
+        )
 
     def test_auto_falls_back_and_chat_template_does_not(self, folder):
         writer = open_writer(folder)
@@ -132,7 +143,10 @@ class TestFormats:
         [
             ({"max_new_tokens": 0}, "`max_new_tokens` is 0; it must be at least 1"),
             ({"prompt_format": "chat"}, "`prompt_format` is 'chat'; it must be auto or chat-temp"),
-            ({"system": "x"}, "`system` is a turn of a conversation; give `prompt_format='auto'`"),
+            (
+                {"system": "x", "prompt_format": "raw"},
+                "`system` is a turn of a conversation; it contradicts `prompt_format='raw'`",
+            ),
         ],
     )
     def test_wrong_options(self, options, sentence):
