@@ -250,9 +250,13 @@ def describe_method(recorded: Mapping[str, Any]) -> str:
             "The run's manifest.json does not say how groups were chosen. Prune again."
         )
     # A criterion from outside the package may not be known to the process that writes a card.
-    words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
     count = recorded.get("drop_layers")
+    refit = "; the remaining weights were refitted" if recorded.get("refit") else ""
+    own = [recorded.get(name) for name in ("head_ratio", "channel_ratio")]
+    if count and not any(recorded.get("ratio") if ratio is None else ratio for ratio in own):
+        when = SCHEDULES["separate" if schedule == "joint" else schedule]
+        return f"chosen by the loss without them, {when}{refit}"
+    words = CRITERIA[name].words if name in CRITERIA else f"the criterion '{name}'"
     noun = "whole layer was" if count == 1 else "whole layers were"
     layers = f"; {count} {noun} dropped first" if count else ""
-    refit = "; the remaining weights were refitted" if recorded.get("refit") else ""
     return f"chosen by {words}, {SCHEDULES[schedule]}{layers}{refit}"

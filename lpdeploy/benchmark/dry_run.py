@@ -32,6 +32,7 @@ class DryRun:
         dropped: Examples that give no row.
         steps: Optimizer steps.
         events: The steps after which groups go; empty where trials choose the shape first.
+        layers: Layers that would be kept, and those that the base has; None where trials choose.
         kept: Groups that a layer keeps, and those that it has, by their name: on average over the
             layers with ``scope='global'``; None where trials choose the shape first.
         parameters: Of the base (``before``) and of the pruned model (``after``); None for the
@@ -46,6 +47,7 @@ class DryRun:
     dropped: int
     steps: int
     events: tuple[int, ...]
+    layers: tuple[int, int] | None
     kept: dict[str, tuple[int, int]] | None
     parameters: dict[str, int | None]
     planned_bytes: dict[str, int]
@@ -100,6 +102,7 @@ def dry_run(  # noqa: PLR0913 - what prune takes
         events=tuple(build_schedule(options, source.prunable, steps=steps).list_events())
         if known
         else (),
+        layers=_count_layers(source, options) if known else None,
         kept=_count_groups(source, options) if known else None,
         parameters={
             "before": count_parameters(source.config),
@@ -110,6 +113,11 @@ def dry_run(  # noqa: PLR0913 - what prune takes
         planned_bytes=memory.to_json(),
         least_seconds=_compute_least_seconds(source, dataset, options, steps=steps),
     )
+
+
+def _count_layers(source: Source, options: PruneConfig) -> tuple[int, int]:
+    layers = source.config.num_hidden_layers
+    return layers - (options.drop_layers or 0), layers
 
 
 def _count_groups(source: Source, options: PruneConfig) -> dict[str, tuple[int, int]]:

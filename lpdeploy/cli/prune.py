@@ -182,14 +182,18 @@ def _show_dry_run(
     with counting_progress("tokenize") as on_tokenize:
         found = dry_run(model, config, **given, on_tokenize=on_tokenize)
     lines = [_describe_work(found)]
-    if found.kept is None:
+    if found.kept is None or found.layers is None:
         lines.append("Trials would choose what goes, before the first step.")
     else:
         kept = " and ".join(f"{n:,} of {of:,} {name}" for name, (n, of) in found.kept.items())
         after = found.parameters["after"]
         counts = f": {after:,} of {found.parameters['before']:,} parameters" if after else ""
         average = " on average" if config.scope == "global" else ""
-        lines += [f"A layer would keep {kept}{average}{counts}.", describe_forecast(model, config)]
+        left, layers = found.layers
+        subject = (
+            "A layer would keep" if left == layers else f"{left} of {layers} layers stay, with"
+        )
+        lines += [f"{subject} {kept}{average}{counts}.", describe_forecast(model, config)]
     if found.least_seconds:
         lines.append(
             "The matrix products of the training alone would take "

@@ -1,6 +1,7 @@
 """The model card beside a pruned checkpoint: what it is, and how to load it."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,6 +153,8 @@ def build_model_card(
 def _describe_removed(record: ModelRecord) -> str:
     """Say how much is gone of the layers, and of the heads and channels of all of them together."""
     layers, heads, channels = (record.achieved.get(k, 0.0) for k in ("layers", "heads", "channels"))
+    if layers and math.isclose(heads, layers) and math.isclose(channels, layers):
+        return f"{layers:.0%} of its layers"
     if not layers:
         return f"{heads:.0%} of its attention heads and {channels:.0%} of its FFN channels"
     return (

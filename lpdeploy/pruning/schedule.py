@@ -39,7 +39,12 @@ class Schedule:
     kind: str = "joint"
 
     def list_events(self) -> list[int]:
-        """Return the 1-based steps after which groups are removed; 0 is before the first."""
+        """Return the 1-based steps after which groups are removed; 0 is before the first.
+
+        There are none if only whole layers go, unless nothing else happens in the run.
+        """
+        if not self.ratio and self.kind != "one-shot":
+            return []
         if self.kind != "joint":
             return [0]
         first = max(1, math.ceil(self.warmup * self.steps))
@@ -47,9 +52,16 @@ class Schedule:
         events = [step for step in range(self.every, last + 1, self.every) if step >= first]
         return events or [min(last, self.steps)]
 
+    @property
+    def last_event(self) -> int:
+        """The last of the events; 0 if there is none."""
+        return max(self.list_events(), default=0)
+
     def describe(self) -> str:
         """Say how many events there are, and what their number brings with it."""
         events = self.list_events()
+        if not events:
+            return "no groups to remove"
         said = f"pruning events: {len(events)}"
         if self.kind != "joint" or len(events) > 1:
             return said
@@ -64,9 +76,11 @@ class Schedule:
         """Return the part of what is to go that is gone after 1-based step ``step``.
 
         With p the place of ``step`` among the events, from 1/n at the first to 1 at the last:
-        ``1 - (1 - p) ** power``.
+        ``1 - (1 - p) ** power``. Without events, nothing is to go, and all of it is gone.
         """
         events = self.list_events()
+        if not events:
+            return 1.0
         done = sum(event <= step for event in events)
         return 1 - (1 - done / len(events)) ** self.power
 

@@ -89,7 +89,7 @@ def count_hold_steps(options: PruneConfig, specs: Sequence[GroupSpec], *, steps:
     if options.lr_hold is not None:
         return round(options.lr_hold * steps)
     schedule = build_schedule(options, specs, steps=steps)
-    return schedule.list_events()[-1] if RAMPS[options.ramp].hold else 0
+    return schedule.last_event if RAMPS[options.ramp].hold else 0
 
 
 def count_steps(options: PruneConfig, num_rows: int) -> int:
@@ -121,7 +121,7 @@ def run_steps(training: Training, *, start: int | None = None) -> Iterator[StepI
     training.model.train()
     calibrate = start is None and training.options.num_calibration_rows
     first = 0 if calibrate else (start or 0) + 1
-    settled = max(first, training.schedule.list_events()[-1] + 1)
+    settled = max(first, training.schedule.last_event + 1)
     for step in range(first, training.steps + 1):
         if training.options.compile and step == settled:
             apply_compile(training.state.model)
@@ -189,7 +189,7 @@ def _run_step(training: Training, step: int) -> StepInfo:
     rows = list_batch(
         len(training.dataset), step=step - 1, batch_size=options.batch_size, seed=options.seed
     )
-    scored = step <= events[-1]
+    scored = step <= schedule.last_event
     with training.state.scorer.observe() if scored else nullcontext():
         loss, tokens = _accumulate_gradients(training, rows, teacher=training.teacher)
     norm = _compute_norm(training)

@@ -244,6 +244,27 @@ class TestRuns:
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, expected(ids, use_cache=False).logits)
 
+    @pytest.mark.parametrize(
+        ("options", "when"),
+        [
+            ({}, "before fine-tuning with LoRA"),
+            ({"schedule": "separate"}, "before fine-tuning with LoRA"),
+            ({"schedule": "one-shot"}, "without fine-tuning"),
+        ],
+        ids=str,
+    )
+    def test_alone_it_scores_no_groups(self, deep, data, tmp_path, options, when):
+        options = {"drop_layers": 2, "ratio": 0.0, **options}
+        steps = run(deep, tmp_path / "run", data, options=options).steps
+        log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        if steps:
+            assert [line["step"] for line in log] == list(range(1, steps + 1))
+            assert not any(line["removed"] for line in log)
+        compact(tmp_path / "run")
+        card = " ".join((tmp_path / "run" / "model" / "README.md").read_text().split())
+        assert "40% of its layers removed by" in card
+        assert f"chosen by the loss without them, {when}. LoRA is merged" in card
+
     @pytest.mark.parametrize(("removal", "step"), [("cut", 4), ("cut", 7), ("mask", 4)])
     def test_a_resumed_run_ends_as_if_never_stopped(self, deep, data, tmp_path, removal, step):
         options = {"drop_layers": 2, "refit": True, "removal": removal}

@@ -73,6 +73,15 @@ def test_pruning_at_once_has_one_event_before_the_first_step():
         assert ratios == {0.37}, (kind, steps)
 
 
+@pytest.mark.parametrize("kind", ["joint", "separate"])
+def test_without_groups_to_remove_there_is_no_event(kind):
+    schedule = Schedule(ratio=0.0, steps=20, kind=kind)
+    assert schedule.list_events() == []
+    assert schedule.last_event == 0
+    assert schedule.describe() == "no groups to remove"
+    assert {schedule.compute_ratio(step) for step in range(21)} == {0.0}
+
+
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
