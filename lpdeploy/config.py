@@ -391,12 +391,9 @@ class PruneConfig:
         """Number of rows scored before the first step."""
         if self.calibration_samples is not None:
             return self.calibration_samples
-        if (
-            not self.has_open_shape
-            and not any(self.ratios.values())
-            and self.schedule != "one-shot"
-        ):
-            return 0  # no group is to go, only whole layers
+        layers_alone = not self.has_open_shape and not any(self.ratios.values())
+        if layers_alone and self.schedule != "one-shot":
+            return 0
         at_once = self.schedule != "joint"
         if not at_once and CRITERIA[self.criterion].score_outputs is not None:
             return 0  # which scores groups when they go

@@ -68,12 +68,15 @@ def choose_depth(
     """
     tried: list[tuple[float, TargetRecord]] = []
     logger.info("Trying %s shapes, each with a one-shot pruning of its own.", len(candidates))
-    for record in candidates:
+    for number, record in enumerate(candidates, start=1):
         trial = options.with_ratios(**record.ratios)
         alone = simplify(trial, schedule="one-shot", **_UNTRAINED)
         loss = cache.measure(alone, partial(_try, source, dataset, alone))
         shape = _describe(source.config, trial)
-        logger.info("%s: loss %.3f on held-out rows, without fine-tuning", shape, loss)
+        logger.info(
+            "%s of %s: %s; loss %.3f on held-out rows, without fine-tuning",
+            number, len(candidates), shape, loss,
+        )  # fmt: skip
         if math.isfinite(loss):
             tried.append((loss, record))
     if not tried:

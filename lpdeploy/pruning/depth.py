@@ -29,6 +29,7 @@ from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import Part, count_refit_rows, refit_layers
 from lpdeploy.pruning.walk import (
     Calibration,
+    Pace,
     collect_calibration,
     enter_layers,
     evaluating,
@@ -194,6 +195,7 @@ def choose_drops(
         for index, layer in enumerate(model.model.layers)
         if not isinstance(layer, DroppedLayer) and index not in before
     ]
+    pace = Pace("Choosing the layers to drop", calibration.ranks)
     with evaluating(model):
         while len(gone) < count:
             left = [layer for layer in alive if layer in among]
@@ -203,6 +205,7 @@ def choose_drops(
             losses = _compute_losses_without(model, calibration, alive, left)
             gone.append(min(losses, key=lambda drop: drop.loss))
             alive.remove(gone[-1].layer)
+            pace.say(f"{len(gone)} of {count}")
     return tuple(gone)
 
 

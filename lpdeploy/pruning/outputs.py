@@ -11,12 +11,11 @@ from lpdeploy.criteria.record import ScoreOutputs
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import expand_index
 from lpdeploy.models.adapters import get_base_linear, get_lora_weights
-from lpdeploy.models.cutting import DroppedLayer
 from lpdeploy.models.sharded import get_rows
 from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.gram import add_gram
 from lpdeploy.pruning.importance import Importance
-from lpdeploy.pruning.walk import Calibration, enter_layers, evaluating
+from lpdeploy.pruning.walk import Calibration, Pace, enter_layers, evaluating, walk_layers
 
 
 def score_layers(
@@ -49,9 +48,7 @@ def score_layers(
         for batch in calibration.batches:
             with calibration.autocast():
                 streams.append(enter_layers(model, batch["input_ids"]))
-        for index, layer in enumerate(model.model.layers):
-            if isinstance(layer, DroppedLayer):
-                continue
+        for index, layer in walk_layers(model, Pace("Scoring", calibration.ranks)):
             own = [spec for spec in specs if spec.layer == index]
             linears = {spec.name: model.get_submodule(get_output(spec).module) for spec in own}
             with _sum_inputs(linears) as (grams, show):

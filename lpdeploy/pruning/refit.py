@@ -32,12 +32,11 @@ from transformers import PretrainedConfig
 from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.models.adapters import get_base_linear
-from lpdeploy.models.cutting import DroppedLayer
 from lpdeploy.models.run_weights import copy_columns
 from lpdeploy.models.weight_files import index_weights
 from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.least_squares import make_sums, solve
-from lpdeploy.pruning.walk import Calibration, enter_layers, evaluating
+from lpdeploy.pruning.walk import Calibration, Pace, enter_layers, evaluating, walk_layers
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +152,7 @@ def refit_layers(
     with evaluating(model):
         streams = _begin(model, calibration)
         changed = False
-        for index, layer in enumerate(model.model.layers):
-            if isinstance(layer, DroppedLayer):
-                continue
+        for index, layer in walk_layers(model, Pace("Refitting", calibration.ranks)):
             for stream in streams:
                 _run_before(layer, index, stream, calibration)
             parts = remove(index)

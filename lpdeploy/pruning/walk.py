@@ -1,5 +1,7 @@
 """Running a decoder layer by layer, where only the hidden states between two layers are kept."""
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lpdeploy.data.batches import IGNORED, TokenDataset, list_batch, split_batch
+from lpdeploy.models.cutting import DroppedLayer
 from lpdeploy.pruning.loss import compute_loss
 from lpdeploy.pruning.ranks import Ranks
 
+logger = logging.getLogger(__name__)
+
 _HELD_OUT = 8  # every eighth batch
 _HELD_OUT_ROWS = 64
+_QUIET_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,40 @@ def hold_out(num_batches: int) -> list[bool]:
     """Say of each batch whether it is held out: every eighth, or the last of fewer."""
     every = min(_HELD_OUT, num_batches)
     return [every > 1 and place % every == every - 1 for place in range(num_batches)]
+
+
+class Pace:
+    """Logs once a minute how far a long piece of work is, so that short work stays silent.
+
+    Args:
+        doing: What is done, such as "Refitting".
+        ranks: The processes that do it together; the first of them speaks.
+    """
+
+    def __init__(self, doing: str, ranks: Ranks) -> None:
+        self._doing, self._speaks, self._said = doing, ranks.is_first, time.monotonic()
+
+    def say(self, done: str) -> None:
+        """Log what is done by now, if a minute has passed."""
+        now = time.monotonic()
+        if self._speaks and now - self._said >= _QUIET_SECONDS:
+            self._said = now
+            logger.info("%s: %s", self._doing, done)
+
+
+def walk_layers(model: Any, pace: Pace) -> Iterator[tuple[int, Any]]:
+    """Yield the index and the module of each layer that is there.
+
+    Args:
+        model: The causal LM (not the peft wrapper around it).
+        pace: Is told of each layer.
+    """
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        if isinstance(layer, DroppedLayer):
+            continue
+        pace.say(f"layer {index + 1} of {len(layers)}")
+        yield index, layer
 
 
 def enter_layers(model: Any, input_ids: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
