@@ -302,9 +302,9 @@ def render_served(data: dict[str, Any]) -> str:
         (row["server"], row["version"], row["shape"], row["result"], row["date"][:10])
         for row in data["rows"]
     ]
-    commands = ", ".join(f"`{name}`" for name in sorted({row["command"] for row in data["rows"]}))
-    machine = f"{data['machine']['cpu']}, {data['machine']['cores']} cores: {commands}"
-    return write_table(("server", "version", "shape", "gives", "date"), rows, machine)
+    commands, machines = (sorted({row[key] for row in data["rows"]}) for key in ("command", "cpu"))
+    about = f"{', '.join(machines)}: {', '.join(f'`{name}`' for name in commands)}"
+    return write_table(("server", "version", "shape", "gives", "date"), rows, about)
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {

