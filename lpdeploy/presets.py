@@ -12,6 +12,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "distill": 0.5,
             "depth": "auto",
             "lr": "auto",
+            "lora_rank": 32,
+            "lora_alpha": 64.0,
         },
         "loraprune": {
             "heads": "kv-groups",
@@ -33,7 +35,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """Name -> options. ``best`` is what measured best on our models; see docs/results.md, "Recovery".
-Where ``obs`` cannot be used, it has ``gate``, which came next.
+Where ``obs`` cannot be used, it has ``gate``, which came next. Alpha is twice the rank, as by
+default.
 ``loraprune`` is the paper's method to the letter: Algorithm 1, equations 4, 10 and 11 with the
 lambda of section 4.1, and the batch size, the learning rate, the epochs and the rank given there;
 groups go in equal portions every ten steps."""
@@ -68,9 +71,16 @@ def list_preset(
     }
     if options.get("criterion") == "obs" and (given.get("shard") or given.get("scope") == "global"):
         options["criterion"] = "gate"
+    if "lora_rank" in chosen:
+        options.pop("lora_alpha", None)  # which is for the rank of the preset
     schedule = given.get("schedule", "joint")
     if schedule == "one-shot":
-        for trained in ("distill", "lr"):  # there is no training to change
+        for trained in (
+            "distill",
+            "lr",
+            "lora_rank",
+            "lora_alpha",
+        ):  # there is no training to change
             options.pop(trained, None)
     if schedule != "joint" and "schedule" in chosen:
         options.pop("calibration_samples", None)  # which such a run cannot do without

@@ -39,7 +39,7 @@ def test_the_paper_to_the_letter():
     ("options", "left_out"),
     [
         ({}, ()),
-        ({"schedule": "one-shot"}, ("distill", "lr")),
+        ({"schedule": "one-shot"}, ("distill", "lr", "lora_rank", "lora_alpha")),
         ({"drop_layers": 0}, ("depth",)),
         ({"channel_ratio": 0.0}, ("depth",)),
         ({"target_latency": 3.0, "engine": "ort"}, ()),
@@ -71,6 +71,8 @@ def test_where_obs_cannot_be_used_it_has_what_came_next(options, left_out):
 def test_what_is_said_overrides_it():
     config = PruneConfig.from_preset("best", criterion="wanda", refit=False)
     assert (config.criterion, config.refit, config.distill) == ("wanda", False, 0.5)
+    config = PruneConfig.from_preset("best", lora_rank=4)
+    assert (config.lora_rank, config.lora_alpha) == (4, PruneConfig().lora_alpha)
     with pytest.raises(ValueError, match="no preset 'worst'; choose from best, loraprune"):
         PruneConfig.from_preset("worst")
 
@@ -84,11 +86,12 @@ def prune(base, data, output, *words):
 
 def test_on_the_command_line(base, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"prune": {"criterion": "magnitude", "lora_rank": 2}}))
+    recipe.write_text(yaml.safe_dump({"prune": {"criterion": "magnitude", "max_grad_norm": 2.0}}))
     words = ["--preset=best", "--recipe", str(recipe), "--no-refit", "--ratio=0.3"]
     options = prune(base, data, tmp_path / "run", *words)
     assert options["criterion"] == "obs"  # what is typed overrides a recipe
-    assert options["lora_rank"] == 2
+    assert options["max_grad_norm"] == 2.0
+    assert (options["lora_rank"], options["lora_alpha"]) == (32, 64.0)
     assert options["refit"] is False
     assert options["distill"] == 0.5
     assert "preset" not in options

@@ -1,11 +1,13 @@
 """Write the tables of the documents from the JSON that tools and `lpdeploy` measured."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from lpdeploy.benchmark.pruning_table import render_pruning as render_pruning_table
 from lpdeploy.benchmark.results import LatencyResult, PruningResult
 from lpdeploy.benchmark.table import render_latency as render_latency_table
+from lpdeploy.machine import format_bytes
 from lpdeploy.paper.render import render_markdown
 from lpdeploy.paper.results import TableResult
 from lpdeploy.records import read_record
@@ -307,6 +309,43 @@ def render_served(data: dict[str, Any]) -> str:
     return write_table(("server", "version", "shape", "gives", "date"), rows, about)
 
 
+def render_rank(data: dict[str, Any]) -> str:
+    """Show what a higher rank of LoRA costs."""
+    low, high = map(str, data["ranks"])
+    ratio = data["step_ratio"]
+    first, last = ratio["quartiles"]
+    rows = [(f"a step with rank {high}, against rank {low}",
+             f"{ratio['median']:.3f} (quartiles {first:.3f}, {last:.3f})")]  # fmt: skip
+    rows += [
+        (f"LoRA, its gradients and the state of AdamW, {name}",
+         f"{format_bytes(sizes[high])}, against {format_bytes(sizes[low])}")
+        for name, sizes in data["adapter_bytes"].items()
+    ]  # fmt: skip
+    options = data["options"]
+    about = (
+        f"{data['model']}, {options['steps']} steps of {options['batch_size']} x "
+        f"{options['seq_len']} tokens. The two runs take turns step by step; the ratio is that of "
+        f"{ratio['steps']} steps after the last event. Bytes are planned, not measured."
+    )
+    return write_table(("what", "cost"), rows, about, describe(data, "peft"))
+
+
+def render_tutorial(data: dict[str, Any]) -> str:
+    """Show how long each command of the tutorial takes."""
+    stages = data["stages"]
+    rows = [(f"`{_shorten(stage['command'])}`", f"{stage['seconds']:.0f}") for stage in stages]
+    total = sum(stage["seconds"] for stage in stages)
+    rows.append(("all", f"{total:.0f}, or {total / 60:.0f} minutes"))
+    return write_table(("command", "seconds"), rows, f"{data['model']}. {describe(data)}")
+
+
+def _shorten(command: str) -> str:
+    """Keep the command and what it is given first."""
+    words = command.split()
+    dry = " ... --dry-run" if "--dry-run" in words else ""
+    return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), words)) + dry
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "answers": render_answers,
     "formats": render_formats,
@@ -315,6 +354,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "latency": render_latency,
     "load": render_load,
     "one_shot": render_one_shot,
+    "rank": render_rank,
     "refit": render_refit,
     "refit_memory": render_refit_memory,
     "distill": render_distill,
@@ -327,4 +367,5 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "served": render_served,
     "stages": render_stages,
     "triton": render_triton,
+    "tutorial": render_tutorial,
 }

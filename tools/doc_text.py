@@ -17,8 +17,11 @@ def describe(data: dict[str, Any], library: str = "onnxruntime") -> str:
     versions = ", ".join(
         f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", library)
     )
+    # A script that starts others does not load torch, which sets the threads.
+    threads = machine["threads"]
+    workers = f"{machine['cores']} cores" if threads is None else f"{threads} threads"
     return (
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {versions}, "
+        f"{machine['gpu'] or machine['cpu']}, {workers}, {versions}, "
         f"{machine['date'][:10]}: `{find_command(data)}`"
     )
 

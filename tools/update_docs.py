@@ -30,10 +30,7 @@ from tools.doc_text import write_table  # noqa: E402
 CLI, API = ROOT / "docs" / "cli.md", ROOT / "docs" / "api.md"
 DOCUMENTS = [
     ROOT / "README.md",
-    *(
-        ROOT / "docs" / f"{name}.md"
-        for name in ("results", "smollm2", "engines", "scaling", "serving", "triton", "costs")
-    ),
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path not in (CLI, API)),
 ]
 _CLI_INTRODUCTION = """\
 # Commands

@@ -13,9 +13,10 @@ SIMILARITY_SAMPLES = 128
 _8BIT = {"criterion": "lora", "load_in": "8bit"}
 _DENSE = Row("dense", "unpruned", dense=True)
 _LORA = Row("lora", "LoRAPrune (lora)", {"criterion": "lora"})
-# All rows of a table have the learning rate that the user gives.
-_RECIPE = {name: value for name, value in PRESETS["best"].items() if name != "lr"}
-_BEST = Row("recipe", "--preset best (not in the paper)", _RECIPE)
+# All rows of a table have the learning rate and the rank that the user gives.
+_SHARED = ("lr", "lora_rank", "lora_alpha")
+_RECIPE = {name: value for name, value in PRESETS["best"].items() if name not in _SHARED}
+_BEST = Row("recipe", "the recipe (not in the paper)", _RECIPE)
 _CRITERIA = (
     _DENSE,
     Row("magnitude", "Magnitude", {"criterion": "magnitude"}),

@@ -13,26 +13,10 @@ from click.testing import CliRunner
 from lpdeploy.cli.common import CONTEXT_SETTINGS
 from lpdeploy.cli.main import main
 from tests.helpers import ROOT
+from tools.doc_commands import list_blocks, list_commands
 
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 ASSETS = Path(str(resources.files("lpdeploy.demo"))) / "assets"
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# A form such as `lpdeploy package RUN|MODEL --target triton|genai` stands for many commands.
-_FORM = re.compile(r"[A-Z]\|[A-Z]|[a-z]\|[a-z]")
-
-
-def list_blocks(document):
-    return [(match[1], match[2]) for match in _BLOCK.finditer(document.read_text())]
-
-
-def list_commands(document):
-    """List what is typed after `lpdeploy`; two blanks begin a remark."""
-    for language, block in list_blocks(document):
-        for line in block.replace("\\\n", "").splitlines() if not language else ():
-            words = re.split(r"\s{2,}(?!--)", line.strip())[0]
-            if words.startswith("lpdeploy ") and not _FORM.search(words):
-                yield shlex.split(words)[1:]
-
 
 COMMANDS = [
     pytest.param(words, id=f"{document.stem}: {' '.join(words)}"[:90])

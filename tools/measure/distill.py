@@ -7,7 +7,6 @@ Two trainings with the same options take turns, one step of each at a time, so t
 as busy for both. Pruning is over after a few steps; the medians are of the steps behind it.
 """
 
-import json
 import logging
 import os
 import statistics
@@ -16,7 +15,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lpdeploy.config import PruneConfig
 from lpdeploy.data.batches import TokenDataset
@@ -25,13 +23,8 @@ from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.ranks import join_ranks
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.teacher import Teacher
-from lpdeploy.pruning.training import run_steps
 from tools.measure.common import build_parser, save_measurement
-
-OPTIONS: dict[str, Any] = {
-    "steps": 40, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lora_dropout": 0.0,
-    "ramp": "early", "calibration_samples": 16, "device": "cpu", "lr": 1e-3,
-}  # fmt: skip
+from tools.measure.turns import OPTIONS, compare_steps, split_options, take_turns
 
 
 def run_teacher(
@@ -53,14 +46,10 @@ def time_steps(
     source: Source, dataset: TokenDataset, options: PruneConfig, teacher: Teacher
 ) -> dict[str, list[float]]:
     """Run both trainings in turns; return the seconds of each step, in order."""
-    plain = build_training(source, dataset, replace(options, distill=None), None)
-    taught = build_training(source, dataset, options, None, teacher=teacher)
-    seconds: dict[str, list[float]] = {"plain": [], "taught": []}
-    for one, other in zip(run_steps(plain), run_steps(taught), strict=True):
-        seconds["plain"].append(one.seconds)
-        seconds["taught"].append(other.seconds)
-        print(f"\rstep {one.step} of {one.steps}", end="", file=sys.stderr, flush=True)
-    return seconds
+    return take_turns({
+        "plain": build_training(source, dataset, replace(options, distill=None), None),
+        "taught": build_training(source, dataset, options, None, teacher=teacher),
+    })  # fmt: skip
 
 
 def main() -> None:
@@ -68,12 +57,8 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--train", required=True)
-    words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)
-    given = parser.parse_args(words[:end])
-    own = {
-        name: json.loads(value) for name, _, value in (w.partition("=") for w in words[end + 1 :])
-    }
+    words, own = split_options(sys.argv[1:])
+    given = parser.parse_args(words)
     logging.basicConfig(level=logging.WARNING)
     options = PruneConfig(**{**OPTIONS, "distill": 0.5, **own})
     source = load_source(given.model, options)
@@ -82,19 +67,12 @@ def main() -> None:
         dataset = load_dataset(source, given.train, options)
         teacher, seconds, size = run_teacher(source, dataset, options)
         times = time_steps(source, dataset, options, teacher)
-    behind = max(2, options.steps // 2) if options.steps else 2
-    pairs = list(zip(times["plain"][behind:], times["taught"][behind:], strict=True))
-    ratios = sorted(taught / plain for plain, taught in pairs)
     save_measurement(given.output, {
         "model": Path(given.model).name,
         "options": {**OPTIONS, **own, "distill": 0.5},
-        "step_ratio": {
-            "median": statistics.median(ratios),
-            "quartiles": statistics.quantiles(ratios, n=4)[::2],
-            "steps": len(ratios),
-        },
+        "step_ratio": compare_steps(times["plain"], times["taught"]),
         "step_seconds": {
-            name: statistics.median(values[behind:]) for name, values in times.items()
+            name: statistics.median(values[len(values) // 2 :]) for name, values in times.items()
         },
         "teacher_seconds": seconds,
         "teacher_bytes": size,
