@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Name -> options. ``best`` is what measured best on our models; see docs/results.md, "Recovery".
 Where ``obs`` cannot be used, it has ``gate``, which came next. Alpha is twice the rank, as by
-default.
+default, also where the user chose the rank.
 ``loraprune`` is the paper's method to the letter: Algorithm 1, equations 4, 10 and 11 with the
 lambda of section 4.1, and the batch size, the learning rate, the epochs and the rank given there;
 groups go in equal portions every ten steps."""
@@ -71,8 +71,8 @@ def list_preset(
     }
     if options.get("criterion") == "obs" and (given.get("shard") or given.get("scope") == "global"):
         options["criterion"] = "gate"
-    if "lora_rank" in chosen:
-        options.pop("lora_alpha", None)  # which is for the rank of the preset
+    if "lora_alpha" in options and "lora_rank" in chosen:
+        options["lora_alpha"] = 2.0 * given["lora_rank"]
     schedule = given.get("schedule", "joint")
     if schedule == "one-shot":
         for trained in (

@@ -72,7 +72,8 @@ def test_what_is_said_overrides_it():
     config = PruneConfig.from_preset("best", criterion="wanda", refit=False)
     assert (config.criterion, config.refit, config.distill) == ("wanda", False, 0.5)
     config = PruneConfig.from_preset("best", lora_rank=4)
-    assert (config.lora_rank, config.lora_alpha) == (4, PruneConfig().lora_alpha)
+    assert (config.lora_rank, config.lora_alpha) == (4, 8.0)
+    assert PruneConfig.from_preset("best", lora_rank=4, lora_alpha=1.0).lora_alpha == 1.0
     with pytest.raises(ValueError, match="no preset 'worst'; choose from best, loraprune"):
         PruneConfig.from_preset("worst")
 

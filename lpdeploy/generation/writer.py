@@ -23,6 +23,8 @@ from lpdeploy.models.place import ModelPlace
 OnText = Callable[[str], None]
 """Called with each new piece of a text."""
 
+_EMPTY = "The prompt is empty. Give it at least one character."
+
 
 class Writer:
     """Continues prompts, and answers conversations.
@@ -48,13 +50,15 @@ class Writer:
             DataError: The tokenizer has no chat template, and one is asked for, or it fails.
             LpdeployError: The prompt is empty.
         """
+        if not prompt:
+            raise LpdeployError(_EMPTY)
         if self._makes_turn(options):
             system = [] if options.system is None else [Message(SYSTEM, options.system)]
             return self.encode_chat([*system, Message(USER, prompt)], options)
         check_text(prompt, "The prompt")
         tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if not tokens:
-            raise LpdeployError("The prompt is empty. Give it at least one character.")
+        if not tokens:  # the tokenizer drops all of it
+            raise LpdeployError(_EMPTY)
         return tokens
 
     def _makes_turn(self, options: GenerateOptions) -> bool:

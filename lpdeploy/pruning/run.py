@@ -197,6 +197,11 @@ def _open_trackers(
 def _log_start(source: Source, training: Training, checkpoint: Checkpoint | None) -> None:
     if training.ranks.is_first:
         logger.info(describe_start(source, training))
+        if training.options.max_loss_increase is not None and not training.schedule.list_events():
+            logger.warning(
+                "`max_loss_increase` has no effect: it is checked when groups are removed, and "
+                "only whole layers go."
+            )
         if checkpoint is not None:
             logger.info("going on after step %s of %s", checkpoint.step, training.steps)
 

@@ -164,12 +164,13 @@ def draw_map(groups: GroupMap) -> str:
     panel.yaxis.get_major_locator().set_params(integer=True)
     if cells != groups.groups or groups.is_sorted:
         panel.set_xticks([])
-    _add_scale(figure, image, panel)
+    if groups.is_scored:
+        _add_scale(figure, image, panel)
     return to_svg(figure)
 
 
 def _name_columns(groups: GroupMap) -> str:
-    if groups.is_sorted:
+    if groups.is_sorted and groups.is_scored:
         return f"{groups.what}, the least important first"
     return groups.what
 

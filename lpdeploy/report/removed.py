@@ -37,6 +37,11 @@ class GroupMap:
     is_sorted: bool
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the importance of any group is known; not where only layers went."""
+        return not bool(np.isnan(self.importance).all())
+
+    @property
     def dropped(self) -> tuple[int, ...]:
         """Layers that are gone as wholes."""
         return tuple(layer for layer, count in enumerate(self.kept) if count == 0)

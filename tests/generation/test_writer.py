@@ -101,6 +101,11 @@ class TestTexts:
         with pytest.raises(ValueError, match="prompts is one text; give a list of texts"):
             generate_texts(folder, "w1 w2", GenerateOptions())
 
+    @pytest.mark.parametrize("format_", ["raw", "instruction", None])
+    def test_an_empty_prompt_is_refused(self, chatty, format_):
+        with pytest.raises(LpdeployError, match="The prompt is empty"):
+            open_writer(chatty).encode("", GenerateOptions(prompt_format=format_))
+
     @pytest.mark.parametrize("format_", ["raw", "instruction"])
     def test_what_is_no_text(self, folder, format_):
         with pytest.raises(DataError, match=r"is not text \(.*surrogates not allowed\)\. Write it"):

@@ -265,6 +265,11 @@ class TestRuns:
         assert "40% of its layers removed by" in card
         assert f"chosen by the loss without them, {when}. LoRA is merged" in card
 
+    def test_a_limit_that_nothing_checks_is_named(self, deep, data, tmp_path, caplog):
+        options = {"drop_layers": 2, "ratio": 0.0, "max_loss_increase": 0.1}
+        run(deep, tmp_path / "run", data, options=options)
+        assert "`max_loss_increase` has no effect" in caplog.text
+
     @pytest.mark.parametrize(("removal", "step"), [("cut", 4), ("cut", 7), ("mask", 4)])
     def test_a_resumed_run_ends_as_if_never_stopped(self, deep, data, tmp_path, removal, step):
         options = {"drop_layers": 2, "refit": True, "removal": removal}

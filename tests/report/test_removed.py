@@ -33,9 +33,13 @@ def test_groups_that_count_as_much_are_sorted_by_what_went():
 
 def test_what_was_not_scored_has_no_colour():
     scores = {"layers.0.heads": np.zeros(4, dtype=np.float32), "layers.1.heads": SCORES[:3]}
-    heads, _ = build_maps(make_plan(), scores)
+    heads, channels = build_maps(make_plan(), scores)
     assert np.isnan(heads.importance).all()
-    assert "<svg" in draw_map(heads)
+    for groups in (heads, channels):
+        assert not groups.is_scored
+        assert "important" not in draw_map(groups)
+    scored, _ = build_maps(make_plan(), {"layers.0.heads": SCORES})
+    assert scored.is_scored
 
 
 def test_a_dropped_layer_is_shown_as_such():
