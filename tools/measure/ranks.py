@@ -41,8 +41,9 @@ SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
     "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512,
 }  # fmt: skip
+# The ratio is less than a group: steps score, and nothing goes.
 OPTIONS: dict[str, Any] = {
-    "steps": 2, "batch_size": 4, "micro_batch_size": 1, "seq_len": 32, "ratio": 0.0,
+    "steps": 2, "batch_size": 4, "micro_batch_size": 1, "seq_len": 32, "ratio": 1e-4,
     "calibration_samples": 0, "prune_every": 1, "ramp": "paper", "device": "cpu",
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {

@@ -120,7 +120,7 @@ def test_what_travels_is_what_is_counted_from_shapes(root, name):
     groups = key // 8 + 48
     lora = 4 * (2 * 8 * sum(out + columns for out, columns in shapes) + 1)
     model, _, options = CASES[name]
-    chosen = PruneConfig(**{**rank_worker.OPTIONS, **options, "ratio": 0.0})
+    chosen = PruneConfig(**{**rank_worker.OPTIONS, **options, "ratio": rank_worker.KEEPS_ALL})
     travel = compute_travel(load_config(root / model), chosen, ranks=2, itemsize=4)
     assert travel.gradients == lora
     numbers = {"gradient": weights, "wanda": 6 * 32 + 48, "gate": groups, "lora": 0}
