@@ -247,6 +247,8 @@ def atomic_folder(path: Path, *, kind: str, overwrite: bool = False) -> Iterator
             temporary.mkdir()
             yield temporary
             files = sorted(file for file in temporary.rglob("*") if not file.is_dir())
+            # What was moved here from another folder may have brought that one's record.
+            files = [file for file in files if file != temporary / FOLDER_RECORD]
             for file in files:
                 share_file(file)
             stamps = {str(file.relative_to(temporary)): _stamp(file) for file in files}

@@ -339,6 +339,15 @@ def test_figures_are_not_measured_for_a_file_that_is_refused(root, monkeypatch):
     assert "has changed since it was written" in " ".join(result.stderr.split())
 
 
+def test_what_is_moved_into_a_folder_brings_no_record(tmp_path):
+    with atomic_folder(tmp_path / "graph", kind="export") as folder:
+        (folder / "config.json").write_text("{}")
+    with atomic_folder(tmp_path / "engine", kind="export") as folder:
+        shutil.copytree(tmp_path / "graph", folder, dirs_exist_ok=True)
+        (folder / "model.engine").write_text("engine")
+    assert check_untouched(tmp_path / "engine", fix="Make it again.", always_hash=True) == 2
+
+
 def test_a_folder_of_others_gets_no_record(tmp_path):
     with recorded_files(tmp_path, tmp_path / "bench.json"):
         (tmp_path / "bench.json").write_text("1")
