@@ -21,6 +21,7 @@ def main(model_folder: str, train: str, output: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS))
+    lpdeploy.init_lora_by_groups(model)  # lets LoRA's gradients tell all groups apart
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     tokens = torch.tensor(tokenizer(Path(train).read_text(encoding="utf-8"))["input_ids"])

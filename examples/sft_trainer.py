@@ -29,6 +29,7 @@ def main(model: str, train: str, output: str) -> None:
             use_cpu=True, bf16=False, gradient_checkpointing=False,
         ),
     )  # fmt: skip
+    lpdeploy.init_lora_by_groups(trainer.model)  # lets LoRA's gradients tell all groups apart
     config = lpdeploy.PruneConfig(ratio=0.5, prune_every=2, calibration_samples=8)
     pruner = lpdeploy.LoRAPruner(trainer.model, config, total_steps=STEPS, base=model)
     trainer.add_callback(lpdeploy.PruneCallback(pruner, output=output))

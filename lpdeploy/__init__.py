@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lpdeploy.api import Run, compare, prune
     from lpdeploy.config import PruneConfig
     from lpdeploy.environment import trust_remote_code
+    from lpdeploy.models.adapters import init_lora_by_groups
     from lpdeploy.pruning.callback import PruneCallback
     from lpdeploy.pruning.pruner import LoRAPruner
 
@@ -18,6 +19,7 @@ __all__ = [
     "PruneConfig",
     "Run",
     "compare",
+    "init_lora_by_groups",
     "prune",
     "trust_remote_code",
 ]
@@ -29,6 +31,7 @@ _HOMES = {
     "PruneConfig": "lpdeploy.config",
     "Run": "lpdeploy.api",
     "compare": "lpdeploy.api",
+    "init_lora_by_groups": "lpdeploy.models.adapters",
     "trust_remote_code": "lpdeploy.environment",
     "prune": "lpdeploy.api",
 }

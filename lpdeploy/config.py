@@ -1,15 +1,13 @@
 """How a model is pruned: every option with its type, range, default and help, checked once."""
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from lpdeploy.conflicts import BUDGETS, LATENCY, list_conflicts
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.fields import MAX_COUNT, check_fields, option
-from lpdeploy.plan import HEADS, PROMPT_FORMATS, SCHEDULES, GroupSpec, WidthRequest
+from lpdeploy.plan import HEADS, LORA_INITS, PROMPT_FORMATS, SCHEDULES, WidthRequest
 from lpdeploy.presets import PRESETS, list_preset
 from lpdeploy.ramps import RAMPS
 
@@ -34,9 +32,9 @@ _OPEN = "is still open; call lpdeploy.benchmark.target.resolve_options first."
 class PruneConfig:
     """How a model is pruned, with the paper's values as defaults (section 4.1).
 
-    Each field carries its range and its help text; see ``lpdeploy.fields``. ``ratio`` becomes 0.5
-    where neither it nor a budget (``target_params``, ``target_memory``, ``target_latency``) is
-    given. ``lpdeploy.benchmark.target.resolve_options`` turns a budget into ratios.
+    Each field carries its range and its help text; see ``lpdeploy.fields``. Without ``ratio`` and
+    a budget (``target_...``), ``ratio`` becomes 0.5. ``lpdeploy.benchmark.target.resolve_options``
+    turns a budget into ratios.
 
     Raises:
         ValueError: A field has a wrong type or value, or two fields contradict each other.
@@ -207,6 +205,10 @@ class PruneConfig:
         "LoRA adds this, divided by `lora_rank`, times BA to each weight.", default=16.0, above=0,
     )
     lora_dropout: float = _train("Dropout on LoRA's input.", default=0.05, **_SHARE)
+    lora_init: str | None = _train(
+        "Start LoRA with B = 0 (peft), or with A = 0 in o_proj and down_proj (groups).",
+        default=None, choices=LORA_INITS, unset="as `criterion` needs it",
+    )
     seed: int = _train(
         "Seed of LoRA's initial weights, the order of the data and dropout.",
         default=0, low=0, high=2**32 - 1,
@@ -286,7 +288,7 @@ class PruneConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as recipes, manifests and checkpoints record them."""
-        return {**dataclasses.asdict(self), "removal": self.effective_removal}
+        return {**asdict(self), "removal": self.effective_removal}
 
     @property
     def budget(self) -> str | None:
@@ -320,6 +322,11 @@ class PruneConfig:
         return self.removal or ("mask" if self.load_in == "4bit" or self.shard else "cut")
 
     @property
+    def effective_lora_init(self) -> str:
+        """``groups`` or ``peft``: ``lora_init``, or what the criterion needs if that is None."""
+        return self.lora_init or CRITERIA[self.criterion].lora_init
+
+    @property
     def ratios(self) -> dict[str, float]:
         """Share to remove of each kind of group.
 
@@ -341,7 +348,7 @@ class PruneConfig:
         if not ratios:
             return self
         changes: dict[str, Any] = {**dict.fromkeys((*BUDGETS, *LATENCY, "depth")), **ratios}
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)
 
     def check_resolved(self) -> None:
         """Check that nothing is left to be chosen.
@@ -363,14 +370,6 @@ class PruneConfig:
             drop_layers=self.drop_layers or 0,
             heads=self.heads if self.heads in HEADS else WidthRequest.heads,
         )
-
-    def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:
-        """Return the share of all groups to remove: ``ratio`` unless heads and channels differ."""
-        ratios = self.ratios
-        if len(set(ratios.values())) == 1:
-            return ratios["heads"]
-        asked = sum(spec.num_groups * ratios[spec.kind] for spec in specs)
-        return asked / sum(spec.num_groups for spec in specs)
 
     @property
     def pauses(self) -> tuple[float, float]:

@@ -82,8 +82,8 @@ def _list_depth_conflicts(config: Any) -> Iterator[str]:
 def _list_training_conflicts(config: Any) -> Iterator[str]:
     if config.batch_size % config.micro_batch_size:
         yield (
-            f"`micro_batch_size` {config.micro_batch_size} does not divide `batch_size` "
-            f"{config.batch_size}; choose a divisor of it."
+            f"`batch_size` {config.batch_size} is no multiple of `micro_batch_size` "
+            f"{config.micro_batch_size}; set `micro_batch_size` to a divisor of it."
         )
     if isinstance(config.lr, str) and config.schedule == "one-shot":
         yield (

@@ -22,6 +22,8 @@ SCHEDULES = {
 """Name -> when they are removed."""
 HEADS = ("kv-groups", "query-heads")
 """What a group of heads is: a KV head with the query heads that read it, or a query head."""
+LORA_INITS = ("peft", "groups")
+"""How LoRA starts: with B = 0 everywhere, or with A = 0 where groups are columns."""
 CHAT_TEMPLATE, INSTRUCTION = PROMPT_FORMATS = ("chat-template", "instruction")
 """How conversations are written: with the tokenizer's template, or under fixed headings."""
 
@@ -119,6 +121,13 @@ class WidthRequest:
     scope: str = "layer"
     drop_layers: int = 0
     heads: str = "kv-groups"
+
+    def compute_ratio(self, specs: Sequence[GroupSpec]) -> float:
+        """Return the share of all groups to remove, where heads and channels may differ in it."""
+        if len(set(self.ratios.values())) == 1:
+            return self.ratios["heads"]
+        asked = sum(spec.num_groups * self.ratios[spec.kind] for spec in specs)
+        return asked / sum(spec.num_groups for spec in specs)
 
 
 Kept = dict[str, list[int]]

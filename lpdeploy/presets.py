@@ -31,6 +31,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "batch_size": 128,
             "lr": 1e-4,
             "lora_rank": 8,
+            "lora_init": "peft",
         },
     }
 )

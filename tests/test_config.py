@@ -118,7 +118,10 @@ def test_numbers_become_plain_ones():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"batch_size": 10, "micro_batch_size": 4}, "`micro_batch_size` 4 .* `batch_size` 10"),
+        (
+            {"batch_size": 10, "micro_batch_size": 4},
+            "`batch_size` 10 is no multiple of `micro_batch_size` 4",
+        ),
         ({"prune_warmup": 0.6, "prune_cooldown": 0.4}, "`prune_warmup` .* `prune_cooldown`"),
         ({"ramp": "early", "prune_warmup": 0.3}, "`prune_warmup` 0.3 and `prune_cooldown` 0.7"),
         ({"schedule": "separate", "calibration_samples": 0}, "separate.*`calibration_samples`"),
@@ -161,6 +164,20 @@ def test_removal_is_what_the_base_allows(values, removal):
     assert config.effective_removal == removal
     assert config.to_json()["removal"] == removal
     assert PruneConfig(**config.to_json()).effective_removal == removal
+
+
+@pytest.mark.parametrize(
+    ("values", "init"),
+    [
+        ({}, "groups"),
+        ({"criterion": "gate"}, "peft"),
+        ({"criterion": "gate", "lora_init": "groups"}, "groups"),
+        ({"lora_init": "peft"}, "peft"),
+    ],
+    ids=str,
+)
+def test_lora_starts_as_the_criterion_needs_it(values, init):
+    assert PruneConfig(**values).effective_lora_init == init
 
 
 def test_a_ratio_of_half_unless_a_budget_decides():

@@ -330,6 +330,29 @@ def render_rank(data: dict[str, Any]) -> str:
     return write_table(("what", "cost"), rows, about, describe(data, "peft"))
 
 
+def render_lora_init(data: dict[str, Any]) -> str:
+    """Show how far LoRA's gradients rank groups as the true ones do, by how LoRA starts."""
+    starts = data["starts"]
+    labels = {"heads": "whole groups of heads", "channels": "whole channels"}
+    last = starts["groups"]
+    rows = [
+        (labels.get(kind, kind),
+         *(f"{starts[init][kind]['rank_correlation']:.2f}" for init in starts),
+         *(f"{last[kind].get(f'share_{name}', 1):.0%}" for name in ("lora", "gradient")))
+        for kind in sorted(last, key=lambda kind: kind in labels)
+    ]  # fmt: skip
+    header = (
+        "scores of",
+        *(f"rank correlation, {init}" for init in starts),
+        *(f"part of the score, {name}" for name in ("lora, groups", "gradient")),
+    )
+    about = (
+        f"{data['model']}, LoRA of rank {data['rank']}, {data['rows']} rows of "
+        f"{data['options']['seq_len']} tokens before the first step; means over the layers."
+    )
+    return write_table(header, rows, f"{about} {describe(data, 'peft')}")
+
+
 def render_tutorial(data: dict[str, Any]) -> str:
     """Show how long each command of the tutorial takes."""
     stages = data["stages"]
@@ -353,6 +376,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": lambda data: strip_heading(render_latency_table(read_record(LatencyResult, data))),
     "latency": render_latency,
     "load": render_load,
+    "lora_init": render_lora_init,
     "one_shot": render_one_shot,
     "rank": render_rank,
     "refit": render_refit,

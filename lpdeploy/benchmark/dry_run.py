@@ -30,7 +30,9 @@ class DryRun:
         model: Folder or hub name of the base.
         rows: Rows of tokens to train on.
         dropped: Examples that give no row.
+        cut: Rows that lack the end of an answer.
         steps: Optimizer steps.
+        passes: Times that training sees each row.
         events: The steps after which groups go; empty where trials choose the shape first.
         layers: Layers that would be kept, and those that the base has; None where trials choose.
         kept: Groups that a layer keeps, and those that it has, by their name: on average over the
@@ -45,7 +47,9 @@ class DryRun:
     model: str
     rows: int
     dropped: int
+    cut: int
     steps: int
+    passes: float
     events: tuple[int, ...]
     layers: tuple[int, int] | None
     kept: dict[str, tuple[int, int]] | None
@@ -98,7 +102,9 @@ def dry_run(  # noqa: PLR0913 - what prune takes
         model=model,
         rows=len(dataset),
         dropped=dataset.num_dropped,
+        cut=dataset.num_cut,
         steps=steps,
+        passes=steps * options.batch_size / len(dataset),
         events=tuple(build_schedule(options, source.prunable, steps=steps).list_events())
         if known
         else (),

@@ -32,6 +32,7 @@ def _list_trackers() -> tuple[str, ...]:
 
 
 # Without these a batch still says over how many rows a gradient is taken that scores groups.
+_MANY_PASSES = 10  # over few rows, which a model learns by heart
 _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_norm")
 
 
@@ -201,7 +202,8 @@ def _show_dry_run(
             "else comes on top: choosing layers, scoring before the first step, and refits."
         )
     print_result(found.to_json(), "\n".join(lines), as_json=as_json)
-    log("Nothing was written but cached tokens. Leave out --dry-run to start.")
+    written = "Nothing was written" + (" but cached tokens" if given["cache"] else "")
+    log(f"{written}. Leave out --dry-run to start.")
 
 
 def _write_minutes(seconds: float) -> str:
@@ -209,11 +211,14 @@ def _write_minutes(seconds: float) -> str:
 
 
 def _describe_work(found: Any) -> str:
-    dropped = f" ({found.dropped:,} examples give none)" if found.dropped else ""
+    notes = [f"{found.dropped:,} examples give none"] if found.dropped else []
+    notes += [f"{found.cut:,} lack the end of an answer"] if found.cut else []
+    rows = f"{found.rows:,} rows of tokens" + (f" ({'; '.join(notes)})" if notes else "")
     if not found.steps:
-        return f"The run would prune in one shot, with {found.rows:,} rows of tokens{dropped}."
+        return f"The run would prune in one shot, with {rows}."
+    often = f", {found.passes:,.0f} passes over the rows" if found.passes >= _MANY_PASSES else ""
     return (
-        f"The run would train on {found.rows:,} rows of tokens{dropped} in {found.steps:,} steps"
+        f"The run would train on {rows} in {found.steps:,} steps{often}"
         f"{_describe_events(found.events)}."
     )
 

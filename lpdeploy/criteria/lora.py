@@ -34,4 +34,5 @@ LORA = Criterion(
     help="from LoRA's gradients (Eq. 10)",
     score_weights=score_weights,
     rank_products=2,
+    lora_init="groups",
 )

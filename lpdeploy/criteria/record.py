@@ -94,6 +94,7 @@ class Criterion:
         forward_only: Scores need no gradient, so rows that are only scored run forward alone.
         rank_products: Products of LoRA's rank and a weight's size that scoring takes beside
             ``B A``; counted as operations.
+        lora_init: How LoRA starts where the user does not say: ``peft`` or ``groups``.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Criterion:
     measure_inputs: "Callable[[Tensor], Tensor] | None" = None
     forward_only: bool = False
     rank_products: int = 0
+    lora_init: str = "peft"
 
     def __post_init__(self) -> None:
         given = (self.score_weights, self.score_features, self.score_groups, self.score_outputs)

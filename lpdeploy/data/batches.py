@@ -35,6 +35,7 @@ class TokenDataset:
         labelled: Which tokens are trained on, shape (N,).
         offsets: Row i is ``tokens[offsets[i]:offsets[i + 1]]``, shape (rows + 1,).
         num_dropped: Number of examples without a row, because no answer begins within ``seq_len``.
+        num_cut: Number of rows that lack the end of an answer, because ``seq_len`` cuts it off.
         chat_template: The template that conversations were written with; None for plain text.
     """
 
@@ -42,6 +43,7 @@ class TokenDataset:
     labelled: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     num_dropped: int = 0
+    num_cut: int = 0
     chat_template: str | None = None
 
     def __len__(self) -> int:
@@ -254,11 +256,13 @@ def _build_chats(
 ) -> TokenDataset:
     tokens: list[NDArray[np.int32]] = []
     labelled: list[NDArray[np.bool_]] = []
+    num_cut = 0
     for examples in _iterate_chunks(corpus.examples, on_progress):
         for ids, in_answer in _encode_chats(examples, tokenizer, template):
             if in_answer[1:seq_len].any():  # nothing predicts the first token
                 tokens.append(ids[:seq_len])
                 labelled.append(in_answer[:seq_len] | train_on_prompt)
+                num_cut += bool(in_answer[seq_len:].any())
     if not tokens:
         raise DataError(
             f"No answer of '{corpus.source}' begins within `seq_len` {seq_len}: its prompts are "
@@ -269,6 +273,7 @@ def _build_chats(
         labelled=np.concatenate(labelled),
         offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
         num_dropped=len(corpus.examples) - len(tokens),
+        num_cut=num_cut,
         chat_template=template,
     )
 

@@ -23,8 +23,8 @@ from lpdeploy.folders import remove_leftovers
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "LPDEPLOY_CACHE"
-# Increase this when the same text and tokenizer give other rows than before.
-_ROWS_VERSION = 2
+# Increase this when the same text and tokenizer give other rows, or counts, than before.
+_ROWS_VERSION = 3
 _UNREADABLE = (OSError, SafetensorError, RuntimeError)  # the last if torch cannot map the file
 _ARRAYS = ("tokens", "labelled", "offsets")
 
@@ -81,6 +81,7 @@ def _save(path: Path, dataset: TokenDataset, identity: str) -> None:
         "identity": identity,
         "sha256": dataset.sha256,
         "num_dropped": str(dataset.num_dropped),
+        "num_cut": str(dataset.num_cut),
         **({} if dataset.chat_template is None else {"chat_template": dataset.chat_template}),
     }
     remove_leftovers(path)
@@ -107,6 +108,7 @@ def _map(path: Path) -> tuple[TokenDataset, Mapping[str, str]]:
     dataset = TokenDataset(
         **arrays,
         num_dropped=int(metadata["num_dropped"]),
+        num_cut=int(metadata["num_cut"]),
         chat_template=metadata.get("chat_template"),
     )
     return dataset, metadata

@@ -146,7 +146,20 @@ def _read_turn(turn: Mapping[str, Any], where: str) -> Message:
     name = _ALIASES.get(turn[role], turn[role]) if isinstance(turn[role], str) else turn[role]
     if name not in ROLES:
         raise DataError(f"{where} is of the role {turn[role]!r}. Use {', '.join(ROLES)}.")
+    parts = turn[content]
+    if isinstance(parts, list):  # as the chat completions API has it
+        return Message(name, _join_parts(parts, _join(where, content)))
     return Message(name, _get_text(turn, content, where))
+
+
+def _join_parts(parts: list[Any], where: str) -> str:
+    for part in parts:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and "text" in part):
+            raise DataError(
+                f"{where} has a part that is no text. Give parts of {{'type': 'text', 'text'}} "
+                "alone, or a string."
+            )
+    return "".join(_get_text(part, "text", where) for part in parts)
 
 
 def _check_turns(turns: list[Message], where: str) -> tuple[Message, ...]:

@@ -227,7 +227,7 @@ def _parse_json(text: str, path: Path, *, line: int = 1) -> Any:
 
 def _describe_no_json(path: Path, line: int, reason: str) -> DataError:
     return DataError(
-        f"'{path}', line {line}, is not valid JSON ({reason}). Write one object a line, or one "
+        f"'{path}', line {line}, is not valid JSON ({reason}). Write one object per line, or one "
         "list of objects."
     )
 

@@ -1,5 +1,6 @@
 """Perplexity of a text on any engine, by the protocol of the paper."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import NoReturn
@@ -20,6 +21,8 @@ from lpdeploy.data.sources import Corpus
 from lpdeploy.engines.runner import Runner
 from lpdeploy.errors import DataError, LpdeployError, NonFiniteError
 from lpdeploy.evaluation.results import Perplexity
+
+logger = logging.getLogger(__name__)
 
 # Positions whose log-softmax is taken at once: 64 MB beside the logits at 32,000 tokens.
 _POSITIONS_AT_ONCE = 512
@@ -97,6 +100,11 @@ def _cut_segments(
     """Cut a corpus into segments, and count the tokens of a byte of what they predict."""
     if corpus.is_chat:
         whole = build_token_dataset(corpus, tokenizer, seq_len=seq_len)
+        if whole.num_cut:
+            logger.warning(
+                "%s of %s conversations of '%s' have answers beyond `seq_len` %s, which are not "
+                "measured.", whole.num_cut, len(whole), corpus.source, seq_len,
+            )  # fmt: skip
     else:
         stream = build_token_stream(corpus, tokenizer)
         if len(stream) < 2:

@@ -96,7 +96,7 @@ def _refuse_unknown(name: str, folder: Path) -> NoReturn:
 def _load_file(path: Path, *, name: str, task: str) -> TaskFile:
     rows = list(read_json_rows(path))
     if not rows:
-        raise DataError(f"'{path}' holds no items. Put one object a line into it.")
+        raise DataError(f"'{path}' holds no items. Put one object per line into it.")
     first = rows[0][1]
     form = "contexts" if isinstance(first, dict) and "context_options" in first else "query"
     shots_path = path.with_name(f"{path.stem}{_SHOTS}.jsonl")

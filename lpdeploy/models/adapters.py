@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpdeploy.errors import ArtifactError, quote_error
-from lpdeploy.families.groups import LINEARS, expand_index
+from lpdeploy.families.groups import LINEARS, OUTPUT_LINEARS, expand_index
 from lpdeploy.folders import check_untouched
 from lpdeploy.models.finite import check_finite
 from lpdeploy.plan import PruningPlan
@@ -43,8 +43,18 @@ class LoraWeights:
     scaling: float
 
 
-def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> Any:
+def attach_lora(
+    model: Any, *, rank: int, alpha: float, dropout: float, seed: int, init: str = "peft"
+) -> Any:
     """Wrap a causal LM in a peft model with LoRA on all seven projections of every layer.
+
+    Args:
+        model: The causal LM.
+        rank: Of A and B.
+        alpha: LoRA adds ``alpha / rank * B A``.
+        dropout: On LoRA's input.
+        seed: Of the initial weights.
+        init: ``peft`` for a random A and B = 0, or ``groups``; see ``init_lora_by_groups``.
 
     Returns:
         The ``PeftModel``; only LoRA weights (float32) are trainable.
@@ -61,7 +71,34 @@ def attach_lora(model: Any, *, rank: int, alpha: float, dropout: float, seed: in
     )
     wrapped = get_peft_model(model, config)
     config.target_modules = sorted(LINEARS)  # peft makes a set of it, saved in any order
+    if init == "groups":
+        init_lora_by_groups(wrapped)
     return wrapped
+
+
+def init_lora_by_groups(model: nn.Module) -> None:
+    """Start LoRA with A = 0 and a random B in o_proj and down_proj, whose groups are columns.
+
+    peft starts with a random A and B = 0 everywhere, where Eq. 9 estimates the gradient G of a
+    weight as ``scaling G A^T A``. This keeps the rows of G apart, but mixes its columns: of the
+    columns that belong to a group it says nothing. With A = 0, the estimate is
+    ``scaling B B^T G``, which keeps the columns apart. The model computes the same as before, and
+    the adapter is one like any other. B is drawn as peft draws A, with out in place of in.
+
+    Args:
+        model: One with LoRA that has not been trained.
+
+    Source:
+        Ours; LoRAPrune, arXiv:2305.18403, takes any A and B in Eq. 9. On how the two ways to start
+        differ in training: Hayou et al., arXiv:2406.08447.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(OUTPUT_LINEARS) and hasattr(module, "lora_A"):
+            lora: Any = module
+            weight_b = lora.lora_B[ADAPTER].weight
+            bound = weight_b.shape[0] ** -0.5
+            nn.init.zeros_(lora.lora_A[ADAPTER].weight)
+            nn.init.uniform_(weight_b, -bound, bound)
 
 
 def get_lora_weights(linear: Any) -> LoraWeights:

@@ -17,6 +17,8 @@ from lpdeploy.paper.tables import Row, Table
 _WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory", "eval_every", "eval_samples")
 # Keys are made of the names that options had when the first cells were run.
 _FORMER_NAMES = {name: former for former, name in RENAMED.items()}
+# How the paper starts LoRA, and how the first cells did: their keys do not name it.
+_FIRST_INIT = "peft"
 # One run scores all groups. The ratio that it then prunes to does not matter.
 _SIMILARITY_RATIO = 0.5
 
@@ -210,6 +212,8 @@ def list_cells(selection: Selection, study: Study) -> list[Cell]:
 def build_cell(row: Row, study: Study, *, ratio: float, seed: int, measured: bool = True) -> Cell:
     """Return one cell of a row; ``measured`` says whether its model is evaluated."""
     own = dict(row.options)
+    if study.prune_options.get("lora_init") is None:
+        own = {"lora_init": _FIRST_INIT, **own}
     if row.step_factor is not None:
         own["steps"] = max(1, round(row.step_factor * study.prune_options["steps"]))
     own |= {"ratio": ratio, "seed": seed}
@@ -240,7 +244,10 @@ def _compute_key(
         "options": {
             _FORMER_NAMES.get(name, name): value
             for name, value in options.items()
-            if value is not None and value is not False and name not in _WITHOUT_EFFECT
+            if value is not None
+            and value is not False
+            and name not in _WITHOUT_EFFECT
+            and (name, value) != ("lora_init", _FIRST_INIT)
         },
         "evaluation": evaluation.to_json() if evaluation else None,
     }

@@ -13,6 +13,11 @@ SIMILARITY_SAMPLES = 128
 _8BIT = {"criterion": "lora", "load_in": "8bit"}
 _DENSE = Row("dense", "unpruned", dense=True)
 _LORA = Row("lora", "LoRAPrune (lora)", {"criterion": "lora"})
+_LORA_GROUPS = Row(
+    "lora-groups",
+    "LoRAPrune, LoRA started by groups (not in the paper)",
+    {"criterion": "lora", "lora_init": "groups"},
+)
 # All rows of a table have the learning rate and the rank that the user gives.
 _SHARED = ("lr", "lora_rank", "lora_alpha")
 _RECIPE = {name: value for name, value in PRESETS["best"].items() if name not in _SHARED}
@@ -24,6 +29,7 @@ _CRITERIA = (
     Row("gradient", "LLM-Pruner (gradient)", {"criterion": "gradient"}),
     Row("lora-8bit", "LoRAPrune-8bit (lora)", _8BIT),
     _LORA,
+    _LORA_GROUPS,
     Row("gate", "gate (not in the paper)", {"criterion": "gate"}),
     Row("random", "random (not in the paper)", {"criterion": "random"}),
     _BEST,

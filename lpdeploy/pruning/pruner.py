@@ -1,5 +1,6 @@
 """Pruning inside a training loop of one's own: watch, score, remove, save."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +14,11 @@ from lpdeploy.config import PruneConfig
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import LINEARS
 from lpdeploy.manifest import record_stage
+from lpdeploy.models.adapters import get_lora_weights
 from lpdeploy.models.find import resolve_model
 from lpdeploy.models.loading import compute_model_sha256, load_config
 from lpdeploy.models.shapes import list_prunable
+from lpdeploy.plan import GroupSpec, get_output
 from lpdeploy.pruning.ranks import Ranks
 from lpdeploy.pruning.refit import list_stored
 from lpdeploy.pruning.results import build_plan, complete_run, save_results
@@ -23,6 +26,8 @@ from lpdeploy.pruning.schedule import build_schedule
 from lpdeploy.pruning.state import apply_event, build_state
 from lpdeploy.pruning.walk import Calibration, hold_out
 from lpdeploy.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class LoRAPruner:
@@ -93,6 +98,7 @@ class LoRAPruner:
         self._causal = get_causal_model(model)
         self._base = os.fspath(base) if base is not None else str(self._causal.name_or_path)
         specs = list_prunable(self._causal.config, self.config.widths)
+        _tell_start(self._causal, specs, self.config)
         self._refit_batches = refit_batches
         stored = None
         if self.config.refit:
@@ -226,6 +232,19 @@ class LoRAPruner:
                 plan = save_results(run, self.model, self.state, plan=plan, stage=stage)
             complete_run(run, plan)
         return run
+
+
+def _tell_start(causal: Any, specs: Sequence[GroupSpec], config: PruneConfig) -> None:
+    """Warn where LoRA's gradients cannot tell groups apart at first; see docs/how-it-works.md."""
+    outputs = [causal.get_submodule(get_output(spec).module) for spec in specs]
+    if config.effective_lora_init == "groups" and not any(
+        get_lora_weights(linear).lora_b.any() for linear in outputs
+    ):
+        logger.warning(
+            "LoRA starts with B = 0 in o_proj and down_proj, so that its gradients cannot tell "
+            "their groups apart at first. Call lpdeploy.init_lora_by_groups(model) before, or set "
+            "`lora_init='peft'`."
+        )
 
 
 def get_causal_model(model: Any) -> Any:

@@ -47,7 +47,7 @@ def build_plan(
 
 def _compute_ratio(state: PruningState, options: PruneConfig) -> float:
     """Return the share of the groups that were to go, those of dropped layers included."""
-    ratio = options.compute_ratio(state.specs)
+    ratio = options.widths.compute_ratio(state.specs)
     dropped = (options.drop_layers or 0) / (len(state.kept) / 2)  # two specs a layer
     return ratio if not dropped else 1 - (1 - ratio) * (1 - dropped)
 

@@ -95,7 +95,7 @@ def build_schedule(options: PruneConfig, specs: Sequence[GroupSpec], *, steps: i
     """
     warmup, cooldown = options.pauses
     return Schedule(
-        ratio=options.compute_ratio(specs),
+        ratio=options.widths.compute_ratio(specs),
         steps=steps,
         every=options.prune_every,
         warmup=warmup,

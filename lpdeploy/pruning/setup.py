@@ -311,6 +311,7 @@ def _attach_lora(model: Any, base: str, options: PruneConfig) -> Any:
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
         seed=options.seed,
+        init=options.effective_lora_init,
     )
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
@@ -336,13 +337,15 @@ def describe_start(source: Source, training: Training) -> str:
     )
     padding = f", padding {share:.1%} of what is computed" if share else ""
     dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
+    dropped += f", {dataset.num_cut} without the end of an answer" if dataset.num_cut else ""
     where = str(training.device)
     if (size := training.ranks.size) > 1:
         where = f"{size} ranks on {training.device.type}"
         base += ", sharded" if options.shard else ""
     dropped_layers = f"layers dropped: {options.drop_layers}; " if options.drop_layers else ""
     scored = options.num_calibration_rows
-    first = f"{scored} rows run before the first step; " if scored else ""
+    again = ", some more than once," if scored > len(dataset) else ""
+    first = f"{scored} rows{again} run before the first step; " if scored else ""
     return (
         f"{where}, {used}{base} (checkpoint {stored}); {len(dataset)} rows "
         f"of at most {options.seq_len} tokens{dropped}{padding}; {first}{training.steps} steps, "

@@ -167,7 +167,7 @@ def check(
     else:
         folder, source = Path(model), find_config(model)
         pruned = forecast_config(source, config.widths)
-        ratio = config.compute_ratio(list_group_specs(source, heads=config.widths.heads))
+        ratio = config.widths.compute_ratio(list_group_specs(source, heads=config.widths.heads))
         nearest = suggest(source, config.widths, ranks=tensor_parallel)
     verdicts = list_verdicts(pruned, tensor_parallel=tensor_parallel)
     return CheckResult(
@@ -354,10 +354,10 @@ def describe_servers(verdicts: Sequence[Verdict]) -> str:
         untried = verdict.loads == "yes" and not verdict.tried
         names["untried" if untried else verdict.loads].append(verdict.name)
     parts = {
-        "yes": "loads in",
-        "untried": "should load in, but was never tried with",
-        "condition": "loads on a condition in",
-        "no": "does not load in",
+        "yes": "loads in {}",
+        "untried": "should load in {} (not tried)",
+        "condition": "loads on a condition in {}",
+        "no": "does not load in {}",
     }
-    said = [f"{words} {', '.join(names[key])}" for key, words in parts.items() if names[key]]
+    said = [words.format(", ".join(names[key])) for key, words in parts.items() if names[key]]
     return f"The pruned model {'; '.join(said)}."

@@ -62,7 +62,7 @@ def test_options_reach_the_workload_and_json_is_all_of_stdout(tmp_path, monkeypa
             ["--criterion", ","],
             "Invalid value for '--criterion': ',' is empty. Give values",
         ),
-        (["--batch-size", "4", "--micro-batch-size", "3"], "--micro-batch-size 3 does not divide"),
+        (["--batch-size", "4", "--micro-batch-size", "3"], "no multiple of --micro-batch-size 3"),
         (["--ratio", "1"], "Invalid value for '--ratio'"),
     ],
 )

@@ -1,11 +1,13 @@
 """What `lpdeploy doctor` says of this machine, and of every extra."""
 
+import dataclasses
 import importlib.metadata
 import tomllib
 
 import pytest
 
 from lpdeploy.extras import EXTRAS, Extra
+from lpdeploy.machine import describe_machine
 from tests.cli.test_cli import invoke, last_json
 from tests.helpers import ROOT
 
@@ -52,12 +54,23 @@ def test_it_says_what_is_there_and_how_to_install_the_rest(one_of_two):
     assert found["missing"] == {"no-such-package": install}
     assert found["extras"] == [
         {"name": "there", "packages": ["click"], "purpose": "be there",
-         "version": version, "install": "pip install 'lpdeploy[there]'"},
+         "needs_gpu": False, "version": version, "install": "pip install 'lpdeploy[there]'"},
         {"name": "nothing", "packages": ["no-such-package"], "purpose": "be missing",
-         "version": None, "install": install},
+         "needs_gpu": False, "version": None, "install": install},
     ]  # fmt: skip
     lines = invoke("doctor").stdout.splitlines()
     rows = [line.split() for line in lines]
     assert ["there", "click", version, "be", "there"] in rows
     assert ["nothing", "no-such-package", "missing", "be", "missing"] in rows
     assert lines[-1] == install
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H200"])
+def test_it_advises_what_needs_a_gpu_only_where_there_is_one(monkeypatch, gpu):
+    wants_gpu = dataclasses.replace(MISSING, needs_gpu=True)
+    monkeypatch.setattr("lpdeploy.cli.doctor.EXTRAS", (THERE, wants_gpu))
+    machine = dataclasses.replace(describe_machine(), gpu=gpu)
+    monkeypatch.setattr("lpdeploy.machine.describe_machine", lambda: machine)
+    found = invoke("doctor").stdout
+    assert ("To install what is missing" in found) == (gpu is not None)
+    assert "no-such-package    missing" in found

@@ -45,7 +45,7 @@ def test_a_table_may_be_called_a_table(ask):
             ["--", "--lr", "x"],
             "options of prune after '--': .*'x' is neither a number nor auto",
         ),
-        ("7", ["--", "--batch-size", "6"], "--micro-batch-size 4 does not divide --batch-size 6"),
+        ("7", ["--", "--batch-size", "6"], "--batch-size 6 is no multiple of --micro-batch-size 4"),
         ("7", ["--", "extra"], "options of prune after '--': Got unexpected extra argument"),
         ("7", ["--", "--seed", "4"], "--seed is set by the cells of Table 7. Remove it"),
         ("7", ["--", "--schedule", "joint"], "--schedule is set by the cells of Table 7"),

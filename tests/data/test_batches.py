@@ -154,6 +154,15 @@ class TestInstructionPairs:
         assert dataset.num_dropped > 0
         assert max(np.diff(dataset.offsets)) == 24
 
+    def test_rows_that_lack_the_end_of_an_answer_are_counted(self, joining):
+        whole = build_token_dataset(instruct(), joining, seq_len=512)
+        assert whole.num_cut == 0
+        longest = max(whole.lengths)  # the last token of a row ends its answer
+        assert build_token_dataset(instruct(), joining, seq_len=longest).num_cut == 0
+        cut = build_token_dataset(instruct(), joining, seq_len=longest - 1)
+        assert cut.num_cut == sum(whole.lengths == longest)
+        assert (len(cut), cut.num_dropped) == (len(whole), 0)
+
     def test_border_at_one_token_of_the_response(self, joining):
         prompt, response = PAIRS[0]
         num_prompt = 1 + len(joining.encode(prompt, add_special_tokens=False))

@@ -27,6 +27,7 @@ def make_dataset(seed=0):
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         labelled=rng.random(lengths.sum()) < 0.5,
         num_dropped=3,
+        num_cut=2,
         chat_template="{{ messages }}",
     )
 
@@ -37,6 +38,7 @@ def assert_same(dataset, expected):
         assert array.dtype == getattr(expected, name).dtype
         assert array.tolist() == getattr(expected, name).tolist()
     assert dataset.num_dropped == expected.num_dropped
+    assert dataset.num_cut == expected.num_cut
     assert dataset.chat_template == expected.chat_template
 
 
@@ -194,5 +196,5 @@ def test_kept_files_say_what_they_are(tmp_path):
     load_or_build(tmp_path, IDENTITY, build=make_dataset)
     with safe_open(get_file(tmp_path), framework="np") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["identity"]) == IDENTITY | {"rows_version": 2}
+    assert json.loads(metadata["identity"]) == IDENTITY | {"rows_version": 3}
     assert metadata["sha256"] == make_dataset().sha256

@@ -38,6 +38,27 @@ class TestForms:
     def test_turns(self, row):
         assert parse_row(row, "here") == chat(*TURNS)
 
+    def test_parts_of_text_are_joined(self):
+        parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+        row = {
+            "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}]
+        }
+        assert parse_row(row, "here") == chat(("user", "Hi there"), ("assistant", "A"))
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": {"url": "a.png"}},
+            {"type": "text", "text": 3},
+            "Hi",
+            None,
+        ],
+    )
+    def test_other_parts_are_refused(self, part):
+        row = {"messages": [{"role": "user", "content": [part]}]}
+        with pytest.raises(DataError, match="no text|of type int"):
+            parse_row(row, "here")
+
     @pytest.mark.parametrize("question", ["instruction", "prompt", "question"])
     @pytest.mark.parametrize("answer", ["response", "output", "completion", "answer"])
     def test_questions_and_answers(self, question, answer):
@@ -129,7 +150,10 @@ class TestBadRows:
             ),
             (
                 {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-                "here: 'messages', turn 1: 'content' is of type list. Make it a string.",
+                (
+                    "here: 'messages', turn 1: 'content' has a part that is no text. Give parts of "
+                    "{'type': 'text', 'text'} alone, or a string."
+                ),
             ),
             (
                 {"messages": [{"role": "user", "content": "a"}]},

@@ -60,6 +60,43 @@ def test_lora_is_on_all_seven_projections_and_trains_alone(bases, family):
         assert weights.scaling == 4.0
 
 
+@every_family
+def test_lora_that_starts_by_groups_changes_no_output_and_only_the_start_of_o_and_down(
+    bases, family
+):
+    tokens = torch.arange(12).view(2, 6)
+    model = load_model(bases(family)).eval()
+    with torch.no_grad():
+        plain = model(tokens).logits
+    wrapped = attach_lora(model, rank=3, alpha=6, dropout=0.0, seed=1, init="groups").eval()
+    usual = attach_lora(load_model(bases(family)), rank=3, alpha=6, dropout=0.0, seed=1)
+    with torch.no_grad():
+        assert torch.equal(wrapped(tokens).logits, plain)
+    for name, module in usual.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        started = get_lora_weights(wrapped.get_submodule(name))
+        if name.endswith(("o_proj", "down_proj")):
+            assert not started.lora_a.any()
+            bound = started.lora_b.shape[0] ** -0.5
+            assert 0.8 * bound < started.lora_b.abs().max() <= bound
+        else:
+            assert torch.equal(started.lora_a, get_lora_weights(module).lora_a)
+            assert not started.lora_b.any()
+
+
+def test_the_seed_decides_the_start_by_groups(bases):
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"
+    first, second, other = (
+        attach_lora(
+            load_model(bases("llama-gqa")), rank=4, alpha=8, dropout=0.0, seed=seed, init="groups"
+        ).state_dict()[name]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
 def test_the_seed_decides_the_start(bases):
     first, second, other = (
         attach_lora(load_model(bases("llama-gqa")), rank=4, alpha=8, dropout=0.0, seed=seed)

@@ -71,6 +71,22 @@ def test_another_run_has_another_key(change):
     assert key(**change) != key()
 
 
+def test_rows_start_lora_as_the_paper_does_unless_they_or_the_user_say_otherwise():
+    study = make_study()
+    cell = build_cell(Row("r", "r"), study, ratio=0.5, seed=0)
+    assert cell.options["lora_init"] == "peft"
+    words = list_prune_words(cell, study, run=Path("run"))
+    assert words[words.index("--lora-init") + 1] == "peft"
+    # The keys of cells that ran before there was a choice.
+    before = {n: v for n, v in study.prune_options.items() if n != "lora_init"}
+    earlier = dataclasses.replace(study, prune_options=before)
+    assert build_cell(Row("r", "r"), earlier, ratio=0.5, seed=0).key == cell.key
+    groups = Row("g", "g", {"lora_init": "groups"})
+    chosen = build_cell(Row("r", "r"), make_study(lora_init="groups"), ratio=0.5, seed=0)
+    assert chosen.key == key(groups) != cell.key
+    assert "--lora-init" not in list_prune_words(chosen, study, run=Path("run"))
+
+
 @pytest.mark.parametrize("option", [{"load_in": None}, {"compile": False}])
 def test_an_option_of_a_later_version_that_is_not_given_leaves_the_key(option):
     study = make_study()
@@ -144,7 +160,7 @@ def test_commands_carry_the_options_unchanged():
     words = list_prune_words(cell, study, run=Path("out/run"))
     assert show_command(words) == (
         "lpdeploy prune here/model --data here/data.txt --output out/run --steps 9 --normalize "
-        "--criterion gradient --offload-gradients --ratio 0.2 --seed 1"
+        "--lora-init peft --criterion gradient --offload-gradients --ratio 0.2 --seed 1"
     )
     assert show_command(list_eval_words(cell, study, model="RUN")) == (
         "lpdeploy eval RUN --perplexity here/valid.txt --seq-len 128 --device cpu"

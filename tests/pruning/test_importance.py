@@ -37,6 +37,29 @@ def test_matches_the_loops_of_the_paper(dim, block):
     torch.testing.assert_close(scores, expected, rtol=RTOL, atol=0, check_dtype=False)
 
 
+def backward(weight, a, b, gradient, scaling):
+    """Return the gradients of A and B where that of W is ``gradient``."""
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    ((weight + scaling * b @ a) * gradient).sum().backward()
+    return a.grad, b.grad
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("init", ["peft", "groups"])
+def test_before_the_first_step_scores_tell_groups_apart_where_a_or_b_is_zero(dim, init):
+    # Groups 1 and 2 have no gradient. Groups of rows are told apart with B = 0, of columns with
+    # A = 0: the estimate mixes what is multiplied by A^T A, or by B B^T.
+    weight, a, b, gradient, _ = random_layer(out=6, columns=6, rank=3)
+    gradient = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    (gradient[2:] if dim == 0 else gradient[:, 2:]).zero_()
+    a, b = (a, torch.zeros_like(b)) if init == "peft" else (torch.zeros_like(a), b)
+    grads = backward(weight, a, b, gradient, 2.0)
+    scores = score(weight, a, b, *grads, scaling=2.0, dim=dim, block=2)
+    assert scores[0] > 0
+    apart = (dim == 0) == (init == "peft")
+    assert bool(scores[1:].any()) != apart
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_row_blocks_do_not_change_the_scores(dim, monkeypatch):
     tensors = random_layer(out=64, columns=32)

@@ -33,7 +33,7 @@ def ours(base, data, tmp_path):
 
 def build_model(base):
     model = AutoModelForCausalLM.from_pretrained(base)
-    return attach_lora(model, rank=4, alpha=8, dropout=0.0, seed=3)
+    return attach_lora(model, rank=4, alpha=8, dropout=0.0, seed=3, init="groups")
 
 
 def list_micros(base, data):
@@ -192,6 +192,23 @@ def test_a_training_of_another_length_is_refused(base, data, tmp_path):
     trainer.add_callback(lpdeploy.PruneCallback(pruner))
     with pytest.raises(LpdeployError, match="total_steps=8"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("init", "options", "said"),
+    [
+        ("peft", {}, True),
+        ("groups", {}, False),
+        ("peft", {"lora_init": "peft"}, False),
+        ("peft", {"criterion": "gate"}, False),
+    ],
+)
+def test_a_start_that_cannot_tell_groups_apart_is_named(base, caplog, init, options, said):
+    model = attach_lora(
+        AutoModelForCausalLM.from_pretrained(base), rank=4, alpha=8, dropout=0.0, seed=3, init=init
+    )
+    lpdeploy.LoRAPruner(model, lpdeploy.PruneConfig(**{**GIVEN, **options}), total_steps=8)
+    assert ("init_lora_by_groups" in caplog.text) == said
 
 
 def test_what_cannot_be_pruned_is_refused(base):

@@ -62,6 +62,21 @@ def test_what_stays_is_more_important_than_what_went_last(base, data, tmp_path):
     assert scores[kept].min() >= scores[gone].max()
 
 
+@pytest.mark.parametrize(
+    ("options", "zero"),
+    [({}, "A"), ({"criterion": "gate"}, "B"), ({"lora_init": "peft"}, "B")],
+    ids=str,
+)
+def test_lora_starts_as_the_options_say(base, data, tmp_path, options, zero):
+    run(base, tmp_path / "run", data, options={"schedule": "one-shot", **options})
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    outputs = {name: weight for name, weight in weights.items() if "down_proj" in name}
+    assert len(outputs) == 4
+    for name, weight in outputs.items():
+        assert bool(weight.any()) != (f"lora_{zero}" in name)
+    assert not any(w.any() for name, w in weights.items() if "up_proj.lora_B" in name)
+
+
 def test_protected_layers_stay_whole(base, data, tmp_path):
     run(base, tmp_path / "run", data, options={"protect_first": 1})
     kept = RunFolder(tmp_path / "run").load_plan().kept
@@ -160,7 +175,8 @@ def test_pruning_at_once_comes_before_the_first_step(base, data, tmp_path, sched
 def test_one_shot_compacts_to_rows_of_the_base(base, data, tmp_path):
     run(base, tmp_path / "run", data, options=ONCE | {"schedule": "one-shot"})
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all(not tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+    zero = {name: "A" if ".o_proj" in name or ".down_proj" in name else "B" for name in adapter}
+    assert not any(t.any() for name, t in adapter.items() if f"lora_{zero[name]}" in name)
     compact(tmp_path / "run")
     whole = load_file(base / "model.safetensors")
     small = load_file(tmp_path / "run" / "model" / "model.safetensors")

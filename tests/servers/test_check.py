@@ -243,7 +243,7 @@ def test_a_server_that_nobody_tried_is_not_said_to_load_the_model():
     loads = describe_servers(verdicts).split(";")[0]
     assert "vllm" in loads
     assert not any(name in loads for name in untried)
-    assert "never tried with tensorrt-llm" in describe_servers(verdicts)
+    assert "should load in tensorrt-llm (not tried)" in describe_servers(verdicts)
 
 
 def test_weights_are_not_read(tmp_path):

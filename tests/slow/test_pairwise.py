@@ -54,6 +54,7 @@ OPTIONS = {
     "batch_size": (2, 1),
     "lora_rank": (8, 2),
     "lora_dropout": (0.0, 0.05),
+    "lora_init": (None, "peft", "groups"),
     "train_on_prompt": (False, True),
     "prompt_format": (None, "chat-template", "instruction"),
     "eval_every": (None, 2),

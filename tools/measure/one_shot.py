@@ -1,10 +1,11 @@
 """Measure what pruning without any training costs: channels, layers, heads, with and without refit.
 
     python -m tools.measure.one_shot MODEL --train a.jsonl --valid b.jsonl --documents 100
-        --output docs/measurements/one-shot-NAME.json [ROW ...]
+        --output docs/measurements/one-shot-NAME.json [--study criteria] [--dtype bf16] [ROW ...]
 
-Perplexity is that of the last documents of the second file, in segments of 256 tokens. Rows that
-are in the JSON already are not run again.
+The study `ways` has channels, layers and heads, with and without a refit; `criteria` has heads
+alone and channels alone, by several scores. Perplexity is that of the last documents of the second
+file, in segments of 256 tokens. Rows that are in the JSON already are not run again.
 """
 
 import json
@@ -29,6 +30,21 @@ REFIT = {"refit": True, "refit_samples": 128}
 CHANNELS, MORE_CHANNELS = ({"head_ratio": 0.0, "channel_ratio": share} for share in (0.29, 0.44))
 LAYERS, MORE_LAYERS = ({"ratio": 0.0, "drop_layers": count} for count in (7, 10))
 OBS = {"criterion": "obs", **REFIT}
+# A third of the KV heads, or of the channels, by each criterion, and nothing else.
+KINDS = {
+    "heads": {"head_ratio": 0.33, "channel_ratio": 0.0},
+    "channels": {"head_ratio": 0.0, "channel_ratio": 0.33},
+}
+SCORES: dict[str, dict[str, Any]] = {
+    "lora-as-peft": {"criterion": "lora", "lora_init": "peft"},
+    "lora": {"criterion": "lora"},
+    "lora-normalized": {"criterion": "lora", "normalize": True},
+    "gradient": {"criterion": "gradient"},
+    "gradient-normalized": {"criterion": "gradient", "normalize": True},
+    "wanda": {"criterion": "wanda"},
+    "gate": {"criterion": "gate"},
+    "magnitude": {"criterion": "magnitude"},
+}
 ROWS: dict[str, dict[str, Any]] = {
     "channels-refit": {**CHANNELS, **REFIT},
     "channels-obs-refit": {**CHANNELS, **OBS},
@@ -44,6 +60,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "more-channels-obs-refit": {**MORE_CHANNELS, **OBS},
     "more-auto-obs-refit": {"ratio": 0.33, "depth": "auto", **OBS},
 }
+CRITERIA_ROWS = {
+    f"{kind}-by-{name}": {**ratios, **options}
+    for kind, ratios in KINDS.items()
+    for name, options in SCORES.items()
+}
+STUDIES = {"ways": ROWS, "criteria": CRITERIA_ROWS}
 
 
 def take_last(source: Path, documents: int, folder: Path) -> Path:
@@ -54,10 +76,12 @@ def take_last(source: Path, documents: int, folder: Path) -> Path:
     return path
 
 
-def measure_row(model: str, train: str, valid: Path, options: dict[str, Any]) -> dict[str, Any]:
+def measure_row(
+    model: str, train: str, valid: Path, shared: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
     """Prune once, and measure what is left."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = lpdeploy.PruneConfig(**{**OPTIONS, **options})
+        config = lpdeploy.PruneConfig(**{**shared, **options})
         run = lpdeploy.prune(model, train, Path(scratch) / "run", config=config)
         record = run.compact().record
         plan = run.load_plan()
@@ -79,16 +103,20 @@ def main() -> None:
     """Read the command line, and run the rows that are missing."""
     parser = build_parser(__doc__)
     parser.add_argument("model")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--study", choices=STUDIES, default="ways")
+    parser.add_argument("--dtype", default="auto", help="what the scores are computed in")
     parser.add_argument("--train", required=True)
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=100)
     options = parser.parse_args()
+    shared = OPTIONS if options.dtype == "auto" else {**OPTIONS, "dtype": options.dtype}
+    rows = STUDIES[options.study]
     known = json.loads(options.output.read_text()) if options.output.exists() else {}
     document: dict[str, Any] = {
         "model": Path(options.model).name,
         "parameters": count_parameters(load_config(Path(options.model))),
-        "shared_options": {**OPTIONS, "documents": options.documents},
+        "shared_options": {**shared, "documents": options.documents},
         "dense": known.get("dense"),
         "rows": known.get("rows", {}),
     }
@@ -98,9 +126,9 @@ def main() -> None:
             wanted = EvalOptions(perplexity=(str(valid),), seq_len=SEQ_LEN)
             found = evaluate(options.model, wanted).figures
             document["dense"] = found.perplexity[str(valid)].perplexity
-        for name in options.rows or ROWS:
+        for name in options.rows or rows:
             if name not in document["rows"]:
-                row = measure_row(options.model, options.train, valid, ROWS[name])
+                row = measure_row(options.model, options.train, valid, shared, rows[name])
                 document["rows"][name] = row
                 print(f"{name}: {row['perplexity']:.2f}", flush=True)
                 save_measurement(options.output, document)
