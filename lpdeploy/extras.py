@@ -16,11 +16,13 @@ class Extra:
         name: As in ``pip install 'lpdeploy[name]'``.
         packages: What pip installs for it, the most telling first.
         purpose: What it is for.
+        needs_gpu: Whether it is of no use without an NVIDIA GPU.
     """
 
     name: str
     packages: tuple[str, ...]
     purpose: str
+    needs_gpu: bool = False
 
     @property
     def install(self) -> str:
@@ -42,9 +44,16 @@ class Extra:
 
 EXTRAS = (
     Extra("cpu", ("onnxruntime",), "run the exports of onnx and ort on a CPU"),
-    Extra("gpu", ("onnxruntime-gpu",), "run them on an NVIDIA GPU, in place of cpu"),
+    Extra(
+        "gpu", ("onnxruntime-gpu",), "run them on an NVIDIA GPU, in place of cpu", needs_gpu=True
+    ),
     Extra("genai", ("onnxruntime-genai",), "run the package for ONNX Runtime GenAI"),
-    Extra("trt", ("tensorrt",), "build and run engines on the GPU that will serve them"),
+    Extra(
+        "trt",
+        ("tensorrt",),
+        "build and run engines on the GPU that will serve them",
+        needs_gpu=True,
+    ),
     Extra("trt-rtx", ("tensorrt-rtx",), "build engines for RTX cards, on any machine"),
     Extra("gguf", ("gguf",), "package a model for llama.cpp"),
     Extra("llamacpp", ("llama-cpp-python",), "package a model in llama.cpp's smaller types"),

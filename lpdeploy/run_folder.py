@@ -307,7 +307,7 @@ class RunFolder:
         elif present and not resume:
             ways = "" if self.is_complete else "`resume=True` to go on from its checkpoint, "
             raise ArtifactError(
-                f"'{self}' already holds a run ({', '.join(present)}). Use {ways}"
+                f"'{self}' already holds a run. Use {ways}"
                 "`overwrite=True` to replace it, or another `output`."
             )
 

@@ -101,5 +101,9 @@ def _list_notes(result: LatencyResult) -> list[str]:
         "Of the limit: operations of a prefill, bytes of a decoded token, a second, over what the "
         f"machine reached in between ({', '.join(reached)})."
     )
+    memory = (
+        "Peak: the memory that loading a model and running it took. The first model of an engine "
+        "also carries what the engine sets up once."
+    )
     own = [result.note] if result.note else []
-    return [*own, how, limit, describe_origin(result.machine)]
+    return [*own, how, limit, memory, describe_origin(result.machine)]

@@ -28,7 +28,11 @@ def command(*, as_json: bool) -> None:
             for extra, version in found.items()
         ],
     ]
-    missing = [extra for extra, version in found.items() if version is None]
+    missing = [
+        extra
+        for extra, version in found.items()
+        if version is None and (machine.gpu or not extra.needs_gpu)
+    ]
     if missing:
         lines += ["", "To install what is missing:", *[extra.install for extra in missing]]
     data = {

@@ -42,13 +42,18 @@ def _describe_upload(result: "PushResult") -> str:
     return f"{result.url}: {total}, commit {result.commit}"
 
 
+def _describe_visibility(result: "PushResult") -> str:
+    other = "; add --private to keep it to yourself" if result.visibility == "public" else ""
+    return f"{result.visibility} if the repository is new{other}"
+
+
 def _describe_plan(result: "PushResult", command: str) -> str:
     sizes = {file.path: format_bytes(file.size) for file in result.files}
     width = max(map(len, sizes))
     named = " (a local folder; only its name is published)" if result.base_is_local else ""
     return "\n".join(
         [
-            f"{result.repo} ({result.visibility} if the repository is new)",
+            f"{result.repo} ({_describe_visibility(result)})",
             f"base model: {result.base_model}{named}",
             *(f"  {path:{width}}  {size:>8}" for path, size in sizes.items()),
             f"  {len(sizes)} files, {format_bytes(result.bytes)}; nothing was uploaded yet",

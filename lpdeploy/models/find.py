@@ -71,8 +71,8 @@ def _download(model: str, *, files: list[str]) -> Path:
         return Path(snapshot_download(model, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(
-            f"'{model}' is neither a folder nor a model the hub gives ({quote_error(error)}). "
-            "Check the name, the network and 'hf auth login', or give a local folder."
+            f"There is no folder '{model}' here, and the hub gives no model of that name "
+            f"({quote_error(error)}). Check the path or the name, the network and 'hf auth login'."
         ) from error
 
 

@@ -23,8 +23,8 @@ _CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _INDEX = "model.safetensors.index.json"
 _FP8 = "fp8"
 _FP8_NOTE = (
-    "Its projections are in FP8, with a scale a row, and their inputs are rounded to FP8 token by "
-    "token. vLLM computes so on GPUs of compute capability 8.9 and newer."
+    "Its projections are in FP8, with one scale per row, and their inputs are rounded to FP8 token "
+    "by token. vLLM computes so on GPUs of compute capability 8.9 and newer."
 )
 
 
@@ -116,7 +116,7 @@ def _list_notes(config: PretrainedConfig) -> list[str]:
     if head_dim in _CPU_HEADS:
         return []
     sizes = ", ".join(map(str, _CPU_HEADS))
-    return [f"On a CPU vLLM has no attention for heads of {head_dim} numbers, only for {sizes}."]
+    return [f"On a CPU, vLLM does not support a head size of {head_dim}, only {sizes}."]
 
 
 def _complete_generation_config(folder: Path, config: PretrainedConfig) -> None:

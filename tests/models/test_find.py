@@ -49,7 +49,7 @@ def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch, error):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
         ArtifactError,
-        match=r"'nobody/nothing' is neither a folder nor .*\(no n.*\). Check the name, the netw",
+        match=r"no folder 'nobody/nothing' here, and the hub .*\(no n.*\). Check the path or ",
     ):
         resolve_model("nobody/nothing")
 
