@@ -9,11 +9,19 @@ from lpdeploy.benchmark.worker import time_work
 from lpdeploy.config import PruneConfig
 from lpdeploy.criteria import CRITERIA
 from lpdeploy.data.batches import Progress, TokenDataset
-from lpdeploy.models.costs import compute_training_flops
+from lpdeploy.models.costs import compute_prefill_flops, compute_training_flops
 from lpdeploy.models.loading import resolve_device, resolve_dtype
-from lpdeploy.models.shapes import count_kept, count_parameters, forecast_config
+from lpdeploy.models.shapes import (
+    count_kept,
+    count_parameters,
+    forecast_config,
+    list_projections,
+    list_widths,
+)
 from lpdeploy.plan import name_groups
+from lpdeploy.pruning.depth import CANDIDATES, DEPTH_ROWS
 from lpdeploy.pruning.fit import check_memory
+from lpdeploy.pruning.refit import count_refit_rows
 from lpdeploy.pruning.schedule import build_schedule
 from lpdeploy.pruning.setup import Source, check_refit_data, load_dataset, load_source
 from lpdeploy.pruning.training import count_steps
@@ -40,8 +48,9 @@ class DryRun:
         parameters: Of the base (``before``) and of the pruned model (``after``); None for the
             latter where trials or scores decide.
         planned_bytes: Memory by its parts, and their total.
-        least_seconds: Of the matrix products of training, at the speed that a product has on this
-            device now. Everything else comes on top, and so do the trials.
+        least_seconds: Of the matrix products of the run, at the speed that a product has on this
+            device now: choosing layers, scores, refits and training. Everything else comes on top,
+            and so do trials and the predictions of a teacher.
     """
 
     model: str
@@ -98,6 +107,8 @@ def dry_run(  # noqa: PLR0913 - what prune takes
     if known:
         check_refit_data(source, dataset, options)
     steps = count_steps(options, len(dataset))
+    schedule = build_schedule(options, source.prunable, steps=steps) if known else None
+    events = () if schedule is None else tuple(schedule.list_events())
     return DryRun(
         model=model,
         rows=len(dataset),
@@ -105,9 +116,7 @@ def dry_run(  # noqa: PLR0913 - what prune takes
         cut=dataset.num_cut,
         steps=steps,
         passes=steps * options.batch_size / len(dataset),
-        events=tuple(build_schedule(options, source.prunable, steps=steps).list_events())
-        if known
-        else (),
+        events=events,
         layers=_count_layers(source, options) if known else None,
         kept=_count_groups(source, options) if known else None,
         parameters={
@@ -117,7 +126,9 @@ def dry_run(  # noqa: PLR0913 - what prune takes
             else None,
         },
         planned_bytes=memory.to_json(),
-        least_seconds=_compute_least_seconds(source, dataset, options, steps=steps),
+        least_seconds=_compute_least_seconds(
+            source, dataset, options, steps=steps, events=len(events)
+        ),
     )
 
 
@@ -132,21 +143,50 @@ def _count_groups(source: Source, options: PruneConfig) -> dict[str, tuple[int, 
 
 
 def _compute_least_seconds(
-    source: Source, dataset: TokenDataset, options: PruneConfig, *, steps: int
+    source: Source, dataset: TokenDataset, options: PruneConfig, *, steps: int, events: int
 ) -> float:
-    if not steps:
-        return 0.0
+    row = _count_row(source, dataset, options)
+    flops = steps * options.batch_size * row
+    flops += _count_preparation(source, dataset, options, row=row, events=events)
     device = resolve_device(options.device)
-    flops = compute_training_flops(
+    dtype = resolve_dtype(options.dtype, source.config, device=device)
+    return flops / _measure_products(device, dtype)
+
+
+def _count_row(source: Source, dataset: TokenDataset, options: PruneConfig) -> float:
+    """Count the operations that training on one row takes."""
+    return compute_training_flops(
         source.config,
         tokens=round(float(dataset.lengths.mean())),
-        batch=options.batch_size,
+        batch=1,
         rank=options.lora_rank,
         weight_gradients=CRITERIA[options.criterion].weight_gradients,
         checkpointing=options.gradient_checkpointing,
     )
-    dtype = resolve_dtype(options.dtype, source.config, device=device)
-    return steps * flops / _measure_products(device, dtype)
+
+
+def _count_preparation(
+    source: Source, dataset: TokenDataset, options: PruneConfig, *, row: float, events: int
+) -> float:
+    """Count the operations of choosing layers, of scores before the first step, and of refits."""
+    length = round(float(dataset.lengths.mean()))
+    forward = compute_prefill_flops(source.config, tokens=length, batch=1)
+    forward_only = CRITERIA[options.criterion].forward_only
+    total = options.num_calibration_rows * (forward if forward_only else row)
+    dropped = options.drop_layers or 0
+    # A candidate runs through the layers behind it, half of them on average.
+    total += dropped * CANDIDATES * DEPTH_ROWS * forward / 2
+    refits = options.runs_rows_at_events * max(events, 1) + bool(dropped and options.refit)
+    if refits:
+        columns = [
+            list_projections(source.config, width)[place][0]
+            for width in list_widths(source.config)
+            for place in (3, 6)  # o_proj and down_proj
+        ]
+        rows = count_refit_rows(options, dataset.lengths, columns=max(columns))
+        # Two streams of hidden states, and half of each X'X, which is symmetric.
+        total += refits * rows * (2 * forward + length * sum(n * n for n in columns))
+    return total
 
 
 def _measure_products(device: str, precision: str) -> float:

@@ -197,9 +197,9 @@ def _show_dry_run(
         lines += [f"{subject} {kept}{average}{counts}.", describe_forecast(model, config)]
     if found.least_seconds:
         lines.append(
-            "The matrix products of the training alone would take "
+            "The matrix products of the run alone would take "
             f"{_write_minutes(found.least_seconds)} on this device, at its speed now. Everything "
-            "else comes on top: choosing layers, scoring before the first step, and refits."
+            "else comes on top, and so do trials and the predictions of a teacher."
         )
     print_result(found.to_json(), "\n".join(lines), as_json=as_json)
     written = "Nothing was written" + (" but cached tokens" if given["cache"] else "")

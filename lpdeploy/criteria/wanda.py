@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def square(features: "Tensor") -> "Tensor":
     """Square each feature of each token.
 
-    Gradient checkpointing runs each layer twice; twice the sum ranks groups the same.
+    In a step, gradient checkpointing runs each layer twice; twice the sum ranks groups the same.
     """
     return features.square()
 
@@ -34,4 +34,5 @@ WANDA = Criterion(
     help="from the weights times the norms of their inputs",
     score_weights=score_weights,
     measure_inputs=square,
+    forward_only=True,
 )

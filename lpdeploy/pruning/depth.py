@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 DEPTH_ROWS = 16
 """Calibration rows that decide which layers go."""
-_CANDIDATES = 8
+CANDIDATES = 8
+"""Layers of which the loss without each is measured, at most, before one goes."""
 _chosen: dict[str, tuple["Drop", ...]] = {}
 """Of what a choice depends on -> the longest choice so far, which begins with all shorter ones.
 
@@ -199,9 +200,9 @@ def choose_drops(
     with evaluating(model):
         while len(gone) < count:
             left = [layer for layer in alive if layer in among]
-            if len(left) > _CANDIDATES:
+            if len(left) > CANDIDATES:
                 influence = _compute_influence(model, calibration, alive)
-                left = sorted(sorted(left, key=lambda layer: influence[layer])[:_CANDIDATES])
+                left = sorted(sorted(left, key=lambda layer: influence[layer])[:CANDIDATES])
             losses = _compute_losses_without(model, calibration, alive, left)
             gone.append(min(losses, key=lambda drop: drop.loss))
             alive.remove(gone[-1].layer)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from lpdeploy.models.costs import compute_prefill_flops
+from lpdeploy.models.loading import load_config
 from lpdeploy.run_folder import RunFolder
 from tests.cli.test_cli import SMALL, check_refused, invoke, last_json
 from tests.helpers import list_names
@@ -81,3 +83,42 @@ def test_a_run_that_is_there_is_refused_and_left(base, data, tmp_path):
     check_refused(prune(base, data, run, "--dry-run"), "--overwrite")
     assert prune(base, data, run, "--dry-run", "--overwrite").exit_code == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+class TestLeastTime:
+    """The operations that it counts, where a machine does one a second."""
+
+    LENGTH = 16  # SMALL's rows, which are packed
+
+    @pytest.fixture
+    def count(self, base, data, tmp_path, monkeypatch):
+        monkeypatch.setattr("lpdeploy.benchmark.dry_run._measure_products", lambda *_: 1.0)
+        output = tmp_path / "run"
+
+        def count(*words):
+            words = ("prune", base, "--data", data, "--output", output, *SMALL, *words)
+            return last_json(invoke(*words, "--dry-run", "--json"))["least_seconds"]
+
+        return count
+
+    def test_scores_without_gradients_take_a_forward_pass_a_row(self, base, count):
+        forward = compute_prefill_flops(load_config(base), tokens=self.LENGTH, batch=1)
+        words = ("--schedule", "one-shot", "--criterion", "wanda", "--calibration-samples")
+        assert count(*words, "3") == pytest.approx(3 * forward)
+        assert count(*words, "7") == pytest.approx(7 * forward)
+
+    def test_a_refit_takes_two_streams_and_the_sums_of_each_output(self, base, count):
+        config = load_config(base)
+        forward = compute_prefill_flops(config, tokens=self.LENGTH, batch=1)
+        heads = config.num_attention_heads * config.head_dim
+        sums = config.num_hidden_layers * (heads**2 + config.intermediate_size**2)
+        words = ("--schedule", "one-shot", "--criterion", "magnitude")
+        more = count(*words, "--refit", "--refit-samples", "5") - count(*words)
+        assert more == pytest.approx(5 * (2 * forward + self.LENGTH * sums))
+
+    def test_each_event_and_each_dropped_layer_count(self, count):
+        refit = ("--refit", "--refit-samples", "8")
+        joint = ("--criterion", "magnitude", *refit, "--ramp", "paper", "--prune-every")
+        one, two = count(*joint, "2"), count(*joint, "1")
+        assert two > one
+        assert count(*joint, "2", "--drop-layers", "1") > one

@@ -132,7 +132,7 @@ def test_of_many_layers_only_those_that_change_least_are_tried(tmp_path, monkeyp
         before, after = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
         sums[index] = (1 - functional.cosine_similarity(before, after, dim=-1))[real].sum()
     two = set(sums.argsort()[:2].tolist())
-    monkeypatch.setattr("lpdeploy.pruning.depth._CANDIDATES", 2)
+    monkeypatch.setattr("lpdeploy.pruning.depth.CANDIDATES", 2)
     (drop,) = choose_drops(model, calibration, among=range(LAYERS), count=1)
     losses = {n: compute_mean_loss(remove(model, [n]), calibration) for n in two}
     assert drop.layer == min(losses, key=losses.get)
