@@ -24,9 +24,10 @@ PRUNE = (
     "--steps 100 --batch-size 8 --micro-batch-size 4 --seq-len 256 --lora-dropout 0 "
     "--checkpoint-every 10 --lr 3e-3 --dtype bf16"
 )
+CRITERIA = "dense,magnitude,wanda,gradient,lora-8bit,lora,lora-groups,gate,recipe"
 # Name -> table, rows and ratios.
 STUDIES = {
-    "criteria": ("5", "dense,magnitude,wanda,gradient,lora-8bit,lora,gate,recipe", "0.33,0.5"),
+    "criteria": ("5", CRITERIA, "0.33,0.5"),
     "joint": ("7", "joint,separate", "0.33,0.5"),
     "masks": ("figure-4", None, "0.1,0.2,0.3,0.4,0.5,0.6"),
 }

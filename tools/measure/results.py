@@ -16,7 +16,7 @@ from pathlib import Path
 PRUNE = "--steps {steps} --batch-size {batch} --micro-batch-size {batch} --seq-len 256"
 PRUNE_REST = "--lora-dropout 0 --checkpoint-every 50"
 OWN_RATES = ("refit", "recovery", "rates", "recipe", "settings")  # their rows have learning rates
-CRITERIA = "dense,lora,gradient,gate,magnitude,wanda,random,lora-8bit"
+CRITERIA = "dense,lora,lora-groups,gradient,gate,magnitude,wanda,random,lora-8bit"
 RAMPS = "early,separate,separate-hold"
 
 # Name -> table, steps, folder below DIR ("" is DIR itself) and options of `lpdeploy paper`, the
