@@ -32,9 +32,8 @@ _OPEN = "is still open; call lpdeploy.benchmark.target.resolve_options first."
 class PruneConfig:
     """How a model is pruned, with the paper's values as defaults (section 4.1).
 
-    Each field carries its range and its help text; see ``lpdeploy.fields``. Without ``ratio`` and
-    a budget (``target_...``), ``ratio`` becomes 0.5. ``lpdeploy.benchmark.target.resolve_options``
-    turns a budget into ratios.
+    Each field carries its range and its help; see ``lpdeploy.fields``. Without a budget, ``ratio``
+    becomes 0.5. ``lpdeploy.benchmark.target.resolve_options`` turns a budget into ratios.
 
     Raises:
         ValueError: A field has a wrong type or value, or two fields contradict each other.
@@ -288,7 +287,8 @@ class PruneConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as recipes, manifests and checkpoints record them."""
-        return {**asdict(self), "removal": self.effective_removal}
+        chosen = {"removal": self.effective_removal, "lora_init": self.effective_lora_init}
+        return {**asdict(self), **chosen}
 
     @property
     def budget(self) -> str | None:

@@ -177,7 +177,9 @@ def test_removal_is_what_the_base_allows(values, removal):
     ids=str,
 )
 def test_lora_starts_as_the_criterion_needs_it(values, init):
-    assert PruneConfig(**values).effective_lora_init == init
+    config = PruneConfig(**values)
+    assert config.effective_lora_init == init
+    assert config.to_json()["lora_init"] == init  # so that the record of a run says it
 
 
 def test_a_ratio_of_half_unless_a_budget_decides():

@@ -275,7 +275,9 @@ def _check_rows(table: Table, rows: tuple[str, ...], given: dict[str, Any]) -> d
             reason = error.format_message()
             which = f" Row '{row.name}' says so; --rows chooses others." if row.options else ""
             raise click.UsageError(f"{reason}{which}") from error
-        options = config.to_json() | {name: given[name] for name in row.options}
+        # How LoRA starts is left open where the user does not say: each row has its own.
+        own = {*row.options, "lora_init"}
+        options = config.to_json() | {name: given[name] for name in own}
     return options
 
 

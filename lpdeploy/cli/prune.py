@@ -31,8 +31,8 @@ def _list_trackers() -> tuple[str, ...]:
     return TRACKERS
 
 
-# Without these a batch still says over how many rows a gradient is taken that scores groups.
 _MANY_PASSES = 10  # over few rows, which a model learns by heart
+# Without these a batch still says over how many rows a gradient is taken that scores groups.
 _TRAINING_ONLY = ("epochs", "steps", "lr", "lr_warmup", "lr_hold", "max_grad_norm")
 
 
@@ -211,8 +211,8 @@ def _write_minutes(seconds: float) -> str:
 
 
 def _describe_work(found: Any) -> str:
-    notes = [f"{found.dropped:,} examples give none"] if found.dropped else []
-    notes += [f"{found.cut:,} lack the end of an answer"] if found.cut else []
+    notes = [f"dropped as too long: {found.dropped:,}"] if found.dropped else []
+    notes += [f"without the end of an answer: {found.cut:,}"] if found.cut else []
     rows = f"{found.rows:,} rows of tokens" + (f" ({'; '.join(notes)})" if notes else "")
     if not found.steps:
         return f"The run would prune in one shot, with {rows}."

@@ -100,10 +100,11 @@ def _cut_segments(
     """Cut a corpus into segments, and count the tokens of a byte of what they predict."""
     if corpus.is_chat:
         whole = build_token_dataset(corpus, tokenizer, seq_len=seq_len)
-        if whole.num_cut:
+        if whole.num_cut or whole.num_dropped:
             logger.warning(
-                "%s of %s conversations of '%s' have answers beyond `seq_len` %s, which are not "
-                "measured.", whole.num_cut, len(whole), corpus.source, seq_len,
+                "Conversations of '%s' that are longer than `seq_len` %s are not measured beyond "
+                "it. Without any answer: %s; without the end of one: %s.",
+                corpus.source, seq_len, whole.num_dropped, whole.num_cut,
             )  # fmt: skip
     else:
         stream = build_token_stream(corpus, tokenizer)

@@ -86,19 +86,35 @@ def init_lora_by_groups(model: nn.Module) -> None:
     the adapter is one like any other. B is drawn as peft draws A, with out in place of in.
 
     Args:
-        model: One with LoRA that has not been trained.
+        model: A ``PeftModel`` whose LoRA was added as peft does by default, and not trained yet.
+
+    Raises:
+        ValueError: It has no adapter ``default`` on these projections, or B is not 0: it was
+            trained, or starts in a way that changes the base, such as PiSSA.
 
     Source:
         Ours; LoRAPrune, arXiv:2305.18403, takes any A and B in Eq. 9. On how the two ways to start
         differ in training: Hayou et al., arXiv:2406.08447.
     """
-    for name, module in model.named_modules():
-        if name.endswith(OUTPUT_LINEARS) and hasattr(module, "lora_A"):
-            lora: Any = module
-            weight_b = lora.lora_B[ADAPTER].weight
-            bound = weight_b.shape[0] ** -0.5
-            nn.init.zeros_(lora.lora_A[ADAPTER].weight)
-            nn.init.uniform_(weight_b, -bound, bound)
+    outputs: list[Any] = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(OUTPUT_LINEARS) and ADAPTER in getattr(module, "lora_A", {})
+    ]
+    if not outputs:
+        raise ValueError(
+            f"model has no LoRA adapter '{ADAPTER}' on o_proj and down_proj; wrap it by "
+            "peft.get_peft_model"
+        )
+    if any(module.lora_B[ADAPTER].weight.any() for module in outputs):
+        raise ValueError(
+            "LoRA's B is not 0: the adapter was trained, or starts in another way; add a new one"
+        )
+    for module in outputs:
+        weight_b = module.lora_B[ADAPTER].weight
+        bound = weight_b.shape[0] ** -0.5
+        nn.init.zeros_(module.lora_A[ADAPTER].weight)
+        nn.init.uniform_(weight_b, -bound, bound)
 
 
 def get_lora_weights(linear: Any) -> LoraWeights:

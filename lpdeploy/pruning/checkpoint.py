@@ -221,6 +221,7 @@ def _compare_inputs(
 
 
 def _compare_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    saved = {"lora_init": "peft", **saved}  # which a checkpoint from before that option has
     return [
         f"{name} was {saved.get(name)!r} and is {value!r} now"
         for name, value in given.items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpdeploy.config import PruneConfig
+from lpdeploy.criteria import CRITERIA
 from lpdeploy.errors import LpdeployError
 from lpdeploy.families.groups import LINEARS
 from lpdeploy.manifest import record_stage
@@ -237,9 +238,8 @@ class LoRAPruner:
 def _tell_start(causal: Any, specs: Sequence[GroupSpec], config: PruneConfig) -> None:
     """Warn where LoRA's gradients cannot tell groups apart at first; see docs/how-it-works.md."""
     outputs = [causal.get_submodule(get_output(spec).module) for spec in specs]
-    if config.effective_lora_init == "groups" and not any(
-        get_lora_weights(linear).lora_b.any() for linear in outputs
-    ):
+    wanted = {CRITERIA[config.criterion].lora_init, config.effective_lora_init} == {"groups"}
+    if wanted and not all(get_lora_weights(linear).lora_b.any() for linear in outputs):
         logger.warning(
             "LoRA starts with B = 0 in o_proj and down_proj, so that its gradients cannot tell "
             "their groups apart at first. Call lpdeploy.init_lora_by_groups(model) before, or set "

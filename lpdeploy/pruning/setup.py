@@ -336,8 +336,8 @@ def describe_start(source: Source, training: Training) -> str:
         seed=options.seed,
     )
     padding = f", padding {share:.1%} of what is computed" if share else ""
-    dropped = f", {dataset.num_dropped} dropped as too long" if dataset.num_dropped else ""
-    dropped += f", {dataset.num_cut} without the end of an answer" if dataset.num_cut else ""
+    dropped = f", dropped as too long: {dataset.num_dropped}" if dataset.num_dropped else ""
+    dropped += f", without the end of an answer: {dataset.num_cut}" if dataset.num_cut else ""
     where = str(training.device)
     if (size := training.ranks.size) > 1:
         where = f"{size} ranks on {training.device.type}"

@@ -122,3 +122,21 @@ class TestLeastTime:
         one, two = count(*joint, "2"), count(*joint, "1")
         assert two > one
         assert count(*joint, "2", "--drop-layers", "1") > one
+
+
+def test_it_says_what_is_cut_off_and_how_often_rows_are_seen(base, tmp_path):
+    said = [("Hi", "A"), ("Hi", "A long answer, " * 20), ("A long question, " * 20, "A")]
+    rows = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in said]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("\n".join(rows))
+    words = ("--seq-len", "64", "--prompt-format", "instruction", "--steps", "20", "--dry-run")
+    result = prune(base, data, tmp_path / "run", *words, "--json")
+    found = last_json(result)
+    assert (found["rows"], found["dropped"], found["cut"], found["passes"]) == (2, 1, 1, 20)
+    result = prune(base, data, tmp_path / "run", *words, "--no-cache")
+    assert (
+        "on 2 rows of tokens (dropped as too long: 1; without the end of an answer: 1) in 20"
+        in (result.stdout)
+    )
+    assert "steps, 20 passes over the rows" in result.stdout
+    assert result.stderr.splitlines()[-1] == "Nothing was written. Leave out --dry-run to start."

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -174,13 +175,15 @@ class TestAgainstALoop:
             mean / math.log(2) * num_tokens / num_bytes, rel=1e-5
         )
 
-    def test_what_does_not_fit_of_an_answer_is_left_out(self, chat_tokenizer):
+    def test_what_does_not_fit_of_an_answer_is_left_out(self, chat_tokenizer, caplog):
         said = [("say cat: ", "cat and dog"), ("a prompt that is longer: ", "cat")]
         found = compute_perplexity(TableRunner(), chats(said), chat_tokenizer, seq_len=15)
         ids = [BOS, *chat_tokenizer.encode("say cat: cat and dog", add_special_tokens=False)][:15]
         total = expected_loss(TableRunner(), [ids]) - expected_loss(TableRunner(), [ids[:10]])
         assert found.tokens == 5
         assert found.perplexity == pytest.approx(math.exp(total / 5), rel=1e-5)
+        said = "longer than `seq_len` 15 .* Without any answer: 1; without the end of one: 1"
+        assert re.search(said, caplog.text)
 
     def test_answers_that_all_begin_too_late_are_refused(self, chat_tokenizer):
         with pytest.raises(DataError, match=r"No answer of 'pairs\.jsonl' begins within"):

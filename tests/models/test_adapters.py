@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lpdeploy.errors import ArtifactError
 from lpdeploy.families.groups import LINEARS, list_group_specs
@@ -15,6 +16,7 @@ from lpdeploy.models.adapters import (
     expand_lora,
     get_base_linear,
     get_lora_weights,
+    init_lora_by_groups,
     load_adapter,
     load_unmerged,
 )
@@ -95,6 +97,28 @@ def test_the_seed_decides_the_start_by_groups(bases):
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (None, "no LoRA adapter 'default' on o_proj and down_proj"),
+        ({"adapter_name": "mine"}, "no LoRA adapter 'default'"),
+        ({"target_modules": ["q_proj"]}, "no LoRA adapter 'default'"),
+        ({"init_lora_weights": "pissa"}, "B is not 0"),
+    ],
+)
+def test_only_a_new_adapter_is_started_by_groups(bases, options, sentence):
+    model = load_model(bases("llama-gqa"))
+    if options is not None:
+        name = {"adapter_name": options.pop("adapter_name", "default")}
+        model = get_peft_model(
+            model, LoraConfig(**{"target_modules": list(LINEARS), **options}), **name
+        )
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=sentence):
+        init_lora_by_groups(model)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_the_seed_decides_the_start(bases):

@@ -29,7 +29,7 @@ TEXT = Source("here/valid.txt", "valid.txt", "abc")
 
 
 def make_study(*, model="m", data="d", words=(), evaluation=None, **options):
-    values = PruneConfig(**options).to_json()
+    values = PruneConfig(**options).to_json() | {"lora_init": options.get("lora_init")}
     return Study(
         model=Source("here/model", "model", model),
         data=Source("here/data.txt", "data.txt", data),
@@ -115,11 +115,12 @@ def test_committed_cells_are_found_again():
             recorded.get("limit"),
         )
         values = rename_fields(cell["options"])
+        start = {"lora_init": values.get("lora_init")}  # left open before there was a choice
         study = Study(
             model=Source("m", "m", cell["model"]["sha256"]),
             data=Source("d", "d", cell["data"]["identity"]),
             prune_words=(),
-            prune_options=PruneConfig(**values).to_json(),
+            prune_options=PruneConfig(**values).to_json() | start,
             evaluation=evaluation,
         )
         if not cell["options"]:

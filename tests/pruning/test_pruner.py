@@ -201,12 +201,19 @@ def test_a_training_of_another_length_is_refused(base, data, tmp_path):
         ("groups", {}, False),
         ("peft", {"lora_init": "peft"}, False),
         ("peft", {"criterion": "gate"}, False),
+        ("peft", {"criterion": "gate", "lora_init": "groups"}, False),
+        ("heads alone", {}, True),
     ],
 )
 def test_a_start_that_cannot_tell_groups_apart_is_named(base, caplog, init, options, said):
     model = attach_lora(
         AutoModelForCausalLM.from_pretrained(base), rank=4, alpha=8, dropout=0.0, seed=3, init=init
     )
+    if init == "heads alone":
+        lpdeploy.init_lora_by_groups(model)
+        for name, parameter in model.named_parameters():
+            if "down_proj.lora_B" in name:
+                torch.nn.init.zeros_(parameter)
     lpdeploy.LoRAPruner(model, lpdeploy.PruneConfig(**{**GIVEN, **options}), total_steps=8)
     assert ("init_lora_by_groups" in caplog.text) == said
 

@@ -454,6 +454,21 @@ class TestRefusals:
         run(base, tmp_path / "whole", data)
         assert_same_run(stopped, tmp_path / "whole")
 
+    def test_a_checkpoint_from_before_lora_had_two_starts_is_one_of_pefts(
+        self, base, data, tmp_path
+    ):
+        started = {"lora_init": "peft"}
+        with pytest.raises(StoppedError):
+            run(base, tmp_path / "old", data, options=started, on_step=stop_after(5))
+        self.edit(
+            tmp_path / "old", options=lambda o: {k: v for k, v in o.items() if k not in started}
+        )
+        with pytest.raises(ArtifactError, match="lora_init was 'peft' and is 'groups' now"):
+            run(base, tmp_path / "old", data, resume=True)
+        run(base, tmp_path / "old", data, options=started, resume=True)
+        run(base, tmp_path / "whole", data, options=started)
+        assert_same_run(tmp_path / "old", tmp_path / "whole")
+
     def test_a_renamed_option_that_differs_is_named(self, base, data, stopped):
         self.edit(stopped, options=lambda o: {k: v for k, v in o.items() if k != "prune_warmup"})
         self.edit(stopped, options=lambda o: o | {"warmup": 0.25})
