@@ -136,8 +136,11 @@ def render_one_shot(data: dict[str, Any]) -> str:
         achieved = row["achieved"]
         removed = (f"{achieved[kind]:.0%} of the {kind}" for kind in ("layers", "heads", "channels")
                    if achieved[kind])  # fmt: skip
+        kind, by, score = name.partition("-by-")
+        score = score.replace("-as-peft", ", started as peft does").replace("-", ", ")
+        way = f"{kind} by {score}" if by else name.replace("-", ", ")
         rows.append((
-            name.replace("-", ", "), ", ".join(removed), f"-{achieved['parameters']:.1%}",
+            way, ", ".join(removed), f"-{achieved['parameters']:.1%}",
             f"{row['perplexity']:.1f}", f"{row['seconds'] / 60:.0f}",
         ))  # fmt: skip
     documents = data["shared_options"]["documents"]
