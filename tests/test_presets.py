@@ -28,7 +28,7 @@ def test_the_paper_to_the_letter():
     config = PruneConfig.from_preset("loraprune")
     # Section 4.1: batch 128, learning rate 1e-4, two epochs, rank 8, lambda 0.9.
     assert (config.batch_size, config.lr, config.epochs, config.lora_rank) == (128, 1e-4, 2, 8)
-    assert config.effective_lora_init == "peft"  # the paper starts as peft does
+    assert config.effective_lora_init == "peft"  # and no start of ours
     assert config.ema_decay == 0.9
     assert config.num_calibration_rows == 0
     assert config.pauses == (0.0, 0.0)

@@ -93,8 +93,8 @@ def init_lora_by_groups(model: nn.Module) -> None:
             trained, or starts in a way that changes the base, such as PiSSA.
 
     Source:
-        Ours; LoRAPrune, arXiv:2305.18403, takes any A and B in Eq. 9. On how the two ways to start
-        differ in training: Hayou et al., arXiv:2406.08447.
+        Ours. LoRAPrune, arXiv:2305.18403, Algorithm 1, says only that A and B are random. On how
+        the two ways to start differ in training: Hayou et al., arXiv:2406.08447.
     """
     outputs: list[Any] = [
         module

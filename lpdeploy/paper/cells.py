@@ -17,7 +17,7 @@ from lpdeploy.paper.tables import Row, Table
 _WITHOUT_EFFECT = ("checkpoint_every", "ignore_memory", "eval_every", "eval_samples")
 # Keys are made of the names that options had when the first cells were run.
 _FORMER_NAMES = {name: former for former, name in RENAMED.items()}
-# How the paper starts LoRA, and how the first cells did: their keys do not name it.
+# How peft starts LoRA, and how the first cells did: their keys do not name it.
 _FIRST_INIT = "peft"
 # One run scores all groups. The ratio that it then prunes to does not matter.
 _SIMILARITY_RATIO = 0.5
