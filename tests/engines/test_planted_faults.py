@@ -33,7 +33,7 @@ OPTIONS = PruneConfig(
 HEAD = 16
 LAYER = "model.layers.1."
 SWAPPED, SHIFTED, UNMERGED = "two heads swapped", "a channel off by one", "a layer unmerged"
-WEIGHT = {SWAPPED: "self_attn.o_proj", SHIFTED: "mlp.down_proj", UNMERGED: "self_attn.q_proj"}
+WEIGHT = {SWAPPED: "self_attn.o_proj", SHIFTED: "mlp.down_proj", UNMERGED: "self_attn.v_proj"}
 EXPORTS = [
     *(("onnx", precision) for precision in ("fp32", "fp16")),
     *(("ort", precision) for precision in ("fp32", "fp16", "int8", "int4")),

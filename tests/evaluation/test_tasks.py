@@ -372,7 +372,9 @@ class TestRefusals:
     def test_malformed_json(self, tmp_path):
         path = tmp_path / "piqa.jsonl"
         path.write_text(json.dumps(QUERY) + "\n{oops\n")
-        with pytest.raises(DataError, match=f"'{path}', line 2, is not valid JSON .*one object a"):
+        with pytest.raises(
+            DataError, match=f"'{path}', line 2, is not valid JSON .*one object per"
+        ):
             load_tasks(["piqa"], task_data=tmp_path)
 
     def test_a_line_that_is_no_object(self, tmp_path):
@@ -382,7 +384,7 @@ class TestRefusals:
 
     def test_an_empty_file(self, tmp_path):
         write_rows(tmp_path / "piqa.jsonl", [])
-        with pytest.raises(DataError, match="holds no items. Put one object a line into it"):
+        with pytest.raises(DataError, match="holds no items. Put one object per line into it"):
             load_tasks(["piqa"], task_data=tmp_path)
 
     def test_a_missing_file(self, tmp_path):
