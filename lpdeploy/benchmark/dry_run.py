@@ -176,7 +176,7 @@ def _count_preparation(
     dropped = options.drop_layers or 0
     # A candidate runs through the layers behind it, half of them on average.
     total += dropped * CANDIDATES * DEPTH_ROWS * forward / 2
-    refits = options.runs_rows_at_events * max(events, 1) + bool(dropped and options.refit)
+    refits = options.runs_rows_at_events * events + bool(dropped and options.refit)
     if refits:
         columns = [
             list_projections(source.config, width)[place][0]

@@ -101,6 +101,14 @@ class TestLeastTime:
 
         return count
 
+    def count_refit_row(self, base):
+        """Two streams of hidden states, and half of X'X of the two outputs of each layer."""
+        config = load_config(base)
+        forward = compute_prefill_flops(config, tokens=self.LENGTH, batch=1)
+        heads = config.num_attention_heads * config.head_dim
+        sums = config.num_hidden_layers * (heads**2 + config.intermediate_size**2)
+        return 2 * forward + self.LENGTH * sums
+
     def test_scores_without_gradients_take_a_forward_pass_a_row(self, base, count):
         forward = compute_prefill_flops(load_config(base), tokens=self.LENGTH, batch=1)
         words = ("--schedule", "one-shot", "--criterion", "wanda", "--calibration-samples")
@@ -108,13 +116,14 @@ class TestLeastTime:
         assert count(*words, "7") == pytest.approx(7 * forward)
 
     def test_a_refit_takes_two_streams_and_the_sums_of_each_output(self, base, count):
-        config = load_config(base)
-        forward = compute_prefill_flops(config, tokens=self.LENGTH, batch=1)
-        heads = config.num_attention_heads * config.head_dim
-        sums = config.num_hidden_layers * (heads**2 + config.intermediate_size**2)
         words = ("--schedule", "one-shot", "--criterion", "magnitude")
         more = count(*words, "--refit", "--refit-samples", "5") - count(*words)
-        assert more == pytest.approx(5 * (2 * forward + self.LENGTH * sums))
+        assert more == pytest.approx(5 * self.count_refit_row(base))
+
+    def test_a_run_that_drops_layers_alone_refits_once(self, base, count):
+        words = ("--drop-layers", "1", "--ratio", "0")
+        more = count(*words, "--refit", "--refit-samples", "8") - count(*words)
+        assert more == pytest.approx(8 * self.count_refit_row(base))
 
     def test_each_event_and_each_dropped_layer_count(self, count):
         refit = ("--refit", "--refit-samples", "8")

@@ -10,7 +10,6 @@ as busy for both. Pruning is over after a few steps; the medians are of the step
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,8 +22,8 @@ from lpdeploy.pruning.distillation import prepare_teacher
 from lpdeploy.pruning.ranks import join_ranks
 from lpdeploy.pruning.setup import Source, build_training, load_dataset, load_source
 from lpdeploy.pruning.teacher import Teacher
-from tools.measure.common import build_parser, save_measurement
-from tools.measure.turns import OPTIONS, compare_steps, split_options, take_turns
+from tools.measure.common import save_measurement
+from tools.measure.turns import OPTIONS, compare_steps, parse_study, take_turns
 
 
 def run_teacher(
@@ -54,11 +53,7 @@ def time_steps(
 
 def main() -> None:
     """Read the command line, measure, and write the JSON."""
-    parser = build_parser(__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--train", required=True)
-    words, own = split_options(sys.argv[1:])
-    given = parser.parse_args(words)
+    given, own = parse_study(__doc__)
     logging.basicConfig(level=logging.WARNING)
     options = PruneConfig(**{**OPTIONS, "distill": 0.5, **own})
     source = load_source(given.model, options)

@@ -8,7 +8,6 @@ start LoRA. Each projection is compared on its own, and so are whole groups.
 """
 
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from lpdeploy.plan import LORA_INITS
 from lpdeploy.pruning.importance import score_linear
 from lpdeploy.pruning.setup import build_training, load_dataset, load_source
 from lpdeploy.pruning.training import Training
-from tools.measure.common import build_parser, report, save_measurement
-from tools.measure.turns import split_options
+from tools.measure.common import report, save_measurement
+from tools.measure.turns import parse_study
 
 ROWS = 128
 CRITERIA_COMPARED = ("lora", "gradient")
@@ -109,11 +108,7 @@ def compare(scores: Scores) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Read the command line, measure, and write the JSON."""
-    parser = build_parser(__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--train", required=True)
-    words, own = split_options(sys.argv[1:])
-    given = parser.parse_args(words)
+    given, own = parse_study(__doc__)
     options = PruneConfig(**{**OPTIONS, **own})
     source = load_source(given.model, options)
     dataset = load_dataset(source, given.train, options)

@@ -9,7 +9,6 @@ memory has for LoRA: weights, gradients and the state of the optimizer, for this
 
 import logging
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from transformers import LlamaConfig
 from lpdeploy.config import PruneConfig
 from lpdeploy.pruning.memory import plan_memory
 from lpdeploy.pruning.setup import build_training, load_dataset, load_source
-from tools.measure.common import build_parser, save_measurement
-from tools.measure.turns import OPTIONS, compare_steps, split_options, take_turns
+from tools.measure.common import save_measurement
+from tools.measure.turns import OPTIONS, compare_steps, parse_study, take_turns
 
 RANKS = (8, 32)
 
@@ -37,11 +36,7 @@ def plan_adapters(config: Any, options: PruneConfig) -> dict[str, int]:
 
 def main() -> None:
     """Read the command line, measure, and write the JSON."""
-    parser = build_parser(__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--train", required=True)
-    words, own = split_options(sys.argv[1:])
-    given = parser.parse_args(words)
+    given, own = parse_study(__doc__)
     logging.basicConfig(level=logging.WARNING)
     options = PruneConfig(**{**OPTIONS, **own})
     source = load_source(given.model, options)

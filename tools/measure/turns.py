@@ -1,5 +1,6 @@
 """Steps of several trainings that take turns, so that the machine is as busy for all of them."""
 
+import argparse
 import json
 import statistics
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpdeploy.pruning.training import Training, run_steps
+from tools.measure.common import build_parser
 
 OPTIONS: dict[str, Any] = {
     "steps": 40, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lora_dropout": 0.0,
@@ -36,6 +38,15 @@ def compare_steps(base: Sequence[float], other: Sequence[float]) -> dict[str, An
         "quartiles": statistics.quantiles(ratios, n=4)[::2],
         "steps": len(ratios),
     }
+
+
+def parse_study(description: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Read a command line with a model, ``--train``, and options of prune behind ``--``."""
+    parser = build_parser(description)
+    parser.add_argument("model")
+    parser.add_argument("--train", required=True)
+    words, own = split_options(sys.argv[1:])
+    return parser.parse_args(words), own
 
 
 def split_options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
